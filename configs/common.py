@@ -1,0 +1,218 @@
+"""Every default, once. The pages of this folder change what they name and nothing else.
+
+A config has the keys that all stages share and one section for each stage it runs; the
+learning rates are base rates, multiplied by batch * 2 views / 256.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -> ConfigDict:
+    """What all stages share; `stages` starts empty, `add_*` appends to it.
+
+    Without a variant there is no `model` section: the run that `init_from` names has it.
+    """
+    config = ConfigDict()
+    config.name = name  # the run's folder is runs/<name> unless --workdir names another
+    config.stages = ()
+    config.seed = 0
+    config.init_from = ""  # a run to start from; "random" for seeded random weights
+    config.log_every = 50  # steps between two lines of metrics.jsonl
+    config.checkpoint_every = 5  # epochs; the last step is always saved
+
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # -1: the rest of the devices
+
+    if variant:
+        config.model = _model(variant, patch_size, pool)
+    data = config.data = ConfigDict()
+    data.source = "folder"  # fashion_mnist, folder or tfds
+    data.path = "data/imagenet"  # folder: holds train/ and val/; tfds: its data_dir
+    data.name = "imagenet2012"  # tfds: the set's name
+    data.train_split = "train"
+    data.val_split = "val"  # imagenet2012 calls it validation
+    data.mean = IMAGENET_MEAN
+    data.std = IMAGENET_STD
+    data.short_side = 256  # evaluation: resize to this, then cut the centre
+    data.workers = 8  # processes that read and cut training images; 0: threads
+    return config
+
+
+def _model(variant: str, patch_size: int, pool: str) -> ConfigDict:
+    model = ConfigDict()
+    model.variant = variant  # Ti, S, B, L or H: width, depth and heads
+    model.width = placeholder(int)  # in place of the variant's
+    model.depth = placeholder(int)
+    model.heads = placeholder(int)
+    model.patch_size = patch_size
+    model.image_size = (224, 224)  # height, width
+    model.channels = 3
+    model.pool = pool  # feature: the class token (cls) or the mean of the patch tokens (mean)
+    model.ln_eps = 1e-6
+    model.dtype = "bfloat16"  # of activations; parameters and losses are float32
+    return model
+
+
+def _add(config: ConfigDict, stage: str, settings: dict) -> ConfigDict:
+    config.stages += (stage,)
+    config[stage] = ConfigDict(settings)
+    return config[stage]
+
+
+def _photometric(jitter=(0.0, 0.0), blur=(0.0, 0.0), grayscale=(0.0, 0.0), solarize=(0.0, 0.0)):
+    """Probabilities for (view 0, view 1), and strengths."""
+    return {
+        "jitter": jitter,
+        "brightness": 0.4,
+        "contrast": 0.4,
+        "saturation": 0.2,
+        "hue": 0.1,
+        "blur": blur,
+        "blur_sigma": (0.1, 2.0),
+        "grayscale": grayscale,
+        "solarize": solarize,
+        "solarize_threshold": 128,
+    }
+
+
+def strong_photometric() -> ConfigDict:
+    """MAE-CT_aug's colours: each view has a recipe of its own."""
+    settings = _photometric(
+        jitter=(0.8, 0.8), blur=(1.0, 0.1), grayscale=(0.2, 0.2), solarize=(0.0, 0.2)
+    )
+    return ConfigDict(settings)
+
+
+def add_mae(config: ConfigDict, batch_size: int) -> ConfigDict:
+    """Stage 1: masked pre-training."""
+    return _add(
+        config,
+        "mae",
+        {
+            "epochs": 800,
+            "warmup_epochs": 20,
+            "batch_size": batch_size,
+            "base_lr": 1.5e-4,
+            "weight_decay": 0.05,
+            "mask_ratio": 0.75,
+            "crop_scale": (0.2, 1.0),
+            "photometric": _photometric(),
+            "decoder": {"width": 512, "depth": 8, "heads": 16},
+        },
+    )
+
+
+def _nnclr(temperature: float) -> dict:
+    return {
+        "warmup_fraction": 0.2,
+        "temperature": temperature,
+        "queue_size": 65536,
+        "projector_hidden": 2048,
+        "projector_out": 256,
+        "predictor_hidden": 4096,
+        "crop_scale": (0.08, 1.0),
+        "photometric": _photometric(),
+    }
+
+
+def add_head(config: ConfigDict, batch_size: int) -> ConfigDict:
+    """Stage 2: the contrastive head on the frozen encoder."""
+    return _add(
+        config,
+        "head",
+        {
+            "epochs": 20,
+            "batch_size": batch_size,
+            "base_lr": 1e-4,
+            "weight_decay": 1e-5,
+            "top_k": 1,
+            **_nnclr(0.15),
+        },
+    )
+
+
+def add_ct(config: ConfigDict, batch_size: int, frozen_blocks: int, **changes) -> ConfigDict:
+    """Stage 3: contrastive tuning of the upper blocks."""
+    settings = {
+        "epochs": 20,
+        "batch_size": batch_size,
+        "base_lr": 1e-4,  # of the encoder
+        "weight_decay": 0.05,
+        "layer_decay": 0.65,
+        "frozen_blocks": frozen_blocks,
+        "head_base_lr": 1e-4,
+        "head_weight_decay": 1e-5,
+        "top_k": 20,
+        "target_factor": 0.99,
+        "ema_decay": 0.9999,
+        **_nnclr(0.15),
+    }
+    section = _add(config, "ct", settings)
+    section.update(changes)
+    return section
+
+
+def add_eval(config: ConfigDict) -> ConfigDict:
+    """Evaluation on frozen features."""
+    return _add(
+        config,
+        "eval",
+        {
+            "pixels": False,  # also evaluate raw pixels, the floor
+            "batch_size": 256,
+            "knn": {"k": (1, 10, 20, 100, 200), "temperature": 0.07, "standardise": False},
+            "probe": {
+                "epochs": 50,
+                "batch_size": 1024,
+                "base_lrs": tuple(round(0.01 * i, 2) for i in range(10, 0, -1)),
+            },
+            "cluster": {"runs": 100, "normalise": True},
+        },
+    )
+
+
+def small_images(config: ConfigDict) -> None:
+    """The packaged Fashion-MNIST images, in float32, which is what a CPU is fast in."""
+    if "model" in config:
+        config.model.update(image_size=(28, 28), channels=1, dtype="float32")
+    config.data.update(
+        source="fashion_mnist", mean=(0.286,), std=(0.353,), short_side=28, workers=0
+    )
+
+
+def finish(config: ConfigDict, argument: str) -> ConfigDict:
+    """The page as it stands for no argument; for "test" the same stages, tiny, in seconds."""
+    if argument not in ("", "test"):
+        raise ValueError(f"a page takes no argument or 'test', not {argument!r}")
+    return _tiny(config) if argument == "test" else config
+
+
+def _tiny(config: ConfigDict) -> ConfigDict:
+    config.name += "_test"
+    if config.init_from:
+        config.init_from += "_test"
+    elif config.stages[0] != "mae":
+        config.init_from = "random"  # the page leaves its start to the user
+    config.log_every = 10
+    config.checkpoint_every = 1
+    small_images(config)
+    if "model" in config:
+        config.model.update(width=32, depth=4, heads=2, patch_size=7)
+    for stage in config.stages:
+        config[stage].batch_size = 256
+        config[stage].update(_TINY[stage])
+    return config
+
+
+_TINY_HEAD = dict(
+    epochs=1, queue_size=512, projector_hidden=64, projector_out=32, predictor_hidden=64
+)
+_TINY = {
+    "mae": dict(epochs=2, warmup_epochs=1, decoder=dict(width=32, depth=1, heads=2)),
+    "head": _TINY_HEAD,
+    "ct": dict(frozen_blocks=2, **_TINY_HEAD),
+    "eval": dict(knn=dict(k=(1, 10)), probe=dict(epochs=3), cluster=dict(runs=3)),
+}

@@ -1,0 +1,20 @@
+"""Stage 3 of MAE-CT_aug: contrastive tuning of the upper half of ViT-L/16.
+
+    python -m maect_jax.main --config=configs/ct_aug_vitl16.py
+
+Starts from `runs/head_aug_vitl16`: encoder, head and queue.
+Images: data/imagenet/{train,val}/<class>/, or where `--config.data.path` points.
+Hardware: TPU or GPU; `--dry_run` prints steps, memory of the state and FLOPs.
+Duration: 40 epochs, 50,040 updates of 1024 images x 2 views.
+Expected (paper): k-NN 79.1 %, linear probe 81.5 % top-1 (the encoder's EMA).
+"""
+
+from configs import common
+
+
+def get_config(argument=""):
+    config = common.base("ct_aug_vitl16", "L", patch_size=16)
+    config.init_from = "runs/head_aug_vitl16"
+    common.add_ct(config, 1024, frozen_blocks=12, epochs=40, top_k=10, head_base_lr=0.0005)
+    config.ct.photometric = common.strong_photometric()
+    return common.finish(config, argument)

@@ -1,0 +1,20 @@
+"""Stage 2 of MAE-CT_aug: the contrastive head on the frozen ViT-L/16.
+
+    python -m maect_jax.main --config=configs/head_aug_vitl16.py
+
+Starts from `runs/mae_vitl16`.
+Images: data/imagenet/{train,val}/<class>/, or where `--config.data.path` points.
+Hardware: TPU or GPU; `--dry_run` prints steps, memory of the state and FLOPs.
+Duration: 20 epochs, 25,020 updates of 1024 images x 2 views, encoder forward only.
+Expected: the encoder stays as it is; `nn_accuracy` in metrics.jsonl rises.
+"""
+
+from configs import common
+
+
+def get_config(argument=""):
+    config = common.base("head_aug_vitl16", "L", patch_size=16)
+    config.init_from = "runs/mae_vitl16"
+    head = common.add_head(config, batch_size=1024)
+    head.photometric = common.strong_photometric()
+    return common.finish(config, argument)

@@ -1,0 +1,19 @@
+"""Stage 2: the contrastive head on the frozen ViT-B/16.
+
+    python -m maect_jax.main --config=configs/head_vitb16.py
+
+Starts from `runs/mae_vitb16`.
+Images: data/imagenet/{train,val}/<class>/, or where `--config.data.path` points.
+Hardware: TPU or GPU; `--dry_run` prints steps, memory of the state and FLOPs.
+Duration: 20 epochs, 25,020 updates of 1024 images x 2 views, encoder forward only.
+Expected: the encoder stays as it is; `nn_accuracy` in metrics.jsonl rises.
+"""
+
+from configs import common
+
+
+def get_config(argument=""):
+    config = common.base("head_vitb16", "B", patch_size=16, pool="mean")
+    config.init_from = "runs/mae_vitb16"
+    common.add_head(config, batch_size=1024)
+    return common.finish(config, argument)

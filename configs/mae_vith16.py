@@ -1,0 +1,17 @@
+"""Stage 1: MAE pre-training of ViT-H/16 on ImageNet-1k.
+
+    python -m maect_jax.main --config=configs/mae_vith16.py
+
+Images: data/imagenet/{train,val}/<class>/, or where `--config.data.path` points.
+Hardware: TPU or GPU; `--dry_run` prints steps, memory of the state and FLOPs.
+Duration: 800 epochs, 2,001,600 updates of 512 images x 2 crops.
+Expected (paper): k-NN 61.1 %, linear probe 78.0 % top-1.
+"""
+
+from configs import common
+
+
+def get_config(argument=""):
+    config = common.base("mae_vith16", "H", patch_size=16)
+    common.add_mae(config, batch_size=512)
+    return common.finish(config, argument)

@@ -1,0 +1,125 @@
+"""Config pages: load one, apply overrides, write it down. Every mistake is one clear line."""
+
+import ast
+import difflib
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from functools import reduce
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from maect_jax.errors import UserError
+
+
+def load(page: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Builds the locked config of a page.
+
+    Args:
+      page: `path/to/page.py`, or `path/to/page.py:argument`, which the page's
+        `get_config(argument)` understands.
+      overrides: `key=value` with dotted keys, such as `ct.epochs=3`.
+
+    Raises:
+      UserError: no such page or key, a page that does not run, or a value of another type.
+    """
+    file, _, argument = page.partition(":")
+    path = Path(file).resolve()
+    if not path.is_file():
+        pages = sorted(str(p) for p in Path(file).parent.glob("*.py"))
+        near = difflib.get_close_matches(file, pages, 1, 0)
+        hint = f"; did you mean {near[0]}?" if near else "; --help lists the pages"
+        raise UserError(f"--config={page}: there is no such file{hint}")
+    # Pages import each other as `configs.<name>`, from wherever the command is run.
+    sys.path.insert(0, str(path.parent.parent))
+    try:
+        spec = importlib.util.spec_from_file_location(f"page_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = module.get_config(argument)
+    except ValueError as error:  # what a page raises for an argument it does not know
+        raise UserError(f"--config={page}: {error}") from error
+    except (ImportError, AttributeError, SyntaxError, TypeError, NameError) as error:
+        raise UserError(f"--config={page}: not a config page: {error}") from error
+    finally:
+        sys.path.remove(str(path.parent.parent))
+    config.lock()
+    for override in overrides:
+        _override(config, override)
+    return config
+
+
+def flat(config: ConfigDict) -> dict[str, object]:
+    """All values of a config by their dotted key, in order."""
+    values = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            values |= {f"{key}.{below}": leaf for below, leaf in flat(value).items()}
+        else:
+            values[key] = value
+    return values
+
+
+def _override(config: ConfigDict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    values = flat(config)
+    if key not in values:
+        below = [name for name in values if name.startswith(f"{key}.")]
+        if below:
+            raise UserError(f"--config.{key} is a section; its keys are {', '.join(below)}")
+        near = difflib.get_close_matches(key, values, 1, 0)[0]
+        raise UserError(f"--config.{override}: there is no key {key!r}; did you mean {near!r}?")
+    if not equals:
+        raise UserError(f"--config.{key}: write --config.{key}=VALUE")
+    *sections, leaf = key.split(".")
+    holder = reduce(ConfigDict.__getitem__, sections, config)
+    kind = holder.get_type(leaf)
+    try:
+        holder[leaf] = _parse(text, kind, optional=values[key] is None)
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise UserError(
+            f"--config.{override}: expected {kind.__name__}, such as {values[key]!r}"
+        ) from error
+
+
+def _parse(text: str, kind: type, optional: bool):
+    if kind is str:
+        return text
+    value = ast.literal_eval(text.capitalize() if kind is bool else text)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is kind or (optional and value is None):
+        return value
+    raise TypeError(f"{text} is not of {kind}")
+
+
+def save(config: ConfigDict, path: Path) -> None:
+    """Writes a config as JSON, whole or not at all."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    draft.replace(path)
+
+
+def read(path: Path) -> ConfigDict:
+    """The config that `save` wrote; JSON's lists are tuples again."""
+
+    def tuples(value):
+        if isinstance(value, list):
+            return tuple(map(tuples, value))
+        if isinstance(value, dict):
+            return {key: tuples(below) for key, below in value.items()}
+        return value
+
+    return ConfigDict(tuples(json.loads(path.read_text())))
+
+
+def differing(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """A line `key: old -> new` for every key whose values differ."""
+    before, after = flat(old), flat(new)
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in dict.fromkeys((*before, *after))
+        if before.get(key) != after.get(key)
+    ]

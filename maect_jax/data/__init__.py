@@ -1,0 +1,1 @@
+"""From images on disk to global batches of views."""

@@ -1,0 +1,127 @@
+"""Global batches from a source, through grain.
+
+The order is a pure function of the seed (a tuple: the run's, and the stage's number): step s
+takes the next `batch_size` records of its epoch's permutation, and each process reads a
+contiguous block of that batch. An image's randomness derives from (seed, epoch, record) alone,
+so the same crops come out on any number of hosts, workers or threads, and after any restart.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import lru_cache
+
+import grain
+import numpy as np
+
+from maect_jax.data import transforms
+from maect_jax.data.sources import Source
+
+_AHEAD = 4  # batches made ahead of the step
+
+
+def _options(threads: int) -> grain.ReadOptions:
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: tuple[int, ...], epoch: int, records: int) -> np.ndarray:
+    return np.random.default_rng((*seed, epoch)).permutation(records)
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """The (epoch, record) of every row that a process reads, in order of reading."""
+
+    records: int
+    batch_size: int
+    steps: int
+    seed: tuple[int, ...]
+    process: int = 0
+    processes: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of each global batch that this process reads."""
+        return self.batch_size // self.processes
+
+    def __len__(self) -> int:
+        return self.steps * self.rows
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        step, row = divmod(int(index), self.rows)
+        epoch, step = divmod(step, self.records // self.batch_size)
+        place = step * self.batch_size + self.process * self.rows + row
+        return epoch, int(_permutation(self.seed, epoch, self.records)[place])
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainRecord:
+    """Turns (epoch, record) into one training example with `len(scales)` views.
+
+    Images of one shape travel whole, with the boxes to cut (the device cuts them, see
+    `augment.views`); others are cut here. Fields: `image`, `index`, `label`, `seed`, and `box`
+    and `flip` for whole images.
+    """
+
+    source: Source
+    size: tuple[int, int]
+    scales: tuple[tuple[float, float], ...]
+    seed: tuple[int, ...]
+
+    def __call__(self, where: tuple[int, int]) -> dict[str, np.ndarray]:
+        epoch, record = where
+        rng = np.random.default_rng((*self.seed, epoch, record))
+        image, label = self.source[record]
+        boxes = [transforms.random_crop_box(rng, image.shape[:2], s) for s in self.scales]
+        flips = rng.random(len(boxes)) < 0.5
+        example = {
+            "index": np.int32(record),
+            "label": np.int32(label),
+            "seed": rng.integers(2**32, size=2, dtype=np.uint32),
+        }
+        if self.source.shape is not None:
+            return example | {"image": image, "box": np.int32(boxes), "flip": flips}
+        views = [transforms.crop_resize(image, box, self.size) for box in boxes]
+        views = [v[:, ::-1] if flip else v for v, flip in zip(views, flips, strict=True)]
+        return example | {"image": np.stack(views)}
+
+
+def train_batches(order: Order, make_example: TrainRecord, workers: int):
+    """An iterator over this process's part of each global batch, as dicts of stacked arrays.
+
+    Its `get_state()` (plain JSON) and `set_state()` hold the position. With `workers` > 0 the
+    examples are made in that many processes, else in threads.
+    """
+    dataset = grain.MapDataset.source(order).map(make_example).batch(order.rows)
+    if not workers:
+        return iter(dataset.to_iter_dataset(_options(_AHEAD)))
+    processes = grain.MultiprocessingOptions(workers, per_worker_buffer_size=1)
+    return iter(dataset.to_iter_dataset(_options(1)).mp_prefetch(processes))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalRecord:
+    """Turns a record number into its centre crop; numbers past the end give padding."""
+
+    source: Source
+    size: tuple[int, int]
+    short_side: int
+
+    def __call__(self, record: int) -> dict[str, np.ndarray]:
+        valid = record < len(self.source)
+        image, label = self.source[record if valid else 0]
+        crop = transforms.centre_crop(image, self.short_side, self.size)
+        return {"image": crop, "label": np.int32(label), "valid": np.bool_(valid)}
+
+
+def eval_batches(
+    make_example: EvalRecord, batch_size: int, process: int, processes: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every image once, in order, in this process's part of each global batch.
+
+    The last batch is filled up to `batch_size` with rows whose `valid` is false.
+    """
+    steps = -(-len(make_example.source) // batch_size)
+    records = np.arange(steps * batch_size).reshape(steps, processes, -1)[:, process]
+    dataset = grain.MapDataset.source(records.ravel()).map(make_example)
+    return iter(dataset.batch(records.shape[1]).to_iter_dataset(_options(_AHEAD)))

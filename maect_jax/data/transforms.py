@@ -1,0 +1,64 @@
+"""Geometry on the host: where to cut, and cutting with Pillow. Images are uint8 `[H, W, C]`."""
+
+import math
+
+import numpy as np
+from PIL import Image
+
+Box = tuple[int, int, int, int]  # top, left, height, width
+
+
+def random_crop_box(
+    rng: np.random.Generator,
+    shape: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Box:
+    """A random resized crop's box ("Inception crop", as torchvision draws it).
+
+    Args:
+      rng: source of randomness.
+      shape: height and width of the image.
+      scale: range of the crop's share of the area.
+      ratio: range of its width / height, drawn log-uniformly.
+
+    Returns:
+      The first of ten draws that fits, else the largest central box within `ratio`.
+    """
+    height, width = shape
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(rng.integers(0, height - h + 1))
+            left = int(rng.integers(0, width - w + 1))
+            return top, left, h, w
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bicubic with antialiasing to `size` (height, width)."""
+    if image.shape[:2] == tuple(size):
+        return image
+    picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+    resized = np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC))
+    return resized.reshape(*size, image.shape[2])
+
+
+def crop_resize(image: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
+    """Cuts a box and resizes it to `size` (height, width)."""
+    top, left, height, width = box
+    return _resize(image[top : top + height, left : left + width], size)
+
+
+def centre_crop(image: np.ndarray, short_side: int, size: tuple[int, int]) -> np.ndarray:
+    """Evaluation: resizes the short side to `short_side`, then cuts the centre `size`."""
+    height, width = image.shape[:2]
+    factor = short_side / min(height, width)
+    target = [max(round(side * factor), short_side) for side in (height, width)]
+    image = _resize(image, tuple(target))
+    top, left = ((have - want) // 2 for have, want in zip(target, size, strict=True))
+    return image[top : top + size[0], left : left + size[1]]

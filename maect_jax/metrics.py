@@ -1,0 +1,111 @@
+"""What a run says while it trains: `metrics.jsonl` and a progress bar."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from maect_jax.errors import RunFailedError
+
+
+def _forget(path: Path, stage: str, step: int) -> None:
+    """Drops the lines of `stage` past `step`: what is done again must not be told twice."""
+
+    def kept(line):
+        entry = json.loads(line)
+        return entry["stage"] != stage or entry["step"] <= step
+
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    draft = path.with_suffix(".tmp")
+    draft.write_text("".join(filter(kept, lines)))
+    draft.replace(path)
+
+
+class Log:
+    """Takes each step's metrics as device arrays and reads them one step late.
+
+    So the device never waits for the host. `metrics.jsonl` gets one JSON object a line, `stage`,
+    `step` and scalars, for the first step, every `every` steps and the last one.
+
+    Args:
+      path: of metrics.jsonl.
+      stage: its name.
+      steps: of the whole stage.
+      done: steps that were done before, when a stage goes on.
+      batch_size: images a step.
+      every: steps between two lines.
+      shown: whether this process writes and draws at all (one of all processes does).
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        stage: str,
+        steps: int,
+        done: int,
+        batch_size: int,
+        every: int,
+        shown: bool,
+    ):
+        self._stage, self._steps, self._batch_size, self._every = stage, steps, batch_size, every
+        self._pending: tuple[int, dict] | None = None
+        self._clock = (time.monotonic(), done)
+        self._file = None
+        if shown:
+            _forget(path, stage, done)
+            self._file = path.open("a", buffering=1)
+        self._bar = tqdm(
+            total=steps * batch_size,
+            initial=done * batch_size,
+            desc=f"{stage:>4}",
+            unit="img",
+            unit_scale=True,
+            disable=not shown,
+            dynamic_ncols=True,
+            # A log file needs a line now and then, a terminal a living bar.
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
+
+    def add(self, step: int, scalars: dict[str, jax.Array]) -> None:
+        """Remembers this step's metrics and reads those of the step before.
+
+        Raises:
+          RunFailedError: a step was not finite.
+        """
+        self.flush()
+        self._pending = (step, scalars)
+
+    def flush(self) -> None:
+        """Reads what is remembered; waits for that step to end. Raises as `add` does."""
+        if self._pending is None:
+            return
+        (step, scalars), self._pending = self._pending, None
+        values = {key: float(value) for key, value in jax.device_get(scalars).items()}
+        if not values.pop("finite"):
+            raise RunFailedError(
+                f"stage {self._stage}, step {step}: the loss ({values['loss']}) or a gradient is "
+                "not finite; nothing was saved after the last checkpoint"
+            )
+        self._bar.update(self._batch_size)
+        shown = {k: f"{values[k]:.3f}" for k in ("loss", "nn_accuracy") if k in values}
+        self._bar.set_postfix(shown, refresh=False)
+        if self._file and (step == 1 or step % self._every == 0 or step == self._steps):
+            (then, before), now = self._clock, time.monotonic()
+            self._clock = (now, step)
+            rate = (step - before) * self._batch_size / max(now - then, 1e-9)
+            entry = {"stage": self._stage, "step": step, **values, "images_per_second": rate}
+            self._file.write(json.dumps({k: _rounded(v) for k, v in entry.items()}) + "\n")
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._file:
+            self._file.close()
+
+
+def _rounded(value):
+    """Seven significant digits, all that a float32 has."""
+    return float(f"{value:.7g}") if isinstance(value, float) and math.isfinite(value) else value

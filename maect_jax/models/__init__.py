@@ -1,0 +1,1 @@
+"""Network modules: encoder, decoder, contrastive head."""

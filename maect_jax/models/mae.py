@@ -1,0 +1,60 @@
+"""Masking and decoder of the masked autoencoder (He et al., 2022)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from maect_jax.models import vit
+
+
+def kept_patches(patches: int, mask_ratio: float) -> int:
+    """How many of `patches` the encoder sees."""
+    return int(patches * (1 - mask_ratio))
+
+
+def random_mask(noise: jax.Array, mask_ratio: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keeps the patches with the smallest noise.
+
+    Args:
+      noise: uniform noise `[B, N]`.
+      mask_ratio: share of the patches to remove.
+
+    Returns:
+      `keep` int32 `[B, K]`, the kept patches in noise order; `restore` int32 `[B, N]`, the
+      place of every patch among kept-then-removed ones; `mask` fp32 `[B, N]`, 1 where removed.
+    """
+    order = jnp.argsort(noise, axis=1)
+    restore = jnp.argsort(order, axis=1)
+    kept = kept_patches(noise.shape[1], mask_ratio)
+    return order[:, :kept], restore, (restore >= kept).astype(jnp.float32)
+
+
+class Decoder(nn.Module):
+    """Predicts the pixels of all patches from the encoded visible ones."""
+
+    width: int
+    depth: int
+    heads: int
+    patch_size: int
+    channels: int
+    ln_eps: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, latent: jax.Array, restore: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        """`latent [B, 1 + K, D]`, `restore [B, N]` -> fp32 `[B, N, P*P*C]` for a patch `grid`."""
+        x = vit.dense(self.width, "embed", self.dtype)(latent)
+        mask_token = self.param("mask_token", vit.token_init, (1, 1, self.width))
+        removed = restore.shape[1] + 1 - x.shape[1]
+        filler = jnp.broadcast_to(mask_token.astype(self.dtype), (len(x), removed, self.width))
+        patches = jnp.concatenate([x[:, 1:], filler], axis=1)
+        patches = jnp.take_along_axis(patches, restore[..., None], axis=1)
+        patches = patches + jnp.asarray(vit.sincos_position(grid, self.width), self.dtype)
+        x = jnp.concatenate([x[:, :1], patches], axis=1)
+        block = dict(heads=self.heads, ln_eps=self.ln_eps, dtype=self.dtype)
+        x, _ = vit.scanned_blocks(self.depth, "blocks", **block)(x)
+        norm = nn.LayerNorm(self.ln_eps, dtype=self.dtype, use_fast_variance=False, name="norm")
+        pixels = self.patch_size**2 * self.channels
+        return vit.dense(pixels, "pred", self.dtype)(norm(x)[:, 1:]).astype(jnp.float32)

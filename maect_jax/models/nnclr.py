@@ -1,0 +1,74 @@
+"""Projector and predictor of NNCLR (Dwibedi et al., 2021) with MAE-CT's sizes."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# The default of PyTorch's Linear: uniform in +-1/sqrt(fan_in).
+dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over axis 0 in fp32, as in PyTorch.
+
+    Flax's own keeps a biased running variance; the authors' running variance is unbiased, and
+    an exported head must match theirs. Written as if on one device: under `jax.jit` the
+    statistics are those of the global batch, however it is sharded.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """`[B, D] -> [B, D]` fp32; batch statistics in training, running ones otherwise."""
+        x = x.astype(jnp.float32)
+        batch, width = x.shape
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (width,))
+        running_var = self.variable("batch_stats", "var", jnp.ones, (width,))
+        scale = self.param("scale", nn.initializers.ones, (width,))
+        bias = self.param("bias", nn.initializers.zeros, (width,))
+        if train:
+            mean = x.mean(0)
+            var = jnp.square(x - mean).mean(0)
+            if self.is_mutable_collection("batch_stats") and not self.is_initializing():
+                unbiased = var * batch / max(batch - 1, 1)
+                for running, new in ((running_mean, mean), (running_var, unbiased)):
+                    running.value = self.momentum * running.value + (1 - self.momentum) * new
+        else:
+            mean, var = running_mean.value, running_var.value
+        return (x - mean) * jax.lax.rsqrt(var + self.epsilon) * scale + bias
+
+
+class Projector(nn.Module):
+    """Linear-BN-ReLU, Linear-BN-ReLU, Linear-BN: features `[B, D] -> [B, out]` fp32."""
+
+    hidden: int = 2048
+    out: int = 256
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        dense = dict(use_bias=False, dtype=self.dtype, kernel_init=dense_init)
+        for i, width in enumerate((self.hidden, self.hidden, self.out), start=1):
+            x = nn.Dense(width, name=f"fc{i}", **dense)(x)
+            x = BatchNorm(name=f"bn{i}")(x, train)
+            x = nn.relu(x) if i < 3 else x
+        return x
+
+
+class Predictor(nn.Module):
+    """Linear-BN-ReLU, Linear: projections `[B, out] -> [B, out]` fp32."""
+
+    hidden: int = 4096
+    out: int = 256
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        dense = dict(use_bias=False, dtype=self.dtype, kernel_init=dense_init)
+        x = nn.Dense(self.hidden, name="fc1", **dense)(x)
+        x = nn.relu(BatchNorm(name="bn1")(x, train))
+        return nn.Dense(self.out, name="fc2", **dense)(x).astype(jnp.float32)

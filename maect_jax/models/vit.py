@@ -1,0 +1,207 @@
+"""Vision Transformer encoder in Flax linen, scanned over its layers.
+
+Sizes follow "An Image is Worth 16x16 Words" (Dosovitskiy et al., 2021); position
+embedding, initialisation and block order follow MAE (He et al., 2022).
+
+Shapes: B images, H x W pixels, C channels, N patches, D width, L layers.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maect_jax import sharding
+
+
+class Size(NamedTuple):
+    """Width, depth and number of attention heads of an encoder."""
+
+    width: int
+    depth: int
+    heads: int
+
+
+VARIANTS = {
+    "Ti": Size(192, 12, 3),
+    "S": Size(384, 12, 6),
+    "B": Size(768, 12, 12),
+    "L": Size(1024, 24, 16),
+    "H": Size(1280, 32, 16),
+}
+
+xavier = nn.initializers.xavier_uniform()
+token_init = nn.initializers.normal(0.02)
+
+
+def patchify(images: jax.Array, patch_size: int) -> jax.Array:
+    """Cuts `[B, H, W, C]` into patches `[B, N, P*P*C]`; pixels in row, column, channel order."""
+    batch, height, width, channels = images.shape
+    rows, cols = height // patch_size, width // patch_size
+    x = images.reshape(batch, rows, patch_size, cols, patch_size, channels)
+    return x.swapaxes(2, 3).reshape(batch, rows * cols, patch_size**2 * channels)
+
+
+def unpatchify(patches: jax.Array, patch_size: int, grid: tuple[int, int]) -> jax.Array:
+    """The inverse of `patchify`: `[B, N, P*P*C]` to `[B, H, W, C]` for a grid (rows, columns)."""
+    batch, (rows, cols) = patches.shape[0], grid
+    x = patches.reshape(batch, rows, cols, patch_size, patch_size, -1).swapaxes(2, 3)
+    return x.reshape(batch, rows * patch_size, cols * patch_size, -1)
+
+
+def sincos_position(grid: tuple[int, int], width: int) -> np.ndarray:
+    """Fixed 2-D sine-cosine position embedding, fp32 `[N, D]` (MAE, appendix A.1).
+
+    The first half of the channels codes the column, the second the row; each half is the
+    sines, then the cosines, at frequencies `10000^(-i / (D/4))`. D must be a multiple of 4.
+    """
+    frequencies = 10000.0 ** (-np.arange(width // 4) / (width / 4))
+    row, col = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    angles = [index.reshape(-1, 1) * frequencies for index in (col, row)]
+    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], 1).astype(np.float32)
+
+
+def flat_dot_general(x, kernel, dimensions, **options):
+    """`lax.dot_general` of `[..., D]` with `[D, E]`, with the leading axes of `x` made one.
+
+    The same product; left with two leading axes, XLA takes up to three times as long for the
+    gradient on CPU, as it contracts over both.
+    """
+    del dimensions
+    flat = x.reshape(-1, x.shape[-1])
+    y = jax.lax.dot_general(flat, kernel, (((1,), (0,)), ((), ())), **options)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def dense(features: int, name: str, dtype) -> nn.Dense:
+    """A linear layer as the transformers here use it."""
+    return nn.Dense(
+        features, dtype=dtype, kernel_init=xavier, dot_general=flat_dot_general, name=name
+    )
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention `[B, N, D] -> [B, N, D]` with one qkv projection."""
+
+    heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, tokens, width = x.shape
+        qkv = dense(3 * width, "qkv", self.dtype)(x)
+        q, k, v = jnp.unstack(qkv.reshape(batch, tokens, 3, self.heads, -1), axis=2)
+        x = jax.nn.dot_product_attention(q, k, v).reshape(batch, tokens, width)
+        return dense(width, "proj", self.dtype)(x)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; returns `(x, None)`, the signature that a scan asks for."""
+
+    heads: int
+    ln_eps: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _=None) -> tuple[jax.Array, None]:
+        width = x.shape[-1]
+        norm = dict(epsilon=self.ln_eps, dtype=self.dtype, use_fast_variance=False)
+        y = nn.LayerNorm(name="norm1", **norm)(x)
+        x = x + Attention(self.heads, self.dtype, name="attn")(y)
+        y = nn.LayerNorm(name="norm2", **norm)(x)
+        y = nn.gelu(dense(4 * width, "fc1", self.dtype)(y), approximate=False)
+        x = x + dense(width, "fc2", self.dtype)(y)
+        # Unpinned, the compiler may trade the batch sharding of the residual stream
+        # for that of the weights, at several times the memory.
+        return sharding.constrain_batch(x), None
+
+
+def scanned_blocks(depth: int, name: str, **block) -> nn.Module:
+    """`depth` blocks whose parameters are stacked along a leading layer axis."""
+    scan = nn.scan(
+        Block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=depth,
+    )
+    return scan(name=name, **block)
+
+
+class ViT(nn.Module):
+    """Encoder `[B, H, W, C] -> [B, 1 + N, D]`: class token and patch tokens after the final norm.
+
+    Parameters: `patch_embed`, `cls_token`, `frozen_blocks` (the first `frozen_blocks` layers,
+    only if there are any), `blocks` (the other layers), `norm`. Both stacks carry a leading
+    layer axis, so that what is trained and what is frozen are separate leaves
+    (`split_blocks`, `merge_blocks`). A parameter `pos_embed [N, D]`, where given, is a learned
+    position embedding that takes the place of the fixed one.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    patch_size: int
+    frozen_blocks: int = 0
+    ln_eps: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+        """`keep [B, K]`, if given, are the patches to encode, in that order (MAE)."""
+        grid = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
+        patches = patchify(images, self.patch_size)
+        if self.has_variable("params", "pos_embed"):
+            position = self.get_variable("params", "pos_embed")[None]
+        else:
+            position = jnp.asarray(sincos_position(grid, self.width))[None]
+        if keep is not None:
+            # Gathering pixels instead of embedded patches embeds a quarter of them.
+            patches = jnp.take_along_axis(patches, keep[..., None], axis=1)
+            position = position[0][keep]
+        x = dense(self.width, "patch_embed", self.dtype)(patches)
+        x = x + position.astype(self.dtype)
+        cls_token = self.param("cls_token", token_init, (1, 1, self.width)).astype(self.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(cls_token, (len(x), 1, self.width)), x], axis=1)
+        x = sharding.constrain_batch(x)
+        block = dict(heads=self.heads, ln_eps=self.ln_eps, dtype=self.dtype)
+        if self.frozen_blocks:
+            x, _ = scanned_blocks(self.frozen_blocks, "frozen_blocks", **block)(x)
+        if self.depth > self.frozen_blocks:
+            rest = self.depth - self.frozen_blocks
+            x, _ = scanned_blocks(rest, "blocks", **block)(x)
+        norm = nn.LayerNorm(self.ln_eps, dtype=self.dtype, use_fast_variance=False, name="norm")
+        return norm(x)
+
+
+def split_blocks(params: dict, frozen_blocks: int) -> tuple[dict, dict]:
+    """Splits whole encoder parameters into `(trained, frozen)` for a model with `frozen_blocks`.
+
+    With none frozen everything is trained; else the embedding, the class token and the first
+    blocks are frozen, the other blocks and the final norm are trained.
+    """
+    if not frozen_blocks:
+        return dict(params), {}
+    lower = jax.tree.map(lambda x: x[:frozen_blocks], params["blocks"])
+    upper = jax.tree.map(lambda x: x[frozen_blocks:], params["blocks"])
+    trained = {"norm": params["norm"]}
+    if jax.tree.leaves(upper)[0].shape[0]:
+        trained["blocks"] = upper
+    rest = {k: v for k, v in params.items() if k not in ("blocks", "norm")}
+    return trained, {**rest, "frozen_blocks": lower}
+
+
+def merge_blocks(params: dict) -> dict:
+    """The inverse of `split_blocks`, from the union of both parts: one stack `blocks [L, ...]`."""
+    params = dict(params)
+    lower, upper = params.pop("frozen_blocks", None), params.get("blocks")
+    if lower is not None:
+        both = (lower, upper) if upper is not None else (lower,)
+        params["blocks"] = jax.tree.map(lambda *x: jnp.concatenate(x), *both)
+    return params
+
+
+def pool(tokens: jax.Array, how: str) -> jax.Array:
+    """`[B, 1 + N, D] -> [B, D]`: the class token ("cls") or the mean of the patches ("mean")."""
+    return tokens[:, 0] if how == "cls" else tokens[:, 1:].mean(1)

@@ -1,0 +1,108 @@
+"""AdamW with a learning rate and a weight decay of its own for every tensor."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+BETAS = (0.9, 0.95)
+EPS = 1e-8
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Optimisation of one part of the parameters.
+
+    Attributes:
+      lr: learning rate at the schedule's peak, already scaled (`scaled_lr`).
+      weight_decay: decoupled, multiplied with the learning rate.
+      layer_decay: the last block of an encoder has `lr * layer_decay`, the one below
+        `lr * layer_decay^2`, and so on; the final norm has `lr`.
+      depth: number of blocks of the whole encoder, frozen ones included.
+    """
+
+    lr: float
+    weight_decay: float
+    layer_decay: float = 1.0
+    depth: int = 0
+
+
+def scaled_lr(base_lr: float, batch_size: int, views: int) -> float:
+    """Linear scaling rule; every view of an image counts as a sample."""
+    return base_lr * batch_size * views / 256
+
+
+def schedule(steps: int, warmup: int) -> Callable[[jax.Array], jax.Array]:
+    """Factor of the learning rate at each update: linear warm-up, then half a cosine to zero."""
+
+    def factor(step):
+        rise = (step + 1) / (warmup + 1)
+        fall = (1 + jnp.cos(jnp.pi * (step - warmup) / max(steps - warmup, 1))) / 2
+        return jnp.where(step < warmup, rise, fall)
+
+    return factor
+
+
+def _lr(path: tuple[str, ...], leaf, group: Group) -> np.ndarray:
+    if group.layer_decay == 1.0 or path[1] == "norm":
+        return np.float32(group.lr)
+    if path[1] == "blocks":
+        # Stacked [layers, ...]: the layers that are here are the last ones of `depth`.
+        distance = np.arange(leaf.shape[0], 0, -1).reshape(-1, *[1] * (leaf.ndim - 1))
+    else:
+        distance = group.depth + 1
+    return np.asarray(group.lr * group.layer_decay**distance, np.float32)
+
+
+def _weight_decay(path: tuple[str, ...], group: Group) -> float:
+    # By name, not by rank: stacked biases and scales have two dimensions.
+    return 0.0 if path[-1] in ("bias", "scale") else group.weight_decay
+
+
+def per_tensor(params, groups: Mapping[str, Group]):
+    """Peak learning rate (scalar, or `[layers, 1, ...]`) and weight decay of each tensor.
+
+    Args:
+      params: tree of (abstract) arrays whose top level are the names of `groups`.
+      groups: the optimisation of each part.
+
+    Returns:
+      Two trees of the structure of `params`.
+    """
+
+    def names(path):
+        return tuple(entry.key for entry in path)
+
+    def lr(path, leaf):
+        return _lr(names(path), leaf, groups[names(path)[0]])
+
+    def weight_decay(path, _):
+        return _weight_decay(names(path), groups[names(path)[0]])
+
+    by_path = jax.tree_util.tree_map_with_path
+    return by_path(lr, params), by_path(weight_decay, params)
+
+
+def adamw(
+    params, groups: Mapping[str, Group], steps: int, warmup: int
+) -> optax.GradientTransformation:
+    """The optimiser of a stage (Loshchilov & Hutter, 2019); no gradient clipping."""
+    lrs, decays = per_tensor(params, groups)
+
+    def scale(updates, params):
+        return jax.tree.map(lambda u, p, lr, wd: lr * (u + wd * p), updates, params, lrs, decays)
+
+    factor = schedule(steps, warmup)
+    return optax.chain(
+        optax.scale_by_adam(*BETAS, EPS),
+        optax.stateless(scale),
+        optax.scale_by_schedule(lambda step: -factor(step)),
+    )
+
+
+def average(mean, new, decay: float):
+    """Exponential moving average of two trees: `decay * mean + (1 - decay) * new`."""
+    return jax.tree.map(lambda m, x: decay * m + (1 - decay) * x, mean, new)

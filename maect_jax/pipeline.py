@@ -1,0 +1,170 @@
+"""Runs the stages of a config in order, each starting from the one before."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from maect_jax import checkpoint, evaluate, plan, sharding, train, validate
+from maect_jax import config as pages
+from maect_jax.data import sources
+from maect_jax.errors import UserError
+from maect_jax.stages import build
+
+RANDOM = "random"
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """A trained stage of a run: where a later stage starts."""
+
+    run: Path
+    stage: str
+
+    @property
+    def folder(self) -> Path:
+        return checkpoint.stage_folder(self.run, self.stage)
+
+    def config(self) -> ConfigDict:
+        """The config that the run was made with."""
+        return pages.read(self.run / "config.json")
+
+
+def prepare(config: ConfigDict) -> Origin | None:
+    """Checks a config against the machine and the run that it starts from.
+
+    An evaluation without a model of its own gets that of the run.
+
+    Returns:
+      Where the first stage starts, `None` for nowhere.
+
+    Raises:
+      UserError: a value is not allowed, or there is no such run.
+    """
+    origin = None
+    first = config.stages[0] if config.stages else ""
+    if first != "mae" and (config.init_from != RANDOM or first == "eval"):
+        origin = _find(config.init_from, first)
+        before = origin.config()
+        if "model" not in config:
+            with config.unlocked():
+                config.model = before.model
+    validate.settings(config, jax.device_count(), jax.process_count())
+    if origin:
+        validate.succession(before, origin.stage, config, first)
+        _finished(origin)
+    return origin
+
+
+def _find(init_from: str, stage: str) -> Origin:
+    where = f"config.init_from={init_from!r}: "
+    allowed = "the folder of a run" + ("" if stage == "eval" else f", or {RANDOM!r} weights")
+    if not init_from:
+        raise UserError(f"{where}stage {stage} must start from something: {allowed}")
+    run = Path(init_from)
+    if not (run / "config.json").is_file():
+        raise UserError(f"{where}there is no run; must be {allowed}")
+    trained = [
+        name
+        for name in build.TRAINING
+        if checkpoint.last_step(checkpoint.stage_folder(run, name)) is not None
+    ]
+    if not trained:
+        raise UserError(f"{where}the run has no checkpoint yet; must be {allowed}")
+    return Origin(run, trained[-1])
+
+
+def _finished(origin: Origin) -> None:
+    step = checkpoint.last_step(origin.folder)
+    steps = checkpoint.read_position(origin.folder)["steps"]
+    if step != steps:
+        raise UserError(
+            f"config.init_from={str(origin.run)!r}: its stage {origin.stage} is at step {step} of "
+            f"{steps}; finish that run first"
+        )
+
+
+def open_sources(config: ConfigDict) -> dict[str, sources.Source]:
+    """The images that the stages need, by split.
+
+    Raises:
+      UserError: they are not there, or are fewer than a batch.
+    """
+    needed = sources.SPLITS if "eval" in config.stages else sources.SPLITS[:1]
+    found = {split: sources.make(config.data, split, config.model.channels) for split in needed}
+    for name in config.stages:
+        size, images = config[name].batch_size, len(found["train"])
+        if name != "eval" and size > images:
+            raise UserError(
+                f"config.{name}.batch_size={size}: must be at most the {images} training images"
+            )
+    return found
+
+
+def _claim(workdir: Path, config: ConfigDict) -> None:
+    """Writes the config into the run's folder, which must be this run's or new."""
+    path = workdir / "config.json"
+    if path.exists():
+        differing = pages.differing(pages.read(path), config)
+        if differing:
+            raise UserError(
+                f"--workdir={workdir}: holds another run ({'; '.join(differing)}); name another "
+                "folder, or remove that one"
+            )
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            pages.save(config, path)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot write there: {error}") from error
+
+
+def dry_run(config: ConfigDict) -> None:
+    """Prints what `run` would do. The images and the run to start from need not be there."""
+    if "model" in config:
+        validate.settings(config, jax.device_count(), jax.process_count())
+    else:
+        prepare(config)
+    records, whose = plan.IMAGENET_TRAIN, "ImageNet-1k's, as the images are not there"
+    with contextlib.suppress(UserError):
+        records, whose = len(open_sources(config)["train"]), f"from {config.data.source}"
+    print(f"{config.name}: {' -> '.join(config.stages)}; {records:,} training images ({whose})")
+    print("\n".join(plan.describe(config, records)))
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Runs all stages; goes on where an earlier call was stopped.
+
+    Args:
+      config: a locked config from `config.load`.
+      workdir: the run's folder; made if need be.
+
+    Raises:
+      UserError: bad input, before anything is written.
+      RunFailedError: training cannot go on.
+    """
+    origin = prepare(config)
+    mesh = sharding.make_mesh(**config.mesh)
+    images = open_sources(config)
+    _claim(workdir, config)
+    with jax.set_mesh(mesh):
+        for name in config.stages:
+            if name == "eval":
+                evaluated = workdir if len(config.stages) > 1 else origin.run
+                results = evaluate.run(config, images, evaluated, workdir, mesh)
+                if jax.process_index() == 0:
+                    print(f"\n{evaluate.table(results)}\n\n{workdir / 'results.json'}")
+                continue
+
+            def start(origin=origin, name=name):
+                if origin is None:
+                    return {}
+                parts = build.SAVED_PARTS[origin.stage]
+                saved = checkpoint.read_parts(origin.folder, parts, mesh)
+                return build.handover(origin.stage, saved, name)
+
+            train.run(config, name, images["train"], workdir, mesh, start)
+            origin = Origin(workdir, name)

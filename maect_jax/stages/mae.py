@@ -1,0 +1,78 @@
+"""Stage 1: the masked autoencoder (He et al., 2022)."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from maect_jax import losses, optim
+from maect_jax.data.augment import Recipe
+from maect_jax.models import mae, vit
+from maect_jax.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Mae:
+    """What is fixed in stage 1. `image_shape` is (H, W, C); `groups`, `steps` and `warmup` are the
+    optimiser's (`optim.adamw`)."""
+
+    encoder: vit.ViT
+    decoder: mae.Decoder
+    image_shape: tuple[int, int, int]
+    mask_ratio: float
+    recipe: Recipe
+    groups: Mapping[str, optim.Group]
+    steps: int
+    warmup: int
+
+    def optimizer(self, params):
+        return optim.adamw(params, self.groups, self.steps, self.warmup)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches in (rows, columns)."""
+        return tuple(size // self.encoder.patch_size for size in self.image_shape[:2])
+
+    def init(self, key: jax.Array, start: dict) -> TrainState:
+        """A fresh state; stage 1 takes nothing over, so `start` is empty."""
+        del start
+        encoder_key, decoder_key, rng = jax.random.split(key, 3)
+        images = jnp.zeros((1, *self.image_shape))
+        restore = jnp.arange(self.grid[0] * self.grid[1])[None]
+        encoder = self.encoder.init(encoder_key, images)["params"]
+        latent = jnp.zeros((1, 1, self.encoder.width))
+        decoder = self.decoder.init(decoder_key, latent, restore, self.grid)["params"]
+        params = {"encoder": encoder, "decoder": decoder}
+        return TrainState(
+            step=jnp.int32(0),
+            params=params,
+            frozen={},
+            batch_stats={},
+            opt_state=self.optimizer(params).init(params),
+            ema={},
+            target={},
+            queue=None,
+            rng=rng,
+        )
+
+    def forward(self, params: dict, images: jax.Array, noise: jax.Array) -> dict:
+        """Reconstructs `images [B, H, W, C]` masked by `noise [B, N]`."""
+        keep, restore, mask = mae.random_mask(noise, self.mask_ratio)
+        latent = self.encoder.apply({"params": params["encoder"]}, images, keep)
+        prediction = self.decoder.apply({"params": params["decoder"]}, latent, restore, self.grid)
+        target = losses.patch_targets(images, self.encoder.patch_size)
+        loss = losses.reconstruction(prediction, target, mask)
+        return dict(loss=loss, latent=latent, restore=restore, mask=mask, prediction=prediction)
+
+    def loss(self, params, state: TrainState, views: jax.Array, batch: dict, key: jax.Array):
+        """Every view is an image of its own, with a mask of its own. `views`: `[B, V, H, W, C]`."""
+        del state, batch
+        images = views.reshape(-1, *views.shape[2:])
+        noise = jax.random.uniform(key, (len(images), self.grid[0] * self.grid[1]))
+        return self.forward(params, images, noise)["loss"], ({}, {})
+
+    def advance(self, state: TrainState, carried: dict, finite: jax.Array) -> TrainState:
+        """Nothing but the parameters moves in stage 1."""
+        del carried, finite
+        return state

@@ -1,0 +1,37 @@
+"""One update, the same for every training stage."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from maect_jax import optim
+from maect_jax.data import augment
+from maect_jax.state import TrainState
+
+
+def step(stage, state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Pure: `(state, batch) -> (state, metrics)` for a stage (`Mae` or `Contrast`).
+
+    A step whose loss or gradients are not finite counts as a step and changes nothing else:
+    not the parameters, moments, averages, statistics, nor the queue. Metrics are scalars;
+    `finite` tells.
+    """
+    key = jax.random.fold_in(state.rng, state.step)
+    views = augment.views(batch, stage.recipe)
+    (loss, (metrics, carried)), grads = jax.value_and_grad(stage.loss, has_aux=True)(
+        state.params, state, views, batch, key
+    )
+    grad_norm = optax.tree.norm(grads)
+    # The norm of the gradients is finite only if each of them is.
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = stage.optimizer(state.params).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    new = stage.advance(state.replace(params=params, opt_state=opt_state), carried, finite)
+    # The queue guards itself: selecting it whole would copy it at every step.
+    queue, new = new.queue, new.replace(queue=None)
+    old = state.replace(queue=None)
+    new = jax.tree.map(lambda n, o: n if n is o else jnp.where(finite, n, o), new, old)
+    new = new.replace(queue=queue, step=state.step + 1)
+    factor = optim.schedule(stage.steps, stage.warmup)(state.step)
+    lr = max(group.lr for group in stage.groups.values()) * factor
+    return new, dict(loss=loss, learning_rate=lr, grad_norm=grad_norm, finite=finite, **metrics)

@@ -1,0 +1,106 @@
+"""The loop, once, for every training stage."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from maect_jax import metrics, sharding, state
+from maect_jax.checkpoint import Checkpoints, stage_folder
+from maect_jax.data import loader, sources
+from maect_jax.stages import build
+from maect_jax.stages.step import step
+
+
+def _batches(config: ConfigDict, name: str, source: sources.Source, steps: int):
+    section = config[name]
+    seed = (config.seed, build.TRAINING.index(name))  # no stage repeats another's crops
+    order = loader.Order(
+        records=len(source),
+        batch_size=section.batch_size,
+        steps=steps,
+        seed=seed,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+    )
+    scales = (section.crop_scale,) * build.VIEWS
+    example = loader.TrainRecord(source, config.model.image_size, scales, seed)
+    return loader.train_batches(order, example, config.data.workers)
+
+
+def run(
+    config: ConfigDict,
+    name: str,
+    source: sources.Source,
+    workdir: Path,
+    mesh,
+    start: Callable[[], dict],
+) -> None:
+    """Trains stage `name` to its end, from the last checkpoint if there is one.
+
+    Args:
+      config: a whole config.
+      name: "mae", "head" or "ct".
+      source: the training images.
+      workdir: the run's folder.
+      mesh: the device mesh, which must be the current one.
+      start: reads what the stage takes over; called only at its first start.
+
+    Raises:
+      RunFailedError: a step was not finite. The last checkpoint is from before it.
+    """
+    section = config[name]
+    stage = build.stage(config, name, len(source))
+    checkpoints = Checkpoints(stage_folder(workdir, name))
+    done = checkpoints.latest() or 0
+    if done == stage.steps:
+        checkpoints.close()
+        return
+    # Every stage of a pipeline draws random numbers of its own.
+    key = jax.random.fold_in(jax.random.key(config.seed), build.TRAINING.index(name))
+    batches = _batches(config, name, source, stage.steps)
+    if done:
+        abstract = state.abstract(stage, key, {}, mesh)
+        train_state, position = checkpoints.restore(done, abstract)
+        batches.set_state(position["loader"])
+    else:
+        train_state = state.create(stage, key, start(), mesh)
+    places = state.shardings_of(train_state)
+    update = jax.jit(partial(step, stage), donate_argnums=0, out_shardings=(places, None))
+    shown = jax.process_index() == 0
+    if shown:
+        _describe(name, stage, train_state, done)
+    log = metrics.Log(
+        workdir / "metrics.jsonl",
+        name,
+        stage.steps,
+        done,
+        section.batch_size,
+        config.log_every,
+        shown,
+    )
+    per_epoch = build.updates_per_epoch(len(source), section.batch_size)
+    save_every = config.checkpoint_every * per_epoch
+    try:
+        for now in range(done + 1, stage.steps + 1):
+            batch = sharding.put_batch(next(batches), mesh)
+            train_state, scalars = update(train_state, batch)
+            log.add(now, scalars)
+            if now % save_every == 0 or now == stage.steps:
+                log.flush()  # a step that is not finite must not be saved
+                position = {"loader": batches.get_state(), "steps": stage.steps}
+                checkpoints.save(now, train_state, position)
+    finally:
+        log.close()
+        checkpoints.close()
+
+
+def _describe(name: str, stage, train_state: state.TrainState, done: int) -> None:
+    trained = parameter_overview.get_parameter_overview(train_state.params, include_stats=False)
+    frozen = parameter_overview.count_parameters(train_state.frozen)
+    where = f"from step {done} " if done else ""
+    print(f"\nStage {name}: {stage.steps} steps {where}- trained parameters:\n{trained}")
+    print(f"Frozen parameters: {frozen:,}", flush=True)

@@ -1,0 +1,188 @@
+"""The whole chain through the real `main`: its files, its results, stop and resume."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from maect_jax import checkpoint, config, metrics, pipeline
+from tests.conftest import CONFIGS, assert_trees_equal, mesh_of
+from tests.main_test import run_main
+
+QUICK = "configs/quickstart.py:test"
+STAGES = ("mae", "head", "ct")
+
+
+# `python -m maect_jax.main` in a process where importing TensorFlow fails.
+WITHOUT_TENSORFLOW = """
+import runpy, sys
+sys.modules["tensorflow"] = sys.modules["keras"] = None
+sys.argv[0] = "maect_jax.main"
+runpy.run_module("maect_jax.main", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of the quickstart's tiny variant, and what it printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "quickstart_test"
+    done = run_main(f"--config={QUICK}", f"--workdir={workdir}", python=("-c", WITHOUT_TENSORFLOW))
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def metrics_of(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_run_leaves_its_files_and_a_table(finished):
+    workdir, done = finished
+    names = {path.name for path in workdir.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "checkpoints", "results.json"}
+    table = done.stdout[done.stdout.index("k-NN") :]
+    assert [line.split()[0] for line in table.splitlines()[2:5]] == ["pixels", "mae", "ct"]
+    assert "Warning" not in done.stderr
+    assert "W1" not in done.stderr
+    assert "trained parameters" in done.stdout
+    assert "nn_accuracy" in done.stderr  # the progress bar
+
+
+def test_metrics_have_every_step_once(finished):
+    entries = metrics_of(finished[0])
+    for stage, steps in (("mae", 62), ("head", 31), ("ct", 31)):
+        own = [entry for entry in entries if entry["stage"] == stage]
+        expected = sorted({1, *range(10, steps + 1, 10), steps})
+        assert [entry["step"] for entry in own] == expected
+        for entry in own:
+            assert np.isfinite(entry["loss"])
+            assert entry["images_per_second"] > 0
+            assert ("nn_accuracy" in entry) == (stage != "mae")
+    assert [entry["stage"] for entry in entries] == sorted(
+        (entry["stage"] for entry in entries), key=STAGES.index
+    )
+
+
+def test_results_have_their_schema_and_beat_chance(finished):
+    results = json.loads((finished[0] / "results.json").read_text())
+    assert list(results) == ["pixels", "mae", "ct"]
+    for result in results.values():
+        assert [entry["k"] for entry in result["knn"]] == [1, 10]
+        assert all(entry["accuracy"] > 0.3 for entry in result["knn"])  # ten classes
+        assert len(result["probe"]["probes_last_epoch"]) == 10
+        assert result["probe"]["best_last_epoch"] > 0.2
+        for key in ("best", "mean", "deviation"):
+            assert {"acc", "nmi", "ari"} <= set(result["cluster"][key])
+
+
+def last_state(workdir, stage):
+    folder = checkpoint.stage_folder(workdir, stage)
+    parts = ("step", "params", "frozen", "batch_stats", "opt_state", "ema", "target", "queue")
+    return checkpoint.read_parts(folder, parts, mesh_of(1, 1))
+
+
+def test_ct_takes_over_head_and_queue_and_freezes_the_lower_half(finished):
+    mae, head, ct = (last_state(finished[0], stage) for stage in STAGES)
+    jax.tree.map(np.testing.assert_array_equal, mae["params"]["encoder"], head["frozen"]["encoder"])
+    lower = jax.tree.map(lambda x: x[:2], mae["params"]["encoder"]["blocks"])
+    jax.tree.map(np.testing.assert_array_equal, lower, ct["frozen"]["encoder"]["frozen_blocks"])
+    upper = jax.tree.map(lambda x: x[2:], mae["params"]["encoder"]["blocks"])
+    assert not np.array_equal(
+        upper["fc1"]["kernel"], ct["params"]["encoder"]["blocks"]["fc1"]["kernel"]
+    )
+    # 31 batches went through a queue of 2 in both stages; both rings are full of image rows.
+    assert (head["queue"].ids >= 0).all()
+    assert (ct["queue"].ids >= 0).all()
+
+
+class StoppedError(Exception):
+    """Stands for the power cut."""
+
+
+def test_stopped_in_ct_it_goes_on_and_ends_bit_equal(tmp_path, monkeypatch):
+    """Stopped in the middle of ct, the same command ends in the very state of a run in one go."""
+    quick = config.load(
+        str(CONFIGS / "quickstart.py:test"),
+        [
+            "stages=('mae','head','ct')",
+            "mae.epochs=1",
+            "mae.batch_size=1024",
+            "ct.epochs=2",
+            "head.batch_size=1024",
+            "ct.batch_size=1024",
+            "log_every=1",
+        ],
+    )
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(pipeline.sharding, "make_mesh", lambda **_: mesh_of(1, 1))
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    pipeline.run(quick, whole)
+    shutil.copytree(whole, stopped)
+    shutil.rmtree(checkpoint.stage_folder(stopped, "ct"))
+    add = metrics.Log.add
+
+    def add_until_12(self, step, scalars):
+        if step == 12:
+            raise StoppedError
+        add(self, step, scalars)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.Log, "add", add_until_12)
+        with pytest.raises(StoppedError):
+            pipeline.run(quick, stopped)
+    assert metrics_of(stopped)[-1]["step"] == 10  # read one step late
+    assert checkpoint.last_step(checkpoint.stage_folder(stopped, "ct")) == 7
+    pipeline.run(quick, stopped)
+    assert_trees_equal(last_state(whole, "ct"), last_state(stopped, "ct"))
+    told = [
+        [(entry["stage"], entry["step"], entry["loss"]) for entry in metrics_of(run)]
+        for run in (whole, stopped)
+    ]
+    assert told[0] == told[1]
+
+
+def test_finished_run_is_not_run_again_and_another_is_refused(finished):
+    workdir, first = finished
+    before = (workdir / "metrics.jsonl").read_bytes(), (workdir / "results.json").read_bytes()
+    again = run_main(f"--config={QUICK}", f"--workdir={workdir}")
+    assert again.returncode == 0
+    assert again.stdout.splitlines() == first.stdout.splitlines()[-8:]
+    other = run_main(f"--config={QUICK}", f"--workdir={workdir}", "--config.seed=1")
+    assert other.returncode == 2
+    assert other.stderr.startswith(f"error: --workdir={workdir}: holds another run (seed: 0 -> 1)")
+    assert before == (
+        (workdir / "metrics.jsonl").read_bytes(), (workdir / "results.json").read_bytes()
+    )  # fmt: skip
+
+
+def test_pages_chain_from_run_to_run(finished, tmp_path):
+    """head -> ct -> eval, each a page and a run of its own, on eight devices."""
+    head, ct, evaluated = (tmp_path / name for name in ("head", "ct", "eval"))
+    steps = (
+        ("head_vith14", head, "random"),
+        ("ct_vith14", ct, head),
+        ("eval", evaluated, ct),
+    )
+    for name, workdir, start in steps:
+        done = run_main(
+            f"--config=configs/{name}.py:test", f"--workdir={workdir}",
+            f"--config.init_from={start}", "--config.mesh.fsdp=2", devices=8,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    results = json.loads((evaluated / "results.json").read_text())
+    assert list(results) == ["ct"]
+    # What does not fit together is refused.
+    for arguments, message in (
+        (("ct_vith14", f"init_from={finished[0]}", "ct.queue_size=256"), "queue_size"),
+        (("ct_vith14", f"init_from={head}", "model.depth=3"), "encoder has depth 4"),
+    ):
+        name, *overrides = arguments
+        done = run_main(
+            f"--config=configs/{name}.py:test", f"--workdir={tmp_path / 'bad'}",
+            *(f"--config.{override}" for override in overrides),
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert not (tmp_path / "bad").exists()

@@ -1,0 +1,213 @@
+"""The config pages, and METHOD's tables written once more."""
+
+import jax
+import pytest
+
+from maect_jax import config as pages
+from maect_jax import flops, plan, validate
+from maect_jax.errors import UserError
+from maect_jax.models import vit
+from maect_jax.stages import build
+from tests.conftest import CONFIGS, ROOT
+
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "common")
+
+# The paper's hyper-parameters (arXiv 2304.10520) as its authors published them.
+# size: width, depth, heads, patch, pool, images a batch, frozen blocks
+SIZES = {
+    "b16": (768, 12, 12, 16, "mean", 1024, 6),
+    "l16": (1024, 24, 16, 16, "cls", 1024, 12),
+    "h16": (1280, 32, 16, 16, "cls", 512, 16),
+    "h14": (1280, 32, 16, 14, "cls", 512, 16),
+}
+# page: epochs, head base lr, temperature, target factor, top-k
+TUNING = {
+    "ct_vitb16": (20, 1e-4, 0.15, 0.99, 20),
+    "ct_vitl16": (20, 1e-4, 0.20, 0.99, 20),
+    "ct_vith16": (30, 1e-4, 0.30, 0.995, 20),
+    "ct_vith14": (30, 1e-4, 0.30, 0.995, 20),
+    "ct_aug_vitb16": (80, 5e-4, 0.15, 0.99, 10),
+    "ct_aug_vitl16": (40, 5e-4, 0.15, 0.99, 10),
+    "ct_aug_vith16": (40, 5e-4, 0.35, 0.995, 20),
+    "ct_aug_vith14": (40, 5e-4, 0.35, 0.995, 20),
+}
+
+
+def load(name, *overrides):
+    return pages.load(str(CONFIGS / f"{name.replace(':', '.py:')}"
+                          f"{'' if ':' in name else '.py'}"), overrides)  # fmt: skip
+
+
+def test_every_row_of_the_tables_has_its_page():
+    expected = {f"mae_vit{size}" for size in ("b16", "l16", "h16")}
+    expected |= {f"{kind}_vit{size}" for size in SIZES for kind in ("head", "head_aug")}
+    assert set(NAMES) == expected | set(TUNING) | {"eval", "quickstart"}
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("eval", "quickstart")])
+def test_page_has_the_papers_numbers(name):
+    config = load(name)
+    kind, _, size = name.rpartition("_vit")
+    width, depth, heads, patch, pool, batch, frozen = SIZES[size]
+    model = config.model
+    assert build.encoder_size(model) == vit.Size(width, depth, heads)
+    assert (model.patch_size, model.pool) == (patch, pool)
+    assert (model.image_size, model.channels, model.ln_eps) == ((224, 224), 3, 1e-6)
+    assert model.dtype == "bfloat16"
+    (stage,) = config.stages
+    section = config[stage]
+    assert config.name == name
+    assert section.batch_size == batch
+    before = {"mae": "", "head": f"mae_vit{size}", "head_aug": f"mae_vit{size}"}
+    before |= {"ct": f"head_vit{size}", "ct_aug": f"head_aug_vit{size}"}
+    if kind.startswith("head") and size == "h14":
+        assert config.init_from == ""  # the public checkpoint, which the user names
+    else:
+        assert config.init_from == (before[kind] and f"runs/{before[kind]}")
+    if stage == "mae":
+        assert (section.epochs, section.warmup_epochs) == (800, 20)
+        assert (section.base_lr, section.weight_decay) == (1.5e-4, 0.05)
+        assert (section.mask_ratio, section.crop_scale) == (0.75, (0.2, 1.0))
+        assert section.decoder.to_dict() == {"width": 512, "depth": 8, "heads": 16}
+        return
+    assert (section.queue_size, section.warmup_fraction) == (65536, 0.2)
+    assert (section.projector_hidden, section.projector_out) == (2048, 256)
+    assert (section.predictor_hidden, section.crop_scale) == (4096, (0.08, 1.0))
+    if stage == "head":
+        assert (section.epochs, section.temperature, section.top_k) == (20, 0.15, 1)
+        assert (section.base_lr, section.weight_decay) == (1e-4, 1e-5)
+    else:
+        tuned = (section.epochs, section.head_base_lr, section.temperature)
+        assert (*tuned, section.target_factor, section.top_k) == TUNING[name]
+        assert (section.base_lr, section.weight_decay, section.layer_decay) == (1e-4, 0.05, 0.65)
+        assert (section.frozen_blocks, section.ema_decay) == (frozen, 0.9999)
+        assert section.head_weight_decay == 1e-5
+    colours = section.photometric
+    probabilities = {key: colours[key] for key in ("jitter", "blur", "grayscale", "solarize")}
+    if kind.endswith("aug"):
+        assert probabilities == {
+            "jitter": (0.8, 0.8), "blur": (1.0, 0.1),
+            "grayscale": (0.2, 0.2), "solarize": (0.0, 0.2),
+        }  # fmt: skip
+        strengths = (colours.brightness, colours.contrast, colours.saturation, colours.hue)
+        assert strengths == (0.4, 0.4, 0.2, 0.1)
+        assert (colours.blur_sigma, colours.solarize_threshold) == ((0.1, 2.0), 128)
+    else:
+        assert set(probabilities.values()) == {(0.0, 0.0)}
+
+
+def test_eval_page_has_the_protocols_numbers():
+    section = load("eval").eval
+    assert section.probe.base_lrs == (0.1, 0.09, 0.08, 0.07, 0.06, 0.05, 0.04, 0.03, 0.02, 0.01)
+    assert (section.probe.epochs, section.probe.batch_size) == (50, 1024)
+    assert (section.knn.k, section.knn.temperature) == ((1, 10, 20, 100, 200), 0.07)
+    assert section.cluster.runs == 100
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "eval"])
+@pytest.mark.parametrize("variant", ["", ":test"])
+def test_page_builds_locks_and_its_full_state_has_a_shape(name, variant):
+    config = load(name + variant)
+    assert config.is_locked
+    validate.settings(config, devices=8)
+    for stage in config.stages:
+        if stage != "eval":
+            built = build.stage(config, stage, plan.IMAGENET_TRAIN)
+            state = jax.eval_shape(built.init, jax.random.key(0), {})
+            assert state.queue is None or state.queue.rows.shape[1] == config[stage].batch_size
+    documented = (CONFIGS / f"{name}.py").read_text()
+    assert f"python -m maect_jax.main --config=configs/{name}.py" in documented
+
+
+def test_test_variants_chain_in_folders_of_their_own():
+    for name in NAMES:
+        full, tiny = load(name), load(name + ":test")
+        assert tiny.name == f"{full.name}_test"
+        if full.init_from:
+            assert tiny.init_from == f"{full.init_from}_test"
+        assert tiny.stages == full.stages
+    assert load("head_vith14:test").init_from == "random"
+
+
+def test_showpiece_has_the_known_number_of_parameters():
+    config = load("ct_vith16")
+    stage = build.stage(config, "ct", plan.IMAGENET_TRAIN)
+    state = jax.eval_shape(stage.init, jax.random.key(0), {})
+    block = 12 * 1280**2 + 13 * 1280
+    assert plan.count(state.frozen) == 16 * block + (768 + 1) * 1280 + 1280
+    head = 1280 * 2048 + 2048**2 + 2048 * 256 + 2 * (2048 + 2048 + 256) + 2 * 256 * 4096 + 2 * 4096
+    assert plan.count(state.params) == 16 * block + 2 * 1280 + head
+    assert stage.steps == 30 * (1_281_167 // 512) == 75060
+    assert stage.warmup == 15012
+    assert stage.groups["encoder"].lr == pytest.approx(1e-4 * 512 * 2 / 256)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ct.epoch=3", r"no key 'ct.epoch'; did you mean 'ct.epochs'"),
+        ("ct.epochs=many", r"ct.epochs=many: expected int, such as 20"),
+        ("ct.epochs=2.5", r"ct.epochs=2.5: expected int"),
+        ("ct.base_lr=None", r"expected float"),
+        ("ct=3", r"config.ct is a section; its keys are ct.base_lr, ct.batch_size"),
+        ("ct.epochs", r"write --config.ct.epochs=VALUE"),
+        ("model.image_size=224", r"expected tuple, such as \(224, 224\)"),
+    ],
+)
+def test_override_that_is_wrong_is_one_clear_line(override, message):
+    with pytest.raises(UserError, match=message) as error:
+        load("ct_vitb16", override)
+    assert "\n" not in str(error.value)
+
+
+def test_overrides_are_typed():
+    config = load(
+        "ct_vitb16", "ct.base_lr=1", "model.width=96", "data.path=a b", "ct.crop_scale=(0.3, 1.0)"
+    )
+    assert (config.ct.base_lr, config.model.width) == (1.0, 96)
+    assert isinstance(config.ct.base_lr, float)
+    assert (config.data.path, config.ct.crop_scale) == ("a b", (0.3, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("configs/ct_vitb61.py", "no such file; did you mean .*ct_vitb16.py"),
+        ("configs/ct_vitb16.py:large", "no argument or 'test', not 'large'"),
+        ("README.md", "not a config page"),
+        ("tests/conftest.py", "not a config page"),
+    ],
+)
+def test_page_that_is_none_is_one_clear_line(page, message):
+    with pytest.raises(UserError, match=message):
+        pages.load(str(ROOT / page))
+
+
+def test_config_survives_its_file(tmp_path):
+    config = load("quickstart")
+    pages.save(config, tmp_path / "config.json")
+    again = pages.read(tmp_path / "config.json")
+    assert pages.differing(config, again) == []
+    again.ct.epochs = 99
+    assert pages.differing(config, again) == [f"ct.epochs: {config.ct.epochs!r} -> 99"]
+
+
+@pytest.mark.parametrize("name", ["mae", "ct"])
+def test_flops_formula_equals_the_compilers_count(name):
+    # One layer a scan: the compiler counts a loop's body once.
+    config = load(
+        "quickstart", "model.depth=2", "mae.decoder.depth=1", "ct.frozen_blocks=1",
+        "model.width=256", "mae.decoder.width=128", "mae.batch_size=64", "ct.batch_size=64",
+        "ct.queue_size=64", "head.queue_size=64", "mae.mask_ratio=0.5",
+    )  # fmt: skip
+    if name == "mae":
+        with config.unlocked():
+            config.model.depth = 1
+    stage = build.stage(config, name, 8000)
+    state = jax.eval_shape(stage.init, jax.random.key(0), {})
+    views = jax.ShapeDtypeStruct((64, 2, 28, 28, 1), "float32")
+    rows = {key: jax.ShapeDtypeStruct((64,), "int32") for key in ("index", "label")}
+    grad = jax.jit(jax.grad(stage.loss, has_aux=True))
+    lowered = grad.lower(state.params, state, views, rows, jax.eval_shape(jax.random.key, 0))
+    counted = lowered.compile().cost_analysis()["flops"]
+    assert flops.per_step(stage, 64, 2) == pytest.approx(counted, rel=0.05)

@@ -1,0 +1,48 @@
+"""Eight virtual CPU devices for every test, and what several tests share."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Unoptimised code halves the time that the tests spend compiling, which is most of it.
+FAST_COMPILE = "--xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {FAST_COMPILE}"
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from jax.sharding import AxisType, Mesh
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
+
+# grain's worker processes read absl's flags, which `main` parses.
+flags.FLAGS.mark_as_parsed()
+
+
+def mesh_of(data: int, fsdp: int) -> Mesh:
+    """A mesh of the first `data * fsdp` devices."""
+    devices = np.array(jax.devices()[: data * fsdp]).reshape(data, fsdp)
+    return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+@pytest.fixture
+def in_root(monkeypatch):
+    """Runs the test in the checkout's top folder, as the documented commands are."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def assert_trees_equal(a, b) -> None:
+    """Bit-equal leaves and equal structure."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))

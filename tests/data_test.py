@@ -1,0 +1,218 @@
+"""Sources, geometry on the host, and the loader's order."""
+
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from maect_jax.data import loader, sources, transforms
+from maect_jax.data.loader import EvalRecord, Order, TrainRecord
+from maect_jax.errors import UserError
+
+
+def save(path, shape=(9, 7), value=0):
+    """A picture of one red value, with a ramp of green."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.zeros((*shape, 3), np.uint8)
+    pixels[..., 0] = value
+    pixels[..., 1] = np.linspace(0, 255, shape[0])[:, None]
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for label, name in enumerate(("ant", "bee")):
+        for i in range(10):
+            shape = (9 + i, 7 + label)
+            save(tmp_path / "train" / name / f"{i:02}.png", shape, 10 * i + label)
+    save(tmp_path / "train" / "bee" / "deep" / "er" / "99.JPG", value=200)
+    (tmp_path / "train" / "bee" / "notes.txt").write_text("not an image")
+    return tmp_path
+
+
+def test_packaged_images_are_split_without_overlap():
+    train, val = (sources.fashion_mnist(split) for split in sources.SPLITS)
+    assert (len(train), len(val)) == (8000, 2000)
+    assert train.shape == (28, 28, 1)
+    assert set(np.unique(train.labels)) == set(range(10))
+    seen = {image.tobytes() for image in train.images}
+    assert sum(image.tobytes() in seen for image in val.images) <= 2  # the set has a few twins
+    pixels = train.images / 255
+    np.testing.assert_allclose([pixels.mean(), pixels.std()], [0.286, 0.353], atol=2e-3)
+
+
+def test_folder_reads_nested_files_by_class(folder):
+    source = sources.Folder(str(folder / "train"), channels=3)
+    assert source.classes == ["ant", "bee"]
+    assert len(source) == 21
+    image, label = source[3]
+    assert (image.shape, image[0, 0, 0], label) == ((12, 7, 3), 30, 0)
+    assert source[20][1] == 1
+    assert sources.Folder(str(folder / "train"), channels=1)[0][0].shape == (9, 7, 1)
+
+
+@pytest.mark.parametrize("path", ["nowhere", "train/ant"])
+def test_folder_that_has_no_images_is_one_clear_error(folder, path):
+    with pytest.raises(UserError, match=r"config\.data\.path"):
+        sources.Folder(str(folder / path), channels=3)
+
+
+@pytest.fixture
+def prepared_tfds(tmp_path):
+    """A prepared set, written without TensorFlow."""
+    import tensorflow_datasets as tfds
+    from array_record.python import array_record_module
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    home = tmp_path / "tiny" / "1.0.0"
+    home.mkdir(parents=True)
+    image = tfds.features.Image(shape=(None, None, 3))
+    label = tfds.features.ClassLabel(num_classes=3)
+    tfds.features.FeaturesDict({"image": image, "label": label}).save_config(str(home))
+    records = home / "tiny-train.array_record-00000-of-00001"
+    writer = array_record_module.ArrayRecordWriter(str(records), "group_size:1")
+    for i in range(5):
+        png = io.BytesIO()
+        Image.new("RGB", (6, 4 + i), (10 * i, 0, 0)).save(png, "PNG")
+        example = tf_example_pb2.Example()
+        example.features.feature["image"].bytes_list.value.append(png.getvalue())
+        example.features.feature["label"].int64_list.value.append(i % 3)
+        writer.write(example.SerializeToString())
+    writer.close()
+    split = {
+        "name": "train",
+        "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        "shardLengths": ["5"],
+        "numBytes": "1000",
+    }
+    info = {"name": "tiny", "version": "1.0.0", "fileFormat": "array_record", "splits": [split]}
+    (home / "dataset_info.json").write_text(json.dumps(info | {"moduleName": "tiny"}))
+    return tmp_path
+
+
+def data_section(**changes):
+    base = dict(source="tfds", path="", name="tiny", train_split="train", val_split="train")
+    return ConfigDict(base | changes)
+
+
+def test_tfds_is_read_without_tensorflow(prepared_tfds):
+    source = sources.make(data_section(path=str(prepared_tfds)), "train", channels=3)
+    assert len(source) == 5
+    image, label = source[4]
+    assert (image.shape, image[0, 0, 0], label) == ((8, 6, 3), 40, 1)
+    assert sources.make(data_section(path=str(prepared_tfds)), "val", 1)[0][0].shape == (4, 6, 1)
+    assert "tensorflow" not in sys.modules
+    with pytest.raises(UserError, match=r"config.data.name='absent'.*tfds build"):
+        sources.make(data_section(path=str(prepared_tfds), name="absent"), "train", 3)
+
+
+def test_random_crop_boxes_have_the_asked_area_and_ratio(rng):
+    shape = (300, 400)
+    boxes = [transforms.random_crop_box(rng, shape, (0.2, 1.0)) for _ in range(4000)]
+    top, left, height, width = np.array(boxes).T
+    assert (np.minimum(top, left) >= 0).all()
+    assert (top + height <= 300).all()
+    assert (left + width <= 400).all()
+    area, ratio = height * width / (300 * 400), width / height
+    assert 0.198 < area.min() < 0.25
+    assert 0.9 < area.max() <= 1
+    assert ratio.min() > 0.74
+    assert ratio.max() < 1.35
+    # Small crops always fit, so their log-ratio is uniform: mean 0, deviation log(16/9)/sqrt(12).
+    small = np.log(ratio[area < 0.4])
+    np.testing.assert_allclose([small.mean(), small.std()], [0, 0.166], atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("shape", "box"), [((10, 100), (0, 43, 10, 13)), ((100, 10), (43, 0, 13, 10))]
+)
+def test_crop_that_never_fits_is_central(rng, shape, box):
+    assert transforms.random_crop_box(rng, shape, (1.0, 1.0)) == box
+
+
+def test_centre_crop():
+    image = np.zeros((300, 600, 3), np.uint8)
+    image[:, 300:] = 255
+    crop = transforms.centre_crop(image, 256, (224, 224))
+    assert crop.shape == (224, 224, 3)
+    assert crop[:, :108].max() <= 20
+    assert crop[:, 116:].min() >= 235
+    assert transforms.centre_crop(image[:28, :28], 28, (28, 28)).shape == (28, 28, 3)
+    assert transforms.centre_crop(image[:5, :2], 256, (224, 224)).shape == (224, 224, 3)
+
+
+def test_every_epoch_is_a_permutation_cut_to_whole_batches():
+    order = Order(records=23, batch_size=5, steps=8, seed=(0, 1))
+    where = [order[i] for i in range(len(order))]
+    assert len(where) == 40
+    first, second = [r for e, r in where if e == 0], [r for e, r in where if e == 1]
+    assert len(set(first)) == len(set(second)) == 20
+    assert first != second
+    other = Order(records=23, batch_size=5, steps=8, seed=(1, 1))
+    assert [other[i][1] for i in range(20)] != first
+
+
+def test_processes_read_contiguous_blocks_of_the_same_global_batches():
+    whole = Order(records=40, batch_size=8, steps=10, seed=(3, 0))
+    halves = [Order(40, 8, 10, (3, 0), process=p, processes=2) for p in (0, 1)]
+    for step in range(10):
+        together = [half[step * 4 + row] for half in halves for row in range(4)]
+        assert together == [whole[step * 8 + row] for row in range(8)]
+
+
+def example_of(folder):
+    source = sources.Folder(str(folder / "train"), channels=3)
+    return TrainRecord(source, (8, 8), ((0.2, 1.0),) * 2, (0, 2))
+
+
+def assert_batches_equal(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_the_same_views_with_worker_processes_and_after_a_restart(folder):
+    order = Order(records=21, batch_size=4, steps=10, seed=(0, 2))
+    threads = loader.train_batches(order, example_of(folder), workers=0)
+    batches = [next(threads) for _ in range(4)]
+    state = json.loads(json.dumps(threads.get_state()))
+    batches += list(threads)
+    assert len(batches) == 10
+    assert batches[0]["image"].shape == (4, 2, 8, 8, 3)
+    processes = loader.train_batches(order, example_of(folder), workers=2)
+    for batch in batches:
+        assert_batches_equal(batch, next(processes))
+    again = loader.train_batches(order, example_of(folder), workers=0)
+    again.set_state(state)
+    for batch in batches[4:]:
+        assert_batches_equal(batch, next(again))
+
+
+def test_views_differ_between_epochs_and_follow_the_record(folder):
+    example = example_of(folder)
+    one, again, later = example((0, 5)), example((0, 5)), example((1, 5))
+    assert_batches_equal(one, again)
+    assert not np.array_equal(one["seed"], later["seed"])
+    assert one["index"] == later["index"] == 5
+    assert not np.array_equal(one["image"][0], one["image"][1])
+
+
+def test_evaluation_sees_every_image_once(folder):
+    source = sources.Folder(str(folder / "train"), channels=3)
+    example = EvalRecord(source, (8, 8), 8)
+    for processes in (1, 2):
+        streams = [loader.eval_batches(example, 8, p, processes) for p in range(processes)]
+        rows = []
+        for parts in zip(*streams, strict=True):
+            for part in parts:
+                assert part["image"].shape == (8 // processes, 8, 8, 3)
+                keep = part["valid"]
+                rows += list(zip(part["image"][keep], part["label"][keep], strict=True))
+        assert len(rows) == 21
+        for record, (image, label) in enumerate(rows):
+            np.testing.assert_array_equal(image, example(record)["image"])
+            assert label == source.labels[record]

@@ -1,0 +1,110 @@
+"""The command line: help, dry run, and bad input, each through the real `main`."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import FAST_COMPILE, ROOT
+
+
+def run_main(*arguments, devices=1, python=("-m", "maect_jax.main")):
+    flags = f"--xla_force_host_platform_device_count={devices} {FAST_COMPILE}"
+    return subprocess.run(
+        [sys.executable, *python, *arguments],
+        cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+
+
+QUICK = "--config=configs/quickstart.py:test"
+BAD = {
+    "unknown key": (
+        (QUICK, "--config.ct.epoch=3"),
+        "--config.ct.epoch=3: there is no key 'ct.epoch'; did you mean 'ct.epochs'?",
+    ),
+    "unknown page": (
+        ("--config=configs/quickstrat.py",),
+        "--config=configs/quickstrat.py: there is no such file; did you mean "
+        "configs/quickstart.py?",
+    ),
+    "unknown flag": ((QUICK, "--wrokdir=x"), "Unknown command line flag 'wrokdir'"),
+    "stray word": ((QUICK, "runs/x"), "unexpected argument 'runs/x'"),
+    "batch and devices": (
+        (QUICK, "--config.head.batch_size=255"),
+        "config.head.batch_size=255: the 2 devices must divide it, as they do 254",
+    ),
+    "batch and images": (
+        (QUICK, "--config.mae.batch_size=9000"),
+        "config.mae.batch_size=9000: must be at most the 8000 training images",
+    ),
+    "mesh and devices": (
+        (QUICK, "--config.mesh.fsdp=3"),
+        "config.mesh=(data=-1, fsdp=3): the sizes must multiply to the 2 devices",
+    ),
+    "patch and image": (
+        (QUICK, "--config.model.patch_size=5"),
+        "config.model.image_size=(28, 28): must be (height, width), each a multiple of the patch "
+        "size 5",
+    ),
+    "top-k and queue": (
+        (QUICK, "--config.ct.top_k=600"),
+        "config.ct.top_k=600: must be at most the queue size, 512",
+    ),
+    "frozen and depth": (
+        (QUICK, "--config.ct.frozen_blocks=5"),
+        "config.ct.frozen_blocks=5: must be from 0 to the depth, 4",
+    ),
+    "no predecessor": (
+        ("--config=configs/ct_vitb16.py:test", "--config.init_from=runs/absent"),
+        "config.init_from='runs/absent': there is no run; must be the folder of a run",
+    ),
+    "no start": (
+        ("--config=configs/head_vith14.py",),
+        "config.init_from='': stage head must start from something: the folder of a run, or "
+        "'random' weights",
+    ),
+    "no images": (
+        ("--config=configs/mae_vitb16.py", "--config.data.path=absent"),
+        "config.data.path: there is no folder 'absent/train'",
+    ),
+    "value of no kind": (
+        (QUICK, "--config.data.source=jpeg"),
+        "config.data.source='jpeg': must be one of 'fashion_mnist', 'folder', 'tfds'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_and_status_2_and_writes_nothing(tmp_path, arguments, message):
+    workdir = tmp_path / "run"
+    done = run_main(*arguments, f"--workdir={workdir}", devices=2)
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {message}"), done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert not workdir.exists()
+
+
+def test_help_lists_every_page():
+    done = run_main("--help")
+    assert done.returncode == 0, done.stderr
+    for page in (ROOT / "configs").glob("*.py"):
+        assert (f"configs/{page.name} " in done.stdout) == (page.stem != "common")
+    assert "Stage 3: contrastive tuning of the upper half of ViT-H/16" in done.stdout
+
+
+def test_dry_run_tells_what_would_run(tmp_path):
+    workdir = tmp_path / "run"
+    done = run_main("--config=configs/ct_vith16.py", "--dry_run", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    lines = {line.split("  ")[1]: line for line in done.stdout.splitlines() if line[:2] == "  "}
+    assert "75,060 (30 epochs of 1,281,167 images, warm-up 15,012)" in lines["steps"]
+    assert "512 images x 2 views" in lines["batch"]
+    assert "38,430,720 (76,861,440 views)" in lines["images seen"]
+    assert "324,295,680" in lines["parameters trained"]
+    assert "315,824,640" in lines["parameters frozen"]
+    assert "6,206 MiB" in lines["memory of the state"]
+    assert "5.21e+14" in lines["FLOPs per step"]
+    assert not workdir.exists()

@@ -1,0 +1,254 @@
+"""The update of each training stage on tiny models: what moves, what must not, and by how much."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maect_jax import optim, sharding, state, support_queue
+from maect_jax.data import augment
+from maect_jax.data.augment import Photometric, Recipe
+from maect_jax.models import mae, nnclr, vit
+from maect_jax.stages.contrast import Contrast
+from maect_jax.stages.mae import Mae
+from maect_jax.stages.step import step
+from tests.conftest import assert_trees_equal, mesh_of
+
+BATCH = 16
+SHAPE = (8, 8, 3)
+ENCODER = vit.ViT(16, 4, 2, 4)
+RECIPE = Recipe(SHAPE[:2], (0.5,) * 3, (0.25,) * 3, (Photometric(), Photometric()))
+HEAD = optim.Group(0.01, 1e-5)
+
+
+def mae_stage():
+    group = optim.Group(0.01, 0.05)
+    return Mae(
+        encoder=ENCODER,
+        decoder=mae.Decoder(8, 1, 2, 4, 3),
+        image_shape=SHAPE,
+        mask_ratio=0.75,
+        recipe=RECIPE,
+        groups={"encoder": group, "decoder": group},
+        steps=40,
+        warmup=2,
+    )
+
+
+def contrast_stage(name, **changes):
+    tunes = name == "ct"
+    groups = {"projector": HEAD, "predictor": HEAD}
+    if tunes:
+        groups["encoder"] = optim.Group(0.01, 0.05, 0.65, 4)
+    settings = dict(
+        encoder=ENCODER.clone(frozen_blocks=2 if tunes else 0),
+        projector=nnclr.Projector(24, 8),
+        predictor=nnclr.Predictor(24, 8),
+        image_shape=SHAPE,
+        pool="cls",
+        batch_size=BATCH,
+        queue_size=48,
+        top_k=4,
+        temperature=0.2,
+        target_factor=0.9 if tunes else None,
+        ema_decay=0.99 if tunes else None,
+        recipe=RECIPE,
+        groups=groups,
+        steps=40,
+        warmup=2,
+    )
+    return Contrast(**settings | changes)
+
+
+STAGES = {
+    "mae": mae_stage(),
+    "head": contrast_stage("head", top_k=1),
+    "ct": contrast_stage("ct"),
+}
+
+
+def batch_of(seed):
+    rng = np.random.default_rng(seed)
+    return dict(
+        image=rng.integers(0, 256, (BATCH, 2, *SHAPE), dtype=np.uint8),
+        index=rng.permutation(100)[:BATCH].astype(np.int32),
+        label=rng.integers(0, 3, BATCH).astype(np.int32),
+        seed=rng.integers(0, 2**32, (BATCH, 2), dtype=np.uint32),
+    )
+
+
+def started(stage):
+    return jax.jit(stage.init)(jax.random.key(0), {})
+
+
+@cache
+def compiled(name):
+    return jax.jit(partial(step, STAGES[name]))
+
+
+def updated(name, train_state, batches):
+    for batch in batches:
+        train_state, metrics = compiled(name)(train_state, batch)
+    return train_state, metrics
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_loss_falls_on_one_batch(name):
+    train_state = started(STAGES[name])
+    _, first = updated(name, train_state, [batch_of(0)])
+    train_state, last = updated(name, train_state, [batch_of(0)] * 40)
+    assert last["loss"] < 0.9 * first["loss"]
+    assert train_state.step == 40
+
+
+def test_averages_follow_their_formula():
+    """Encoder EMA and target projector: decay * old + (1 - decay) * new, from the first update."""
+    states = [started(STAGES["ct"])]
+    for seed in range(3):
+        states.append(updated("ct", states[-1], [batch_of(seed)])[0])
+    for average, part, decay in (("ema", "encoder", 0.99), ("target", "projector", 0.9)):
+        want = jax.tree.map(lambda x: np.asarray(x, np.float64), states[0].params[part])
+        for after in states[1:]:
+            want = jax.tree.map(
+                lambda m, x, d=decay: d * m + (1 - d) * np.asarray(x, np.float64),
+                want, after.params[part],
+            )  # fmt: skip
+            got = getattr(after, average)[part]
+            for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+                np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+                assert not np.array_equal(x, y) or np.ptp(y) == 0 or y.size == 1
+
+
+def test_frozen_stays_bit_equal_and_everything_trained_moves():
+    for name in ("head", "ct"):
+        before = started(STAGES[name])
+        after, _ = updated(name, before, [batch_of(0), batch_of(1)])
+        assert jax.tree.leaves(before.frozen)
+        assert_trees_equal(before.frozen, after.frozen)
+        for path, x in jax.tree.leaves_with_path(before.params):
+            y = after.params
+            for entry in path:
+                y = y[entry.key]
+            assert not np.array_equal(x, y), jax.tree_util.keystr(path)
+    assert set(before.frozen["encoder"]) == {"patch_embed", "cls_token", "frozen_blocks"}
+    assert set(before.params["encoder"]) == {"blocks", "norm"}
+    assert not before.opt_state[0].mu["encoder"].keys() & before.frozen["encoder"].keys()
+
+
+def test_view_0_enters_the_queue_and_own_rows_are_excluded():
+    stage = contrast_stage("ct", top_k=1)
+    train_state = started(stage)
+    batch = batch_of(0)
+    run = jax.jit(stage.loss)
+    views = jnp.asarray(batch["image"], jnp.float32) / 255
+    _, (_, carried) = run(train_state.params, train_state, views, batch, jax.random.key(0))
+    pushed = stage.advance(train_state, carried, True).queue
+    np.testing.assert_array_equal(pushed.rows[0], carried["projected"][:, 0])
+    np.testing.assert_array_equal(pushed.ids[0], batch["index"])
+    np.testing.assert_array_equal(pushed.labels[0], batch["label"])
+    # The same images again: the nearest row is the image's own, and must not be chosen.
+    train_state = train_state.replace(queue=pushed)
+    _, (metrics, carried) = run(train_state.params, train_state, views, batch, jax.random.key(0))
+    own = np.arange(BATCH)
+    assert not (carried["positions"][:, 0] == own).any()
+    free = train_state.replace(queue=pushed.replace(ids=jnp.full_like(pushed.ids, -1)))
+    _, (_, unchecked) = run(free.params, free, views, batch, jax.random.key(0))
+    np.testing.assert_array_equal(unchecked["positions"][:, 0], own)
+    # Neighbour accuracy: view 0's neighbours, by the labels in the queue.
+    labels = np.asarray(pushed.labels).ravel()[carried["positions"][:, 0]]
+    np.testing.assert_allclose(metrics["nn_accuracy"], (labels == batch["label"]).mean())
+
+
+def test_loss_is_symmetric_and_mixes_neighbour_and_prediction():
+    stage = contrast_stage("ct", top_k=1)
+    train_state, batch = started(stage), batch_of(0)
+    views = jnp.asarray(batch["image"], jnp.float32) / 255
+    loss, (_, carried) = jax.jit(stage.loss)(
+        train_state.params, train_state, views, batch, jax.random.key(0)
+    )
+    queue = np.asarray(train_state.queue.rows).reshape(48, -1)
+    neighbours = queue[np.asarray(carried["positions"])]
+    unit = np.asarray(support_queue.normalise(carried["predicted"]))
+    terms = []
+    for view in (0, 1):
+        logits = neighbours[:, view] @ unit[:, 1 - view].T / 0.2
+        terms.append(np.mean(np.log(np.exp(logits).sum(1)) - np.diag(logits)))
+    np.testing.assert_allclose(loss, np.mean(terms), rtol=1e-5)
+
+
+def test_the_head_alone_gets_gradients_through_the_predictor_only():
+    """Stage 2 looks neighbours up with the projector's own output, without gradient."""
+    stage, batch = STAGES["head"], batch_of(0)
+    train_state = started(stage)
+    views = jnp.asarray(batch["image"], jnp.float32) / 255
+    _, (_, carried) = jax.jit(stage.loss)(
+        train_state.params, train_state, views, batch, jax.random.key(0)
+    )
+    features = stage.features(train_state.params, train_state.frozen, views)
+    z, _ = stage.projector.apply(
+        {
+            "params": train_state.params["projector"],
+            "batch_stats": train_state.batch_stats["projector"],
+        },
+        features[:, 0], train=True, mutable=["batch_stats"],
+    )  # fmt: skip
+    np.testing.assert_allclose(
+        carried["projected"][:, 0], support_queue.normalise(z), rtol=1e-5, atol=1e-6
+    )
+
+    def look_up(params):
+        projected, _, _ = stage.head(params, train_state.batch_stats, {}, features)
+        return jnp.square(projected - 1).sum()
+
+    for leaf in jax.tree.leaves(jax.jit(jax.grad(look_up))(train_state.params)):
+        assert not leaf.any()
+
+
+@pytest.mark.parametrize("name", ["mae", "ct"])
+def test_a_step_that_is_not_finite_changes_nothing(name):
+    before, _ = updated(name, started(STAGES[name]), [batch_of(0)])
+    bad = batch_of(1)
+    bad["image"] = np.full((BATCH, 2, *SHAPE), np.nan, np.float32)
+    after, metrics = updated(name, before, [bad])
+    assert not metrics["finite"]
+    assert after.step == before.step + 1
+    assert_trees_equal(before.replace(step=after.step), after)
+    _, metrics = updated(name, before, [batch_of(1)])
+    assert metrics["finite"]
+
+
+def sharded_update(name, shape):
+    """One update on a mesh: the state, the metrics, and the neighbours that were chosen."""
+    stage, mesh = STAGES[name], mesh_of(*shape)
+
+    def run(train_state, batch):
+        key = jax.random.fold_in(train_state.rng, train_state.step)
+        views = augment.views(batch, stage.recipe)
+        carried = stage.loss(train_state.params, train_state, views, batch, key)[1][1]
+        return *step(stage, train_state, batch), carried.get("positions", ())
+
+    with jax.set_mesh(mesh):
+        train_state = state.create(stage, jax.random.key(0), {}, mesh)
+        places = state.shardings_of(train_state)
+        batch = sharding.put_batch(batch_of(0), mesh)
+        return jax.jit(run, out_shardings=(places, None, None))(train_state, batch)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_sharded_update_equals_one_device(name):
+    one, metrics, positions = sharded_update(name, (1, 1))
+    for shape in ((8, 1), (2, 4)):
+        many, sharded, sharded_positions = sharded_update(name, shape)
+        np.testing.assert_allclose(sharded["loss"], metrics["loss"], rtol=1e-5)
+        np.testing.assert_array_equal(sharded_positions, positions)
+        for x, y in zip(*map(jax.tree.leaves, (one.batch_stats, many.batch_stats)), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+    if name == "ct":
+        kernel = many.params["encoder"]["blocks"]["fc1"]["kernel"]
+        assert kernel.addressable_shards[0].data.shape == (2, 4, 64)
+        moment = many.opt_state[0].mu["encoder"]["blocks"]["fc1"]["kernel"]
+        average = many.ema["encoder"]["blocks"]["fc1"]["kernel"]
+        assert moment.sharding == average.sharding == kernel.sharding
+        assert many.queue.rows.addressable_shards[0].data.shape == (3, 2, 8)
