@@ -51,7 +51,7 @@ def prepare(config: ConfigDict) -> Origin | None:
         if "model" not in config:
             with config.unlocked():
                 config.model = before.model
-    validate.settings(config, jax.device_count(), jax.process_count())
+    validate.settings(config, jax.device_count())
     if origin:
         validate.succession(before, origin.stage, config, first)
         _finished(origin)
@@ -124,10 +124,10 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
 
 def dry_run(config: ConfigDict) -> None:
     """Prints what `run` would do. The images and the run to start from need not be there."""
-    if "model" in config:
-        validate.settings(config, jax.device_count(), jax.process_count())
-    else:
-        prepare(config)
+    if "model" not in config:
+        print(f"{config.name}: k-NN, linear probes and k-means of {config.init_from}")
+        return
+    validate.settings(config, jax.device_count())
     records, whose = plan.IMAGENET_TRAIN, "ImageNet-1k's, as the images are not there"
     with contextlib.suppress(UserError):
         records, whose = len(open_sources(config)["train"]), f"from {config.data.source}"

@@ -37,12 +37,12 @@ class _Checker:
             self.need(key, "from 0 to below 1", lambda v: 0 <= v < 1)
 
 
-def settings(config: ConfigDict, devices: int, processes: int = 1) -> None:
+def settings(config: ConfigDict, devices: int) -> None:
     """Checks every value that stands for itself.
 
     Args:
       config: a whole config.
-      devices, processes: how many share a batch.
+      devices: how many share a batch.
 
     Raises:
       UserError: a value is not allowed.
@@ -55,6 +55,8 @@ def settings(config: ConfigDict, devices: int, processes: int = 1) -> None:
     for name in config.stages:
         if name not in config:
             raise UserError(f"config.stages={config.stages!r}: this page has no section {name!r}")
+    if config.stages[:1] == ("mae",) and "ct" in config.stages and "head" not in config.stages:
+        raise UserError(f"config.stages={config.stages!r}: ct needs head before it")
     check.need("seed", "0 or more", lambda v: v >= 0)
     check.positive("log_every", "checkpoint_every")
     _model(check)

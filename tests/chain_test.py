@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from maect_jax import checkpoint, config, metrics, pipeline
+from maect_jax.stages import build
 from tests.conftest import CONFIGS, assert_trees_equal, mesh_of
 from tests.main_test import run_main
 
@@ -92,6 +93,15 @@ def test_ct_takes_over_head_and_queue_and_freezes_the_lower_half(finished):
     assert not np.array_equal(
         upper["fc1"]["kernel"], ct["params"]["encoder"]["blocks"]["fc1"]["kernel"]
     )
+    # What is evaluated: the frozen half as it is, the tuned half's average.
+    evaluated = build.evaluated_encoder("ct", ct)
+    whole = jax.tree.map(
+        lambda x, y: np.concatenate([x, y]),
+        ct["frozen"]["encoder"]["frozen_blocks"], ct["ema"]["encoder"]["blocks"],
+    )  # fmt: skip
+    assert_trees_equal(evaluated["blocks"], whole)
+    assert_trees_equal(evaluated["norm"], ct["ema"]["encoder"]["norm"])
+    assert not np.array_equal(evaluated["norm"]["scale"], ct["params"]["encoder"]["norm"]["scale"])
     # 31 batches went through a queue of 2 in both stages; both rings are full of image rows.
     assert (head["queue"].ids >= 0).all()
     assert (ct["queue"].ids >= 0).all()

@@ -105,6 +105,6 @@ def test_dry_run_tells_what_would_run(tmp_path):
     assert "38,430,720 (76,861,440 views)" in lines["images seen"]
     assert "324,295,680" in lines["parameters trained"]
     assert "315,824,640" in lines["parameters frozen"]
-    assert "6,206 MiB" in lines["memory of the state"]
+    assert "6,210 MiB" in lines["memory of the state"]
     assert "5.21e+14" in lines["FLOPs per step"]
     assert not workdir.exists()
