@@ -37,8 +37,8 @@ def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -
     data.mean = IMAGENET_MEAN
     data.std = IMAGENET_STD
     data.short_side = 256  # evaluation: resize to this, then cut the centre
-    data.workers = 8  # processes that read and cut training images; 0: threads
-    return config
+    data.workers = 8  # processes that read and cut images; 0: threads
+    return config.lock()  # what a page misspells is an error
 
 
 def _model(variant: str, patch_size: int, pool: str) -> ConfigDict:
@@ -58,7 +58,9 @@ def _model(variant: str, patch_size: int, pool: str) -> ConfigDict:
 
 def _add(config: ConfigDict, stage: str, settings: dict) -> ConfigDict:
     config.stages += (stage,)
-    config[stage] = ConfigDict(settings)
+    with config.unlocked():
+        config[stage] = ConfigDict(settings)
+    config.lock()
     return config[stage]
 
 

@@ -4,8 +4,9 @@
 
 The encoder's sizes come from the run. Images: as in the training pages.
 Hardware: anything; features are extracted once.
-Duration: one forward pass over train and val, then minutes.
-Expected: the figures in the page of the run; `results.json` in the workdir.
+Duration: a forward pass over train and val; then k-means takes longest, by `eval.cluster.runs`.
+Expected: the figures in the page of the run, but for the linear probe, which here trains on
+features of centre crops (the paper's on augmented images); `results.json` in the workdir.
 """
 
 from configs import common

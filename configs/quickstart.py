@@ -14,6 +14,7 @@ def get_config(argument=""):
     common.small_images(config)
     config.model.update(width=128, depth=6, heads=4)
     config.log_every = 10
+    config.checkpoint_every = 1
 
     mae = common.add_mae(config, batch_size=256)
     mae.update(epochs=10, warmup_epochs=1, base_lr=5e-4)

@@ -38,14 +38,14 @@ def load(page: str, overrides: Sequence[str] = ()) -> ConfigDict:
         spec = importlib.util.spec_from_file_location(f"page_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        config = module.get_config(argument)
+        config = module.get_config(argument).lock()
     except ValueError as error:  # what a page raises for an argument it does not know
         raise UserError(f"--config={page}: {error}") from error
-    except (ImportError, AttributeError, SyntaxError, TypeError, NameError) as error:
-        raise UserError(f"--config={page}: not a config page: {error}") from error
+    except Exception as error:  # a page is a program: anything may go wrong in it
+        reason = " ".join(str(error).split())
+        raise UserError(f"--config={page}: not a config page: {reason}") from error
     finally:
         sys.path.remove(str(path.parent.parent))
-    config.lock()
     for override in overrides:
         _override(config, override)
     return config
@@ -77,22 +77,28 @@ def _override(config: ConfigDict, override: str) -> None:
     holder = reduce(ConfigDict.__getitem__, sections, config)
     kind = holder.get_type(leaf)
     try:
-        holder[leaf] = _parse(text, kind, optional=values[key] is None)
+        holder[leaf] = _parse(text, kind, values[key])
     except (ValueError, SyntaxError, TypeError) as error:
         raise UserError(
             f"--config.{override}: expected {kind.__name__}, such as {values[key]!r}"
         ) from error
 
 
-def _parse(text: str, kind: type, optional: bool):
+def _parse(text: str, kind: type, before):
     if kind is str:
         return text
     value = ast.literal_eval(text.capitalize() if kind is bool else text)
+    if kind is tuple and isinstance(value, tuple) and before:
+        return tuple(_typed(element, type(before[0])) for element in value)
+    return value if value is None and before is None else _typed(value, kind)
+
+
+def _typed(value, kind: type):
     if kind is float and type(value) is int:
         return float(value)
-    if type(value) is kind or (optional and value is None):
-        return value
-    raise TypeError(f"{text} is not of {kind}")
+    if type(value) is not kind:
+        raise TypeError(f"{value!r} is not of {kind}")
+    return value
 
 
 def save(config: ConfigDict, path: Path) -> None:
@@ -112,7 +118,10 @@ def read(path: Path) -> ConfigDict:
             return {key: tuples(below) for key, below in value.items()}
         return value
 
-    return ConfigDict(tuples(json.loads(path.read_text())))
+    try:
+        return ConfigDict(tuples(json.loads(path.read_text())))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not the config of a run: {error}") from error
 
 
 def differing(old: ConfigDict, new: ConfigDict) -> list[str]:

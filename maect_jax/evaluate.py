@@ -29,7 +29,9 @@ def _features(
 ) -> features.Features:
     example = loader.EvalRecord(source, config.model.image_size, config.data.short_side)
     batch_size = config.eval.batch_size
-    batches = loader.eval_batches(example, batch_size, jax.process_index(), jax.process_count())
+    batches = loader.eval_batches(
+        example, batch_size, config.data.workers, jax.process_index(), jax.process_count()
+    )
     bar = tqdm(
         batches,
         desc=f"eval {title}",
@@ -40,15 +42,21 @@ def _features(
     return features.extract(run, bar, mesh)
 
 
-def protocols(config: ConfigDict, train: features.Features, test: features.Features) -> dict:
-    """Runs every protocol of the `eval` section on train and test features."""
+def protocols(
+    config: ConfigDict, train: features.Features, test: features.Features, kind: str
+) -> dict:
+    """Runs every protocol of the `eval` section on train and test features.
+
+    `kind` says in the results what the features are.
+    """
     section, data = config.eval, (train.x, train.labels, test.x, test.labels)
+    neighbours = knn.knn(*data, section.knn.k, section.knn.temperature, section.knn.standardise)
+    clusters = cluster.cluster(test.x, test.labels, **section.cluster.to_dict(), seed=config.seed)
     return {
-        "knn": knn.knn(*data, section.knn.k, section.knn.temperature, section.knn.standardise),
+        "features": kind,
+        "knn": [{**entry, "features": kind} for entry in neighbours],
         "probe": probe.linear_probe(*data, **section.probe.to_dict(), seed=config.seed),
-        "cluster": cluster.cluster(
-            test.x, test.labels, **section.cluster.to_dict(), seed=config.seed
-        ),
+        "cluster": {"images": "val", **clusters},
     }
 
 
@@ -81,8 +89,9 @@ def run(
         if name in results:
             continue
         if name == "pixels":
-            encode = features.flatten_pixels
+            encode, kind = features.flatten_pixels, "raw pixels"
         else:
+            kind = f"{config.model.pool}, after the final norm"
             parts = checkpoint.read_parts(folders[name], build.SAVED_PARTS[name], mesh)
             encode = features.encode(
                 build.encoder(config.model),
@@ -94,7 +103,7 @@ def run(
         train, test = (
             _features(config, splits[s], encode, mesh, f"{name} {s}") for s in sources.SPLITS
         )
-        results[name] = protocols(config, train, test)
+        results[name] = protocols(config, train, test, kind)
         if jax.process_index() == 0:
             draft = path.with_suffix(".tmp")
             draft.write_text(json.dumps(results, indent=2) + "\n")

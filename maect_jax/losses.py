@@ -34,6 +34,7 @@ def nearest_neighbour(neighbours: jax.Array, predicted: jax.Array, temperature: 
         batch but a row's own is its negative.
       temperature: divides the cosines.
     """
-    logits = neighbours @ normalise(predicted).T / temperature
+    # On TPU a matmul rounds its inputs to bf16 unless told otherwise.
+    logits = jnp.matmul(neighbours, normalise(predicted).T, precision="highest") / temperature
     labels = jnp.arange(len(logits))
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()

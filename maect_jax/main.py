@@ -57,11 +57,10 @@ def _stop(error: Exception | str, status: int = 2) -> None:
 
 
 def _join_hosts() -> None:
+    names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize(
-            num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
-            process_id=int(os.environ["JAX_PROCESS_ID"]),
-        )
+        given = {key: int(os.environ[name]) for key, name in names.items() if name in os.environ}
+        jax.distributed.initialize(**given)  # on a pod JAX finds out by itself what is not given
 
 
 def main(argv: list[str]) -> None:

@@ -16,6 +16,8 @@ def _forget(path: Path, stage: str, step: int) -> None:
     """Drops the lines of `stage` past `step`: what is done again must not be told twice."""
 
     def kept(line):
+        if not line.endswith("\n"):
+            return False  # torn by a power cut
         entry = json.loads(line)
         return entry["stage"] != stage or entry["step"] <= step
 

@@ -1,6 +1,5 @@
 """Runs the stages of a config in order, each starting from the one before."""
 
-import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -14,6 +13,13 @@ from maect_jax.errors import UserError
 from maect_jax.stages import build
 
 RANDOM = "random"
+
+# Of a run with several stages, where each stage starts.
+_PREFERRED = {
+    "head": ("mae", "head", "ct"),
+    "ct": ("head", "ct", "mae"),
+    "eval": ("ct", "head", "mae"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +49,10 @@ def prepare(config: ConfigDict) -> Origin | None:
     Raises:
       UserError: a value is not allowed, or there is no such run.
     """
-    origin = None
-    first = config.stages[0] if config.stages else ""
+    validate.stages(config)
+    origin, first = None, config.stages[0]
     if first != "mae" and (config.init_from != RANDOM or first == "eval"):
-        origin = _find(config.init_from, first)
+        origin = find(config.init_from, first)
         before = origin.config()
         if "model" not in config:
             with config.unlocked():
@@ -58,7 +64,12 @@ def prepare(config: ConfigDict) -> Origin | None:
     return origin
 
 
-def _find(init_from: str, stage: str) -> Origin:
+def find(init_from: str, stage: str) -> Origin:
+    """The trained stage of run `init_from` that `stage` starts from.
+
+    Raises:
+      UserError: there is no such run, or nothing in it yet.
+    """
     where = f"config.init_from={init_from!r}: "
     allowed = "the folder of a run" + ("" if stage == "eval" else f", or {RANDOM!r} weights")
     if not init_from:
@@ -73,7 +84,7 @@ def _find(init_from: str, stage: str) -> Origin:
     ]
     if not trained:
         raise UserError(f"{where}the run has no checkpoint yet; must be {allowed}")
-    return Origin(run, trained[-1])
+    return Origin(run, next(name for name in _PREFERRED[stage] if name in trained))
 
 
 def _finished(origin: Origin) -> None:
@@ -94,13 +105,23 @@ def open_sources(config: ConfigDict) -> dict[str, sources.Source]:
     """
     needed = sources.SPLITS if "eval" in config.stages else sources.SPLITS[:1]
     found = {split: sources.make(config.data, split, config.model.channels) for split in needed}
+    _enough(config, len(found["train"]))
+    if "eval" in config.stages:
+        sources.same_classes(config.data.path, **found)
+    return found
+
+
+def _enough(config: ConfigDict, images: int) -> None:
     for name in config.stages:
-        size, images = config[name].batch_size, len(found["train"])
+        size = config[name].batch_size
         if name != "eval" and size > images:
             raise UserError(
                 f"config.{name}.batch_size={size}: must be at most the {images} training images"
             )
-    return found
+    if "eval" in config.stages and max(config.eval.knn.k) > images:
+        raise UserError(
+            f"config.eval.knn.k={config.eval.knn.k}: must be at most the {images} training images"
+        )
 
 
 def _claim(workdir: Path, config: ConfigDict) -> None:
@@ -124,13 +145,19 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
 
 def dry_run(config: ConfigDict) -> None:
     """Prints what `run` would do. The images and the run to start from need not be there."""
+    validate.stages(config)
     if "model" not in config:
         print(f"{config.name}: k-NN, linear probes and k-means of {config.init_from}")
         return
     validate.settings(config, jax.device_count())
-    records, whose = plan.IMAGENET_TRAIN, "ImageNet-1k's, as the images are not there"
-    with contextlib.suppress(UserError):
-        records, whose = len(open_sources(config)["train"]), f"from {config.data.source}"
+    sharding.make_mesh(**config.mesh)
+    try:
+        images = sources.make(config.data, "train", config.model.channels)
+    except UserError:
+        records, whose = plan.IMAGENET_TRAIN, "ImageNet-1k's, as the images are not there"
+    else:
+        records, whose = len(images), config.data.source
+        _enough(config, records)
     print(f"{config.name}: {' -> '.join(config.stages)}; {records:,} training images ({whose})")
     print("\n".join(plan.describe(config, records)))
 

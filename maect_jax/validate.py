@@ -1,5 +1,7 @@
 """Checks a config before anything is made. Each complaint names the key, its value, what goes."""
 
+import math
+
 from ml_collections import ConfigDict
 
 from maect_jax import config as pages
@@ -30,11 +32,32 @@ class _Checker:
 
     def positive(self, *keys: str) -> None:
         for key in keys:
-            self.need(key, "above 0", lambda v: v > 0)
+            self.need(key, "above 0", lambda v: 0 < v < math.inf)
+
+    def not_negative(self, *keys: str) -> None:
+        for key in keys:
+            self.need(key, "0 or more", lambda v: 0 <= v < math.inf)
 
     def share(self, *keys: str) -> None:
         for key in keys:
             self.need(key, "from 0 to below 1", lambda v: 0 <= v < 1)
+
+
+def stages(config: ConfigDict) -> None:
+    """Checks the list of stages, which the other checks follow.
+
+    Raises:
+      UserError: it is empty, out of order, or names a stage that the page has no section for.
+    """
+    _Checker(config).need(
+        "stages", f"some of {_STAGES}, in that order and at least one",
+        lambda v: v and [s for s in _STAGES if s in v] == list(v),
+    )  # fmt: skip
+    for name in config.stages:
+        if name not in config:
+            raise UserError(f"config.stages={config.stages!r}: this page has no section {name!r}")
+    if config.stages[:1] == ("mae",) and "ct" in config.stages and "head" not in config.stages:
+        raise UserError(f"config.stages={config.stages!r}: ct needs head before it")
 
 
 def settings(config: ConfigDict, devices: int) -> None:
@@ -48,16 +71,7 @@ def settings(config: ConfigDict, devices: int) -> None:
       UserError: a value is not allowed.
     """
     check = _Checker(config)
-    check.need(
-        "stages", f"some of {_STAGES}, in that order and at least one",
-        lambda v: v and [s for s in _STAGES if s in v] == list(v),
-    )  # fmt: skip
-    for name in config.stages:
-        if name not in config:
-            raise UserError(f"config.stages={config.stages!r}: this page has no section {name!r}")
-    if config.stages[:1] == ("mae",) and "ct" in config.stages and "head" not in config.stages:
-        raise UserError(f"config.stages={config.stages!r}: ct needs head before it")
-    check.need("seed", "0 or more", lambda v: v >= 0)
+    check.need("seed", "from 0 to 2^32 - 1", lambda v: 0 <= v < 2**32)
     check.positive("log_every", "checkpoint_every")
     _model(check)
     _data(check)
@@ -108,7 +122,7 @@ def _size(check: _Checker) -> vit.Size:
 def _data(check: _Checker) -> None:
     check.one_of("data.source", sources.KINDS)
     check.positive("data.short_side")
-    check.need("data.workers", "0 or more", lambda v: v >= 0)
+    check.not_negative("data.workers")
     channels, image = check.values["model.channels"], check.values["model.image_size"]
     for key in ("data.mean", "data.std"):
         check.need(key, f"{channels} numbers, one a channel", lambda v: len(v) == channels)
@@ -121,14 +135,21 @@ def _data(check: _Checker) -> None:
 
 def _training(check: _Checker, name: str) -> None:
     check.positive(f"{name}.epochs", f"{name}.base_lr")
-    check.need(f"{name}.weight_decay", "0 or more", lambda v: v >= 0)
+    check.not_negative(f"{name}.weight_decay")
     check.need(
         f"{name}.crop_scale", "(low, high) with 0 < low <= high <= 1",
         lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1,
     )  # fmt: skip
+    colours = f"{name}.photometric"
+    strengths = ("brightness", "contrast", "saturation", "hue", "solarize_threshold")
+    check.not_negative(*(f"{colours}.{key}" for key in strengths))
+    check.need(
+        f"{colours}.blur_sigma", "(low, high) with 0 < low <= high <= 2",
+        lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 2,
+    )  # fmt: skip
     for key in ("jitter", "blur", "grayscale", "solarize"):
         check.need(
-            f"{name}.photometric.{key}", f"{build.VIEWS} probabilities, one a view",
+            f"{colours}.{key}", f"{build.VIEWS} probabilities, one a view",
             lambda v: len(v) == build.VIEWS and all(0 <= p <= 1 for p in v),
         )  # fmt: skip
 
@@ -158,6 +179,7 @@ def _contrast(check: _Checker, config: ConfigDict, name: str) -> None:
         check.need("ct.target_factor", "from 0 to 1", lambda v: 0 <= v <= 1)
         check.need("ct.ema_decay", "from 0 to 1", lambda v: 0 <= v <= 1)
         check.positive("ct.layer_decay", "ct.head_base_lr")
+        check.not_negative("ct.head_weight_decay")
         if "head" in config.stages:
             _same_head(config.head, config.ct, "config.head")
 
@@ -197,6 +219,10 @@ def succession(before: ConfigDict, saved: str, config: ConfigDict, first: str) -
         old, new = before.model[key], config.model[key]
         if old != new:
             raise UserError(f"{where}: its config.model.{key} is {old!r}, not {new!r}")
+    for key in ("mean", "std"):
+        old, new = before.data[key], config.data[key]
+        if old != new:
+            raise UserError(f"{where}: its config.data.{key} is {old!r}, not {new!r}")
     if first == "ct":
         if saved == "mae":
             raise UserError(f"{where}: stage ct starts from a run with a head, this one has none")

@@ -78,6 +78,14 @@ def test_results_have_their_schema_and_beat_chance(finished):
             assert {"acc", "nmi", "ari"} <= set(result["cluster"][key])
 
 
+def test_a_torn_line_of_metrics_is_told_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"stage": "ct", "step": step}) + "\n" for step in (1, 2)]
+    path.write_text("".join(lines) + '{"stage": "ct", "st')
+    metrics.Log(path, "ct", 5, 2, 1, 1, shown=True).close()
+    assert path.read_text() == "".join(lines)
+
+
 def last_state(workdir, stage):
     folder = checkpoint.stage_folder(workdir, stage)
     parts = ("step", "params", "frozen", "batch_stats", "opt_state", "ema", "target", "queue")
@@ -168,25 +176,30 @@ def test_finished_run_is_not_run_again_and_another_is_refused(finished):
 
 
 def test_pages_chain_from_run_to_run(finished, tmp_path):
-    """head -> ct -> eval, each a page and a run of its own, on eight devices."""
+    """head -> ct -> eval, MAE-CT_aug in bf16, each a run of its own, on 4 x 2 devices."""
     head, ct, evaluated = (tmp_path / name for name in ("head", "ct", "eval"))
     steps = (
-        ("head_vith14", head, "random"),
-        ("ct_vith14", ct, head),
-        ("eval", evaluated, ct),
+        ("head_aug_vith14", head, "random", "model.dtype=bfloat16"),
+        ("ct_aug_vith14", ct, head, "model.dtype=bfloat16"),
+        ("eval", evaluated, ct, "seed=0"),
     )
-    for name, workdir, start in steps:
+    for name, workdir, start, override in steps:
         done = run_main(
             f"--config=configs/{name}.py:test", f"--workdir={workdir}",
-            f"--config.init_from={start}", "--config.mesh.fsdp=2", devices=8,
+            f"--config.init_from={start}", f"--config.{override}", "--config.mesh.fsdp=2",
+            devices=8,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     results = json.loads((evaluated / "results.json").read_text())
     assert list(results) == ["ct"]
+    # Of a run with all stages, each takes what it is made to follow.
+    for stage, before in (("head", "mae"), ("ct", "head"), ("eval", "ct")):
+        assert pipeline.find(str(finished[0]), stage).stage == before
     # What does not fit together is refused.
     for arguments, message in (
         (("ct_vith14", f"init_from={finished[0]}", "ct.queue_size=256"), "queue_size"),
         (("ct_vith14", f"init_from={head}", "model.depth=3"), "encoder has depth 4"),
+        (("eval", f"init_from={head}", "data.std=(0.5,)"), "config.data.std is (0.353,)"),
     ):
         name, *overrides = arguments
         done = run_main(

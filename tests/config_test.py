@@ -1,4 +1,6 @@
-"""The config pages, and METHOD's tables written once more."""
+"""The config pages, and the paper's tables written once more."""
+
+from functools import partial
 
 import jax
 import pytest
@@ -8,6 +10,7 @@ from maect_jax import flops, plan, validate
 from maect_jax.errors import UserError
 from maect_jax.models import vit
 from maect_jax.stages import build
+from maect_jax.stages.step import step
 from tests.conftest import CONFIGS, ROOT
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "common")
@@ -104,6 +107,18 @@ def test_eval_page_has_the_protocols_numbers():
     assert section.cluster.runs == 100
 
 
+def batch_of(config, stage):
+    """Shapes of a batch of cut views."""
+    rows = (config[stage].batch_size,)
+    shapes = {
+        "image": ((*rows, 2, *build.image_shape(config.model)), "uint8"),
+        "index": (rows, "int32"),
+        "label": (rows, "int32"),
+        "seed": ((*rows, 2), "uint32"),
+    }
+    return {key: jax.ShapeDtypeStruct(*value) for key, value in shapes.items()}
+
+
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "eval"])
 @pytest.mark.parametrize("variant", ["", ":test"])
 def test_page_builds_locks_and_its_full_state_has_a_shape(name, variant):
@@ -115,6 +130,9 @@ def test_page_builds_locks_and_its_full_state_has_a_shape(name, variant):
             built = build.stage(config, stage, plan.IMAGENET_TRAIN)
             state = jax.eval_shape(built.init, jax.random.key(0), {})
             assert state.queue is None or state.queue.rows.shape[1] == config[stage].batch_size
+            after, metrics = jax.eval_shape(partial(step, built), state, batch_of(config, stage))
+            assert after == state
+            assert metrics["loss"].dtype == "float32"
     documented = (CONFIGS / f"{name}.py").read_text()
     assert f"python -m maect_jax.main --config=configs/{name}.py" in documented
 
@@ -126,6 +144,8 @@ def test_test_variants_chain_in_folders_of_their_own():
         if full.init_from:
             assert tiny.init_from == f"{full.init_from}_test"
         assert tiny.stages == full.stages
+        assert full.is_locked
+        assert tiny.is_locked
     assert load("head_vith14:test").init_from == "random"
 
 
@@ -151,6 +171,7 @@ def test_showpiece_has_the_known_number_of_parameters():
         ("ct.base_lr=None", r"expected float"),
         ("ct=3", r"config.ct is a section; its keys are ct.base_lr, ct.batch_size"),
         ("ct.epochs", r"write --config.ct.epochs=VALUE"),
+        ("ct.crop_scale=('a','b')", r"expected tuple, such as \(0.08, 1.0\)"),
         ("model.image_size=224", r"expected tuple, such as \(224, 224\)"),
     ],
 )
@@ -158,6 +179,43 @@ def test_override_that_is_wrong_is_one_clear_line(override, message):
     with pytest.raises(UserError, match=message) as error:
         load("ct_vitb16", override)
     assert "\n" not in str(error.value)
+
+
+def test_a_page_that_misspells_a_key_is_one_clear_line(tmp_path):
+    text = (CONFIGS / "ct_vith16.py").read_text().replace("temperature=", "temprature=")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "page.py").write_text(text)
+    with pytest.raises(UserError, match=r"page\.py: not a config page: .*temprature") as error:
+        pages.load(str(tmp_path / "configs" / "page.py"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=4294967296", "seed=4294967296: must be from 0"),
+        ("stages=('ct','mae')", r"stages=\('ct', 'mae'\): must be some of"),
+        ("stages=('mae','ct')", "ct needs head before it"),
+        ("mae.mask_ratio=1.0", "mask_ratio=1.0: must be from 0 to below 1"),
+        ("ct.head_weight_decay=-1", "head_weight_decay=-1.0: must be 0 or more"),
+        ("ct.base_lr=1e999", "base_lr=inf: must be above 0"),
+        ("ct.photometric.blur_sigma=(0,0)", "blur_sigma=.*must be .low, high"),
+        ("data.std=(0.0,)", "data.std=.*above 0"),
+        ("ct.crop_scale=(1.0,0.2)", "crop_scale"),
+        ("model.heads=3", "model.width=128: must be a multiple of 4 and of the 3 heads"),
+        ("ct.projector_out=32", "ct.projector_out=32: config.head has 64"),
+        ("eval.knn.k=(0,)", "eval.knn.k"),
+    ],
+)
+def test_value_that_is_not_allowed_is_one_clear_line(override, message):
+    config = load("quickstart", override)
+
+    def check():
+        validate.stages(config)
+        validate.settings(config, devices=8)
+
+    with pytest.raises(UserError, match=message):
+        check()
 
 
 def test_overrides_are_typed():

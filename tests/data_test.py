@@ -61,6 +61,20 @@ def test_folder_that_has_no_images_is_one_clear_error(folder, path):
         sources.Folder(str(folder / path), channels=3)
 
 
+def test_image_that_cannot_be_read_is_named(folder):
+    (folder / "train" / "ant" / "00.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"ant/00\.png: not a readable image"):
+        sources.Folder(str(folder / "train"), channels=3)[0]
+
+
+def test_splits_must_number_the_same_classes(folder):
+    save(folder / "val" / "bee" / "1.png")
+    section = data_section(source="folder", path=str(folder), val_split="val")
+    splits = {split: sources.make(section, split, 3) for split in sources.SPLITS}
+    with pytest.raises(UserError, match=r"same classes; only one of them has ant"):
+        sources.same_classes(str(folder), **splits)
+
+
 @pytest.fixture
 def prepared_tfds(tmp_path):
     """A prepared set, written without TensorFlow."""
@@ -205,7 +219,7 @@ def test_evaluation_sees_every_image_once(folder):
     source = sources.Folder(str(folder / "train"), channels=3)
     example = EvalRecord(source, (8, 8), 8)
     for processes in (1, 2):
-        streams = [loader.eval_batches(example, 8, p, processes) for p in range(processes)]
+        streams = [loader.eval_batches(example, 8, 0, p, processes) for p in range(processes)]
         rows = []
         for parts in zip(*streams, strict=True):
             for part in parts:

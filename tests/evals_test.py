@@ -55,7 +55,7 @@ def test_probe_learns_and_reports_each_rate(blobs):
     assert [entry["base_lr"] for entry in result["probes_last_epoch"]] == [0.1, 0.01]
     assert result["best_last_epoch"] == max(last) <= result["best_any_epoch"]
     assert optimum - 0.02 < max(last) < optimum + 0.02
-    assert result["features"].startswith("centre crops")
+    assert result["crops"].startswith("centre crops")
 
 
 def test_probes_side_by_side_equal_each_alone(blobs):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
-from maect_jax import losses
+from maect_jax import losses, optim
 from maect_jax.models import mae, nnclr, vit
+from maect_jax.stages.mae import Mae
 from tests.conftest import assert_trees_equal
 
 
@@ -32,7 +33,13 @@ def np_block(x, p, heads, eps):
     return x + np_linear(y * (1 + erf(y / np.sqrt(2))) / 2, p["fc2"])
 
 
-def np_vit(params, images, patch, heads, eps, position):
+def np_blocks(x, params, eps):
+    for layer in range(params["blocks"]["fc1"]["bias"].shape[0]):
+        x = np_block(x, jax.tree.map(lambda leaf, i=layer: leaf[i], params["blocks"]), 2, eps)
+    return x
+
+
+def np_vit(params, images, patch, eps, position):
     batch, height, width, _ = images.shape
     patches = np.stack(
         [
@@ -44,9 +51,7 @@ def np_vit(params, images, patch, heads, eps, position):
     )
     x = np_linear(patches, params["patch_embed"]) + position
     x = np.concatenate([np.repeat(params["cls_token"], batch, 0), x], 1)
-    for layer in range(params["blocks"]["fc1"]["bias"].shape[0]):
-        x = np_block(x, jax.tree.map(lambda leaf, i=layer: leaf[i], params["blocks"]), heads, eps)
-    return np_layer_norm(x, params["norm"], eps)
+    return np_layer_norm(np_blocks(x, params, eps), params["norm"], eps)
 
 
 def float64(tree):
@@ -63,12 +68,12 @@ def test_encoder_equals_numpy(rng, shape, patch, eps):
     # Random norms and biases, lest a forgotten one go unseen.
     params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
     position = vit.sincos_position((shape[0] // patch, shape[1] // patch), 16)
-    expected = np_vit(float64(params), images, patch, 2, eps, position)
+    expected = np_vit(float64(params), images, patch, eps, position)
     np.testing.assert_allclose(model.apply({"params": params}, images), expected, atol=2e-5)
     # A learned position embedding takes the fixed one's place.
     learned = rng.normal(size=position.shape).astype(np.float32)
     got = model.apply({"params": {**params, "pos_embed": learned}}, images)
-    expected = np_vit(float64(params), images, patch, 2, eps, learned)
+    expected = np_vit(float64(params), images, patch, eps, learned)
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
@@ -94,12 +99,16 @@ def test_split_encoder_is_the_same_function_and_merges_back(rng, frozen):
         rtol=1e-6, atol=1e-6,
     )  # fmt: skip
     assert_trees_equal(vit.merge_blocks({**kept, **trained}), params)
+    # A learned position embedding is never trained.
+    trained, kept = vit.split_blocks({**params, "pos_embed": 0}, frozen)
+    assert "pos_embed" in kept
+    assert "pos_embed" not in trained
 
 
 def test_pool(rng):
-    tokens = rng.normal(size=(2, 5, 3))
+    tokens = rng.normal(size=(2, 5, 3)).astype(np.float32)
     np.testing.assert_array_equal(vit.pool(tokens, "cls"), tokens[:, 0])
-    np.testing.assert_allclose(vit.pool(tokens, "mean"), tokens[:, 1:].mean(1))
+    np.testing.assert_allclose(vit.pool(tokens, "mean"), tokens[:, 1:].mean(1), rtol=1e-5)
 
 
 def test_patches_round_trip(rng):
@@ -130,6 +139,40 @@ def test_encoder_sees_only_the_kept_patches(rng):
     assert seen.shape == (1, 3, 16)
     images[:, :4, :4], images[:, 4:, 4:] = 9.0, -9.0  # patches 0 and 3
     np.testing.assert_array_equal(model.apply({"params": params}, images, keep), seen)
+
+
+def test_mae_forward_equals_numpy(rng):
+    """Masking, encoder, decoder and loss together, for a grid that is not square."""
+    images = rng.normal(size=(2, 6, 8, 3)).astype(np.float32)
+    noise = rng.random((2, 12))
+    encoder, decoder = vit.ViT(16, 2, 2, 2), mae.Decoder(8, 2, 2, 2, 3)
+    group = optim.Group(0.1, 0.0)
+    stage = Mae(encoder, decoder, (6, 8, 3), 0.75, None, {"encoder": group, "decoder": group}, 1, 0)
+    params = jax.jit(stage.init)(jax.random.key(0), {}).params
+    params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
+    got = stage.forward(params, images, jnp.asarray(noise))
+    p = float64(params)
+    kept = np.argsort(noise, 1)[:, :3]
+    patches = np.asarray(vit.patchify(images, 2), np.float64)
+    x = np_linear(patches, p["encoder"]["patch_embed"]) + vit.sincos_position((3, 4), 16)
+    x = np.stack([row[keep] for row, keep in zip(x, kept, strict=True)])
+    latent = np.concatenate([np.repeat(p["encoder"]["cls_token"], 2, 0), x], 1)
+    latent = np_layer_norm(np_blocks(latent, p["encoder"], 1e-6), p["encoder"]["norm"], 1e-6)
+    np.testing.assert_allclose(got["latent"], latent, atol=2e-5)
+    d = p["decoder"]
+    y = np_linear(latent, d["embed"])
+    full = np.repeat(d["mask_token"], 2, 0).repeat(12, 1)
+    for i, keep in enumerate(kept):
+        full[i, keep] = y[i, 1:]
+    full = np.concatenate([y[:, :1], full + vit.sincos_position((3, 4), 8)], 1)
+    full = np_layer_norm(np_blocks(full, d, 1e-6), d["norm"], 1e-6)
+    prediction = np_linear(full[:, 1:], d["pred"])
+    np.testing.assert_allclose(got["prediction"], prediction, atol=5e-5)
+    mean, var = patches.mean(-1, keepdims=True), patches.var(-1, keepdims=True, ddof=1)
+    errors = ((prediction - (patches - mean) / np.sqrt(var + 1e-6)) ** 2).mean(-1)
+    removed = np.ones((2, 12), bool)
+    np.put_along_axis(removed, kept, False, axis=1)
+    np.testing.assert_allclose(got["loss"], errors[removed].mean(), rtol=1e-5)
 
 
 def test_reconstruction_loss_equals_numpy(rng):

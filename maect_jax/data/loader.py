@@ -19,8 +19,13 @@ from maect_jax.data.sources import Source
 _AHEAD = 4  # batches made ahead of the step
 
 
-def _options(threads: int) -> grain.ReadOptions:
-    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+def _stream(dataset: grain.MapDataset, rows: int, workers: int):
+    """Batches of `rows` examples, made ahead in `workers` processes, or in threads for 0."""
+    dataset = dataset.batch(rows)
+    if not workers:
+        return iter(dataset.to_iter_dataset(grain.ReadOptions(_AHEAD, _AHEAD)))
+    processes = grain.MultiprocessingOptions(workers, per_worker_buffer_size=1)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(processes))
 
 
 @lru_cache(maxsize=4)
@@ -92,11 +97,7 @@ def train_batches(order: Order, make_example: TrainRecord, workers: int):
     Its `get_state()` (plain JSON) and `set_state()` hold the position. With `workers` > 0 the
     examples are made in that many processes, else in threads.
     """
-    dataset = grain.MapDataset.source(order).map(make_example).batch(order.rows)
-    if not workers:
-        return iter(dataset.to_iter_dataset(_options(_AHEAD)))
-    processes = grain.MultiprocessingOptions(workers, per_worker_buffer_size=1)
-    return iter(dataset.to_iter_dataset(_options(1)).mp_prefetch(processes))
+    return _stream(grain.MapDataset.source(order).map(make_example), order.rows, workers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,7 @@ class EvalRecord:
 
 
 def eval_batches(
-    make_example: EvalRecord, batch_size: int, process: int, processes: int
+    make_example: EvalRecord, batch_size: int, workers: int, process: int = 0, processes: int = 1
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every image once, in order, in this process's part of each global batch.
 
@@ -124,4 +125,4 @@ def eval_batches(
     steps = -(-len(make_example.source) // batch_size)
     records = np.arange(steps * batch_size).reshape(steps, processes, -1)[:, process]
     dataset = grain.MapDataset.source(records.ravel()).map(make_example)
-    return iter(dataset.batch(records.shape[1]).to_iter_dataset(_options(_AHEAD)))
+    return _stream(dataset, records.shape[1], workers)

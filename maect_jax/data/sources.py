@@ -89,8 +89,11 @@ class Folder:
         return len(self.files)
 
     def __getitem__(self, record: int) -> tuple[np.ndarray, int]:
-        with Image.open(self.files[record]) as picture:
-            return _pixels(picture, self.channels), int(self.labels[record])
+        try:
+            with Image.open(self.files[record]) as picture:
+                return _pixels(picture, self.channels), int(self.labels[record])
+        except OSError as error:
+            raise UserError(f"{self.files[record]}: not a readable image: {error}") from error
 
 
 class Tfds:
@@ -110,7 +113,12 @@ class Tfds:
                 f"config.data.name={name!r} (split {split!r}, path {data_dir!r}): {reason} "
                 f"Prepare it once: tfds build {name} --file_format=array_record (extra [tfds])"
             ) from error
-        height, width, _ = self.records.dataset_info.features["image"].shape
+        features = self.records.dataset_info.features
+        if not {"image", "label"} <= set(features):
+            raise UserError(
+                f"config.data.name={name!r}: has {', '.join(features)}; image and label are needed"
+            )
+        height, width, _ = features["image"].shape
         self.shape = (height, width, channels) if height and width else None
 
     def __len__(self) -> int:
@@ -119,7 +127,22 @@ class Tfds:
     def __getitem__(self, record: int) -> tuple[np.ndarray, int]:
         example = self.records[record]
         picture = Image.fromarray(np.squeeze(example["image"]))
-        return _pixels(picture, self.channels), int(example.get("label", -1))
+        return _pixels(picture, self.channels), int(example["label"])
+
+
+def same_classes(path: str, train: Source, val: Source) -> None:
+    """Checks that both splits number the same classes, where the folders' names tell.
+
+    Raises:
+      UserError: one has a class that the other lacks.
+    """
+    if isinstance(train, Folder) and isinstance(val, Folder):
+        odd = sorted(set(train.classes) ^ set(val.classes))
+        if odd:
+            raise UserError(
+                f"config.data.path={path!r}: train and val must have the same classes; only one "
+                f"of them has {', '.join(odd[:5])}"
+            )
 
 
 def fashion_mnist(split: str) -> Arrays:

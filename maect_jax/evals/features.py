@@ -26,7 +26,7 @@ def encode(
     def run(params, images):
         images = (images.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
         tokens = encoder.apply({"params": params}, images)
-        return vit.pool(tokens, pool).astype(jnp.float32)
+        return vit.pool(tokens, pool)
 
     jitted = jax.jit(run)
     return lambda images: jitted(params, images)
@@ -43,9 +43,13 @@ def extract(
     """Runs `run` over evaluation batches (`loader.eval_batches`); padding is dropped."""
     everywhere = sharding.replicated(mesh)
     collect = jax.jit(lambda *arrays: arrays, out_shardings=everywhere)
-    kept = []
+    kept, pending = [], None
     for local in batches:
         batch = sharding.put_batch(local, mesh)
-        kept.append(collect(run(batch["image"]), batch["label"], batch["valid"]))
-    x, labels, valid = (np.concatenate(parts) for parts in zip(*jax.device_get(kept), strict=True))
+        found = collect(run(batch["image"]), batch["label"], batch["valid"])
+        if pending is not None:  # one batch late, so that the device never waits
+            kept.append(jax.device_get(pending))
+        pending = found
+    kept.append(jax.device_get(pending))
+    x, labels, valid = (np.concatenate(parts) for parts in zip(*kept, strict=True))
     return Features(x[valid], labels[valid])

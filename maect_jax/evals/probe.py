@@ -31,7 +31,10 @@ def _train(key, x, labels, test, test_labels, lrs, *, batch_size, epochs, classe
     weights = {"kernel": kernel, "bias": jnp.zeros((len(lrs), classes))}
 
     def logits(weights, x):
-        return jnp.einsum("bd,pdc->pbc", x, weights["kernel"]) + weights["bias"][:, None]
+        return (
+            jnp.einsum("bd,pdc->pbc", x, weights["kernel"], precision="highest")
+            + weights["bias"][:, None]
+        )
 
     def update(carry, batch):
         weights, velocity, stats, step = carry
@@ -102,7 +105,7 @@ def linear_probe(
     accuracy = np.asarray(_train(jax.random.key(seed), *arrays, lrs, **options))
     best_epoch = int(accuracy.max(1).argmax())
     return {
-        "features": "centre crops, extracted once",
+        "crops": "centre crops, extracted once",
         "epochs": epochs,
         "batch_size": batch_size,
         "probes_last_epoch": [

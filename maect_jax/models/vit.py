@@ -179,10 +179,12 @@ def split_blocks(params: dict, frozen_blocks: int) -> tuple[dict, dict]:
     """Splits whole encoder parameters into `(trained, frozen)` for a model with `frozen_blocks`.
 
     With none frozen everything is trained; else the embedding, the class token and the first
-    blocks are frozen, the other blocks and the final norm are trained.
+    blocks are frozen, the other blocks and the final norm are trained. A learned position
+    embedding is always frozen.
     """
     if not frozen_blocks:
-        return dict(params), {}
+        frozen = {k: v for k, v in params.items() if k == "pos_embed"}
+        return {k: v for k, v in params.items() if k not in frozen}, frozen
     lower = jax.tree.map(lambda x: x[:frozen_blocks], params["blocks"])
     upper = jax.tree.map(lambda x: x[frozen_blocks:], params["blocks"])
     trained = {"norm": params["norm"]}
@@ -203,5 +205,6 @@ def merge_blocks(params: dict) -> dict:
 
 
 def pool(tokens: jax.Array, how: str) -> jax.Array:
-    """`[B, 1 + N, D] -> [B, D]`: the class token ("cls") or the mean of the patches ("mean")."""
+    """`[B, 1 + N, D]` -> fp32 `[B, D]`: the class token ("cls") or the patches' mean ("mean")."""
+    tokens = tokens.astype(jnp.float32)
     return tokens[:, 0] if how == "cls" else tokens[:, 1:].mean(1)
