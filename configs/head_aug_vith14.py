@@ -2,8 +2,8 @@
 
     python -m maect_jax.main --config=configs/head_aug_vith14.py --config.init_from=RUN
 
-Starts from an MAE run that `--config.init_from` names. (The paper takes the public PyTorch checkpoint,
-which cannot be read yet.)
+Starts from an MAE run that `--config.init_from` names. (The paper takes the public PyTorch
+checkpoint, which cannot be read yet.)
 Images: data/imagenet/{train,val}/<class>/, or where `--config.data.path` points.
 Hardware: TPU or GPU; `--dry_run` prints steps, memory of the state and FLOPs.
 Duration: 20 epochs, 50,040 updates of 512 images x 2 views, encoder forward only.
