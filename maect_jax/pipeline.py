@@ -154,6 +154,8 @@ def dry_run(config: ConfigDict) -> None:
     try:
         images = sources.make(config.data, "train", config.model.channels)
     except UserError:
+        if config.data.source not in sources.ON_DISK:
+            raise
         records, whose = plan.IMAGENET_TRAIN, "ImageNet-1k's, as the images are not there"
     else:
         records, whose = len(images), config.data.source

@@ -87,6 +87,14 @@ def test_bad_input_is_one_line_and_status_2_and_writes_nothing(tmp_path, argumen
     assert not workdir.exists()
 
 
+@pytest.mark.parametrize("name", ["batch and images", "mesh and devices", "patch and image"])
+def test_dry_run_refuses_what_a_run_would(name):
+    arguments, message = BAD[name]
+    done = run_main(*arguments, "--dry_run", devices=2)
+    assert done.stderr.startswith(f"error: {message}")
+    assert (done.returncode, done.stdout) == (2, "")
+
+
 def test_help_lists_every_page():
     done = run_main("--help")
     assert done.returncode == 0, done.stderr

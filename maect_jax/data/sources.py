@@ -17,7 +17,8 @@ from PIL import Image
 from maect_jax.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-KINDS = ("fashion_mnist", "folder", "tfds")
+ON_DISK = ("folder", "tfds")
+KINDS = ("fashion_mnist", *ON_DISK)
 SPLITS = ("train", "val")
 
 _HELD_OUT = 2_000
