@@ -181,7 +181,7 @@ def small_images(config: ConfigDict) -> None:
     if "model" in config:
         config.model.update(image_size=(28, 28), channels=1, dtype="float32")
     config.data.update(
-        source="fashion_mnist", mean=(0.286,), std=(0.353,), short_side=28, workers=0
+        source="fashion_mnist", path="", mean=(0.286,), std=(0.353,), short_side=28, workers=0
     )
 
 

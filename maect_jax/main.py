@@ -29,10 +29,10 @@ def _help() -> str:
     for flag in (_CONFIG, _WORKDIR, _DRY_RUN):
         lines.append(f"  --{flag.name}: {flags.FLAGS[flag.name].help}")
     lines += ["", "Config pages:"]
-    for path in sorted(Path("configs").glob("*.py")):
+    for path in sorted((Path(__file__).parents[1] / "configs").glob("*.py")):
         summary = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
         if path.stem != "common":
-            lines.append(f"  {path!s:32}{summary}")
+            lines.append(f"  {os.path.relpath(path):34}{summary}")
     return "\n".join(lines)
 
 

@@ -197,3 +197,5 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
             train.run(config, name, images["train"], workdir, mesh, start)
             origin = Origin(workdir, name)
+    if jax.process_index() == 0 and config.stages[-1] != "eval":
+        print(f"\n{workdir}: {', '.join(config.stages)} finished")

@@ -121,11 +121,16 @@ def _size(check: _Checker) -> vit.Size:
 
 def _data(check: _Checker) -> None:
     check.one_of("data.source", sources.KINDS)
+    if check.values["data.source"] == "fashion_mnist":
+        check.need(
+            "data.path", "empty for the packaged images; set config.data.source=folder as well",
+            lambda v: not v,
+        )  # fmt: skip
     check.positive("data.short_side")
     check.not_negative("data.workers")
     channels, image = check.values["model.channels"], check.values["model.image_size"]
     for key in ("data.mean", "data.std"):
-        check.need(key, f"{channels} numbers, one a channel", lambda v: len(v) == channels)
+        check.need(key, f"as many numbers as channels, {channels}", lambda v: len(v) == channels)
     check.need("data.std", "above 0", lambda v: min(v) > 0)
     check.need(
         "data.short_side", f"at least the larger side of the image, {max(image)}",

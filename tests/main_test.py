@@ -69,6 +69,10 @@ BAD = {
         ("--config=configs/mae_vitb16.py", "--config.data.path=absent"),
         "config.data.path: there is no folder 'absent/train'",
     ),
+    "path without source": (
+        (QUICK, "--config.data.path=mine"),
+        "config.data.path='mine': must be empty for the packaged images; set config.data.source",
+    ),
     "value of no kind": (
         (QUICK, "--config.data.source=jpeg"),
         "config.data.source='jpeg': must be one of 'fashion_mnist', 'folder', 'tfds'",
