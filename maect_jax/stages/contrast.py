@@ -83,15 +83,17 @@ class Contrast:
                 queue_key, self.queue_size, self.batch_size, self.projector.out
             )
         # Copies, so that parameter and average never share a buffer.
-        copy = lambda tree: jax.tree.map(jnp.copy, tree)  # noqa: E731
+        ema = {"encoder": params["encoder"]} if self.tunes_encoder else {}
+        target = {} if self.target_factor is None else {"projector": params["projector"]}
+        ema, target = jax.tree.map(jnp.copy, (ema, target))
         return TrainState(
             step=jnp.int32(0),
             params=params,
             frozen={"encoder": frozen},
             batch_stats=start.get("batch_stats") or fresh_stats,
             opt_state=self.optimizer(params).init(params),
-            ema={"encoder": copy(params["encoder"])} if self.tunes_encoder else {},
-            target={} if self.target_factor is None else {"projector": copy(params["projector"])},
+            ema=ema,
+            target=target,
             queue=queue,
             rng=rng,
         )
