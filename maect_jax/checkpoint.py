@@ -51,6 +51,11 @@ def last_step(folder: Path) -> int | None:
     return max(ocp.utils.checkpoint_steps(epath.Path(folder.absolute())), default=None)
 
 
+def trained_stages(run: Path, stages: tuple[str, ...]) -> list[str]:
+    """Those of `stages` that a run has a checkpoint of."""
+    return [name for name in stages if last_step(stage_folder(run, name)) is not None]
+
+
 def _reader(folder: Path) -> ocp.CheckpointManager:
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(create=False)

@@ -19,9 +19,9 @@ def encoders(run: Path) -> dict[str, Path]:
 
     A head's encoder is the MAE's; it counts only where the run has no MAE of its own.
     """
-    folders = {name: checkpoint.stage_folder(run, name) for name in build.TRAINING}
-    found = {n: f for n, f in folders.items() if checkpoint.last_step(f) is not None}
-    return {n: f for n, f in found.items() if n != "head" or "mae" not in found}
+    found = checkpoint.trained_stages(run, build.TRAINING)
+    own = [name for name in found if name != "head" or "mae" not in found]
+    return {name: checkpoint.stage_folder(run, name) for name in own}
 
 
 def _features(

@@ -77,11 +77,7 @@ def find(init_from: str, stage: str) -> Origin:
     run = Path(init_from)
     if not (run / "config.json").is_file():
         raise UserError(f"{where}there is no run; must be {allowed}")
-    trained = [
-        name
-        for name in build.TRAINING
-        if checkpoint.last_step(checkpoint.stage_folder(run, name)) is not None
-    ]
+    trained = checkpoint.trained_stages(run, build.TRAINING)
     if not trained:
         raise UserError(f"{where}the run has no checkpoint yet; must be {allowed}")
     return Origin(run, next(name for name in _PREFERRED[stage] if name in trained))
