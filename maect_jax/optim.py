@@ -40,7 +40,8 @@ def schedule(steps: int, warmup: int) -> Callable[[jax.Array], jax.Array]:
 
     def factor(step):
         rise = (step + 1) / (warmup + 1)
-        fall = (1 + jnp.cos(jnp.pi * (step - warmup) / max(steps - warmup, 1))) / 2
+        # (1 + cos x) / 2, written so that no digits cancel near zero.
+        fall = jnp.sin(jnp.pi / 2 * (steps - step) / max(steps - warmup, 1)) ** 2
         return jnp.where(step < warmup, rise, fall)
 
     return factor

@@ -1,7 +1,6 @@
 """The loop, once, for every training stage."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,7 +11,7 @@ from maect_jax import metrics, sharding, state
 from maect_jax.checkpoint import Checkpoints, stage_folder
 from maect_jax.data import loader, sources
 from maect_jax.stages import build
-from maect_jax.stages.step import step
+from maect_jax.stages.step import compiled
 
 
 def _batches(config: ConfigDict, name: str, source: sources.Source, steps: int):
@@ -69,7 +68,7 @@ def run(
     else:
         train_state = state.create(stage, key, start(), mesh)
     places = state.shardings_of(train_state)
-    update = jax.jit(partial(step, stage), donate_argnums=0, out_shardings=(places, None))
+    update = compiled(stage, places)
     shown = jax.process_index() == 0
     if shown:
         _describe(name, stage, train_state, done)

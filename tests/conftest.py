@@ -46,3 +46,13 @@ def assert_trees_equal(a, b) -> None:
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
         np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """After the tests of parity: the largest error of each quantity."""
+    from tests.figures import largest
+
+    if largest:
+        terminalreporter.section("largest errors, and their bounds")
+        for quantity, (error, bound) in sorted(largest.items()):
+            terminalreporter.line(f"{quantity:32}{error:10.2g}{bound:10.2g}")

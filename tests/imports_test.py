@@ -14,7 +14,7 @@ FLOORS = (
     ("checkpoint", "flops", "metrics"),
     ("stages.build", "stages.step"),
     ("stages.mae", "stages.contrast", "evals.features", "evals.probe"),
-    ("losses", "state", "data.augment", "data.loader"),
+    ("losses", "state", "convert", "data.augment", "data.loader"),
     ("models.mae", "models.nnclr", "support_queue", "data.sources", "data.transforms"),
     ("models.vit",),
     ("sharding", "optim", "config", "evals.knn", "evals.cluster"),

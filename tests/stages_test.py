@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 from maect_jax import optim, sharding, state, support_queue
-from maect_jax.data import augment
 from maect_jax.data.augment import Photometric, Recipe
 from maect_jax.models import mae, nnclr, vit
 from maect_jax.stages import build
 from maect_jax.stages.contrast import Contrast
 from maect_jax.stages.mae import Mae
-from maect_jax.stages.step import step
+from maect_jax.stages.step import gradients, step
 from tests.conftest import assert_trees_equal, mesh_of
 
 BATCH = 16
@@ -240,9 +239,7 @@ def sharded_update(name, shape):
     stage, mesh = STAGES[name], mesh_of(*shape)
 
     def run(train_state, batch):
-        key = jax.random.fold_in(train_state.rng, train_state.step)
-        views = augment.views(batch, stage.recipe)
-        carried = stage.loss(train_state.params, train_state, views, batch, key)[1][1]
+        (_, (_, carried)), _ = gradients(stage, train_state, batch)
         return *step(stage, train_state, batch), carried.get("positions", ())
 
     with jax.set_mesh(mesh):

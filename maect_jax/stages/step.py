@@ -1,5 +1,7 @@
 """One update, the same for every training stage."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,6 +11,13 @@ from maect_jax.data import augment
 from maect_jax.state import TrainState
 
 
+def gradients(stage, state: TrainState, batch: dict):
+    """`((loss, (metrics, carried)), grads)` of a step: `stage.loss` and its gradient."""
+    key = jax.random.fold_in(state.rng, state.step)
+    views = augment.views(batch, stage.recipe)
+    return jax.value_and_grad(stage.loss, has_aux=True)(state.params, state, views, batch, key)
+
+
 def step(stage, state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
     """Pure: `(state, batch) -> (state, metrics)` for a stage (`Mae` or `Contrast`).
 
@@ -16,11 +25,7 @@ def step(stage, state: TrainState, batch: dict) -> tuple[TrainState, dict[str, j
     not the parameters, moments, averages, statistics, nor the queue. Metrics are scalars;
     `finite` tells.
     """
-    key = jax.random.fold_in(state.rng, state.step)
-    views = augment.views(batch, stage.recipe)
-    (loss, (metrics, carried)), grads = jax.value_and_grad(stage.loss, has_aux=True)(
-        state.params, state, views, batch, key
-    )
+    (loss, (metrics, carried)), grads = gradients(stage, state, batch)
     grad_norm = optax.tree.norm(grads)
     # The norm of the gradients is finite only if each of them is.
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -35,3 +40,11 @@ def step(stage, state: TrainState, batch: dict) -> tuple[TrainState, dict[str, j
     factor = optim.schedule(stage.steps, stage.warmup)(state.step)
     lr = max(group.lr for group in stage.groups.values()) * factor
     return new, dict(loss=loss, learning_rate=lr, grad_norm=grad_norm, finite=finite, **metrics)
+
+
+def compiled(stage, places: TrainState):
+    """`step` as it is run: jitted, the state donated, its new arrays where the old ones were.
+
+    `places` are the shardings of the state (`state.shardings_of`).
+    """
+    return jax.jit(partial(step, stage), donate_argnums=0, out_shardings=(places, None))

@@ -1,0 +1,115 @@
+"""The steps of the reference figures in bf16: as exact as bf16 can be (see `rounding`)."""
+
+from functools import partial
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+
+from maect_jax import convert, support_queue
+from maect_jax.stages.step import gradients
+from tests import figures
+from tests.contrast_run import MESH, assert_parameters, batch_of, run
+from tests.figures import FORWARD, assert_close, assert_within, norm
+from tests.gradient_bounds import grad_parts
+from tests.rounding import assert_as_exact_as_bf16, emulated, rounded
+
+MAE, CT = figures.cases("mae"), figures.cases("ct")
+by_ct_case = pytest.mark.parametrize("case", CT, ids=str)
+
+
+def stages_of(case):
+    return [figures.stage_of(case, dtype) for dtype in ("float32", "bfloat16")]
+
+
+@pytest.mark.parametrize("case", MAE, ids=str)
+def test_mae(case):
+    params = {
+        "encoder": convert.encoder_from_torch(case.under("encoder/"), case.grid),
+        "decoder": convert.decoder_from_torch(case.under("decoder/"), case.grid),
+    }
+    images = case["images"].transpose(0, 2, 3, 1)
+    noise = case["noise"].reshape(len(images), -1)
+
+    def look(stage, params, images):
+        def loss(params):
+            got = stage.forward(params, images, noise)
+            return got["loss"], got
+
+        (value, got), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return value, dict(latent=got["latent"], prediction=got["prediction"], gradients=grads)
+
+    @jax.jit
+    def draw(scale):
+        inputs = rounded((params, images), scale)
+        return emulated(partial(look, single, *inputs), scale)[1]
+
+    single, half = stages_of(case)
+    exact_loss, exact = jax.jit(partial(look, single))(params, images)
+    loss, got = jax.jit(partial(look, half))(params, images)
+    assert_as_exact_as_bf16("mae", got, exact, draw)
+    # The root of the loss is a norm: it moves by no more than the masked patches' pixels.
+    off = np.square(np.subtract(got["prediction"], exact["prediction"])).mean(-1)
+    off = np.sqrt(off[case["mask"] == 1].mean())
+    error = abs(np.sqrt(loss) - np.sqrt(exact_loss))
+    assert_within("bf16 mae loss, its root", error, off * (1 + FORWARD))
+
+
+@by_ct_case
+def test_ct_forward_and_gradients(case):
+    """At every step from the same state as fp32, with the same neighbours."""
+
+    def look(stage, state, batch, positions):
+        with mock.patch.object(support_queue, "choose", return_value=positions):
+            (_, (_, carried)), grads = gradients(stage, state, batch)
+        names = ("projected", "predicted", "batch_stats")
+        return {name: carried[name] for name in names} | {"gradients": grads}
+
+    @jax.jit
+    def draw(state, batch, positions, scale):
+        trees = (state.params, state.frozen, state.target, batch["image"])
+        params, frozen, target, images = rounded(trees, scale)
+        state = state.replace(params=params, frozen=frozen, target=target)
+        inputs = (state, {**batch, "image": images}, positions)
+        return emulated(partial(look, single, *inputs), scale)
+
+    single, half = stages_of(case)
+    exactly, halfly = (jax.jit(partial(look, stage)) for stage in (single, half))
+    with jax.set_mesh(MESH):
+        for s, step in enumerate(run(case, "all")):
+            state = step.before.replace(rng=jax.random.key(0))
+            inputs = (state, batch_of(case, s), step.carried["positions"].ravel())
+            exact, got = exactly(*inputs), halfly(*inputs)
+            assert_as_exact_as_bf16("ct", got, exact, partial(draw, *inputs))
+
+
+@by_ct_case
+def test_ct_losses_and_neighbours_are_exact_whatever_the_dtype(case):
+    """Of the step's own projections and predictions, which alone are off."""
+    for s, step in enumerate(run(case, "all", "bfloat16")):
+        queue, unit = step.before.queue, np.float64(step.carried["predicted"])
+        rows = np.float64(queue.rows.reshape(-1, queue.rows.shape[-1]))
+        own = case[f"step{s}/ids"][:, None, None] == queue.ids.ravel()
+        cosines = np.where(own, -2, np.float64(step.carried["projected"]) @ rows.T)
+        positions = step.carried["positions"]
+        chosen = np.take_along_axis(cosines, positions[..., None], -1)[..., 0]
+        assert_close("bf16 ct cosine of the nearest", chosen, cosines.max(-1), 1e-6)
+        unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
+        losses = []
+        for view in (0, 1):
+            logits = rows[positions[:, view]] @ unit[:, 1 - view].T / case.meta["temperature"]
+            losses.append(np.mean(np.log(np.exp(logits).sum(1)) - np.diag(logits)))
+        assert_close("bf16 ct loss", step.scalars["loss"], np.mean(losses), FORWARD)
+
+
+@by_ct_case
+def test_ct_parameters_and_target_after_each_step(case):
+    """Off by no more than what Adam makes of the gradients' errors."""
+    steps = run(case, "all", "bfloat16")
+
+    def off(s, name):
+        theirs = grad_parts(case.under(f"step{s}/grad/"))[name]
+        return norm(grad_parts(steps[s].grads)[name] - theirs)
+
+    assert_parameters("bf16 ct", case, steps, "all", off)

@@ -1,0 +1,186 @@
+"""The package's own contrastive step on reference figures."""
+
+from functools import cache, partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from maect_jax import convert, state
+from maect_jax.models import vit
+from maect_jax.stages.step import compiled, gradients
+from tests import figures
+from tests.conftest import assert_trees_equal, mesh_of
+from tests.figures import OPTIMISER, Case, assert_within, norm
+from tests.gradient_bounds import grad_parts, joined, update_bound, zero_by_construction
+
+MESH = mesh_of(1, 1)
+
+
+class Step(NamedTuple):
+    """One step: what it started from, what it computed, what it left."""
+
+    before: state.TrainState
+    tokens: np.ndarray  # [2B, N, D], view 0 first
+    carried: dict
+    grads: dict[str, np.ndarray]
+    neighbours: np.ndarray  # [2, B], as rows of the reference's flat queue
+    scalars: dict
+    after: state.TrainState
+
+
+def trained_tree(case: Case, tensors: dict[str, np.ndarray]) -> dict:
+    """What is trained, as a tree, from the reference's `encoder/...` and `head/...`.
+
+    The encoder's tensors that are not there (frozen ones) are filled up from the start.
+    """
+    both = {**case.under("init/"), **tensors}
+    encoder = convert.encoder_from_torch(figures.under(both, "encoder/"), case.grid)
+    trained, _ = vit.split_blocks(encoder, case.meta["frozen_blocks"])
+    head = convert.head_from_torch(figures.under(both, "head/"))
+    return {"encoder": trained, **head["params"]}
+
+
+def trained_to_torch(case: Case, params: dict) -> dict[str, np.ndarray]:
+    patch_size, frozen = case.meta["patch_size"], case.meta["frozen_blocks"]
+    return figures.prefixed(
+        encoder=convert.encoder_to_torch(params["encoder"], patch_size, first_block=frozen),
+        head=convert.head_to_torch({"params": params}),
+    )
+
+
+def started(case: Case, stage) -> state.TrainState:
+    """The stage's first state, from the reference's start."""
+    head = convert.head_from_torch(case.under("init/head/"))
+    start = dict(
+        encoder=convert.encoder_from_torch(case.under("init/encoder/"), case.grid),
+        batch_stats=head["batch_stats"],
+        queue=head["queue"],
+        **head["params"],
+    )
+    first = state.create(stage, jax.random.key(0), start, MESH)
+    assert_trees_equal(first.target, head["target"])
+    return first
+
+
+def batch_of(case: Case, s: int) -> dict[str, np.ndarray]:
+    """The batch of step `s`, as the loader makes them."""
+    return dict(
+        image=case[f"step{s}/images"].transpose(1, 0, 3, 4, 2),
+        index=case[f"step{s}/ids"].astype(np.int32),
+        label=case[f"step{s}/labels"].astype(np.int32),
+    )
+
+
+def given_state(case: Case, s: int, own: state.TrainState, given: str) -> state.TrainState:
+    """`own`, after step `s`, with what the reference gives put in its place (see `run`)."""
+    theirs = case.under(f"step{s}/after/")
+    if given == "drift":
+        heads = {"target": own.target, "batch_stats": own.batch_stats}
+        ours = trained_to_torch(case, own.params)
+        ours |= figures.prefixed(head=convert.head_to_torch(heads))
+        ours, theirs = grad_parts(ours), grad_parts(theirs)
+        theirs = joined({n: theirs[n] if zero_by_construction(n) else x for n, x in ours.items()})
+    head = convert.head_from_torch(case.under("init/head/") | figures.under(theirs, "head/"))
+    new = own.replace(
+        params=trained_tree(case, theirs),
+        batch_stats=head["batch_stats"],
+        target=head["target"],
+    )
+    return jax.tree.map(lambda x, place: jax.device_put(x, place.sharding), new, own)
+
+
+@cache
+def programs(case: Case, dtype: str):
+    """The stage, its step as `train` jits it, and what looks into the step."""
+    stage = figures.stage_of(case, dtype)
+    with jax.set_mesh(MESH):
+        update = compiled(stage, state.shardings_of(started(case, stage)))
+
+    def encode(params, views):
+        return stage.encoder.apply({"params": params}, views)
+
+    return stage, update, jax.jit(partial(gradients, stage)), jax.jit(encode)
+
+
+@cache
+def run(case: Case, given: str, dtype: str = "float32") -> list[Step]:
+    """All steps of a case by the package's own step.
+
+    The first starts from the reference's start; moments and queue are always what the steps
+    before have left. What else is `given` from the reference before each further step:
+      "start": nothing.
+      "drift": the tensors whose gradient is zero by construction. Adam makes updates of full
+        size of their rounding, and through the target's last bias they reach the projections.
+      "all": parameters, running statistics and target.
+    """
+    stage, update, look, encode = programs(case, dtype)
+    steps = []
+    with jax.set_mesh(MESH):
+        now = started(case, stage)
+        for s in range(case.meta["steps"]):
+            if given != "start" and s:
+                now = given_state(case, s - 1, now, given)
+            batch = batch_of(case, s)
+            encoder = {**now.frozen["encoder"], **now.params["encoder"]}
+            views = batch["image"].swapaxes(0, 1)
+            tokens = np.float32(encode(encoder, views.reshape(-1, *views.shape[2:])))
+            (_, (_, carried)), grads = look(now, batch)
+            before = jax.device_get(now.replace(rng=None))
+            now, scalars = update(now, batch)
+            steps.append(
+                Step(
+                    before=before,
+                    tokens=tokens,
+                    carried=jax.device_get(carried),
+                    grads=trained_to_torch(case, grads),
+                    neighbours=_flat_rows(case, s, before.queue, carried["positions"]),
+                    scalars=jax.device_get(scalars),
+                    after=jax.device_get(now.replace(rng=None)),
+                )
+            )
+    return steps
+
+
+def _flat_rows(case: Case, s: int, queue, positions) -> np.ndarray:
+    """Ring positions `[B, 2]` as rows `[2, B]` of the reference's flat queue, by their age."""
+    rows, batch = queue.ids.size, queue.ids.shape[1]
+    age = (np.asarray(positions).T - int(queue.slot) * batch) % rows
+    oldest = int(case["init/head/queue_ptr"].item()) + s * case.meta["batch"]
+    return (age + oldest) % rows
+
+
+def assert_parameters(kind: str, case: Case, steps, given, off):
+    """What is trained, and the target, after each step; `off(s, name)` is the norm by which the
+    gradients of step `s` are wrong."""
+    meta, allowed, errors = case.meta, {}, {}
+    groups = figures.prefixed(encoder=meta["encoder_groups"], head=meta["head_groups"])
+    golden_grads = []
+    for s, step in enumerate(steps):
+        theirs = case.under(f"step{s}/after/")
+        golden_grads.append(grad_parts(case.under(f"step{s}/grad/")))
+        ours = trained_to_torch(case, step.after.params)
+        assert ours.keys() == groups.keys()
+        ours, want = grad_parts(ours), grad_parts({name: theirs[name] for name in ours})
+        if given == "all":
+            allowed = {}
+        elif given == "drift":
+            allowed = {n: bound for n, bound in allowed.items() if not zero_by_construction(n)}
+        earlier, allowed = allowed, {}
+        for name, x in want.items():
+            lr = meta["base_lr_per_step"][s][int(name.startswith("head/"))]
+            lr *= groups[name.split("[")[0]][0]
+            errors[name] = np.hypot(errors.get(name, 0.0), off(s, name))
+            spread = update_bound(name, [grads[name] for grads in golden_grads], errors[name])
+            allowed[name] = earlier.get(name, 0.0) + lr * spread + OPTIMISER * norm(x)
+        targets = figures.prefixed(head=convert.head_to_torch({"target": step.after.target}))
+        for name in targets:
+            kept, online = meta["target_factor"], name.replace("target_", "")
+            mixed = kept * earlier.get(name, 0.0) + (1 - kept) * allowed[online]
+            allowed[name] = mixed + OPTIMISER * norm(theirs[name])
+        ours, want = ours | targets, want | {name: theirs[name] for name in targets}
+        for name, x in want.items():
+            quantity = "target" if name in targets else "parameters"
+            zero = ", gradient zero" if zero_by_construction(name) else ""
+            error, size = norm(ours[name] - x), norm(x)
+            assert_within(f"{kind} {quantity}{zero}", error / size, allowed[name] / size)
