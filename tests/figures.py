@@ -17,6 +17,7 @@ FOLDER = Path(os.environ.get("MAECT_GOLDEN") or Path(__file__).parent / "golden"
 FORWARD = 1e-5
 GRADIENT = 1e-4
 OPTIMISER = 1e-6
+TINY = 1e-30  # in place of a norm that is zero
 
 # Largest error of each quantity and its bound, printed when the session ends.
 largest: dict[str, tuple[float, float]] = {}
@@ -83,7 +84,7 @@ def assert_close(quantity: str, got, want, bound: float) -> None:
     """Relative error of a tensor."""
     assert np.shape(got) == np.shape(want), quantity
     difference = norm(np.asarray(got, np.float64) - np.asarray(want, np.float64))
-    assert_within(quantity, difference / max(norm(want), 1e-30), bound)
+    assert_within(quantity, difference / max(norm(want), TINY), bound)
 
 
 def prefixed(**parts: dict) -> dict:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tests.figures import assert_close, assert_within, norm
+from tests.figures import TINY, assert_close, assert_within, norm
 
 BETA1, BETA2, EPS = 0.9, 0.95, 1e-8
 
@@ -60,7 +60,7 @@ def assert_gradients(kind: str, ours: dict, theirs: dict, bound: float) -> None:
         if scale is None:
             assert_close(f"{kind} gradients", ours[name], want, bound)
         else:
-            zero = max(norm(ours[name]), norm(want)) / norm(theirs[scale])
+            zero = max(norm(ours[name]), norm(want)) / max(norm(theirs[scale]), TINY)
             assert_within(f"{kind} gradients that are zero", zero, bound)
 
 

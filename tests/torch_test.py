@@ -1,4 +1,8 @@
-"""PyTorch as a second witness: the block, the head's BatchNorm and AdamW (extra `[torch]`)."""
+"""PyTorch as a second witness (extra `[torch]`): block, BatchNorm, AdamW, and whole steps."""
+
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +12,7 @@ import pytest
 
 from maect_jax import optim
 from maect_jax.models import nnclr, vit
+from tests.conftest import ROOT
 
 torch = pytest.importorskip("torch", reason="the extra [torch] is not installed")
 
@@ -87,3 +92,45 @@ def test_adamw_equals_pytorchs(rng):
         weight.grad = tensor(grad)
         peer.step()
         np.testing.assert_allclose(params["a"]["kernel"], weight.detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_parity_on_other_sizes_than_those_of_the_figures(tmp_path):
+    """The tests of parity and of bf16 on figures that PyTorch makes: images that are not square,
+    every pooling, nothing or everything frozen, other patches, schedules and batches.
+
+    With seeds at which no ReLU's input is so near zero (4e-8 was seen) that rounding opens it.
+    """
+    from tests import torch_peer
+
+    sizes = dict(width=24, heads=3)
+    torch_peer.mae(
+        tmp_path / "mae_wide.npz", 0, image_size=(8, 20), patch_size=4, depth=2, mask_ratio=0.6,
+        dec_width=16, dec_depth=1, dec_heads=2, batch=3, **sizes,
+    )  # fmt: skip
+    torch_peer.mae(
+        tmp_path / "mae_14.npz", 1, image_size=42, patch_size=14, depth=1, mask_ratio=0.9,
+        dec_width=32, dec_depth=3, dec_heads=4, batch=5, **sizes,
+    )  # fmt: skip
+    head = dict(proj_hidden=32, pred_hidden=48, output_dim=12, encoder_lr=1e-3, head_lr=5e-4)
+    shared = dict(**sizes, **head, depth=3, temperature=0.15, target_factor=0.995, steps=3)
+    torch_peer.ct(
+        tmp_path / "ct_all_trained.npz", 5, image_size=(12, 8), patch_size=4, frozen_blocks=0,
+        queue_size=36, queue_ptr=24, batch=12, warmup_percent=0, total_steps=9,
+        pooling="mean_patch", **shared,
+    )  # fmt: skip
+    torch_peer.ct(
+        tmp_path / "ct_one_trained.npz", 3, image_size=21, patch_size=7, frozen_blocks=2,
+        queue_size=50, queue_ptr=0, batch=10, warmup_percent=50, total_steps=4,
+        pooling="class_token", **shared,
+    )  # fmt: skip
+    torch_peer.ct(
+        tmp_path / "ct_all_frozen.npz", 4, image_size=16, patch_size=8, frozen_blocks=3,
+        queue_size=8, queue_ptr=0, batch=8, warmup_percent=20, total_steps=20,
+        pooling="class_token", **shared,
+    )  # fmt: skip
+    files = ["tests/parity_test.py", "tests/bf16_test.py"]
+    command = [sys.executable, "-m", "pytest", "-q", *files]
+    environment = {**os.environ, "MAECT_GOLDEN": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    print(done.stdout)

@@ -143,8 +143,10 @@ class Contrast:
             losses.nearest_neighbour(rows[:, 0], predicted[:, 1], self.temperature)
             + losses.nearest_neighbour(rows[:, 1], predicted[:, 0], self.temperature)
         ) / 2
+        # Of the images whose label is known.
         known = batch["label"] >= 0
-        metrics = {"nn_accuracy": ((labels[:, 0] == batch["label"]) & known).mean()}
+        hits = (labels[:, 0] == batch["label"]) & known
+        metrics = {"nn_accuracy": hits.sum() / jnp.maximum(known.sum(), 1)}
         carried = dict(
             batch_stats=stats,
             projected=projected,

@@ -1,0 +1,187 @@
+"""Numeric corner cases, as properties over drawn inputs (hypothesis)."""
+
+from collections import deque
+from contextlib import nullcontext
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from maect_jax import losses, optim, support_queue
+from maect_jax.models import mae, nnclr, vit
+from maect_jax.stages.mae import Mae
+from maect_jax.support_queue import EXCLUDED
+from tests.conftest import mesh_of
+from tests.stages_test import BATCH, STAGES, batch_of, compiled, started
+
+# The same draws in every session, so that what is green stays green.
+drawn = settings(deadline=None, derandomize=True, max_examples=60)
+
+ROWS, DIM = 8, 4  # rows of a batch; rows of +-1/2 have length 1 and exact cosines, with ties
+MESHES = {"none": None, "8": (4, 2)}
+SIZES = (24, 20, 3)  # of whole slots, with a surplus, below a batch
+
+halves = partial(arrays, np.float32, elements=st.sampled_from([-0.5, 0.5]))
+few_ids = arrays(np.int32, ROWS, elements=st.integers(0, 3))
+pushes = st.lists(st.tuples(halves((ROWS, DIM)), few_ids), max_size=8)
+
+
+def within(mesh):
+    return jax.set_mesh(mesh_of(*mesh)) if mesh else nullcontext()
+
+
+@cache
+def programs(size, k):
+    def found_and_chosen(queue, queries, ids, key):
+        found = support_queue.nearest(queue, queries, ids, size=size, k=k)
+        return found, support_queue.choose(found, key)
+
+    return jax.jit(support_queue.push), jax.jit(found_and_chosen)
+
+
+def fifo_of(size, batches):
+    """A queue after `batches` (it goes round after three), and the same as a NumPy FIFO of
+    (row, id, position in the ring)."""
+    queue = support_queue.init(jax.random.key(0), size, ROWS, DIM)
+    rows = jnp.tile(jnp.array([0.5, -0.5, 0.5, -0.5]), (*queue.ids.shape, 1))
+    queue, slots = queue.replace(rows=rows), len(queue.ids)
+    fifo = deque(((rows[0, 0], -1, i) for i in range(slots * ROWS)), maxlen=size)
+    for number, (rows, ids) in enumerate(batches):
+        queue = programs(size, 1)[0](queue, rows, ids, ids)
+        first = number % slots * ROWS
+        fifo.extend((rows[i], ids[i], first + i) for i in range(ROWS))
+    return queue, fifo
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
+@drawn
+@given(st.sampled_from(SIZES), st.data(), pushes, halves((ROWS, DIM)), few_ids)
+def test_neighbours_are_numpys(mesh, size, data, batches, queries, ids):
+    """Wrap-around, ties, and a query's own index absent, once, twice or everywhere; `k` up to the
+    queue's size, so also above the number of allowed rows."""
+    k = data.draw(st.sampled_from([1, 3, size]))
+    queue, fifo = fifo_of(size, batches)
+    with within(mesh):
+        found, chosen = programs(size, k)[1](queue, queries, ids, jax.random.key(len(batches)))
+    ids_at = {position: entry_id for _, entry_id, position in fifo}
+    for i, (query, own) in enumerate(zip(queries, ids, strict=True)):
+        scores = [EXCLUDED if entry_id == own else float(row @ query) for row, entry_id, _ in fifo]
+        ranked = sorted((-score, entry[2]) for score, entry in zip(scores, fifo, strict=True))
+        np.testing.assert_array_equal(found.scores[i], [-score for score, _ in ranked[:k]])
+        np.testing.assert_array_equal(found.positions[i], [place for _, place in ranked[:k]])
+        if max(scores) > EXCLUDED:
+            assert ids_at[int(chosen[i])] != own
+        else:  # the first of the ring that the queue holds
+            assert int(chosen[i]) == min(ids_at)
+
+
+@drawn
+@given(st.sampled_from(SIZES), pushes)
+def test_the_queue_keeps_the_newest_rows_in_order(size, batches):
+    queue, fifo = fifo_of(size, batches)
+    rows, ids, labels = support_queue.in_age_order(queue, size)
+    np.testing.assert_array_equal(rows, np.stack([entry[0] for entry in fifo]))
+    np.testing.assert_array_equal(ids, [entry[1] for entry in fifo])
+    np.testing.assert_array_equal(labels, [entry[1] for entry in fifo])
+
+
+@drawn
+@given(
+    st.integers(1, 40).flatmap(
+        # Few values, so that there are ties: of equal noise the first patch is kept.
+        lambda n: arrays(np.float32, (2, n), elements=st.sampled_from([0.0, 0.25, 0.5, 0.75]))
+    ),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_a_mask_keeps_its_share_and_comes_back(noise, ratio):
+    patches = noise.shape[1]
+    keep, restore, mask = (np.asarray(x) for x in mae.random_mask(jnp.asarray(noise), ratio))
+    kept = int(patches * (1 - ratio))
+    order = np.argsort(noise, axis=1, kind="stable")
+    np.testing.assert_array_equal(keep, order[:, :kept])
+    np.testing.assert_array_equal(mask.sum(1), patches - kept)
+    np.testing.assert_array_equal(np.take_along_axis(mask, keep, 1), 0)
+    np.testing.assert_array_equal(np.take_along_axis(order, restore, 1), [range(patches)] * 2)
+
+
+@pytest.mark.parametrize(("ratio", "kept"), [(0.0, 16), (0.95, 0), (0.999, 0)])
+def test_mae_with_nothing_or_everything_masked(rng, ratio, kept):
+    """No patch masked: the loss is zero. All of them: the class token alone is encoded."""
+    group = optim.Group(0.1, 0.0)
+    groups = {"encoder": group, "decoder": group}
+    networks = vit.ViT(16, 2, 2, 2), mae.Decoder(8, 1, 2, 2, 3)
+    stage = Mae(*networks, (8, 8, 3), ratio, None, groups, 1, 0)
+    params = jax.jit(stage.init)(jax.random.key(0), {}).params
+    images, noise = rng.normal(size=(2, 8, 8, 3)), jnp.asarray(rng.random((2, 16)))
+
+    def loss(params):
+        got = stage.forward(params, images, noise)
+        return got["loss"], got
+
+    (value, got), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    assert got["latent"].shape == (2, 1 + kept, 16)
+    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads))
+    if kept == 16:
+        assert value == largest == 0
+    else:
+        target = losses.patch_targets(images, 2)
+        np.testing.assert_allclose(value, np.square(got["prediction"] - target).mean(), rtol=1e-5)
+        assert 0 < largest < np.inf
+
+
+@drawn
+@given(arrays(np.float32, (1, 3), elements=st.floats(-1e4, 1e4, width=32)))
+def test_batch_norm_of_one_row_is_its_bias(row):
+    """There is no spread: the output is the bias, the gradient of the input zero, and a running
+    variance that PyTorch refuses to make (0 / 0) moves towards 0."""
+    norm = nnclr.BatchNorm()
+    variables = norm.init(jax.random.key(0), row, train=True)
+    variables["params"]["bias"] = jnp.array([1.0, -2.0, 3.0])
+
+    def run(row):
+        y, new = norm.apply(variables, row, train=True, mutable=["batch_stats"])
+        return (y * y).sum(), (y, new["batch_stats"])
+
+    grad, (y, stats) = jax.grad(run, has_aux=True)(row)
+    np.testing.assert_array_equal(y, [[1, -2, 3]])
+    np.testing.assert_array_equal(grad, np.zeros((1, 3)))
+    np.testing.assert_allclose(stats["mean"], 0.1 * row[0], rtol=1e-6)
+    np.testing.assert_allclose(stats["var"], [0.9] * 3, rtol=1e-6)
+
+
+def updated_with(queue: dict, batch: dict):
+    """One update of stage 3, with some fields of the queue and the batch set to one value, or to
+    one a row."""
+    train_state, images = started(STAGES["ct"]), batch_of(0)
+    ring = {name: jnp.full_like(getattr(train_state.queue, name), x) for name, x in queue.items()}
+    rows = {name: np.full(BATCH, x, np.int32) for name, x in batch.items()}
+    train_state = train_state.replace(queue=train_state.queue.replace(**ring))
+    return compiled("ct")(train_state, images | rows)
+
+
+def test_a_step_whose_every_neighbour_is_excluded_is_finite():
+    """The first row of the queue stands in."""
+    after, metrics = updated_with({"ids": 7}, {"index": 7})
+    assert metrics["finite"]
+    assert np.isfinite(metrics["loss"])
+    for x in jax.tree.leaves((after.params, after.queue.rows)):
+        assert np.isfinite(x).all()
+
+
+@pytest.mark.parametrize(
+    ("own", "stored", "accuracy"),
+    [
+        (-1, -1, 0),  # no label is known: there is nothing to count
+        (2, -1, 0),  # the rows of the first queue are nobody's
+        (2, 2, 1),
+        ([2, 3, -1, -1] * (BATCH // 4), 2, 0.5),  # of the images whose label is known
+    ],
+)
+def test_neighbour_accuracy_where_labels_are_unknown(own, stored, accuracy):
+    _, metrics = updated_with({"labels": stored}, {"label": own})
+    assert metrics["nn_accuracy"] == accuracy
