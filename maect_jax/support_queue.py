@@ -139,7 +139,8 @@ def nearest(queue: Queue, queries: jax.Array, ids: jax.Array, *, size: int, k: i
       k: neighbours to return, at most `size`.
 
     Returns:
-      Neighbours in the defined order. Excluded rows come last, with score `EXCLUDED`.
+      Neighbours in the defined order. Excluded rows come last, with score `EXCLUDED`; where fewer
+      than `k` rows are allowed they fill the list up, by ring position.
     """
     batch = queue.ids.shape[1]
     search = partial(_search, size=size, k=k, batch=batch)
@@ -167,7 +168,8 @@ def nearest(queue: Queue, queries: jax.Array, ids: jax.Array, *, size: int, k: i
 def choose(neighbours: Neighbours, key: jax.Array) -> jax.Array:
     """Draws one of each query's neighbours uniformly: ring positions int32 `[Q]`.
 
-    Only allowed rows are drawn. Where every row is excluded, the first of the list is taken.
+    Only allowed rows are drawn, as many or few as there are. Where every row is excluded there is
+    no neighbour to be had: the first of the list, the row at the lowest ring position, stands in.
     """
     allowed = jnp.maximum((neighbours.scores > EXCLUDED).sum(1), 1)
     uniform = jax.random.uniform(key, allowed.shape)

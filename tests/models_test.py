@@ -213,6 +213,18 @@ def test_batch_norm_equals_numpy(rng):
     np.testing.assert_allclose(y, (x - 2) / np.sqrt(4 + 1e-5), rtol=1e-5)
 
 
+def test_batch_norm_is_fp32_whatever_comes_in(rng):
+    x = jnp.asarray(rng.normal(3, 0.1, size=(6, 4)), jnp.bfloat16)
+    norm = nnclr.BatchNorm()
+    variables = norm.init(jax.random.key(0), x, train=True)
+    got, exact = (
+        norm.apply(variables, y, train=True, mutable=["batch_stats"])
+        for y in (x, x.astype(jnp.float32))
+    )
+    assert_trees_equal(got, exact)
+    assert got[0].dtype == jnp.float32
+
+
 def test_head_is_initialised_like_pytorch_linear():
     params = nnclr.Projector(400, 30).init(jax.random.key(0), jnp.zeros((2, 100)), train=True)
     kernel = params["params"]["fc1"]["kernel"]

@@ -259,11 +259,12 @@ def ct(path, seed, **meta):
         for name, (scale, decay) in meta[f"{part}_groups"].items()
     ]
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    # The same images in every step, so that the row of an image itself would be the nearest; each
+    # of a colour of its own, so that the features of a batch differ.
+    image = torch.randn(batch, 3, *pair(meta["image_size"])) + 2 * torch.randn(batch, 3, 1, 1)
+    own, classes = torch.randperm(2 * size)[:batch], torch.randint(5, (batch,))
     for s in range(meta["steps"]):
-        # Each image has a colour of its own, so that the features of a batch differ.
-        image = torch.randn(batch, 3, *pair(meta["image_size"])) + 2 * torch.randn(batch, 3, 1, 1)
         images = (image + 0.5 * torch.randn(2, *image.shape)).double()
-        own, classes = torch.randperm(2 * size)[:batch], torch.randint(5, (batch,))
         got = forward(encoder, head, queue, images, own, meta)
         tokens, predicted, projected, nearest, loss = got
         optimiser.zero_grad()

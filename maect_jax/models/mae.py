@@ -10,7 +10,8 @@ from maect_jax.models import vit
 
 
 def kept_patches(patches: int, mask_ratio: float) -> int:
-    """How many of `patches` the encoder sees."""
+    """How many of `patches` the encoder sees: all at ratio 0; none close to 1, where it encodes
+    the class token alone."""
     return int(patches * (1 - mask_ratio))
 
 

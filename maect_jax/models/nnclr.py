@@ -15,7 +15,8 @@ class BatchNorm(nn.Module):
 
     Flax's own keeps a biased running variance; the authors' running variance is unbiased, and
     an exported head must match theirs. Written as if on one device: under `jax.jit` the
-    statistics are those of the global batch, however it is sharded.
+    statistics are those of the global batch, however it is sharded. A batch of one row, which
+    PyTorch refuses in training, has no spread: its output is the bias.
     """
 
     momentum: float = 0.9

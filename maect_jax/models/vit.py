@@ -6,7 +6,6 @@ embedding, initialisation and block order follow MAE (He et al., 2022).
 Shapes: B images, H x W pixels, C channels, N patches, D width, L layers.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -71,7 +70,7 @@ def flat_dot_general(x, kernel, dimensions, **options):
     gradient on CPU, as it contracts over both.
     """
     del dimensions
-    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1])
     y = jax.lax.dot_general(flat, kernel, (((1,), (0,)), ((), ())), **options)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
