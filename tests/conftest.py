@@ -49,10 +49,10 @@ def assert_trees_equal(a, b) -> None:
 
 
 def pytest_terminal_summary(terminalreporter):
-    """After the tests of parity: the largest error of each quantity."""
-    from tests.figures import largest
+    """After the tests of parity: of each quantity the error nearest to its bound."""
+    from tests.figures import nearest
 
-    if largest:
-        terminalreporter.section("largest errors, and their bounds")
-        for quantity, (error, bound) in sorted(largest.items()):
+    if nearest:
+        terminalreporter.section("errors nearest to their bounds")
+        for quantity, (error, bound) in sorted(nearest.items()):
             terminalreporter.line(f"{quantity:32}{error:10.2g}{bound:10.2g}")

@@ -19,8 +19,8 @@ GRADIENT = 1e-4
 OPTIMISER = 1e-6
 TINY = 1e-30  # in place of a norm that is zero
 
-# Largest error of each quantity and its bound, printed when the session ends.
-largest: dict[str, tuple[float, float]] = {}
+# Of each quantity the error nearest to its bound, and the bound; printed when the session ends.
+nearest: dict[str, tuple[float, float]] = {}
 
 
 def under(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
@@ -74,9 +74,9 @@ def norm(x) -> float:
 
 
 def assert_within(quantity: str, error: float, bound: float) -> None:
-    """Asserts and remembers the error; of several bounds the one that comes nearest is kept."""
-    before = largest.get(quantity, (0.0, bound))
-    largest[quantity] = max(before, (error, bound), key=lambda pair: pair[0] / pair[1])
+    """Asserts, and remembers the error that comes nearest to its bound."""
+    before = nearest.get(quantity, (0.0, bound))
+    nearest[quantity] = max(before, (error, bound), key=lambda pair: pair[0] / max(pair[1], TINY))
     assert error <= bound, f"{quantity}: error {error:.3g} above its bound {bound:.3g}"
 
 
