@@ -149,6 +149,12 @@ def test_test_variants_chain_in_folders_of_their_own():
     assert load("head_vith14:test").init_from == "random"
 
 
+@pytest.mark.parametrize("percent", [0, 20, 29, 57, 70, 100])
+@pytest.mark.parametrize("steps", [1, 7, 90, 100, 75060])
+def test_warm_up_is_the_floor_of_its_share(percent, steps):
+    assert build.warmup_updates(percent / 100, steps) == percent * steps // 100
+
+
 def test_showpiece_has_the_known_number_of_parameters():
     config = load("ct_vith16")
     stage = build.stage(config, "ct", plan.IMAGENET_TRAIN)

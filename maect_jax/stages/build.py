@@ -48,6 +48,11 @@ def updates_per_epoch(records: int, batch_size: int) -> int:
     return records // batch_size
 
 
+def warmup_updates(fraction: float, steps: int) -> int:
+    """`floor(fraction * steps)`, of the fraction as it is written: 0.29 of 100 is 29, not 28."""
+    return int(round(fraction * steps, 6))
+
+
 def _recipe(config: ConfigDict, section: ConfigDict) -> Recipe:
     colours = section.photometric.to_dict()
     per_view = ("jitter", "blur", "grayscale", "solarize")
@@ -107,7 +112,7 @@ def stage(config: ConfigDict, name: str, records: int) -> Mae | Contrast:
         target_factor=section.target_factor if tunes else None,
         ema_decay=section.ema_decay if tunes else None,
         groups=groups,
-        warmup=int(section.warmup_fraction * steps),
+        warmup=warmup_updates(section.warmup_fraction, steps),
         **common,
     )
 
