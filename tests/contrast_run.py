@@ -11,7 +11,7 @@ from maect_jax.models import vit
 from maect_jax.stages.step import compiled, gradients
 from tests import figures
 from tests.conftest import assert_trees_equal, mesh_of
-from tests.figures import OPTIMISER, TINY, Case, assert_within, norm
+from tests.figures import TINY, Case, assert_within, norm, optimiser_bound
 from tests.gradient_bounds import grad_parts, joined, update_bound, zero_by_construction
 
 MESH = mesh_of(1, 1)
@@ -151,37 +151,45 @@ def _flat_rows(case: Case, s: int, queue, positions) -> np.ndarray:
     return (age + oldest) % rows
 
 
-def assert_parameters(kind: str, case: Case, steps, given, off):
-    """What is trained, and the target, after each step; `off(s, name)` is the norm by which the
-    gradients of step `s` are wrong."""
-    meta, allowed, errors = case.meta, {}, {}
+def allowed_errors(case: Case, given: str, off) -> list[dict[str, float]]:
+    """For each step: name of a part -> the norm by which parameters and target may be off after
+    it, where the gradients of step `s` are off by the norm `off(s, name)`."""
+    meta, allowed, spent, every_step, gradients = case.meta, {}, {}, [], []
     groups = figures.prefixed(encoder=meta["encoder_groups"], head=meta["head_groups"])
-    golden_grads = []
-    for s, step in enumerate(steps):
-        theirs = case.under(f"step{s}/after/")
-        golden_grads.append(grad_parts(case.under(f"step{s}/grad/")))
-        ours = trained_to_torch(case, step.after.params)
-        assert ours.keys() == groups.keys()
-        ours, want = grad_parts(ours), grad_parts({name: theirs[name] for name in ours})
-        if given == "all":
-            allowed = {}
-        elif given == "drift":
-            allowed = {n: bound for n, bound in allowed.items() if not zero_by_construction(n)}
-        earlier, allowed = allowed, {}
-        for name, x in want.items():
+    before = grad_parts(case.under("init/"))
+    for s in range(meta["steps"]):
+        after = grad_parts(case.under(f"step{s}/after/"))
+        gradients.append(grad_parts(case.under(f"step{s}/grad/")))
+        # What is given from the reference is not off before the step.
+        free = {"start": allowed, "all": {}}.get(given)
+        if free is None:
+            free = {name: x for name, x in allowed.items() if not zero_by_construction(name)}
+        earlier, allowed = free, {}
+        for name in gradients[0]:
             lr = meta["base_lr_per_step"][s][int(name.startswith("head/"))]
             lr *= groups[name.split("[")[0]][0]
-            errors[name] = np.hypot(errors.get(name, 0.0), off(s, name))
-            spread = update_bound(name, [grads[name] for grads in golden_grads], errors[name])
-            allowed[name] = earlier.get(name, 0.0) + lr * spread + OPTIMISER * norm(x)
-        targets = figures.prefixed(head=convert.head_to_torch({"target": step.after.target}))
-        for name in targets:
+            spent[name] = np.hypot(spent.get(name, 0.0), off(s, name))
+            spread = update_bound(name, [grads[name] for grads in gradients], spent[name])
+            allowed[name] = earlier.get(name, 0.0) + lr * spread
+        for name in [name for name in after if "target_" in name and "running" not in name]:
             kept, online = meta["target_factor"], name.replace("target_", "")
-            mixed = kept * earlier.get(name, 0.0) + (1 - kept) * allowed[online]
-            allowed[name] = mixed + OPTIMISER * norm(theirs[name])
-        ours, want = ours | targets, want | {name: theirs[name] for name in targets}
-        for name, x in want.items():
+            allowed[name] = kept * earlier.get(name, 0.0) + (1 - kept) * allowed[online]
+        for name in allowed:
+            allowed[name] += optimiser_bound(after[name], after[name] - before[name], 1)
+        every_step.append(allowed)
+        before = after | {n: x for n, x in before.items() if n not in after}
+    return every_step
+
+
+def assert_parameters(kind: str, case: Case, steps: list[Step], given: str, off) -> None:
+    """What is trained, and the target, after each step within `allowed_errors`."""
+    for s, (step, allowed) in enumerate(zip(steps, allowed_errors(case, given, off), strict=True)):
+        targets = figures.prefixed(head=convert.head_to_torch({"target": step.after.target}))
+        ours = grad_parts(trained_to_torch(case, step.after.params)) | targets
+        theirs = grad_parts(case.under(f"step{s}/after/"))
+        assert ours.keys() == allowed.keys()
+        for name, x in ours.items():
             quantity = "target" if name in targets else "parameters"
             zero = ", gradient zero" if zero_by_construction(name) else ""
-            error, size = norm(ours[name] - x), max(norm(x), TINY)
+            error, size = norm(x - theirs[name]), max(norm(theirs[name]), TINY)
             assert_within(f"{kind} {quantity}{zero}", error / size, allowed[name] / size)

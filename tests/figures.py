@@ -17,6 +17,7 @@ FOLDER = Path(os.environ.get("MAECT_GOLDEN") or Path(__file__).parent / "golden"
 FORWARD = 1e-5
 GRADIENT = 1e-4
 OPTIMISER = 1e-6
+ROUNDING = 2.0**-24  # of one fp32 operation
 TINY = 1e-30  # in place of a norm that is zero
 
 # Of each quantity the error nearest to its bound, and the bound; printed when the session ends.
@@ -87,6 +88,13 @@ def assert_close(quantity: str, got, want, bound: float) -> None:
     assert_within(quantity, difference / max(norm(want), TINY), bound)
 
 
+def optimiser_bound(x, moved, updates: int) -> float:
+    """How far `x` may be off after `updates` by the optimiser alone, as a norm: by `OPTIMISER` of
+    how far it moved, and by two roundings an update; never by more than `OPTIMISER` of itself."""
+    stored = 2 * updates * ROUNDING * norm(x)
+    return min(OPTIMISER * norm(moved) + stored, OPTIMISER * norm(x))
+
+
 def prefixed(**parts: dict) -> dict:
     """The parts' entries in one dict: `part/name`."""
     return {f"{part}/{name}": x for part, entries in parts.items() for name, x in entries.items()}
@@ -95,7 +103,7 @@ def prefixed(**parts: dict) -> dict:
 def stage_of(case: Case, dtype: str = "float32"):
     """The stage that a case describes, built from a config as `main` builds it."""
     meta = case.meta
-    pool = "mean" if "mean" in meta.get("pooling", "") else "cls"
+    pool = {"class_token": "cls", "mean_patch": "mean"}[meta.get("pooling", "class_token")]
     config = common.base(case.name, "B", meta["patch_size"], pool)
     config.model.update(
         width=meta["width"],
@@ -120,7 +128,7 @@ def stage_of(case: Case, dtype: str = "float32"):
         meta["frozen_blocks"],
         epochs=1,
         base_lr=meta["encoder_lr"],
-        weight_decay=max(decay for _, decay in encoder.values()),
+        weight_decay=max((decay for _, decay in encoder.values()), default=0.0),
         layer_decay=last_block[0],
         head_base_lr=meta["head_lr"],
         head_weight_decay=max(decay for _, decay in head.values()),

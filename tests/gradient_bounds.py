@@ -51,12 +51,12 @@ def scale_of(name: str, contrastive: bool) -> str | None:
     return None
 
 
-def assert_gradients(kind: str, ours: dict, theirs: dict, bound: float) -> None:
+def assert_gradients(kind: str, ours: dict, theirs: dict, bound: float, contrastive: bool) -> None:
     """Every gradient to `bound`, and zero where it is zero by construction."""
     assert ours.keys() == theirs.keys()
     ours, theirs = grad_parts(ours), grad_parts(theirs)
     for name, want in theirs.items():
-        scale = scale_of(name, kind == "ct")
+        scale = scale_of(name, contrastive)
         if scale is None:
             assert_close(f"{kind} gradients", ours[name], want, bound)
         else:
