@@ -10,10 +10,10 @@ import pytest
 from maect_jax import convert, support_queue
 from maect_jax.stages.step import gradients
 from tests import figures
-from tests.contrast_run import MESH, assert_parameters, batch_of, run
+from tests.contrast_run import MESH, assert_parameters, batch_of, run, trained_to_torch
 from tests.figures import FORWARD, assert_close, assert_within, norm
-from tests.gradient_bounds import grad_parts
-from tests.rounding import assert_as_exact_as_bf16, emulated, rounded
+from tests.gradient_bounds import grad_parts, scale_of
+from tests.rounding import SCALES, assert_as_exact_as_bf16, emulated, rounded
 
 MAE, CT = figures.cases("mae"), figures.cases("ct")
 by_ct_case = pytest.mark.parametrize("case", CT, ids=str)
@@ -21,6 +21,12 @@ by_ct_case = pytest.mark.parametrize("case", CT, ids=str)
 
 def stages_of(case):
     return [figures.stage_of(case, dtype) for dtype in ("float32", "bfloat16")]
+
+
+def tensors_of(grads: dict, contrastive: bool) -> dict:
+    """`gradients/name` of every tensor whose gradient is not zero by construction."""
+    parts = grad_parts(grads)
+    return {f"gradients/{n}": x for n, x in parts.items() if scale_of(n, contrastive) is None}
 
 
 @pytest.mark.parametrize("case", MAE, ids=str)
@@ -37,23 +43,31 @@ def test_mae(case):
             got = stage.forward(params, images, noise)
             return got["loss"], got
 
-        (value, got), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return value, dict(latent=got["latent"], prediction=got["prediction"], gradients=grads)
+        (_, got), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return got, grads
 
     @jax.jit
     def draw(scale):
         inputs = rounded((params, images), scale)
-        return emulated(partial(look, single, *inputs), scale)[1]
+        return emulated(partial(look, single, *inputs), scale)
+
+    def quantities(got, grads):
+        grads = figures.prefixed(
+            encoder=convert.encoder_to_torch(grads["encoder"], case.meta["patch_size"]),
+            decoder=convert.decoder_to_torch(grads["decoder"]),
+        )
+        return {name: got[name] for name in ("latent", "prediction")} | tensors_of(grads, False)
 
     single, half = stages_of(case)
-    exact_loss, exact = jax.jit(partial(look, single))(params, images)
-    loss, got = jax.jit(partial(look, half))(params, images)
-    assert_as_exact_as_bf16("mae", got, exact, draw)
+    exact, got = (jax.jit(partial(look, stage))(params, images) for stage in (single, half))
+    draws = [quantities(*draw(scale)) for scale in SCALES]
+    assert_as_exact_as_bf16("mae", quantities(*got), quantities(*exact), draws)
     # The root of the loss is a norm: it moves by no more than the masked patches' pixels.
+    exact, got = exact[0], got[0]
     off = np.square(np.subtract(got["prediction"], exact["prediction"])).mean(-1)
     off = np.sqrt(off[case["mask"] == 1].mean())
-    error = abs(np.sqrt(loss) - np.sqrt(exact_loss))
-    assert_within("bf16 mae loss, its root", error, off * (1 + FORWARD))
+    error = abs(np.sqrt(got["loss"]) - np.sqrt(exact["loss"]))
+    assert_within("bf16 mae root of the loss", error, off * (1 + FORWARD))
 
 
 @by_ct_case
@@ -63,8 +77,7 @@ def test_ct_forward_and_gradients(case):
     def look(stage, state, batch, positions):
         with mock.patch.object(support_queue, "choose", return_value=positions):
             (_, (_, carried)), grads = gradients(stage, state, batch)
-        names = ("projected", "predicted", "batch_stats")
-        return {name: carried[name] for name in names} | {"gradients": grads}
+        return carried, grads
 
     @jax.jit
     def draw(state, batch, positions, scale):
@@ -74,14 +87,23 @@ def test_ct_forward_and_gradients(case):
         inputs = (state, {**batch, "image": images}, positions)
         return emulated(partial(look, single, *inputs), scale)
 
+    def quantities(carried, grads):
+        stats = convert.head_to_torch({"batch_stats": carried["batch_stats"]})
+        return {
+            **{name: carried[name] for name in ("projected", "predicted")},
+            **{f"running statistics/{name}": x for name, x in stats.items()},
+            **tensors_of(trained_to_torch(case, grads), True),
+        }
+
     single, half = stages_of(case)
     exactly, halfly = (jax.jit(partial(look, stage)) for stage in (single, half))
     with jax.set_mesh(MESH):
         for s, step in enumerate(run(case, "all")):
             state = step.before.replace(rng=jax.random.key(0))
             inputs = (state, batch_of(case, s), step.carried["positions"].ravel())
-            exact, got = exactly(*inputs), halfly(*inputs)
-            assert_as_exact_as_bf16("ct", got, exact, partial(draw, *inputs))
+            exact, got = quantities(*exactly(*inputs)), quantities(*halfly(*inputs))
+            draws = [quantities(*draw(*inputs, scale)) for scale in SCALES]
+            assert_as_exact_as_bf16("ct", got, exact, draws)
 
 
 @by_ct_case
