@@ -3,7 +3,9 @@
 PyTorch's side is a flat dict of NumPy arrays with the names and layouts of MAE's and MAE-CT's
 state dicts: `blocks.3.mlp.fc1.weight`, Linear weights `[out, in]`, the patch embedding a
 convolution `[D, C, P, P]`. This side is a nested dict: kernels `[in, out]`, the blocks of a stack
-along a leading layer axis. No number is changed on the way, so there and back is bit-equal.
+along a leading layer axis. No number is changed on the way, so there and back is bit-equal, but
+for what this side does not keep: the decoder's position embedding, which is computed, and the
+target's running statistics, which are the projector's.
 """
 
 import math
@@ -167,7 +169,8 @@ def encoder_to_torch(
     Args:
       params: parameters, or any tree of their structure, such as gradients.
       patch_size: side of a patch in pixels.
-      grid: patches in (rows, columns), for which `pos_embed` is written; without it, it is not.
+      grid: patches in (rows, columns), for which `pos_embed` is written, if `params` are whole;
+        without it, it is not.
       first_block: index in the whole encoder of the first block of `params["blocks"]`.
     """
     params = dict(params)
@@ -253,13 +256,13 @@ def _queue_from_torch(tensors: Tensors) -> support_queue.Queue:
     )
 
 
-def head_to_torch(parts: Mapping, queue_size: int = 0) -> dict[str, np.ndarray]:
+def head_to_torch(parts: Mapping, queue_size: int | None = None) -> dict[str, np.ndarray]:
     """The inverse of `head_from_torch`.
 
     Args:
       parts: any of `params`, `batch_stats`, `target` and `queue`, as in a `TrainState`. Parts
         of the encoder are left out.
-      queue_size: rows of the queue; the surplus of its ring is left out.
+      queue_size: rows of the queue, by default all of its ring; the surplus is left out.
     """
     trees = {
         field: {m: tree for m, tree in parts[field].items() if m != "encoder"}
@@ -272,6 +275,7 @@ def head_to_torch(parts: Mapping, queue_size: int = 0) -> dict[str, np.ndarray]:
         tensors |= _to_torch(copies, _TARGET_STATS)
     queue = parts.get("queue")
     if queue is not None:
+        queue_size = queue_size or queue.ids.size
         oldest = int(queue.slot) * queue.ids.shape[1] % queue_size
         flat = support_queue.in_age_order(queue, queue_size)
         rows, ids, labels = (np.roll(np.asarray(x), oldest, axis=0) for x in flat)

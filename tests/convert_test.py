@@ -35,7 +35,10 @@ def test_head_there_and_back_is_bit_equal(case):
     tensors = case.under("init/head/")
     head = convert.head_from_torch(tensors)
     tensors = {name: x for name, x in tensors.items() if not name.endswith("batches_tracked")}
-    assert_same(convert.head_to_torch(head, case.meta["queue_size"]), tensors)
+    assert_same(convert.head_to_torch(head), tensors)
+    queue = support_queue.rebatch(head["queue"], case.meta["queue_size"], 7)
+    again = convert.head_to_torch({"queue": queue}, case.meta["queue_size"])
+    assert again["queue"].shape == tensors["queue"].shape
 
 
 @by_ct_case
@@ -49,16 +52,16 @@ def test_the_queue_is_the_same_fifo_for_any_batch(case, batch):
         np.testing.assert_array_equal(got, np.roll(tensors[name], -oldest, axis=0))
 
 
-def test_the_upper_blocks_alone_keep_their_numbers():
-    case = CT[0]
+@by_ct_case
+def test_the_upper_blocks_alone_keep_their_numbers(case):
     tensors, frozen = case.under("init/encoder/"), case.meta["frozen_blocks"]
     trained, _ = vit.split_blocks(convert.encoder_from_torch(tensors, case.grid), frozen)
     got = convert.encoder_to_torch(trained, case.meta["patch_size"], first_block=frozen)
     assert_same(got, {name: tensors[name] for name in case.meta["encoder_groups"]})
 
 
-def test_a_learned_position_embedding_is_kept_and_the_fixed_one_is_not(rng):
-    case = MAE[0]
+@by_mae_case
+def test_a_learned_position_embedding_is_kept_and_the_fixed_one_is_not(case, rng):
     tensors = case.under("encoder/")
     assert "pos_embed" not in convert.encoder_from_torch(tensors, case.grid)
     learned = rng.normal(size=tensors["pos_embed"].shape).astype(np.float32)
@@ -77,8 +80,8 @@ def test_a_learned_position_embedding_is_kept_and_the_fixed_one_is_not(rng):
         convert.decoder_from_torch(decoder, case.grid)
 
 
-def test_what_is_missing_or_left_over_is_named():
-    case, head = MAE[0], CT[0].under("init/head/")
+@by_mae_case
+def test_what_is_missing_or_left_over_is_named(case):
     tensors = case.under("encoder/")
     del tensors["blocks.0.mlp.fc1.bias"]
     with pytest.raises(UserError, match=r"encoder: the tensor 'blocks\.0\.mlp\.fc1\.bias' is miss"):
@@ -90,6 +93,11 @@ def test_what_is_missing_or_left_over_is_named():
         UserError, match=r"encoder: pos_embed has \d+ rows, the grid of 9 x 9 .* 81"
     ):
         convert.encoder_from_torch(case.under("encoder/"), (9, 9))
+
+
+@by_ct_case
+def test_a_queue_in_part_is_refused(case):
+    head = case.under("init/head/")
     del head["queue_y"]
     with pytest.raises(UserError, match="head: the tensor 'queue_y' is missing"):
         convert.head_from_torch(head)

@@ -109,6 +109,10 @@ def test_pool(rng):
     tokens = rng.normal(size=(2, 5, 3)).astype(np.float32)
     np.testing.assert_array_equal(vit.pool(tokens, "cls"), tokens[:, 0])
     np.testing.assert_allclose(vit.pool(tokens, "mean"), tokens[:, 1:].mean(1), rtol=1e-5)
+    half = jnp.asarray(tokens, jnp.bfloat16)  # pooled in fp32 all the same
+    for how in ("cls", "mean"):
+        np.testing.assert_array_equal(vit.pool(half, how), vit.pool(half.astype(jnp.float32), how))
+        assert vit.pool(half, how).dtype == jnp.float32
 
 
 def test_patches_round_trip(rng):

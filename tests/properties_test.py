@@ -15,9 +15,10 @@ from hypothesis.extra.numpy import arrays
 from maect_jax import losses, optim, support_queue
 from maect_jax.models import mae, nnclr, vit
 from maect_jax.stages.mae import Mae
+from maect_jax.stages.step import gradients
 from maect_jax.support_queue import EXCLUDED
 from tests.conftest import mesh_of
-from tests.stages_test import BATCH, STAGES, batch_of, compiled, started
+from tests.stages_test import BATCH, STAGES, batch_of, started
 
 # The same draws in every session, so that what is green stays green.
 drawn = settings(deadline=None, derandomize=True, max_examples=60)
@@ -27,8 +28,9 @@ MESHES = {"none": None, "8": (4, 2)}
 SIZES = (24, 20, 3)  # of whole slots, with a surplus, below a batch
 
 halves = partial(arrays, np.float32, elements=st.sampled_from([-0.5, 0.5]))
-few_ids = arrays(np.int32, ROWS, elements=st.integers(0, 3))
-pushes = st.lists(st.tuples(halves((ROWS, DIM)), few_ids), max_size=8)
+ids_below_40 = arrays(np.int32, ROWS, elements=st.integers(0, 39), unique=True)
+pushes = st.lists(st.tuples(halves((ROWS, DIM)), ids_below_40), max_size=8)
+OWN = 40  # the index of the image whose neighbours are looked for
 
 
 def within(mesh):
@@ -60,24 +62,34 @@ def fifo_of(size, batches):
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
 @drawn
-@given(st.sampled_from(SIZES), st.data(), pushes, halves((ROWS, DIM)), few_ids)
-def test_neighbours_are_numpys(mesh, size, data, batches, queries, ids):
-    """Wrap-around, ties, and a query's own index absent, once, twice or everywhere; `k` up to the
+@given(
+    st.sampled_from(SIZES), st.sampled_from([1, 3, "size"]), pushes, halves((ROWS, DIM)),
+    st.sampled_from([0, 1, 2, "all"]), st.randoms(use_true_random=False),
+)  # fmt: skip
+def test_neighbours_are_numpys(mesh, size, k, batches, queries, own, random):
+    """Wrap-around, ties, and the image's own index on no row, one, two or all; `k` up to the
     queue's size, so also above the number of allowed rows."""
-    k = data.draw(st.sampled_from([1, 3, size]))
+    k = size if k == "size" else k
     queue, fifo = fifo_of(size, batches)
+    places = [position for _, _, position in fifo]
+    mine = set(places if own == "all" else random.sample(places, min(own, size)))
+    held = np.array(queue.ids).ravel()
+    held[list(mine)] = OWN
+    queue = queue.replace(ids=jnp.asarray(held.reshape(queue.ids.shape)))
     with within(mesh):
-        found, chosen = programs(size, k)[1](queue, queries, ids, jax.random.key(len(batches)))
-    ids_at = {position: entry_id for _, entry_id, position in fifo}
-    for i, (query, own) in enumerate(zip(queries, ids, strict=True)):
-        scores = [EXCLUDED if entry_id == own else float(row @ query) for row, entry_id, _ in fifo]
-        ranked = sorted((-score, entry[2]) for score, entry in zip(scores, fifo, strict=True))
+        found, chosen = programs(size, k)[1](
+            queue, queries, np.full(ROWS, OWN, np.int32), jax.random.key(len(batches))
+        )
+    for i, query in enumerate(queries):
+        scores = [EXCLUDED if place in mine else float(row @ query) for row, _, place in fifo]
+        ranked = sorted((-score, place) for score, place in zip(scores, places, strict=True))
         np.testing.assert_array_equal(found.scores[i], [-score for score, _ in ranked[:k]])
         np.testing.assert_array_equal(found.positions[i], [place for _, place in ranked[:k]])
-        if max(scores) > EXCLUDED:
-            assert ids_at[int(chosen[i])] != own
+        assert int(chosen[i]) in found.positions[i]
+        if len(mine) < size:
+            assert int(chosen[i]) not in mine
         else:  # the first of the ring that the queue holds
-            assert int(chosen[i]) == min(ids_at)
+            assert int(chosen[i]) == min(places)
 
 
 @drawn
@@ -154,34 +166,34 @@ def test_batch_norm_of_one_row_is_its_bias(row):
     np.testing.assert_allclose(stats["var"], [0.9] * 3, rtol=1e-6)
 
 
-def updated_with(queue: dict, batch: dict):
-    """One update of stage 3, with some fields of the queue and the batch set to one value, or to
-    one a row."""
-    train_state, images = started(STAGES["ct"]), batch_of(0)
-    ring = {name: jnp.full_like(getattr(train_state.queue, name), x) for name, x in queue.items()}
-    rows = {name: np.full(BATCH, x, np.int32) for name, x in batch.items()}
-    train_state = train_state.replace(queue=train_state.queue.replace(**ring))
-    return compiled("ct")(train_state, images | rows)
+@cache
+def started_and_look():
+    return started(STAGES["ct"]), jax.jit(partial(gradients, STAGES["ct"]))
 
 
-def test_a_step_whose_every_neighbour_is_excluded_is_finite():
-    """The first row of the queue stands in."""
-    after, metrics = updated_with({"ids": 7}, {"index": 7})
-    assert metrics["finite"]
-    assert np.isfinite(metrics["loss"])
-    for x in jax.tree.leaves((after.params, after.queue.rows)):
+labels_of = partial(arrays, np.int32, elements=st.integers(-1, 2))
+
+
+@settings(drawn, max_examples=20)
+@given(labels_of(BATCH), labels_of((3, BATCH)), st.sampled_from(["all", "some", "none"]))
+def test_a_step_without_labels_or_allowed_neighbours(labels, stored, excluded):
+    """The loss and its gradient are finite, and the neighbour accuracy counts the images whose
+    label is known: 0 where none is. Where no neighbour is allowed, the queue's first row stands
+    in."""
+    train_state, look = started_and_look()
+    ids = np.full((3, BATCH), 7 if excluded == "all" else -1, np.int32)
+    ids[0] = 7 if excluded == "some" else ids[0]
+    queue = train_state.queue.replace(ids=jnp.asarray(ids), labels=jnp.asarray(stored))
+    train_state = train_state.replace(queue=queue)
+    batch = batch_of(0) | {"index": np.full(BATCH, 7, np.int32), "label": labels}
+    (loss, (metrics, carried)), grads = look(train_state, batch)
+    positions = np.asarray(carried["positions"])
+    for x in (loss, *jax.tree.leaves(grads)):
         assert np.isfinite(x).all()
-
-
-@pytest.mark.parametrize(
-    ("own", "stored", "accuracy"),
-    [
-        (-1, -1, 0),  # no label is known: there is nothing to count
-        (2, -1, 0),  # the rows of the first queue are nobody's
-        (2, 2, 1),
-        ([2, 3, -1, -1] * (BATCH // 4), 2, 0.5),  # of the images whose label is known
-    ],
-)
-def test_neighbour_accuracy_where_labels_are_unknown(own, stored, accuracy):
-    _, metrics = updated_with({"labels": stored}, {"label": own})
-    assert metrics["nn_accuracy"] == accuracy
+    if excluded == "all":
+        assert (positions == 0).all()
+    elif excluded == "some":
+        assert (positions >= BATCH).all()
+    known = labels >= 0
+    hits = stored.ravel()[positions[:, 0]][known] == labels[known]
+    np.testing.assert_allclose(metrics["nn_accuracy"], hits.mean() if known.any() else 0)

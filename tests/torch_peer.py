@@ -21,11 +21,9 @@ LAYER_DECAY, WEIGHT_DECAY, HEAD_WEIGHT_DECAY = 0.65, 0.05, 1e-5
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
-        self.heads, self.qkv, self.proj = (
-            heads,
-            nn.Linear(width, 3 * width),
-            nn.Linear(width, width),
-        )
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x):
         b, n, d = x.shape
@@ -91,6 +89,15 @@ class Decoder(nn.Module):
         return self.pred(self.norm(self.blocks(x))[:, 1:])
 
 
+class Gate(nn.ReLU):
+    """A ReLU that refuses what fp32 may round to either side of zero (4e-8 was seen): then
+    gradients cannot be compared, and the case needs another seed."""
+
+    def forward(self, x):
+        assert x.abs().min() > 1e-6, "a ReLU's input is too near zero: take another seed"
+        return super().forward(x)
+
+
 class Head(nn.Module):
     def __init__(self, width, projector, predictor, out):
         super().__init__()
@@ -100,7 +107,7 @@ class Head(nn.Module):
                 yield nn.Linear(*pair, bias=False)
                 yield nn.BatchNorm1d(pair[1])
                 if i < len(widths) - 2:
-                    yield nn.ReLU()
+                    yield Gate()
 
         self.projector = nn.Sequential(*layers(width, projector, projector, out))
         self.predictor = nn.Sequential(*list(layers(out, predictor, out))[:-1])
