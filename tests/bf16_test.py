@@ -49,7 +49,8 @@ def test_mae(case):
     @jax.jit
     def draw(scale):
         inputs = rounded((params, images), scale)
-        return emulated(partial(look, single, *inputs), scale)
+        got, grads = emulated(partial(look, single, *inputs), scale)
+        return got, rounded(grads, scale)
 
     def quantities(got, grads):
         grads = figures.prefixed(
@@ -85,7 +86,8 @@ def test_ct_forward_and_gradients(case):
         params, frozen, target, images = rounded(trees, scale)
         state = state.replace(params=params, frozen=frozen, target=target)
         inputs = (state, {**batch, "image": images}, positions)
-        return emulated(partial(look, single, *inputs), scale)
+        carried, grads = emulated(partial(look, single, *inputs), scale)
+        return carried, rounded(grads, scale)
 
     def quantities(carried, grads):
         stats = convert.head_to_torch({"batch_stats": carried["batch_stats"]})

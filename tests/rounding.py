@@ -10,6 +10,8 @@ round again (scores, softmax, the sums of a block): its error may be `ALLOWED` t
 of the draws.
 """
 
+from unittest import mock
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,8 +21,8 @@ from maect_jax.models import vit
 from tests.figures import assert_within, norm
 
 ALLOWED = 2.0
-SCALES = 2.0 ** np.random.default_rng(0).uniform(size=8).astype(np.float32)
-_ROUNDED = (nn.Dense, nn.LayerNorm, vit.Attention, vit.Block)
+SCALES = 2.0 ** np.random.default_rng(0).uniform(size=16).astype(np.float32)
+_ROUNDED = (vit.Linear, nn.Dense, nn.LayerNorm, vit.Block)
 
 
 def _round(x, scale):
@@ -43,7 +45,12 @@ def rounded(tree, scale):
 
 
 def emulated(f, scale):
-    """`f()`, which calls fp32 modules, with their results rounded."""
+    """`f()`, which calls fp32 modules, with their results and the attention weights rounded."""
+
+    def attention(q, k, v):
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
+        weights = _round_both_ways(jax.nn.softmax(scores), scale)
+        return _round_both_ways(jnp.einsum("bhqk,bkhd->bqhd", weights, v), scale)
 
     def intercept(call, args, kwargs, context):
         y = call(*args, **kwargs)
@@ -51,7 +58,8 @@ def emulated(f, scale):
             y = jax.tree.map(lambda x: _round_both_ways(x, scale), y)
         return y
 
-    with nn.intercept_methods(intercept):
+    attend = mock.patch.object(jax.nn, "dot_product_attention", attention)
+    with attend, nn.intercept_methods(intercept):
         return f()
 
 

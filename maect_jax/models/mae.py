@@ -46,10 +46,11 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, latent: jax.Array, restore: jax.Array, grid: tuple[int, int]) -> jax.Array:
         """`latent [B, 1 + K, D]`, `restore [B, N]` -> fp32 `[B, N, P*P*C]` for a patch `grid`."""
-        x = vit.dense(self.width, "embed", self.dtype)(latent)
+        x = vit.Linear(self.width, self.dtype, name="embed")(latent)
         mask_token = self.param("mask_token", vit.token_init, (1, 1, self.width))
         removed = restore.shape[1] + 1 - x.shape[1]
-        filler = jnp.broadcast_to(mask_token.astype(self.dtype), (len(x), removed, self.width))
+        # Cast after it is spread, so that its gradient is summed over all places in fp32.
+        filler = jnp.broadcast_to(mask_token, (len(x), removed, self.width)).astype(self.dtype)
         patches = jnp.concatenate([x[:, 1:], filler], axis=1)
         patches = jnp.take_along_axis(patches, restore[..., None], axis=1)
         patches = patches + jnp.asarray(vit.sincos_position(grid, self.width), self.dtype)
@@ -58,4 +59,4 @@ class Decoder(nn.Module):
         x, _ = vit.scanned_blocks(self.depth, "blocks", **block)(x)
         norm = nn.LayerNorm(self.ln_eps, dtype=self.dtype, use_fast_variance=False, name="norm")
         pixels = self.patch_size**2 * self.channels
-        return vit.dense(pixels, "pred", self.dtype)(norm(x)[:, 1:]).astype(jnp.float32)
+        return vit.Linear(pixels, self.dtype, name="pred")(norm(x)[:, 1:]).astype(jnp.float32)

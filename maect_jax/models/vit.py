@@ -63,23 +63,26 @@ def sincos_position(grid: tuple[int, int], width: int) -> np.ndarray:
     return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], 1).astype(np.float32)
 
 
-def flat_dot_general(x, kernel, dimensions, **options):
-    """`lax.dot_general` of `[..., D]` with `[D, E]`, with the leading axes of `x` made one.
+class Linear(nn.Module):
+    """Linear layer `[..., D] -> [..., features]` in `dtype`; parameters are fp32.
 
-    The same product; left with two leading axes, XLA takes up to three times as long for the
-    gradient on CPU, as it contracts over both.
+    The leading axes are made one: left with two, XLA takes up to three times as long for the
+    gradient on CPU, as it contracts over both. The bias is added in fp32, and so its gradient, a
+    sum over every token of the batch, is summed in fp32: a sum in bf16 stands still once it is
+    2^8 times its addends.
     """
-    del dimensions
-    flat = x.reshape(-1, x.shape[-1])
-    y = jax.lax.dot_general(flat, kernel, (((1,), (0,)), ((), ())), **options)
-    return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
+    features: int
+    dtype: Any = jnp.float32
 
-def dense(features: int, name: str, dtype) -> nn.Dense:
-    """A linear layer as the transformers here use it."""
-    return nn.Dense(
-        features, dtype=dtype, kernel_init=xavier, dot_general=flat_dot_general, name=name
-    )
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", xavier, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        y = flat @ kernel.astype(self.dtype)
+        y = (y.astype(jnp.float32) + bias).astype(self.dtype)
+        return y.reshape(*x.shape[:-1], self.features)
 
 
 class Attention(nn.Module):
@@ -91,10 +94,10 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, tokens, width = x.shape
-        qkv = dense(3 * width, "qkv", self.dtype)(x)
+        qkv = Linear(3 * width, self.dtype, name="qkv")(x)
         q, k, v = jnp.unstack(qkv.reshape(batch, tokens, 3, self.heads, -1), axis=2)
         x = jax.nn.dot_product_attention(q, k, v).reshape(batch, tokens, width)
-        return dense(width, "proj", self.dtype)(x)
+        return Linear(width, self.dtype, name="proj")(x)
 
 
 class Block(nn.Module):
@@ -111,8 +114,8 @@ class Block(nn.Module):
         y = nn.LayerNorm(name="norm1", **norm)(x)
         x = x + Attention(self.heads, self.dtype, name="attn")(y)
         y = nn.LayerNorm(name="norm2", **norm)(x)
-        y = nn.gelu(dense(4 * width, "fc1", self.dtype)(y), approximate=False)
-        x = x + dense(width, "fc2", self.dtype)(y)
+        y = nn.gelu(Linear(4 * width, self.dtype, name="fc1")(y), approximate=False)
+        x = x + Linear(width, self.dtype, name="fc2")(y)
         # Unpinned, the compiler may trade the batch sharding of the residual stream
         # for that of the weights, at several times the memory.
         return sharding.constrain_batch(x), None
@@ -160,10 +163,12 @@ class ViT(nn.Module):
             # Gathering pixels instead of embedded patches embeds a quarter of them.
             patches = jnp.take_along_axis(patches, keep[..., None], axis=1)
             position = position[0][keep]
-        x = dense(self.width, "patch_embed", self.dtype)(patches)
+        x = Linear(self.width, self.dtype, name="patch_embed")(patches)
         x = x + position.astype(self.dtype)
-        cls_token = self.param("cls_token", token_init, (1, 1, self.width)).astype(self.dtype)
-        x = jnp.concatenate([jnp.broadcast_to(cls_token, (len(x), 1, self.width)), x], axis=1)
+        cls_token = self.param("cls_token", token_init, (1, 1, self.width))
+        # Cast after it is spread, so that its gradient is summed over the batch in fp32.
+        cls_token = jnp.broadcast_to(cls_token, (len(x), 1, self.width)).astype(self.dtype)
+        x = jnp.concatenate([cls_token, x], axis=1)
         x = sharding.constrain_batch(x)
         block = dict(heads=self.heads, ln_eps=self.ln_eps, dtype=self.dtype)
         if self.frozen_blocks:
