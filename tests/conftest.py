@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test, and what several tests share."""
 
 import os
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Unoptimised code halves the time that the tests spend compiling, which is most of it.
@@ -50,9 +51,11 @@ def assert_trees_equal(a, b) -> None:
 
 def pytest_terminal_summary(terminalreporter):
     """After the tests of parity: of each quantity the error nearest to its bound."""
-    from tests.figures import nearest
+    if "tests.figures" not in sys.modules:
+        return
+    from tests.figures import FOLDER, nearest
 
     if nearest:
-        terminalreporter.section("errors nearest to their bounds")
+        terminalreporter.section(f"errors nearest to their bounds, {FOLDER}")
         for quantity, (error, bound) in sorted(nearest.items()):
             terminalreporter.line(f"{quantity:32}{error:10.2g}{bound:10.2g}")

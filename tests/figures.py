@@ -66,6 +66,10 @@ class Case:
 CASES = [Case(path.stem) for path in sorted(FOLDER.glob("*.npz"))]
 
 
+if not CASES:
+    raise FileNotFoundError(f"{FOLDER}: no .npz with reference figures")
+
+
 def cases(kind: str) -> list[Case]:
     return [case for case in CASES if case.meta["kind"] == kind]
 

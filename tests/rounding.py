@@ -3,11 +3,11 @@
 A bound that takes every rounding to be the worst one would be hundreds of times too wide; and how
 much a batch normalisation, a ReLU or a sum that cancels makes of a rounding depends on the
 figures. So the error is sampled (Monte Carlo arithmetic; Parker, 1997): what is stored or handed
-on in bf16 (parameters, images, the results of linear layers, norms, attention and blocks, and the
-gradients that come back to them) is rounded to eight significant bits on a grid that is shifted
-by a random factor, once a draw. The bf16 program is one more draw, with half as many places to
-round again (scores, softmax, the sums of a block): its error may be `ALLOWED` times the largest
-of the draws.
+on in bf16 (parameters and their gradients, images, the results of linear layers, norms, attention
+and blocks, and the gradients that come back to them) is rounded to eight significant bits on a
+grid that is shifted by a random factor, once a draw. The bf16 program rounds some 18 results a
+block, this 9 of them, and roundings add up in squares: sqrt(2) times as much is to be expected of
+it. `ALLOWED` times the largest of the draws leaves the rest to its being one more draw.
 """
 
 from unittest import mock
