@@ -171,9 +171,10 @@ def allowed_errors(case: Case, given: str, off) -> list[dict[str, float]]:
             spent[name] = np.hypot(spent.get(name, 0.0), off(s, name))
             spread = update_bound(name, [grads[name] for grads in gradients], spent[name])
             allowed[name] = earlier.get(name, 0.0) + lr * spread
-        for name in [name for name in after if "target_" in name and "running" not in name]:
-            kept, online = meta["target_factor"], name.replace("target_", "")
-            allowed[name] = kept * earlier.get(name, 0.0) + (1 - kept) * allowed[online]
+        for name, online in [(name, name.replace("target_", "")) for name in after]:
+            if name != online and online in gradients[0]:
+                kept = meta["target_factor"]
+                allowed[name] = kept * earlier.get(name, 0.0) + (1 - kept) * allowed[online]
         for name in allowed:
             allowed[name] += optimiser_bound(after[name], after[name] - before[name], 1)
         every_step.append(allowed)
