@@ -21,6 +21,7 @@ def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -
     config.stages = ()
     config.seed = 0
     config.init_from = ""  # a run to start from; "random" for seeded random weights
+    config.log_level = "info"  # debug: parameters, and what the libraries have to say
     config.log_every = 50  # steps between two lines of metrics.jsonl
     config.checkpoint_every = 5  # epochs; the last step is always saved
 
@@ -181,8 +182,9 @@ def small_images(config: ConfigDict) -> None:
     if "model" in config:
         config.model.update(image_size=(28, 28), channels=1, dtype="float32")
     config.data.update(
-        source="fashion_mnist", path="", mean=(0.286,), std=(0.353,), short_side=28, workers=0
-    )
+        source="fashion_mnist", path="", train_split="train", val_split="val",
+        mean=(0.286,), std=(0.353,), short_side=28, workers=0,
+    )  # fmt: skip
 
 
 def finish(config: ConfigDict, argument: str) -> ConfigDict:

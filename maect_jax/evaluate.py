@@ -2,9 +2,11 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -34,7 +36,7 @@ def _features(
     )
     bar = tqdm(
         batches,
-        desc=f"eval {title}",
+        desc=title,
         total=-(-len(source) // batch_size),
         disable=jax.process_index() != 0 or not sys.stderr.isatty(),
         leave=False,
@@ -44,20 +46,24 @@ def _features(
 
 def protocols(
     config: ConfigDict, train: features.Features, test: features.Features, kind: str
-) -> dict:
+) -> tuple[dict, np.ndarray]:
     """Runs every protocol of the `eval` section on train and test features.
 
-    `kind` says in the results what the features are.
+    `kind` says in the results what the features are. Returns the results, and the clusters of the
+    test features (`cluster.cluster`).
     """
     section, data = config.eval, (train.x, train.labels, test.x, test.labels)
     neighbours = knn.knn(*data, section.knn.k, section.knn.temperature, section.knn.standardise)
-    clusters = cluster.cluster(test.x, test.labels, **section.cluster.to_dict(), seed=config.seed)
-    return {
+    found, clusters = cluster.cluster(
+        test.x, test.labels, **section.cluster.to_dict(), seed=config.seed
+    )
+    results = {
         "features": kind,
         "knn": [{**entry, "features": kind} for entry in neighbours],
         "probe": probe.linear_probe(*data, **section.probe.to_dict(), seed=config.seed),
-        "cluster": {"images": "val", **clusters},
+        "cluster": {"images": "val", **found},
     }
+    return results, clusters
 
 
 def run(
@@ -67,9 +73,10 @@ def run(
     workdir: Path,
     mesh,
 ) -> dict:
-    """Evaluates the encoders of `run_folder`; writes `results.json` into `workdir`.
+    """Evaluates the encoders of `run_folder`; writes `results.json` and `features/` into `workdir`.
 
-    What `results.json` already holds is not computed again.
+    `features/<name>.npz` holds the held-out features: `x` fp32 `[N, D]`, `labels` and `clusters`
+    int32 `[N]`. What `results.json` already holds is not computed again.
 
     Args:
       config: a config with an `eval` section whose `model` describes the encoders.
@@ -85,9 +92,11 @@ def run(
     results = json.loads(path.read_text()) if path.exists() else {}
     folders = encoders(run_folder)
     names = (["pixels"] if config.eval.pixels else []) + list(folders)
-    for name in names:
-        if name in results:
-            continue
+    left = [name for name in names if name not in results]
+    bar = tqdm(left, desc="eval", unit="row", disable=jax.process_index() != 0 or not left)
+    for name in bar:
+        bar.set_postfix_str(name)
+        start = time.monotonic()
         if name == "pixels":
             encode, kind = features.flatten_pixels, "raw pixels"
         else:
@@ -103,34 +112,24 @@ def run(
         train, test = (
             _features(config, splits[s], encode, mesh, f"{name} {s}") for s in sources.SPLITS
         )
-        results[name] = protocols(config, train, test, kind)
+        results[name], clusters = protocols(config, train, test, kind)
+        results[name]["seconds"] = round(time.monotonic() - start, 1)
         if jax.process_index() == 0:
+            _write_features(features_file(workdir, name), test, clusters)
             draft = path.with_suffix(".tmp")
             draft.write_text(json.dumps(results, indent=2) + "\n")
             draft.replace(path)
     return results
 
 
-def table(results: dict) -> str:
-    """The results as a text table: best k-NN, linear probe, k-means, in percent."""
-    header = ("", "k-NN", "linear probe", "k-means ACC", "mean of runs", "NMI", "ARI")
-    rows = [header]
-    for name, result in results.items():
-        neighbours = next((r for r in result["knn"] if r["k"] == 10), result["knn"][0])
-        found = result["cluster"]
-        mean = f"{100 * found['mean']['acc']:.1f} +- {100 * found['deviation']['acc']:.1f}"
-        shares = (
-            neighbours["accuracy"],
-            result["probe"]["best_last_epoch"],
-            found["best"]["acc"],
-            mean,
-            found["best"]["nmi"],
-            found["best"]["ari"],
-        )
-        rows.append((name, *(s if isinstance(s, str) else f"{100 * s:.1f}" for s in shares)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(
-            zip(row, widths, strict=True))) for row in rows
-    ]  # fmt: skip
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+def features_file(run: Path, name: str) -> Path:
+    """Where the held-out features of one row of the results are."""
+    return run / "features" / f"{name}.npz"
+
+
+def _write_features(path: Path, test: features.Features, clusters: np.ndarray) -> None:
+    path.parent.mkdir(exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    with draft.open("wb") as file:
+        np.savez(file, x=test.x, labels=test.labels, clusters=clusters)
+    draft.replace(path)

@@ -8,12 +8,32 @@ from maect_jax.models import vit
 from maect_jax.support_queue import normalise
 
 
+def _patch_statistics(patches):
+    """Mean and unbiased deviation of each patch, `[B, N, 1]`."""
+    mean = patches.mean(-1, keepdims=True)
+    return mean, jnp.sqrt(patches.var(-1, keepdims=True, ddof=1) + 1e-6)
+
+
 def patch_targets(images: jax.Array, patch_size: int) -> jax.Array:
     """Pixels of each patch `[B, N, P*P*C]`, normalised by its mean and unbiased variance."""
     patches = vit.patchify(images.astype(jnp.float32), patch_size)
-    mean = patches.mean(-1, keepdims=True)
-    var = patches.var(-1, keepdims=True, ddof=1)
-    return (patches - mean) / jnp.sqrt(var + 1e-6)
+    mean, deviation = _patch_statistics(patches)
+    return (patches - mean) / deviation
+
+
+def fill_patches(
+    images: jax.Array, prediction: jax.Array, mask: jax.Array, patch_size: int
+) -> jax.Array:
+    """`images [B, H, W, C]` whose removed patches are those of `prediction`.
+
+    The inverse of `patch_targets` needs the mean and deviation of each removed patch, which are
+    taken from the images, as nobody predicts them.
+    """
+    patches = vit.patchify(images, patch_size)
+    mean, deviation = _patch_statistics(patches)
+    filled = jnp.where(mask[..., None] > 0, prediction * deviation + mean, patches)
+    grid = (images.shape[1] // patch_size, images.shape[2] // patch_size)
+    return vit.unpatchify(filled, patch_size, grid)
 
 
 def reconstruction(prediction: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:

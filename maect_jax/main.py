@@ -67,6 +67,8 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         config = pages.load(_CONFIG.value, argv[1:])
+        if config.log_level == "debug":
+            logging.set_verbosity(logging.DEBUG)
         _join_hosts()
         if _DRY_RUN.value:
             pipeline.dry_run(config)

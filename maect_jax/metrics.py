@@ -12,26 +12,32 @@ from tqdm import tqdm
 from maect_jax.errors import RunFailedError
 
 
-def _forget(path: Path, stage: str, step: int) -> None:
-    """Drops the lines of `stage` past `step`: what is done again must not be told twice."""
-
-    def kept(line):
-        if not line.endswith("\n"):
-            return False  # torn by a power cut
-        entry = json.loads(line)
-        return entry["stage"] != stage or entry["step"] <= step
-
+def read(path: Path) -> list[dict]:
+    """The lines of a `metrics.jsonl`; nothing where there is none."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    # A last line without its end was torn by a power cut.
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _forget(path: Path, stage: str, step: int) -> float:
+    """Drops the lines of `stage` past `step`: what is done again must not be told twice.
+
+    Returns the seconds that the stage has taken up to what is left of it.
+    """
+    kept = [entry for entry in read(path) if entry["stage"] != stage or entry["step"] <= step]
     draft = path.with_suffix(".tmp")
-    draft.write_text("".join(filter(kept, lines)))
+    draft.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
     draft.replace(path)
+    return max((entry["seconds"] for entry in kept if entry["stage"] == stage), default=0.0)
 
 
 class Log:
     """Takes each step's metrics as device arrays and reads them one step late.
 
-    So the device never waits for the host. `metrics.jsonl` gets one JSON object a line, `stage`,
-    `step` and scalars, for the first step, every `every` steps and the last one.
+    So the device never waits for the host. `metrics.jsonl` gets one JSON object a line for the
+    first step, every `every` steps and the last one: `stage`, `step`, scalars, `images_per_second`
+    since the line before, and `seconds`, the time that the stage has taken so far, compiling and
+    saving included.
 
     Args:
       path: of metrics.jsonl.
@@ -55,10 +61,11 @@ class Log:
     ):
         self._stage, self._steps, self._batch_size, self._every = stage, steps, batch_size, every
         self._pending: tuple[int, dict] | None = None
-        self._clock = (time.monotonic(), done)
+        self._start = time.monotonic()
+        self._clock = (self._start, done)
         self._file = None
         if shown:
-            _forget(path, stage, done)
+            self._start -= _forget(path, stage, done)
             self._file = path.open("a", buffering=1)
         self._bar = tqdm(
             total=steps * batch_size,
@@ -99,7 +106,8 @@ class Log:
             (then, before), now = self._clock, time.monotonic()
             self._clock = (now, step)
             rate = (step - before) * self._batch_size / max(now - then, 1e-9)
-            entry = {"stage": self._stage, "step": step, **values, "images_per_second": rate}
+            times = {"images_per_second": rate, "seconds": now - self._start}
+            entry = {"stage": self._stage, "step": step, **values, **times}
             self._file.write(json.dumps({k: _rounded(v) for k, v in entry.items()}) + "\n")
 
     def close(self) -> None:

@@ -1,18 +1,33 @@
 """Runs the stages of a config in order, each starting from the one before."""
 
 import dataclasses
+import json
+import os
+import platform
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
-from maect_jax import checkpoint, evaluate, plan, sharding, train, validate
+from maect_jax import (
+    __version__,
+    checkpoint,
+    evaluate,
+    plan,
+    sharding,
+    table,
+    train,
+    validate,
+    watch,
+)
 from maect_jax import config as pages
-from maect_jax.data import sources
+from maect_jax.data import loader, sources
 from maect_jax.errors import UserError
+from maect_jax.report import page
 from maect_jax.stages import build
 
 RANDOM = "random"
+_FREE_KEYS = ("log_level",)  # of the config, which may differ when a run goes on
 
 # Of a run with several stages, where each stage starts.
 _PREFERRED = {
@@ -124,7 +139,9 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
     """Writes the config into the run's folder, which must be this run's or new."""
     path = workdir / "config.json"
     if path.exists():
+        free = tuple(f"{key}: " for key in _FREE_KEYS)
         differing = pages.differing(pages.read(path), config)
+        differing = [line for line in differing if not line.startswith(free)]
         if differing:
             raise UserError(
                 f"--workdir={workdir}: holds another run ({'; '.join(differing)}); name another "
@@ -135,8 +152,23 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             pages.save(config, path)
+            environment = json.dumps(_environment(), indent=2) + "\n"
+            (workdir / "environment.json").write_text(environment)
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot write there: {error}") from error
+
+
+def _environment() -> dict:
+    """What the run runs on."""
+    return {
+        "maect_jax": __version__,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "devices": jax.device_count(),
+        "device_kind": jax.devices()[0].device_kind,
+        "hosts": jax.process_count(),
+        "cpu_cores": os.cpu_count(),
+    }
 
 
 def dry_run(config: ConfigDict) -> None:
@@ -175,13 +207,17 @@ def run(config: ConfigDict, workdir: Path) -> None:
     mesh = sharding.make_mesh(**config.mesh)
     images = open_sources(config)
     _claim(workdir, config)
+    seen = images.get("val", images["train"])
+    record = loader.EvalRecord(seen, config.model.image_size, config.data.short_side)
+    watched = watch.Watched(record, held_out="val" in images)
     with jax.set_mesh(mesh):
         for name in config.stages:
             if name == "eval":
                 evaluated = workdir if len(config.stages) > 1 else origin.run
                 results = evaluate.run(config, images, evaluated, workdir, mesh)
                 if jax.process_index() == 0:
-                    print(f"\n{evaluate.table(results)}\n\n{workdir / 'results.json'}")
+                    print(f"\n{table.text(table.cells(results))}\n", flush=True)
+                    print(page.build(workdir))
                 continue
 
             def start(origin=origin, name=name):
@@ -191,7 +227,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
                 saved = checkpoint.read_parts(origin.folder, parts, mesh)
                 return build.handover(origin.stage, saved, name)
 
-            train.run(config, name, images["train"], workdir, mesh, start)
+            train.run(config, name, images["train"], watched, workdir, mesh, start)
             origin = Origin(workdir, name)
     if jax.process_index() == 0 and config.stages[-1] != "eval":
         print(f"\n{workdir}: {', '.join(config.stages)} finished")

@@ -1,5 +1,6 @@
 """The loop, once, for every training stage."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,11 +8,13 @@ import jax
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from maect_jax import metrics, sharding, state
+from maect_jax import metrics, sharding, state, watch
 from maect_jax.checkpoint import Checkpoints, stage_folder
 from maect_jax.data import loader, sources
 from maect_jax.stages import build
 from maect_jax.stages.step import compiled
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def _batches(config: ConfigDict, name: str, source: sources.Source, steps: int):
@@ -34,6 +37,7 @@ def run(
     config: ConfigDict,
     name: str,
     source: sources.Source,
+    watched: watch.Watched,
     workdir: Path,
     mesh,
     start: Callable[[], dict],
@@ -44,6 +48,7 @@ def run(
       config: a whole config.
       name: "mae", "head" or "ct".
       source: the training images.
+      watched: images to write down at each checkpoint what the stage makes of them.
       workdir: the run's folder.
       mesh: the device mesh, which must be the current one.
       start: reads what the stage takes over; called only at its first start.
@@ -69,6 +74,7 @@ def run(
         train_state = state.create(stage, key, start(), mesh)
     places = state.shardings_of(train_state)
     update = compiled(stage, places)
+    look = watch.watcher(stage, watched, workdir, name, mesh)
     shown = jax.process_index() == 0
     if shown:
         _describe(name, stage, train_state, done)
@@ -90,6 +96,7 @@ def run(
             log.add(now, scalars)
             if now % save_every == 0 or now == stage.steps:
                 log.flush()  # a step that is not finite must not be saved
+                look(now, train_state)
                 position = {"loader": batches.get_state(), "steps": stage.steps}
                 checkpoints.save(now, train_state, position)
     finally:
@@ -101,5 +108,7 @@ def _describe(name: str, stage, train_state: state.TrainState, done: int) -> Non
     trained = parameter_overview.get_parameter_overview(train_state.params, include_stats=False)
     frozen = parameter_overview.count_parameters(train_state.frozen)
     where = f"from step {done} " if done else ""
-    print(f"\nStage {name}: {stage.steps} steps {where}- trained parameters:\n{trained}")
-    print(f"Frozen parameters: {frozen:,}", flush=True)
+    _LOGGER.debug(
+        "stage %s: %d steps %s\ntrained parameters:\n%s", name, stage.steps, where, trained
+    )
+    _LOGGER.debug("frozen parameters: %d", frozen)

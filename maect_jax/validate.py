@@ -73,6 +73,7 @@ def settings(config: ConfigDict, devices: int) -> None:
     check = _Checker(config)
     check.need("seed", "from 0 to 2^32 - 1", lambda v: 0 <= v < 2**32)
     check.positive("log_every", "checkpoint_every")
+    check.one_of("log_level", ("info", "debug"))
     _model(check)
     _data(check)
     for name in config.stages:
@@ -126,6 +127,8 @@ def _data(check: _Checker) -> None:
             "data.path", "empty for the packaged images; set config.data.source=folder as well",
             lambda v: not v,
         )  # fmt: skip
+        for split in ("data.train_split", "data.val_split"):
+            check.one_of(split, tuple(sources.FASHION_MNIST))
     check.positive("data.short_side")
     check.not_negative("data.workers")
     channels, image = check.values["model.channels"], check.values["model.image_size"]

@@ -49,6 +49,30 @@ def assert_trees_equal(a, b) -> None:
         np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 
 
+# `python -m maect_jax.main` in a process where importing TensorFlow fails.
+WITHOUT_TENSORFLOW = """
+import runpy, sys
+sys.modules["tensorflow"] = sys.modules["keras"] = None
+sys.argv[0] = "maect_jax.main"
+runpy.run_module("maect_jax.main", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A finished run of the quickstart's tiny variant, and what it printed."""
+    from tests.main_test import run_main
+
+    workdir = tmp_path_factory.mktemp("runs") / "quickstart_test"
+    done = run_main(
+        "--config=configs/quickstart.py:test",
+        f"--workdir={workdir}",
+        python=("-c", WITHOUT_TENSORFLOW),
+    )
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
 def pytest_terminal_summary(terminalreporter):
     """After the tests of parity: of each quantity the error nearest to its bound."""
     if "tests.figures" not in sys.modules:

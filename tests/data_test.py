@@ -45,6 +45,12 @@ def test_packaged_images_are_split_without_overlap():
     np.testing.assert_allclose([pixels.mean(), pixels.std()], [0.286, 0.353], atol=2e-3)
 
 
+def test_settings_are_chosen_on_training_images_alone():
+    parts = [sources.fashion_mnist(name).images for name in ("train[:80%]", "train[80%:]")]
+    assert [len(part) for part in parts] == [6400, 1600]
+    np.testing.assert_array_equal(np.concatenate(parts), sources.fashion_mnist("train").images)
+
+
 def test_folder_reads_nested_files_by_class(folder):
     source = sources.Folder(str(folder / "train"), channels=3)
     assert source.classes == ["ant", "bee"]

@@ -89,7 +89,8 @@ def test_clustering_reports_best_by_loss_mean_and_deviation(rng, monkeypatch):
 
     monkeypatch.setattr(cluster, "KMeans", Fit)
     labels = np.array([0, 0, 1, 1])
-    result = cluster.cluster(rng.normal(size=(4, 3)), labels, runs=2)
+    result, clusters = cluster.cluster(rng.normal(size=(4, 3)), labels, runs=2)
+    assert clusters.tolist() == [1, 0, 1, 1]  # of the best run
     assert result["best"]["acc"] == 0.75  # of the lowest loss, not of the highest accuracy
     assert result["best"]["loss"] == 9
     assert result["mean"]["acc"] == pytest.approx(0.875)
@@ -99,6 +100,7 @@ def test_clustering_reports_best_by_loss_mean_and_deviation(rng, monkeypatch):
 def test_clusters_of_separate_blobs_are_found(rng):
     labels = np.repeat(np.arange(4), 50)
     features = 20 * np.eye(4)[labels] + rng.normal(size=(200, 4))
-    result = cluster.cluster(features, labels, runs=5)
+    result, clusters = cluster.cluster(features, 3 * labels, runs=5)
+    np.testing.assert_array_equal(clusters, labels)  # numbered by class, in order
     best = {name: result["best"][name] for name in cluster.METRICS}
     assert best == pytest.approx(dict.fromkeys(cluster.METRICS, 1.0))

@@ -8,10 +8,12 @@ from tests.conftest import CONFIGS, ROOT
 
 # From the top floor down; a module imports only from floors below its own.
 FLOORS = (
-    ("main",),
+    ("main", "report.__main__"),
     ("pipeline",),
-    ("train", "evaluate", "plan", "validate"),
-    ("checkpoint", "flops", "metrics"),
+    ("report.page",),
+    ("report.plots", "report.sheets", "report.words"),
+    ("train", "evaluate", "plan", "validate", "report.style", "table"),
+    ("checkpoint", "flops", "metrics", "watch"),
     ("stages.build", "stages.step"),
     ("stages.mae", "stages.contrast", "evals.features", "evals.probe"),
     ("losses", "state", "convert", "data.augment", "data.loader"),
@@ -29,7 +31,10 @@ OWNERS = {
     "tensorflow": set(),
     "ml_collections": {
         "config", "validate", "pipeline", "plan", "train", "evaluate", "stages.build",
+        "report.page", "report.words",
     },
+    "matplotlib": {"report.style", "report.plots", "report.sheets", "report.page"},
+    "jinja2": {"report.page"},
 }  # fmt: skip
 FILES = {
     ".".join(path.relative_to(ROOT / "maect_jax").with_suffix("").parts): path

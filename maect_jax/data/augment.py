@@ -184,6 +184,18 @@ def photometric(x: jax.Array, key: jax.Array, recipe: Photometric) -> jax.Array:
     return x
 
 
+def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """Images `[..., C]` in [0, 1] less the mean of each channel, over its deviation."""
+    return (images - jnp.asarray(mean)) / jnp.asarray(std)
+
+
+def denormalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """The inverse of `normalise`, as uint8 `[..., C]`."""
+    return jnp.round(jnp.clip(images * jnp.asarray(std) + jnp.asarray(mean), 0, 1) * 255).astype(
+        jnp.uint8
+    )
+
+
 def views(batch: dict, recipe: Recipe) -> jax.Array:
     """Normalised views fp32 `[B, V, H, W, C]` of a batch from the loader.
 
@@ -212,4 +224,4 @@ def views(batch: dict, recipe: Recipe) -> jax.Array:
         ],
         axis=1,
     )  # fmt: skip
-    return (images - jnp.asarray(recipe.mean)) / jnp.asarray(recipe.std)
+    return normalise(images, recipe.mean, recipe.std)

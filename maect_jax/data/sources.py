@@ -7,6 +7,7 @@ a label is -1 where there is none.
 
 import gzip
 import os
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Protocol
@@ -21,14 +22,25 @@ ON_DISK = ("folder", "tfds")
 KINDS = ("fashion_mnist", *ON_DISK)
 SPLITS = ("train", "val")
 
-_HELD_OUT = 2_000
+# The packaged images by split. The last two divide the training images: settings are chosen on
+# them, so that nothing but a final result ever sees the held-out ones.
+FASHION_MNIST = {
+    "train": slice(2_000, None),
+    "val": slice(2_000),
+    "train[:80%]": slice(2_000, 8_400),
+    "train[80%:]": slice(8_400, None),
+}
+_FASHION_CLASSES = (
+    "T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot",
+)  # fmt: skip
 _SPLIT_SEED = 0  # the same split in every run: no stage trains on what another holds out
 
 
 class Source(Protocol):
-    """Random access to decoded images."""
+    """Random access to decoded images; `classes` are the names of the labels, in order."""
 
     shape: tuple[int, int, int] | None
+    classes: list[str]
 
     def __len__(self) -> int: ...
 
@@ -44,8 +56,8 @@ def _pixels(picture: Image.Image, channels: int) -> np.ndarray:
 class Arrays:
     """Pixels in memory: uint8 `[N, H, W, C]`, labels `[N]`."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray):
-        self.images, self.labels = images, labels
+    def __init__(self, images: np.ndarray, labels: np.ndarray, classes: Sequence[str]):
+        self.images, self.labels, self.classes = images, labels, list(classes)
         self.shape = images.shape[1:]
 
     def __len__(self) -> int:
@@ -119,6 +131,7 @@ class Tfds:
             raise UserError(
                 f"config.data.name={name!r}: has {', '.join(features)}; image and label are needed"
             )
+        self.classes = list(features["label"].names)
         height, width, _ = features["image"].shape
         self.shape = (height, width, channels) if height and width else None
 
@@ -149,7 +162,8 @@ def same_classes(path: str, train: Source, val: Source) -> None:
 def fashion_mnist(split: str) -> Arrays:
     """The packaged images (Xiao et al., 2017): 28 x 28 gray, 8,000 to train on and 2,000 held out.
 
-    They are the 10,000 of the original test split, divided at random by a fixed seed.
+    They are the 10,000 of the original test split, divided at random by a fixed seed. `split` is
+    one of `FASHION_MNIST`.
     """
     folder = resources.files("maect_jax.data") / "fashion_mnist"
 
@@ -160,8 +174,8 @@ def fashion_mnist(split: str) -> Arrays:
     images = read("t10k-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28, 1)
     labels = read("t10k-labels-idx1-ubyte.gz", 8)
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(images))
-    chosen = order[_HELD_OUT:] if split == "train" else order[:_HELD_OUT]
-    return Arrays(images[chosen], labels[chosen])
+    chosen = order[FASHION_MNIST[split]]
+    return Arrays(images[chosen], labels[chosen], _FASHION_CLASSES)
 
 
 def make(data, split: str, channels: int) -> Source:
@@ -175,14 +189,14 @@ def make(data, split: str, channels: int) -> Source:
     Raises:
       UserError: the images are not there, or cannot have that many channels.
     """
+    name = data.train_split if split == "train" else data.val_split
     if data.source == "fashion_mnist":
-        source = fashion_mnist(split)
+        source = fashion_mnist(name)
         if channels != 1:
             raise UserError(f"config.model.channels={channels}: Fashion-MNIST has 1 channel")
         return source
     if channels not in (1, 3):
         raise UserError(f"config.model.channels={channels}: an image file gives 1 (gray) or 3")
-    name = data.train_split if split == "train" else data.val_split
     if data.source == "folder":
         return Folder(os.path.join(data.path, name), channels)
     return Tfds(data.name, name, data.path, channels)

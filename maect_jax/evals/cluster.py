@@ -14,6 +14,15 @@ from sklearn.preprocessing import normalize
 METRICS = ("acc", "nmi", "ami", "ari")
 
 
+def _matched(labels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """The clusters, renumbered by the class (in order) that each is matched with."""
+    counts = contingency_matrix(labels, clusters)
+    classes, matched = linear_sum_assignment(-counts)
+    number = np.empty(counts.shape[1], np.int32)
+    number[matched] = classes
+    return number[np.unique(clusters, return_inverse=True)[1]]
+
+
 def matched_accuracy(labels: np.ndarray, clusters: np.ndarray) -> float:
     """Accuracy under the best one-to-one matching of clusters and classes."""
     counts = contingency_matrix(labels, clusters)
@@ -29,7 +38,7 @@ def agreement(labels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
 
 def cluster(
     features: np.ndarray, labels: np.ndarray, runs: int = 100, normalise: bool = True, seed: int = 0
-) -> dict:
+) -> tuple[dict, np.ndarray]:
     """k-means with as many clusters as there are classes, in many seeded runs.
 
     Args:
@@ -41,7 +50,8 @@ def cluster(
 
     Returns:
       The settings; `best`, the metrics of the run with the lowest k-means loss; `mean` and
-      `deviation` over all runs.
+      `deviation` over all runs. And the clusters of that best run, int32 `[N]`, numbered so that
+      cluster i is the one matched with the i-th class.
     """
     x = normalize(features) if normalise else features
     classes = len(np.unique(labels))
@@ -56,7 +66,7 @@ def cluster(
     def named(row):
         return {name: float(value) for name, value in zip(METRICS, row, strict=True)}
 
-    return {
+    results = {
         "clusters": classes,
         "runs": runs,
         "l2_normalised": normalise,
@@ -64,3 +74,4 @@ def cluster(
         "mean": named(table.mean(0)),
         "deviation": named(table.std(0)),
     }
+    return results, _matched(labels, fits[best].labels_)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maect_jax import sharding
+from maect_jax.data import augment
 from maect_jax.models import vit
 
 
@@ -24,7 +25,7 @@ def encode(
     """A function from uint8 images `[B, H, W, C]` to pooled features fp32 `[B, D]`."""
 
     def run(params, images):
-        images = (images.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
+        images = augment.normalise(images.astype(jnp.float32) / 255, mean, std)
         tokens = encoder.apply({"params": params}, images)
         return vit.pool(tokens, pool)
 

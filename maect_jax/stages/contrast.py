@@ -12,9 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from maect_jax import losses, optim, support_queue
+from maect_jax.data import augment
 from maect_jax.data.augment import Recipe
 from maect_jax.models import nnclr, vit
 from maect_jax.state import TrainState
+
+_WATCHED_NEIGHBOURS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +159,28 @@ class Contrast:
             labels=batch["label"],
         )
         return loss, (metrics, carried)
+
+    def watch(self, state: TrainState, images: jax.Array, ids: jax.Array) -> dict:
+        """Looks up the queue neighbours of some images uint8 `[Q, H, W, C]`.
+
+        As in training, but with running statistics; rows with the same `ids [Q]` are excluded.
+
+        Returns:
+          `neighbours` int32 `[Q, k]`, dataset indices, nearest first, -1 for rows that belong to
+          no image; `cosines` fp32 `[Q, k]`.
+        """
+        x = images.astype(jnp.float32) / 255
+        x = augment.normalise(x, self.recipe.mean, self.recipe.std)
+        features = self.features(state.params, state.frozen, x[:, None])[:, 0]
+        projector = state.target.get("projector", state.params["projector"])
+        variables = {"params": projector, "batch_stats": state.batch_stats["projector"]}
+        queries = support_queue.normalise(self.projector.apply(variables, features, train=False))
+        k = min(_WATCHED_NEIGHBOURS, self.queue_size)
+        found = support_queue.nearest(state.queue, queries, ids, size=self.queue_size, k=k)
+        return {
+            "neighbours": state.queue.ids.reshape(-1)[found.positions],
+            "cosines": found.scores,
+        }
 
     def advance(self, state: TrainState, carried: dict, finite: jax.Array) -> TrainState:
         """What follows the optimiser: statistics, averages, and view 0 into the queue."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from maect_jax import losses, optim
+from maect_jax.data import augment
 from maect_jax.data.augment import Recipe
 from maect_jax.models import mae, vit
 from maect_jax.state import TrainState
@@ -71,6 +72,24 @@ class Mae:
         images = views.reshape(-1, *views.shape[2:])
         noise = jax.random.uniform(key, (len(images), self.grid[0] * self.grid[1]))
         return self.forward(params, images, noise)["loss"], ({}, {})
+
+    def watch(self, state: TrainState, images: jax.Array, ids: jax.Array) -> dict:
+        """Masks some images uint8 `[Q, H, W, C]`, the same way at every call, and fills them in.
+
+        Returns:
+          `mask` bool `[Q, H, W]`, true where removed; `filled` uint8 `[Q, H, W, C]`.
+        """
+        del ids
+        recipe, patch = self.recipe, self.encoder.patch_size
+        x = augment.normalise(images.astype(jnp.float32) / 255, recipe.mean, recipe.std)
+        noise = jax.random.uniform(jax.random.key(0), (len(x), self.grid[0] * self.grid[1]))
+        found = self.forward(state.params, x, noise)
+        filled = losses.fill_patches(x, found["prediction"], found["mask"], patch)
+        pixels = jnp.repeat(found["mask"][..., None], patch**2, axis=-1)
+        return {
+            "mask": vit.unpatchify(pixels, patch, self.grid)[..., 0] > 0,
+            "filled": augment.denormalise(filled, recipe.mean, recipe.std),
+        }
 
     def advance(self, state: TrainState, carried: dict, finite: jax.Array) -> TrainState:
         """Nothing but the parameters moves in stage 1."""

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maect_jax import optim
+from maect_jax import optim, sharding
 from maect_jax.data import augment
 from maect_jax.state import TrainState
 
@@ -48,3 +48,8 @@ def compiled(stage, places: TrainState):
     `places` are the shardings of the state (`state.shardings_of`).
     """
     return jax.jit(partial(step, stage), donate_argnums=0, out_shardings=(places, None))
+
+
+def watched(stage, mesh):
+    """`stage.watch` as it is run: jitted, its results on every device."""
+    return jax.jit(stage.watch, out_shardings=sharding.replicated(mesh))

@@ -1,0 +1,105 @@
+"""Pictures of numbers: curves, the map of the features, the confusion of clusters and labels."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from sklearn.manifold import TSNE
+from sklearn.preprocessing import normalize
+
+from maect_jax.report import style
+
+MAP_IMAGES = 1_000  # t-SNE of more takes its time
+_MARKS = "osD^vP*Xph"  # with ten colours: classes are told apart without colour, too
+
+
+def _stages(metrics: Sequence[dict], key: str) -> dict[str, tuple[list, list]]:
+    """Steps and values of `key` by stage, in order."""
+    found: dict[str, tuple[list, list]] = {}
+    for entry in metrics:
+        if key in entry:
+            steps, values = found.setdefault(entry["stage"], ([], []))
+            steps.append(entry["step"])
+            values.append(entry[key])
+    return found
+
+
+@style.styled
+def curves(metrics: Sequence[dict], key: str, label: str) -> Figure | None:
+    """A panel a stage with its curve of `key`; `None` where nothing has it."""
+    stages = _stages(metrics, key)
+    if not stages:
+        return None
+    drawn = style.figure(2.3)
+    panels = drawn.subplots(1, len(stages), squeeze=False)[0]
+    for panel, (stage, (steps, values)) in zip(panels, stages.items(), strict=True):
+        panel.plot(steps, values, color=style.COLOURS[stage], linewidth=1.6)
+        panel.set_title(stage)
+        panel.set_xlabel("step")
+        panel.margins(x=0.02)
+        panel.grid(axis="y", color=style.FAINT, alpha=0.3, linewidth=0.6)
+        panel.locator_params(nbins=4)
+    panels[0].set_ylabel(label)
+    return drawn
+
+
+def map_points(x: np.ndarray) -> np.ndarray:
+    """t-SNE of features `[N, D]`, L2-normalised first, as k-means sees them: `[N, 2]`."""
+    perplexity = min(30.0, max(len(x) / 4, 1.0))
+    return TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(normalize(x))
+
+
+@style.styled
+def feature_map(points: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> Figure:
+    """Points `[N, 2]` in the colour of their label; labels of -1 are drawn in grey."""
+    drawn = style.figure(5.2)
+    axes = drawn.subplots()
+    style.bare(axes)
+    shown = np.unique(labels)
+    colours = style.palette(len(classes))
+    for label in shown:
+        mine = labels == label
+        axes.scatter(
+            *points[mine].T,
+            s=12,
+            color=colours[label] if label >= 0 else style.FAINT,
+            marker=_MARKS[label % len(_MARKS)] if label >= 0 else "o",
+            linewidths=0,
+            alpha=0.8,
+            label=classes[label] if label >= 0 else "unlabelled",
+            rasterized=True,
+        )
+    if len(shown) <= style.CLASSES:
+        drawn.legend(loc="outside lower center", ncols=5, handletextpad=0, markerscale=2)
+    return drawn
+
+
+@style.styled
+def confusion(labels: np.ndarray, clusters: np.ndarray, classes: Sequence[str]) -> Figure:
+    """How many images of each class (column) each cluster (row) holds.
+
+    Cluster i is the one matched with class i, so the diagonal is what the accuracy counts.
+    """
+    present = np.unique(labels)
+    counts = np.zeros((len(present), len(present)), int)
+    np.add.at(counts, (clusters, np.searchsorted(present, labels)), 1)
+    names = [classes[label] for label in present]
+    drawn = style.figure(4.4)
+    axes = drawn.subplots()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    for (row, column), count in np.ndenumerate(counts):
+        share = shares[row, column]
+        colour = style.COLOURS["ct" if row == column else "mae"]
+        square = Rectangle((column - 0.5, row - 0.5), 1, 1, color=colour, alpha=0.75 * share)
+        axes.add_patch(square)
+        if count:
+            axes.text(column, row, f"{count}", ha="center", va="center", fontsize=7.5)
+    ticks = range(len(names))
+    axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5))
+    axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(ticks, names)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set(xlabel="label", ylabel="cluster, by the class it is matched with")
+    return drawn

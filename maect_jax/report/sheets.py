@@ -1,0 +1,130 @@
+"""Pictures of pictures: reconstructions, neighbours in the queue, discovered clusters."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from maect_jax.report import style
+
+_ROWS = 6  # images whose neighbours are shown
+_MOMENTS = 4  # of training
+_NEIGHBOURS = 3  # at each moment
+_MONTAGE = 12  # images of a cluster
+
+Records = Callable[[int], dict]  # from a number to `image`, uint8 [H, W, C], and `label`
+
+
+@style.styled
+def reconstructions(images: np.ndarray, mask: np.ndarray, filled: np.ndarray) -> Figure:
+    """Originals, what the encoder sees of them, and what the decoder makes of that.
+
+    Args:
+      images, filled: uint8 `[Q, H, W, C]`.
+      mask: bool `[Q, H, W]`, true where removed.
+    """
+    count = len(images)
+    drawn = style.figure(style.WIDTH * 3.2 / (count + 1.5))
+    panels = drawn.subplots(3, count)
+    for column in range(count):
+        for row, picture in enumerate((images[column], images[column], filled[column])):
+            style.show(panels[row, column], picture)
+        covered = np.zeros((*mask.shape[1:], 4))
+        covered[mask[column]] = style.HIDDEN
+        panels[1, column].imshow(covered, interpolation="none")
+    for row, label in enumerate(("original", "masked", "filled in")):
+        _row_title(panels[row, 0], label)
+    return drawn
+
+
+@style.styled
+def neighbours(
+    watched: Sequence[dict],
+    moments: Sequence[tuple[str, np.ndarray]],
+    records: Records,
+    classes: Sequence[str],
+) -> Figure:
+    """For each watched image its nearest rows of the queue at some moments of training.
+
+    Args:
+      watched: the images with their labels (-1: unknown).
+      moments: name and neighbours' record numbers int `[Q, k]` (-1: none), in order of time.
+      records: the training images.
+      classes: names of the labels.
+    """
+    watched = watched[:_ROWS]
+    moments = [moments[i] for i in _spread(len(moments), _MOMENTS)]
+    near = min(_NEIGHBOURS, moments[0][1].shape[1])
+    # A narrow empty column stands between two moments.
+    widths = [1.0] + ([0.35] + [1.0] * near) * len(moments)
+    drawn = style.figure(style.WIDTH * (len(watched) + 1.2) / (sum(widths) + 1.5))
+    panels = drawn.subplots(len(watched), len(widths), width_ratios=widths, squeeze=False)
+    for axes in panels.flat:
+        style.bare(axes)
+    panels[0, 0].set_title("image")
+    for row, example in zip(panels, watched, strict=True):
+        style.show(row[0], example["image"])
+        if example["label"] >= 0:
+            _row_title(row[0], classes[example["label"]])
+    for moment, (title, found) in enumerate(moments):
+        first = 2 + moment * (near + 1)
+        panels[0, first + near // 2].set_title(title)
+        for row, example, nearest in zip(panels, watched, found, strict=False):
+            for axes, record in zip(row[first:], nearest[:near], strict=False):
+                _neighbour(axes, int(record), example["label"], records)
+    return drawn
+
+
+def _neighbour(axes, record: int, label: int, records: Records) -> None:
+    if record < 0:
+        axes.text(0.5, 0.5, "-", ha="center", va="center", transform=axes.transAxes)
+        return
+    neighbour = records(record)
+    style.show(axes, neighbour["image"])
+    if neighbour["label"] == label >= 0:
+        frame = dict(fill=False, edgecolor=style.COLOURS["ct"], linewidth=2, clip_on=False)
+        axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, **frame))
+
+
+@style.styled
+def montage(
+    x: np.ndarray,
+    labels: np.ndarray,
+    clusters: np.ndarray,
+    records: Records,
+    classes: Sequence[str],
+) -> Figure:
+    """Images of each cluster, from its centre (left) to its rim (right).
+
+    Args:
+      x: features `[N, D]` that were clustered.
+      labels, clusters: int `[N]`.
+      records: the images.
+      classes: names of the labels.
+    """
+    kept = np.unique(clusters)[: style.CLASSES]
+    drawn = style.figure(style.WIDTH * (len(kept) + 0.2) / (_MONTAGE + 3.6))
+    panels = drawn.subplots(len(kept), _MONTAGE, squeeze=False)
+    for axes in panels.flat:
+        style.bare(axes)
+    for row, cluster in enumerate(kept):
+        members = np.flatnonzero(clusters == cluster)
+        distance = np.linalg.norm(x[members] - x[members].mean(0), axis=1)
+        members = members[np.argsort(distance)]
+        for axes, place in zip(panels[row], _spread(len(members), _MONTAGE), strict=False):
+            style.show(axes, records(int(members[place]))["image"])
+        values, counts = np.unique(labels[members], return_counts=True)
+        share = counts.max() / len(members)
+        title = f"{classes[values[counts.argmax()]]} {share:.0%}\n{len(members)} images"
+        _row_title(panels[row, 0], title, fontsize=7.5)
+    return drawn
+
+
+def _row_title(axes, title: str, **options) -> None:
+    axes.set_ylabel(title, rotation=0, ha="right", va="center", **options)
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """At most `wanted` of `count` places, the first and the last among them, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int)).tolist()

@@ -1,0 +1,71 @@
+"""Some images that a run is watched by: what each stage makes of them as training goes on.
+
+A stage writes one `watch/<stage>/<step>.npz` at each of its checkpoints: `index`, the record
+numbers of the images, and what `stage.watch` returns for them.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from maect_jax import sharding
+from maect_jax.data.loader import EvalRecord
+from maect_jax.stages.step import watched
+from maect_jax.state import TrainState
+
+IMAGES = 8
+_NO_RECORD = -2  # an id that no row of a queue has, not even one that belongs to no image
+
+
+class Watched(NamedTuple):
+    """Images by record number; `held_out` ones have no row in a queue."""
+
+    record: EvalRecord
+    held_out: bool
+
+
+def _folder(run: Path, stage: str) -> Path:
+    return run / "watch" / stage
+
+
+def watcher(stage, watch: Watched, run: Path, name: str, mesh) -> Callable[[int, TrainState], None]:
+    """A function of (step, state) that writes down what the stage makes of the images.
+
+    Every process must call it; process 0 writes.
+    """
+    records = len(watch.record.source)
+    # The devices must divide the rows; what is too many is not written.
+    rows = -(-IMAGES // jax.device_count()) * jax.device_count()
+    index = np.linspace(0, records - 1, IMAGES).astype(np.int32)
+    padded = np.resize(index, rows)
+    here = padded.reshape(jax.process_count(), -1)[jax.process_index()]
+    images = np.stack([watch.record(int(i))["image"] for i in here])
+    ids = np.full_like(here, _NO_RECORD) if watch.held_out else here
+    batch = sharding.put_batch({"images": images, "ids": ids}, mesh)
+    look = watched(stage, mesh)
+
+    def write(step: int, state: TrainState) -> None:
+        seen = look(state, **batch)
+        if jax.process_index() == 0:
+            seen = {key: np.asarray(value)[:IMAGES] for key, value in seen.items()}
+            path = _folder(run, name) / f"{step}.npz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_suffix(".tmp")
+            with draft.open("wb") as file:
+                np.savez_compressed(file, index=index, held_out=watch.held_out, **seen)
+            draft.replace(path)
+
+    return write
+
+
+def read(run: Path, stage: str) -> dict[int, dict[str, np.ndarray]]:
+    """What was written of a stage, by step, in order; empty if nothing was."""
+    steps = sorted(int(path.stem) for path in _folder(run, stage).glob("*.npz"))
+    found = {}
+    for step in steps:
+        with np.load(_folder(run, stage) / f"{step}.npz") as arrays:
+            found[step] = dict(arrays)
+    return found

@@ -1,0 +1,212 @@
+"""The page of a run: whole, self-contained, true to its files, and rebuilt from them."""
+
+import json
+import re
+import shutil
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maect_jax import table
+from maect_jax.errors import UserError
+from maect_jax.report import page, plots, sheets
+from tests.main_test import run_main
+
+PICTURES = {
+    "loss", "nn_accuracy", "reconstructions", "neighbours", "map_mae", "map_ct", "clusters",
+    "confusion",
+}  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Headings, captions, table cells, ids and everything that a browser would fetch."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.ids, self.links, self.cells, self.open = [], [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for key, value in attrs:
+            if key == "id":
+                self.ids.append(value)
+            if key in ("src", "href", "xlink:href", "srcset", "data"):
+                self.links.append(value)
+        if tag in ("td", "th"):
+            self.cells.append("")
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.open.pop()
+
+    def handle_data(self, data):
+        if self.open:
+            self.cells[-1] += data
+
+
+@pytest.fixture(scope="module")
+def run(finished):
+    return finished[0]
+
+
+@pytest.fixture(scope="module")
+def html(run):
+    return (run / "report.html").read_text()
+
+
+def test_page_needs_no_network(html):
+    parsed = Page(html)
+    assert not {"script", "link", "iframe", "img", "video"} & set(parsed.tags)
+    assert parsed.links
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in parsed.links)
+    assert "@import" not in html
+    assert re.findall(r"url\((.)", html) == ["#"] * html.count("url(")
+
+
+def test_every_picture_is_on_the_page_with_a_caption_and_beside_it_as_png(run, html):
+    assert {path.stem for path in (run / "pictures").glob("*.png")} == PICTURES
+    figures = re.findall(r"<figure.*?</figure>", html, re.DOTALL)
+    assert len(figures) == len(PICTURES)
+    for figure in figures:
+        assert re.search(r"<figcaption>\w.{20,}</figcaption>", figure, re.DOTALL)
+        svg = re.search(r"<svg.*</svg>", figure, re.DOTALL)[0]
+        ET.fromstring(svg)
+        # Black would vanish in the dark: ink follows the theme.
+        assert "currentColor" in svg
+        assert "#000000" not in svg
+    ids = Page(html).ids
+    assert len(ids) == len(set(ids))
+    for link in re.findall(r"(?:href=\"#|url\(#)([^\")]+)", html):
+        assert link in ids
+    for path in (run / "pictures").glob("*.png"):
+        with Image.open(path) as picture:
+            assert np.asarray(picture.convert("L")).std() > 5
+
+
+def test_page_says_what_the_files_say(run, html):
+    results = json.loads((run / "results.json").read_text())
+    cells = Page(html).cells
+    knn = {name: next(r for r in results[name]["knn"] if r["k"] == 10) for name in results}
+    row = cells.index("k-NN")
+    shown = cells[row + 1 : row + 5]
+    assert shown[:3] == [f"{100 * knn[name]['accuracy']:.1f}" for name in ("pixels", "mae", "ct")]
+    change = 100 * (knn["ct"]["accuracy"] - knn["mae"]["accuracy"])
+    assert shown[3] == f"{change:+.1f}"
+    assert cells[row - 5 : row] == ["percent", "pixels", "mae", "ct", "ct - mae"]
+    assert "A ViT of width 32, depth 4 and patch size 7: masked pre-training (2 epochs)" in html
+    assert "contrastive tuning of the upper 2 blocks (1 epochs) on 8,000 training images" in html
+    assert cells[cells.index("ct.temperature") + 1] == "0.15"
+    seconds = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [entry["seconds"] for entry in seconds if entry["stage"] == "ct"][-1]
+    time = len(cells) - cells[::-1].index("ct") - 1
+    assert cells[time + 1] == "31"
+    assert cells[time + 3] == f"{last:,.0f}"
+
+
+def test_page_is_rebuilt_from_the_disk(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "pictures", "*.html"))
+    done = run_main(str(copy), python=("-m", "maect_jax.report"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{copy / 'report.html'}\n", "")
+    assert (copy / "report.html").read_bytes() == (run / "report.html").read_bytes()
+    for path in (run / "pictures").iterdir():
+        assert (copy / "pictures" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_page_of_an_unfinished_run_has_what_there_is(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "pictures", "features"))
+    for path in (copy / "results.json", copy / "environment.json"):
+        path.unlink()
+    shutil.rmtree(copy / "watch" / "head")
+    shutil.rmtree(copy / "watch" / "ct")
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join(x for x in lines if '"mae"' in x) + '{"stage": "he')
+    html = page.build(copy).read_text()
+    assert html.count("<figure") == 2  # the loss, and what is filled in
+    assert "Results" not in html
+    (copy / "metrics.jsonl").unlink()
+    shutil.rmtree(copy / "watch")
+    assert page.build(copy).read_text().count("<figure") == 0
+
+
+def test_what_is_no_run_is_one_clear_line(tmp_path):
+    done = run_main(str(tmp_path / "absent"), python=("-m", "maect_jax.report"))
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: {str(tmp_path / 'absent')!r}: there is no run (no config.json); name the folder "
+        "of a run\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+    assert run_main(python=("-m", "maect_jax.report")).returncode == 2
+
+
+def test_results_that_are_no_json_are_one_clear_line(run, tmp_path):
+    (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(UserError, match=r"results\.json: not JSON"):
+        page.build(tmp_path)
+
+
+def result(knn, acc):
+    scores = {"acc": acc, "nmi": 0.5, "ari": 0.25}
+    return {
+        "knn": [{"k": 1, "accuracy": 0.0}, {"k": 10, "accuracy": knn}],
+        "probe": {"best_last_epoch": 0.75},
+        "cluster": {"best": scores, "mean": scores, "deviation": scores},
+    }
+
+
+def test_several_runs_are_told_by_mean_and_deviation():
+    runs = [
+        {"mae": result(0.5, 0.4), "ct": result(0.6, 0.5)},
+        {"mae": result(0.52, 0.4), "ct": result(0.66, 0.6)},
+    ]
+    assert table.cells(runs[0])["ct - mae"][:3] == ["+10.0", "+0.0", "+10.0"]
+    several = table.cells_of_several(runs)
+    assert list(several) == ["mae", "ct", "ct - mae"]
+    # Unbiased: of 60 and 66 the deviation is 6 / sqrt(2).
+    assert several["ct"][0] == "63.0 +- 4.2"
+    assert several["ct - mae"][0] == "+12.0 +- 2.8"
+    assert several["ct - mae"][2] == "+15.0 +- 7.1"
+    lines = table.text(several).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].split("  ")[-1].strip() == "ARI"
+
+
+def test_confusion_counts_clusters_by_row_and_labels_by_column():
+    labels, clusters = np.array([2, 2, 5, 5, 5]), np.array([0, 1, 1, 1, 1])
+    axes = plots.confusion(labels, clusters, list("abcdef")).axes[0]
+    shown = {text.get_position(): text.get_text() for text in axes.texts}
+    assert shown == {(0, 0): "1", (0, 1): "1", (1, 1): "3"}  # (label, cluster)
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["c", "f"]
+
+
+def test_curves_draw_what_is_logged():
+    history = [
+        {"stage": "head", "step": 1, "loss": 3.0, "nn_accuracy": 0.1},
+        {"stage": "mae", "step": 1, "loss": 1.0},
+        {"stage": "head", "step": 9, "loss": 2.0, "nn_accuracy": 0.5},
+    ]
+    panels = plots.curves(history, "loss", "loss").axes
+    assert [panel.get_title() for panel in panels] == ["head", "mae"]
+    np.testing.assert_array_equal(panels[0].lines[0].get_xydata(), [[1, 3.0], [9, 2.0]])
+    assert len(plots.curves(history, "nn_accuracy", "").axes) == 1
+    assert plots.curves(history, "absent", "") is None
+
+
+def test_neighbours_are_framed_where_the_label_is_the_images_own():
+    def records(record):
+        return {"image": np.full((2, 2, 1), record, np.uint8), "label": [0, 1, -1][record]}
+
+    watched = [{"image": np.zeros((2, 2, 1), np.uint8), "label": label} for label in (0, -1)]
+    moments = [("ct 5", np.array([[0, 1, 2], [2, 0, -1]]))]
+    axes = np.array(sheets.neighbours(watched, moments, records, "ab").axes).reshape(2, 5)
+    assert [[len(a.patches) for a in row[2:]] for row in axes] == [[1, 0, 0], [0, 0, 0]]
+    assert axes[0, 2].images[0].get_array().max() == 0
+    assert [text.get_text() for text in axes[1, 4].texts] == ["-"]
