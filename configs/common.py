@@ -187,10 +187,15 @@ def small_images(config: ConfigDict) -> None:
     )  # fmt: skip
 
 
-def finish(config: ConfigDict, argument: str) -> ConfigDict:
-    """The page as it stands for no argument; for "test" the same stages, tiny, in seconds."""
-    if argument not in ("", "test"):
-        raise ValueError(f"a page takes no argument or 'test', not {argument!r}")
+def finish(config: ConfigDict, argument: str, variants: tuple[str, ...] = ()) -> ConfigDict:
+    """The page as it stands for no argument; for "test" the same stages, tiny, in seconds.
+
+    `variants` are further arguments, which the page itself has seen to.
+    """
+    known = ("test", *variants)
+    if argument and argument not in known:
+        allowed = " or ".join(map(repr, known))
+        raise ValueError(f"this page takes no argument or {allowed}, not {argument!r}")
     return _tiny(config) if argument == "test" else config
 
 

@@ -210,14 +210,14 @@ def run(config: ConfigDict, workdir: Path) -> None:
     seen = images.get("val", images["train"])
     record = loader.EvalRecord(seen, config.model.image_size, config.data.short_side)
     watched = watch.Watched(record, held_out="val" in images)
+    shown = jax.process_index() == 0
     with jax.set_mesh(mesh):
         for name in config.stages:
             if name == "eval":
                 evaluated = workdir if len(config.stages) > 1 else origin.run
                 results = evaluate.run(config, images, evaluated, workdir, mesh)
-                if jax.process_index() == 0:
-                    print(f"\n{table.text(table.cells(results))}\n", flush=True)
-                    print(page.build(workdir))
+                if shown:
+                    print(f"\n{table.text(table.cells(results))}", flush=True)
                 continue
 
             def start(origin=origin, name=name):
@@ -229,5 +229,5 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
             train.run(config, name, images["train"], watched, workdir, mesh, start)
             origin = Origin(workdir, name)
-    if jax.process_index() == 0 and config.stages[-1] != "eval":
-        print(f"\n{workdir}: {', '.join(config.stages)} finished")
+    if shown:
+        print(f"\n{page.build(workdir)}")
