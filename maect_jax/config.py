@@ -101,15 +101,15 @@ def _typed(value, kind: type):
     return value
 
 
-def save(config: ConfigDict, path: Path) -> None:
-    """Writes a config as JSON, whole or not at all."""
+def write_json(values: dict, path: Path) -> None:
+    """Writes a JSON file, whole or not at all."""
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    draft.write_text(json.dumps(values, indent=2) + "\n")
     draft.replace(path)
 
 
 def read(path: Path) -> ConfigDict:
-    """The config that `save` wrote; JSON's lists are tuples again."""
+    """The config that a run wrote (`write_json`); JSON's lists are tuples again."""
 
     def tuples(value):
         if isinstance(value, list):

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from maect_jax import checkpoint
+from maect_jax import config as pages
 from maect_jax.data import loader, sources
 from maect_jax.evals import cluster, features, knn, probe
 from maect_jax.stages import build
@@ -75,8 +76,8 @@ def run(
 ) -> dict:
     """Evaluates the encoders of `run_folder`; writes `results.json` and `features/` into `workdir`.
 
-    `features/<name>.npz` holds the held-out features: `x` fp32 `[N, D]`, `labels` and `clusters`
-    int32 `[N]`. What `results.json` already holds is not computed again.
+    `features/<name>.npz` holds an encoder's held-out features: `x` fp32 `[N, D]`, `labels` and
+    `clusters` int32 `[N]`. What `results.json` already holds is not computed again.
 
     Args:
       config: a config with an `eval` section whose `model` describes the encoders.
@@ -115,10 +116,9 @@ def run(
         results[name], clusters = protocols(config, train, test, kind)
         results[name]["seconds"] = round(time.monotonic() - start, 1)
         if jax.process_index() == 0:
-            _write_features(features_file(workdir, name), test, clusters)
-            draft = path.with_suffix(".tmp")
-            draft.write_text(json.dumps(results, indent=2) + "\n")
-            draft.replace(path)
+            if name != "pixels":
+                _write_features(features_file(workdir, name), test, clusters)
+            pages.write_json(results, path)
     return results
 
 

@@ -36,8 +36,7 @@ class Log:
 
     So the device never waits for the host. `metrics.jsonl` gets one JSON object a line for the
     first step, every `every` steps and the last one: `stage`, `step`, scalars, `images_per_second`
-    since the line before, and `seconds`, the time that the stage has taken so far, compiling and
-    saving included.
+    since the line before, and `seconds`, all the time that the stage has taken, compiling included.
 
     Args:
       path: of metrics.jsonl.

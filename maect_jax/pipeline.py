@@ -1,7 +1,6 @@
 """Runs the stages of a config in order, each starting from the one before."""
 
 import dataclasses
-import json
 import os
 import platform
 from pathlib import Path
@@ -147,13 +146,12 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
                 f"--workdir={workdir}: holds another run ({'; '.join(differing)}); name another "
                 "folder, or remove that one"
             )
-        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            pages.save(config, path)
-            environment = json.dumps(_environment(), indent=2) + "\n"
-            (workdir / "environment.json").write_text(environment)
+            pages.write_json(_environment(), workdir / "environment.json")
+            if not path.exists():
+                pages.write_json(config.to_dict(), path)
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot write there: {error}") from error
 
@@ -230,4 +228,4 @@ def run(config: ConfigDict, workdir: Path) -> None:
             train.run(config, name, images["train"], watched, workdir, mesh, start)
             origin = Origin(workdir, name)
     if shown:
-        print(f"\n{page.build(workdir)}")
+        print(f"\n{page.build(workdir, images)}")

@@ -1,19 +1,25 @@
 """The results in one table: of a run, or of several runs as mean +- deviation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
+
+from maect_jax.errors import UserError
 
 COLUMNS = ("k-NN", "linear probe", "k-means ACC", "mean of runs", "NMI", "ARI")
 _K = 10
 
 
+def neighbours(result: dict) -> dict:
+    """The entry of a row's k-NN results that is shown: that of 10 neighbours, else the first."""
+    return next((r for r in result["knn"] if r["k"] == _K), result["knn"][0])
+
+
 def _shares(result: dict) -> tuple[float, ...]:
     """One row of `results.json` as the shares that `COLUMNS` name."""
-    neighbours = next((r for r in result["knn"] if r["k"] == _K), result["knn"][0])
     best, mean = result["cluster"]["best"], result["cluster"]["mean"]
     probe = result["probe"]["best_last_epoch"]
-    return neighbours["accuracy"], probe, best["acc"], mean["acc"], best["nmi"], best["ari"]
+    return neighbours(result)["accuracy"], probe, best["acc"], mean["acc"], best["nmi"], best["ari"]
 
 
 def percentages(results: dict) -> dict[str, np.ndarray]:
@@ -39,9 +45,22 @@ def cells(results: dict) -> dict[str, list[str]]:
     return {name: list(map(written(name), row)) for name, row in percentages(results).items()}
 
 
-def cells_of_several(runs: Sequence[dict]) -> dict[str, list[str]]:
-    """The table of several runs with the same rows: mean and unbiased deviation, as text."""
-    tables = [percentages(results) for results in runs]
+def cells_of_several(runs: dict[str, dict]) -> dict[str, list[str]]:
+    """The table of several runs: mean and unbiased deviation, as text.
+
+    Args:
+      runs: the results of each, by its name.
+
+    Raises:
+      UserError: they do not have the same rows.
+    """
+    tables = [percentages(results) for results in runs.values()]
+    for name, rows in zip(runs, tables, strict=True):
+        if list(rows) != list(tables[0]) or not rows:
+            have = {run: ", ".join(results) or "nothing" for run, results in runs.items()}
+            raise UserError(
+                f"{name!r} cannot be averaged with the other runs: evaluated are {have}"
+            )
     several = {}
     for name in tables[0]:
         values = np.stack([table[name] for table in tables])

@@ -1,7 +1,7 @@
 """Some images that a run is watched by: what each stage makes of them as training goes on.
 
 A stage writes one `watch/<stage>/<step>.npz` at each of its checkpoints: `index`, the record
-numbers of the images, and what `stage.watch` returns for them.
+numbers of the images in rising order, and what `stage.watch` returns for them.
 """
 
 from collections.abc import Callable
@@ -37,35 +37,39 @@ def watcher(stage, watch: Watched, run: Path, name: str, mesh) -> Callable[[int,
     Every process must call it; process 0 writes.
     """
     records = len(watch.record.source)
-    # The devices must divide the rows; what is too many is not written.
-    rows = -(-IMAGES // jax.device_count()) * jax.device_count()
     index = np.linspace(0, records - 1, IMAGES).astype(np.int32)
+    # The devices must divide the rows: some images come twice.
+    rows = -(-IMAGES // jax.device_count()) * jax.device_count()
     padded = np.resize(index, rows)
     here = padded.reshape(jax.process_count(), -1)[jax.process_index()]
     images = np.stack([watch.record(int(i))["image"] for i in here])
     ids = np.full_like(here, _NO_RECORD) if watch.held_out else here
-    batch = sharding.put_batch({"images": images, "ids": ids}, mesh)
+    batch = sharding.put_batch({"images": images, "ids": ids, "index": here}, mesh)
     look = watched(stage, mesh)
 
     def write(step: int, state: TrainState) -> None:
-        seen = look(state, **batch)
+        seen = look(state, batch)
         if jax.process_index() == 0:
-            seen = {key: np.asarray(value)[:IMAGES] for key, value in seen.items()}
+            seen = jax.device_get(seen)
+            rows = np.unique(seen["index"], return_index=True)[1]
+            seen = {key: value[rows] for key, value in seen.items()}
             path = _folder(run, name) / f"{step}.npz"
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_suffix(".tmp")
             with draft.open("wb") as file:
-                np.savez_compressed(file, index=index, held_out=watch.held_out, **seen)
+                np.savez_compressed(file, **seen)
             draft.replace(path)
 
     return write
 
 
-def read(run: Path, stage: str) -> dict[int, dict[str, np.ndarray]]:
-    """What was written of a stage, by step, in order; empty if nothing was."""
-    steps = sorted(int(path.stem) for path in _folder(run, stage).glob("*.npz"))
-    found = {}
-    for step in steps:
-        with np.load(_folder(run, stage) / f"{step}.npz") as arrays:
-            found[step] = dict(arrays)
-    return found
+def saved(run: Path, stage: str) -> dict[int, Path]:
+    """The files that were written of a stage, by step, in order; none if nothing was."""
+    paths = {int(path.stem): path for path in _folder(run, stage).glob("*.npz")}
+    return dict(sorted(paths.items()))
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of one of the `saved` files."""
+    with np.load(path) as arrays:
+        return dict(arrays)

@@ -47,6 +47,15 @@ def test_every_row_of_the_tables_has_its_page():
     assert set(NAMES) == expected | set(TUNING) | {"eval", "quickstart"}
 
 
+def test_long_is_the_quickstart_on_more_epochs():
+    quick, long = load("quickstart"), load("quickstart:long")
+    changed = {line.partition(":")[0] for line in pages.differing(quick, long)}
+    assert changed == {"name", "checkpoint_every", "mae.epochs", "head.epochs", "ct.epochs"}
+    assert all(long[stage].epochs > 3 * quick[stage].epochs for stage in ("mae", "head", "ct"))
+    with pytest.raises(UserError, match="no argument or 'test' or 'long', not 'lung'"):
+        load("quickstart:lung")
+
+
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("eval", "quickstart")])
 def test_page_has_the_papers_numbers(name):
     config = load(name)
@@ -249,7 +258,7 @@ def test_page_that_is_none_is_one_clear_line(page, message):
 
 def test_config_survives_its_file(tmp_path):
     config = load("quickstart")
-    pages.save(config, tmp_path / "config.json")
+    pages.write_json(config.to_dict(), tmp_path / "config.json")
     again = pages.read(tmp_path / "config.json")
     assert pages.differing(config, again) == []
     again.ct.epochs = 99

@@ -126,6 +126,7 @@ def test_tfds_is_read_without_tensorflow(prepared_tfds):
     assert (image.shape, image[0, 0, 0], label) == ((8, 6, 3), 40, 1)
     assert sources.make(data_section(path=str(prepared_tfds)), "val", 1)[0][0].shape == (4, 6, 1)
     assert "tensorflow" not in sys.modules
+    assert source.classes == ["0", "1", "2"]
     with pytest.raises(UserError, match=r"config.data.name='absent'.*tfds build"):
         sources.make(data_section(path=str(prepared_tfds), name="absent"), "train", 3)
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
-from maect_jax.evals import cluster, knn, probe
+from maect_jax.evals import cluster, features, knn, probe
+from tests.conftest import mesh_of
 
 
 @pytest.fixture
@@ -99,8 +100,20 @@ def test_clustering_reports_best_by_loss_mean_and_deviation(rng, monkeypatch):
 
 def test_clusters_of_separate_blobs_are_found(rng):
     labels = np.repeat(np.arange(4), 50)
-    features = 20 * np.eye(4)[labels] + rng.normal(size=(200, 4))
-    result, clusters = cluster.cluster(features, 3 * labels, runs=5)
+    found = 20 * np.eye(4)[labels] + rng.normal(size=(200, 4))
+    result, clusters = cluster.cluster(found, 3 * labels, runs=5)
     np.testing.assert_array_equal(clusters, labels)  # numbered by class, in order
     best = {name: result["best"][name] for name in cluster.METRICS}
     assert best == pytest.approx(dict.fromkeys(cluster.METRICS, 1.0))
+
+
+def test_features_are_in_the_order_of_the_source_whatever_the_order_of_the_mesh():
+    def batches():
+        for index in ([3, 0, 2], [5, 1, 4]):
+            index = np.array(index)
+            image = np.repeat(10 * index[:, None], 2, 1)
+            yield {"image": image, "label": index % 3, "index": index, "valid": index < 5}
+
+    found = features.extract(lambda images: images + 1, batches(), mesh_of(1, 1))
+    np.testing.assert_array_equal(found.x[:, 0], [1, 11, 21, 31, 41])
+    np.testing.assert_array_equal(found.labels, [0, 1, 2, 0, 1])

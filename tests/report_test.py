@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maect_jax import table
+from maect_jax import config as pages
+from maect_jax import pipeline, table
 from maect_jax.errors import UserError
-from maect_jax.report import page, plots, sheets
+from maect_jax.report import page, plots, sheets, words
 from tests.main_test import run_main
 
 PICTURES = {
@@ -127,12 +128,18 @@ def test_page_of_an_unfinished_run_has_what_there_is(run, tmp_path):
     shutil.rmtree(copy / "watch" / "ct")
     lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
     (copy / "metrics.jsonl").write_text("".join(x for x in lines if '"mae"' in x) + '{"stage": "he')
-    html = page.build(copy).read_text()
+    images = pipeline.open_sources(page.read_config(copy))
+    html = page.build(copy, images).read_text()
     assert html.count("<figure") == 2  # the loss, and what is filled in
     assert "Results" not in html
+    assert " so far (seed 0)." in html
+    assert {path.stem for path in (copy / "pictures").iterdir()} == {"loss", "reconstructions"}
     (copy / "metrics.jsonl").unlink()
     shutil.rmtree(copy / "watch")
-    assert page.build(copy).read_text().count("<figure") == 0
+    html = page.build(copy, images).read_text()
+    assert html.count("<figure") == 0
+    assert "patch size 7 before its training." in html
+    assert list((copy / "pictures").iterdir()) == []  # none is left of another page
 
 
 def test_what_is_no_run_is_one_clear_line(tmp_path):
@@ -150,7 +157,7 @@ def test_results_that_are_no_json_are_one_clear_line(run, tmp_path):
     (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(UserError, match=r"results\.json: not JSON"):
-        page.build(tmp_path)
+        page.build(tmp_path, {})
 
 
 def result(knn, acc):
@@ -168,7 +175,7 @@ def test_several_runs_are_told_by_mean_and_deviation():
         {"mae": result(0.52, 0.4), "ct": result(0.66, 0.6)},
     ]
     assert table.cells(runs[0])["ct - mae"][:3] == ["+10.0", "+0.0", "+10.0"]
-    several = table.cells_of_several(runs)
+    several = table.cells_of_several(dict(zip("ab", runs, strict=True)))
     assert list(several) == ["mae", "ct", "ct - mae"]
     # Unbiased: of 60 and 66 the deviation is 6 / sqrt(2).
     assert several["ct"][0] == "63.0 +- 4.2"
@@ -177,6 +184,15 @@ def test_several_runs_are_told_by_mean_and_deviation():
     lines = table.text(several).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[0].split("  ")[-1].strip() == "ARI"
+
+
+@pytest.mark.parametrize("other", [{}, {"ct": result(0.6, 0.5)}])
+def test_runs_with_other_rows_are_not_averaged(other):
+    good = {"mae": result(0.5, 0.4), "ct": result(0.6, 0.5)}
+    with pytest.raises(UserError, match=r"'runs/b' cannot be averaged"):
+        table.cells_of_several({"runs/a": good, "runs/b": other})
+    with pytest.raises(UserError, match="cannot be averaged"):
+        table.cells_of_several({"runs/a": other, "runs/b": good})
 
 
 def test_confusion_counts_clusters_by_row_and_labels_by_column():
@@ -207,6 +223,90 @@ def test_neighbours_are_framed_where_the_label_is_the_images_own():
     watched = [{"image": np.zeros((2, 2, 1), np.uint8), "label": label} for label in (0, -1)]
     moments = [("ct 5", np.array([[0, 1, 2], [2, 0, -1]]))]
     axes = np.array(sheets.neighbours(watched, moments, records, "ab").axes).reshape(2, 5)
+    assert [row[0].get_ylabel() for row in axes] == ["a", "unlabelled"]
     assert [[len(a.patches) for a in row[2:]] for row in axes] == [[1, 0, 0], [0, 0, 0]]
     assert axes[0, 2].images[0].get_array().max() == 0
     assert [text.get_text() for text in axes[1, 4].texts] == ["-"]
+
+
+def test_montage_goes_from_the_centre_to_the_rim():
+    x = np.array([[3.0], [0.0], [1.0], [7.0], [9.0]])  # the first cluster has its mean at 4/3
+    labels, clusters = np.array([1, 1, -1, 0, 0]), np.array([0, 0, 0, 1, 1])
+
+    def records(record):
+        return {"image": np.full((2, 2, 1), record, np.uint8)}
+
+    axes = sheets.montage(x, labels, clusters, records, ["cat", "dog"]).axes
+    shown = [a.images[0].get_array().max() for a in axes[:12] if a.images]
+    assert shown == [2, 1, 0]
+    assert axes[0].get_ylabel() == "dog 67%\n3 images"
+    assert axes[12].get_ylabel() == "cat 100%\n2 images"
+
+
+def test_features_that_are_all_the_same_have_a_map():
+    for x in (np.ones((50, 4)), np.ones((1, 4)), np.eye(3)):
+        points = plots.map_points(x)
+        assert points.shape == (len(x), 2)
+        assert np.isfinite(points).all()
+
+
+@pytest.fixture
+def folder_run(tmp_path):
+    """An evaluation of another run, on colour photographs of 25 kinds that come kind by kind."""
+    kinds, each, rng = 25, 42, np.random.default_rng(0)
+    names = [f"$n{i:08}$, a kind with a long name" for i in range(kinds)]
+    for split, count in (("train", 1), ("val", each)):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                noise = rng.integers(0, 256, (240, 320, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(tmp_path / split / name / f"{i:02}.jpg")
+    run = tmp_path / "run"
+    (run / "features").mkdir(parents=True)
+    labels = np.repeat(np.arange(kinds, dtype=np.int32), each)
+    x = np.eye(kinds)[labels] + 0.1 * rng.normal(size=(kinds * each, kinds))
+    np.savez(run / "features" / "ct.npz", x=x, labels=labels, clusters=labels)
+    settings = [f"data.path={tmp_path}", "data.source=folder", "data.train_split=train"]
+    settings += ["data.short_side=240", "init_from=runs/other"]
+    config = pages.load("configs/eval.py:test", settings)
+    quick = pages.load("configs/quickstart.py:test", ["model.channels=3"])
+    with config.unlocked():
+        config.model = quick.model
+        config.model.image_size = (238, 238)
+    pages.write_json(config.to_dict(), run / "config.json")
+    full = result(0.5, 0.4)
+    full["knn"] = [{"k": 20, "accuracy": 0.5, "standardised": False}]
+    full["probe"] |= {"crops": "centre crops", "probes_last_epoch": [{}]}
+    full["cluster"] |= {"clusters": kinds, "runs": 3}
+    pages.write_json({"ct": full | {"seconds": 1.0}}, run / "results.json")
+    return run
+
+
+@pytest.mark.usefixtures("in_root")
+def test_page_of_many_photographs(folder_run, monkeypatch):
+    mapped = {}
+    monkeypatch.setattr(plots, "map_points", lambda x: mapped.update(x=x) or x[:, :2])
+    monkeypatch.setattr(pipeline, "_enough", lambda config, images: None)  # to train on
+    config = page.read_config(folder_run)
+    html = page.build(folder_run, pipeline.open_sources(config)).read_text()
+    assert {path.stem for path in (folder_run / "pictures").iterdir()} == {"map_ct", "clusters"}
+    assert len(html) < 8e6
+    # Every kind is on the map, though it shows only some of the images.
+    assert len(mapped["x"]) == plots.MAP_IMAGES
+    assert set(mapped["x"].argmax(1)) == set(range(25))
+    assert "of 1,000 held-out images" in html
+    assert "20 of the 25 k-means clusters" in html
+    assert "k-NN: 20 neighbours" in html
+    assert "from runs/other, was evaluated on 1,050 held-out images of" in html
+    assert "ct: the average of the tuned encoder. k-NN" in html
+
+
+@pytest.mark.usefixtures("in_root")
+def test_words_of_a_run_that_is_not_finished():
+    config = pages.load("configs/quickstart.py:test")
+    history = [{"stage": "mae", "step": 1, "images_per_second": 1.0, "seconds": 7200.0}]
+    text = words.sentence(config, {"train": 5, "val": 3}, history, {})
+    assert text == (
+        "A ViT of width 32, depth 4 and patch size 7: masked pre-training (2 epochs) on 5 training "
+        "images of fashion_mnist, without labels, in 2.0 hours so far (seed 0)."
+    )

@@ -74,9 +74,8 @@ def test_contrast_shows_the_nearest_rows_of_the_queue_by_the_plain_formula(name,
     cosines = rows @ np.asarray(now.queue.rows, np.float64).reshape(48, 8).T
     own = np.asarray(now.queue.ids).reshape(-1)
     cosines[own[None] == ids[:, None]] = -np.inf
-    order = np.argsort(-cosines, axis=1)[:, :4]
+    order = np.argsort(-cosines, axis=1)[:, :3]
     np.testing.assert_array_equal(seen["neighbours"], own[order])
-    np.testing.assert_allclose(seen["cosines"], np.take_along_axis(cosines, order, 1), atol=1e-5)
     assert not (np.asarray(seen["neighbours"]) == ids[:, None]).any()
 
 
@@ -90,8 +89,9 @@ def test_eight_devices_show_what_one_shows(name, images, rng):
         )  # fmt: skip
         with jax.set_mesh(mesh):
             first = jax.device_put(first, sharding.tree_shardings(first, mesh))
-            batch = sharding.put_batch({"images": images, "ids": np.arange(QUERIES)}, mesh)
-            shown.append(jax.device_get(watched(stage, mesh)(first, **batch)))
+            ids = np.arange(QUERIES)
+            batch = sharding.put_batch({"images": images, "ids": ids, "index": 10 * ids}, mesh)
+            shown.append(jax.device_get(watched(stage, mesh)(first, batch)))
     for key, value in shown[0].items():
         np.testing.assert_allclose(shown[1][key], value, atol=1e-5)
 
@@ -107,11 +107,28 @@ def test_what_is_watched_is_written_and_read_by_step(tmp_path):
         write = watch.watcher(stage, images, tmp_path, "mae", mesh)
         write(10, now)
         write(9, now)
-    seen = watch.read(tmp_path, "mae")
-    assert list(seen) == [9, 10]
-    assert seen[9]["index"].tolist() == [0, 2, 5, 8, 10, 13, 16, 19]
-    assert seen[9]["mask"].shape == (watch.IMAGES, *SHAPE[:2])
-    visible = ~seen[9]["mask"]
-    originals = source.images[seen[9]["index"]]
-    np.testing.assert_array_equal(seen[9]["filled"][visible], originals[visible])
-    assert watch.read(tmp_path, "ct") == {}
+    files = watch.saved(tmp_path, "mae")
+    assert list(files) == [9, 10]
+    seen = watch.load(files[9])
+    assert seen["index"].tolist() == [0, 2, 5, 8, 10, 13, 16, 19]
+    assert seen["mask"].shape == (watch.IMAGES, *SHAPE[:2])
+    visible = ~seen["mask"]
+    np.testing.assert_array_equal(seen["filled"][visible], source.images[seen["index"]][visible])
+    assert watch.saved(tmp_path, "ct") == {}
+
+
+def test_rows_are_told_by_their_number_wherever_the_mesh_puts_them(tmp_path, monkeypatch):
+    """On a pod the rows of a batch may come back in another order than the hosts gave them."""
+    shuffled = [5, 0, 3, 3, 7, 1, 2, 6, 4, 0]
+
+    def look(state, batch):
+        del state, batch
+        return {"index": np.array(shuffled), "filled": 10 * np.array(shuffled)}
+
+    monkeypatch.setattr(watch, "watched", lambda stage, mesh: look)
+    source = sources.Arrays(np.zeros((8, *SHAPE), np.uint8), np.arange(8), [])
+    images = watch.Watched(loader.EvalRecord(source, SHAPE[:2], 8), held_out=False)
+    watch.watcher(STAGES["mae"], images, tmp_path, "mae", mesh_of(4, 2))(1, None)
+    seen = watch.load(watch.saved(tmp_path, "mae")[1])
+    assert seen["index"].tolist() == list(range(8))
+    assert seen["filled"].tolist() == list(range(0, 80, 10))

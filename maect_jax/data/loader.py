@@ -102,7 +102,10 @@ def train_batches(order: Order, make_example: TrainRecord, workers: int):
 
 @dataclasses.dataclass(frozen=True)
 class EvalRecord:
-    """Turns a record number into its centre crop; numbers past the end give padding."""
+    """Turns a record number into its centre crop; numbers past the end give padding.
+
+    Fields: `image`, `label`, `index` (the record number), `valid`.
+    """
 
     source: Source
     size: tuple[int, int]
@@ -112,7 +115,8 @@ class EvalRecord:
         valid = record < len(self.source)
         image, label = self.source[record if valid else 0]
         crop = transforms.centre_crop(image, self.short_side, self.size)
-        return {"image": crop, "label": np.int32(label), "valid": np.bool_(valid)}
+        label, index = np.int32(label), np.int32(record)
+        return {"image": crop, "label": label, "index": index, "valid": np.bool_(valid)}
 
 
 def eval_batches(

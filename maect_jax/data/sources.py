@@ -37,7 +37,8 @@ _SPLIT_SEED = 0  # the same split in every run: no stage trains on what another 
 
 
 class Source(Protocol):
-    """Random access to decoded images; `classes` are the names of the labels, in order."""
+    """Random access to decoded images; `classes` are the names of the labels, in order, or none
+    where the labels have no names."""
 
     shape: tuple[int, int, int] | None
     classes: list[str]
@@ -131,7 +132,10 @@ class Tfds:
             raise UserError(
                 f"config.data.name={name!r}: has {', '.join(features)}; image and label are needed"
             )
-        self.classes = list(features["label"].names)
+        try:
+            self.classes = list(features["label"].names)
+        except (AttributeError, TypeError):  # labels are numbers without names
+            self.classes = []
         height, width, _ = features["image"].shape
         self.shape = (height, width, channels) if height and width else None
 

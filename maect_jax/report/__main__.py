@@ -6,7 +6,7 @@ With several runs it also prints their results as mean +- deviation over the run
 import sys
 from pathlib import Path
 
-from maect_jax import table
+from maect_jax import pipeline, table
 from maect_jax.errors import UserError
 from maect_jax.report import page
 
@@ -18,9 +18,11 @@ def main(arguments: list[str]) -> None:
     runs = [Path(argument) for argument in arguments]
     try:
         for run in runs:
-            print(page.build(run), flush=True)
+            images = pipeline.open_sources(page.read_config(run))
+            print(page.build(run, images), flush=True)
         if len(runs) > 1:
-            print(f"\n{table.text(table.cells_of_several(list(map(page.read_results, runs))))}")
+            results = {str(run): page.read_results(run) for run in runs}
+            print(f"\n{table.text(table.cells_of_several(results))}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,6 +1,7 @@
 """The page of a run, from what is on its disk: `report.html`, and `pictures/*.png` beside it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jinja2
@@ -26,42 +27,36 @@ _SECTIONS = {
 }
 
 
-def build(run: Path) -> Path:
+def build(run: Path, images: dict[str, sources.Source]) -> Path:
     """Draws every picture that the run has the data for, and the page.
 
     Args:
       run: the folder of a run.
+      images: those that the run's stages use, by split (`pipeline.open_sources`).
 
     Returns:
       The path of the page.
 
     Raises:
-      UserError: it is no run, or its images are not where its config says.
+      UserError: it is no run, or a file of it is broken.
     """
     config, environment = read_config(run), _read_json(run / "environment.json")
     results = read_results(run)
     history = metrics.read(run / "metrics.jsonl")
-    images = {
-        split: sources.make(config.data, split, config.model.channels)
-        for split in (sources.SPLITS if "eval" in config.stages else sources.SPLITS[:1])
-    }
     drawn = _curves(history) | _watched(run, config, images) | _features(run, config, images)
-    (run / "pictures").mkdir(exist_ok=True)
-    pictures = {
-        name: style.save(figure, run / "pictures" / f"{name}.png") for name, figure in drawn.items()
-    }
+    pictures = _save(drawn, run / "pictures")
     rows = table.cells(results)
     counts = {split: len(source) for split, source in images.items()}
     page = _template().render(
         name=config.name,
-        sentence=words.sentence(config, counts, history),
+        sentence=words.sentence(config, counts, history, results),
         columns=table.COLUMNS,
         rows=rows,
         differences=list(filter(table.is_difference, rows)),
         how=words.protocols(results),
         sections=_SECTIONS,
         pictures=pictures,
-        captions=words.captions(config, results),
+        captions=words.captions(config, counts, results),
         timings=words.timings(history, results),
         machine=words.machine(environment),
         values={key: repr(value) for key, value in pages.flat(config).items()},
@@ -77,6 +72,17 @@ def _template() -> jinja2.Template:
     files = jinja2.PackageLoader("maect_jax.report", package_path="")
     options = dict(autoescape=True, undefined=jinja2.StrictUndefined)
     return jinja2.Environment(loader=files, **options).get_template("page.html")
+
+
+def _save(drawn: dict[str, Figure], folder: Path) -> dict[str, str]:
+    """Writes the pictures as the only ones of the folder; returns them as SVG."""
+    draft = folder.with_suffix(".tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    pictures = {name: style.save(figure, draft / f"{name}.png") for name, figure in drawn.items()}
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)
+    return pictures
 
 
 def _read_json(path: Path) -> dict:
@@ -112,16 +118,16 @@ def _watched(run: Path, config: ConfigDict, images: dict) -> dict[str, Figure]:
     """What the stages have made of the watched images."""
     drawn, moments, index = {}, [], ()
     seen = _records(config, images.get("val", images["train"]))
-    for stage in config.stages:
-        for step, found in watch.read(run, stage).items():
+    for path in list(watch.saved(run, "mae").values())[-1:]:
+        found = watch.load(path)
+        originals = np.stack([seen(int(i))["image"] for i in found["index"]])
+        sheet = sheets.reconstructions(originals, found["mask"], found["filled"])
+        drawn["reconstructions"] = sheet
+    for stage in ("head", "ct"):
+        for step, path in watch.saved(run, stage).items():
+            found = watch.load(path)
             index = found["index"]
-            if stage == "mae":
-                originals = np.stack([seen(int(i))["image"] for i in index])
-                drawn["reconstructions"] = sheets.reconstructions(
-                    originals, found["mask"], found["filled"]
-                )
-            else:
-                moments.append((f"{stage} {step}", found["neighbours"]))
+            moments.append((f"{stage} {step}", found["neighbours"]))
     if moments:
         watched = [seen(int(i)) for i in index]
         train = _records(config, images["train"])
@@ -135,7 +141,8 @@ def _features(run: Path, config: ConfigDict, images: dict) -> dict[str, Figure]:
     found = {name: dict(np.load(path)) for name, path in files.items() if path.exists()}
     drawn = {}
     for name in filter(found.get, _MAPPED):
-        chosen = slice(plots.MAP_IMAGES)
+        # Spread over all images: those of a folder come class by class.
+        chosen = sheets.spread(len(found[name]["x"]), plots.MAP_IMAGES)
         points = plots.map_points(found[name]["x"][chosen])
         labels = found[name]["labels"][chosen]
         drawn[f"map_{name}"] = plots.feature_map(points, labels, images["val"].classes)

@@ -11,6 +11,7 @@ from sklearn.preprocessing import normalize
 from maect_jax.report import style
 
 MAP_IMAGES = 1_000  # t-SNE of more takes its time
+_LEGEND = 55  # characters that fit into a row of the legend
 _MARKS = "osD^vP*Xph"  # with ten colours: classes are told apart without colour, too
 
 
@@ -45,33 +46,40 @@ def curves(metrics: Sequence[dict], key: str, label: str) -> Figure | None:
 
 
 def map_points(x: np.ndarray) -> np.ndarray:
-    """t-SNE of features `[N, D]`, L2-normalised first, as k-means sees them: `[N, 2]`."""
-    perplexity = min(30.0, max(len(x) / 4, 1.0))
-    return TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(normalize(x))
+    """t-SNE of features `[N, D]`, L2-normalised first, as k-means sees them: `[N, 2]`.
+
+    Features that are all the same have one place.
+    """
+    x = normalize(x)
+    if len(x) < 4 or np.ptp(x, axis=0).max() < 1e-6:
+        return np.zeros((len(x), 2))
+    perplexity = min(30.0, len(x) / 4)
+    return TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(x)
 
 
 @style.styled
 def feature_map(points: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> Figure:
     """Points `[N, 2]` in the colour of their label; labels of -1 are drawn in grey."""
-    drawn = style.figure(5.2)
+    drawn = style.figure(4.7)
     axes = drawn.subplots()
     style.bare(axes)
     shown = np.unique(labels)
-    colours = style.palette(len(classes))
-    for label in shown:
-        mine = labels == label
+    names = [style.name_of(classes, label) for label in shown]
+    for place, (label, colour) in enumerate(zip(shown, style.palette(len(shown)), strict=True)):
         axes.scatter(
-            *points[mine].T,
+            *points[labels == label].T,
             s=12,
-            color=colours[label] if label >= 0 else style.FAINT,
-            marker=_MARKS[label % len(_MARKS)] if label >= 0 else "o",
+            color=colour if label >= 0 else style.FAINT,
+            marker=_MARKS[place % len(_MARKS)],
             linewidths=0,
             alpha=0.8,
-            label=classes[label] if label >= 0 else "unlabelled",
+            label=names[place],
             rasterized=True,
         )
     if len(shown) <= style.CLASSES:
-        drawn.legend(loc="outside lower center", ncols=5, handletextpad=0, markerscale=2)
+        columns = max(1, min(5, _LEGEND // (max(map(len, names)) + 4)))
+        options = dict(ncols=columns, handletextpad=0, markerscale=2)
+        drawn.legend(loc="outside lower center", **options)
     return drawn
 
 
@@ -84,8 +92,8 @@ def confusion(labels: np.ndarray, clusters: np.ndarray, classes: Sequence[str]) 
     present = np.unique(labels)
     counts = np.zeros((len(present), len(present)), int)
     np.add.at(counts, (clusters, np.searchsorted(present, labels)), 1)
-    names = [classes[label] for label in present]
-    drawn = style.figure(4.4)
+    names = [style.name_of(classes, label) for label in present]
+    drawn = style.figure(4.2)
     axes = drawn.subplots()
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     for (row, column), count in np.ndenumerate(counts):

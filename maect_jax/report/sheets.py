@@ -8,9 +8,7 @@ from matplotlib.patches import Rectangle
 
 from maect_jax.report import style
 
-_ROWS = 6  # images whose neighbours are shown
-_MOMENTS = 4  # of training
-_NEIGHBOURS = 3  # at each moment
+_MOMENTS = 4  # of training, whose neighbours are shown
 _MONTAGE = 12  # images of a cluster
 
 Records = Callable[[int], dict]  # from a number to `image`, uint8 [H, W, C], and `label`
@@ -26,15 +24,15 @@ def reconstructions(images: np.ndarray, mask: np.ndarray, filled: np.ndarray) ->
     """
     count = len(images)
     drawn = style.figure(style.WIDTH * 3.2 / (count + 1.5))
-    panels = drawn.subplots(3, count)
-    for column in range(count):
-        for row, picture in enumerate((images[column], images[column], filled[column])):
-            style.show(panels[row, column], picture)
-        covered = np.zeros((*mask.shape[1:], 4))
-        covered[mask[column]] = style.HIDDEN
-        panels[1, column].imshow(covered, interpolation="none")
-    for row, label in enumerate(("original", "masked", "filled in")):
-        _row_title(panels[row, 0], label)
+    panels = drawn.subplots(3, count, squeeze=False)
+    seen = [style.in_colour(image).copy() for image in images]
+    for image, hidden in zip(seen, mask, strict=True):
+        image[hidden] = style.HIDDEN
+    rows = {"original": images, "masked": seen, "filled in": filled}
+    for row, (title, pictures) in zip(panels, rows.items(), strict=True):
+        for axes, picture in zip(row, pictures, strict=True):
+            style.show(axes, picture)
+        _row_title(row[0], title)
     return drawn
 
 
@@ -53,9 +51,8 @@ def neighbours(
       records: the training images.
       classes: names of the labels.
     """
-    watched = watched[:_ROWS]
-    moments = [moments[i] for i in _spread(len(moments), _MOMENTS)]
-    near = min(_NEIGHBOURS, moments[0][1].shape[1])
+    moments = [moments[i] for i in spread(len(moments), _MOMENTS)]
+    near = moments[0][1].shape[1]
     # A narrow empty column stands between two moments.
     widths = [1.0] + ([0.35] + [1.0] * near) * len(moments)
     drawn = style.figure(style.WIDTH * (len(watched) + 1.2) / (sum(widths) + 1.5))
@@ -65,13 +62,12 @@ def neighbours(
     panels[0, 0].set_title("image")
     for row, example in zip(panels, watched, strict=True):
         style.show(row[0], example["image"])
-        if example["label"] >= 0:
-            _row_title(row[0], classes[example["label"]])
+        _row_title(row[0], style.name_of(classes, example["label"]))
     for moment, (title, found) in enumerate(moments):
         first = 2 + moment * (near + 1)
         panels[0, first + near // 2].set_title(title)
-        for row, example, nearest in zip(panels, watched, found, strict=False):
-            for axes, record in zip(row[first:], nearest[:near], strict=False):
+        for row, example, nearest in zip(panels, watched, found, strict=True):
+            for axes, record in zip(row[first:], nearest, strict=False):
                 _neighbour(axes, int(record), example["label"], records)
     return drawn
 
@@ -112,11 +108,13 @@ def montage(
         members = np.flatnonzero(clusters == cluster)
         distance = np.linalg.norm(x[members] - x[members].mean(0), axis=1)
         members = members[np.argsort(distance)]
-        for axes, place in zip(panels[row], _spread(len(members), _MONTAGE), strict=False):
+        for axes, place in zip(panels[row], spread(len(members), _MONTAGE), strict=False):
             style.show(axes, records(int(members[place]))["image"])
         values, counts = np.unique(labels[members], return_counts=True)
         share = counts.max() / len(members)
-        title = f"{classes[values[counts.argmax()]]} {share:.0%}\n{len(members)} images"
+        title = (
+            f"{style.name_of(classes, values[counts.argmax()])} {share:.0%}\n{len(members)} images"
+        )
         _row_title(panels[row, 0], title, fontsize=7.5)
     return drawn
 
@@ -125,6 +123,6 @@ def _row_title(axes, title: str, **options) -> None:
     axes.set_ylabel(title, rotation=0, ha="right", va="center", **options)
 
 
-def _spread(count: int, wanted: int) -> list[int]:
+def spread(count: int, wanted: int) -> list[int]:
     """At most `wanted` of `count` places, the first and the last among them, evenly spread."""
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int)).tolist()

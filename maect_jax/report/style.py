@@ -3,17 +3,23 @@
 import functools
 import io
 import re
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
 INK = "#0b0c0d"  # lines and text; the page gives them the text colour of its theme
 FAINT = "#7a828b"  # readable on light and on dark
 COLOURS = {"pixels": FAINT, "mae": "#2f7ed8", "head": "#8e5bd6", "ct": "#e0662b"}
-HIDDEN = (0.48, 0.51, 0.55, 1.0)  # of masked patches, red to alpha
-WIDTH = 5.0  # inches; narrow enough to be read on a phone
+HIDDEN = (122, 130, 139)  # of masked patches: FAINT as red, green, blue
+WIDTH = 4.4  # inches; narrow enough to be read on a phone
 CLASSES = 20  # with more of them, a picture of all is no picture
+_DPI = 200
+_PIXELS = 80  # the longer side of an image in a picture, at most
 
 _RC = {
     "font.size": 9,
@@ -23,6 +29,7 @@ _RC = {
     "axes.facecolor": "none",
     "axes.linewidth": 0.8,
     "legend.frameon": False,
+    "text.parse_math": False,  # a class may be called $1$
     "svg.fonttype": "none",
     **dict.fromkeys(
         ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
@@ -59,23 +66,39 @@ def bare(axes) -> None:
     axes.spines[:].set_visible(False)
 
 
-def show(axes, image, **options) -> None:
-    """Draws an image `[H, W, C]` pixel by pixel; one channel is drawn in grey."""
+def name_of(classes: Sequence[str], label: int) -> str:
+    """The name of a label: none for -1, its number where the classes have no names."""
+    if label < 0:
+        return "unlabelled"
+    return classes[label] if label < len(classes) else str(label)
+
+
+def in_colour(image: np.ndarray) -> np.ndarray:
+    """uint8 `[H, W, C]` as `[H, W, 3]`."""
+    return np.broadcast_to(image, (*image.shape[:2], 3))
+
+
+def show(axes, image: np.ndarray) -> None:
+    """Draws an image, uint8 `[H, W, C]`, pixel by pixel; large ones are made smaller first."""
     bare(axes)
-    gray = {"cmap": "gray", "vmin": 0, "vmax": 255} if image.shape[-1] == 1 else {}
-    axes.imshow(image.squeeze(-1) if gray else image, interpolation="none", **gray, **options)
+    picture = Image.fromarray(in_colour(image))
+    picture.thumbnail((_PIXELS, _PIXELS))
+    axes.imshow(picture, interpolation="none")
 
 
 def save(drawn: Figure, path: Path) -> str:
     """Writes a figure as PNG on white, and returns it as SVG whose ink follows the page's theme."""
-    drawn.savefig(path, dpi=200, facecolor="white")
-    # The salt keeps the names inside one figure apart from those of the others on the page.
-    with matplotlib.rc_context({**_RC, "svg.hashsalt": path.stem}):
-        text = io.StringIO()
-        drawn.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    text = io.StringIO()
+    with warnings.catch_warnings(), matplotlib.rc_context({**_RC, "svg.hashsalt": path.stem}):
+        # A name in a script that the font lacks: empty boxes in the PNG, right on the page.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        drawn.savefig(path, dpi=_DPI, facecolor="white")
+        options = dict(transparent=True, metadata={"Date": None}, dpi=_DPI)
+        drawn.savefig(text, format="svg", **options)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     # Named by their content, pictures that are drawn twice would share a name.
     svg = re.sub(r' id="image\w+"', "", svg)
+    # Nor may figures share names on the page.
     ids = r'(id="|href="#|url\(#)'
     return re.sub(ids, rf"\g<1>{path.stem}-", svg)

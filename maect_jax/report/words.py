@@ -4,6 +4,8 @@ import statistics
 
 from ml_collections import ConfigDict
 
+from maect_jax import table
+from maect_jax.report import plots, style
 from maect_jax.stages import build
 
 _DID = {
@@ -11,32 +13,45 @@ _DID = {
     "head": "a contrastive head on the frozen encoder",
     "ct": "contrastive tuning of the upper {} blocks",
 }
+_ROWS = {
+    "pixels": "raw pixels",
+    "mae": "the encoder after stage 1",
+    "head": "the encoder under the head",
+    "ct": "the average of the tuned encoder",
+}
 
 
 def _listed(parts: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
-def sentence(config: ConfigDict, images: dict[str, int], history: list[dict]) -> str:
-    """What was run, in one sentence. `images` are their numbers by split."""
+def sentence(config: ConfigDict, images: dict[str, int], history: list[dict], results: dict) -> str:
+    """What was run, in one sentence or two. `images` are their numbers by split."""
     model, size = config.model, build.encoder_size(config.model)
-    what = f"a ViT of width {size.width}, depth {size.depth} and patch size {model.patch_size}"
-    source = config.data.name if config.data.source == "tfds" else config.data.path
-    whose = f"{images['train']:,} training images of {source or config.data.source}"
+    vit = f"A ViT of width {size.width}, depth {size.depth} and patch size {model.patch_size}"
+    data = config.data.name if config.data.source == "tfds" else config.data.path
+    data = data or config.data.source
+    evaluated = f"evaluated on {images['val']:,} held-out images" if results else ""
+    stages = _stages(history)
+    if not stages:
+        start = f", from {config.init_from}," if config.init_from else ""
+        return f"{vit}{start} {f'was {evaluated} of {data}' if results else 'before its training'}."
     done = []
-    for stage in config.stages:
-        if stage in _DID:
-            upper = size.depth - config[stage].get("frozen_blocks", 0)
-            done.append(f"{_DID[stage].format(upper)} ({config[stage].epochs} epochs)")
-    if not done:
-        return f"{what.capitalize()} was evaluated on {images['val']:,} held-out images."
-    took = sum(row["seconds"] for row in _stages(history))
-    text = f"{what}: {_listed(done)} on {whose}, without labels, in {_duration(took)}"
-    held_out = f"; evaluated on {images['val']:,} held-out images" if "val" in images else ""
-    return f"{text[0].upper()}{text[1:]}{held_out} (seed {config.seed})."
+    for row in stages:
+        section = config[row["name"]]
+        upper = size.depth - section.get("frozen_blocks", 0)
+        done.append(f"{_DID[row['name']].format(upper)} ({section.epochs} epochs)")
+    whose = f"{images['train']:,} training images of {data}, without labels"
+    took = _duration(sum(row["seconds"] for row in stages))
+    left = [s for s in config.stages if s in _DID and s not in [row["name"] for row in stages]]
+    so_far = " so far" if left else ""
+    after = f"; {evaluated}" if evaluated else ""
+    return f"{vit}: {_listed(done)} on {whose}, in {took}{so_far}{after} (seed {config.seed})."
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
     if seconds < 5400:
         return f"{seconds / 60:.1f} minutes"
     return f"{seconds / 3600:.1f} hours"
@@ -86,22 +101,26 @@ def protocols(results: dict) -> str:
     if not results:
         return ""
     first = next(iter(results.values()))
-    neighbours, found = first["knn"][0], first["cluster"]
+    nearest, found, probe = table.neighbours(first), first["cluster"], first["probe"]
+    rows = ", ".join(f"{name}: {_ROWS[name]}" for name in results if name in _ROWS)
     return (
-        f"On held-out images. pixels: raw pixels; mae: the encoder after stage 1; ct: after "
-        f"stage 3. k-NN: 10 neighbours among the training images by cosine"
-        f"{', features standardised' if neighbours['standardised'] else ''}. Linear probe: "
-        f"{first['probe']['crops']}; the best of {len(first['probe']['probes_last_epoch'])} "
-        f"learning rates at the last epoch. k-means: {found['clusters']} clusters, the run of "
-        f"the lowest loss among {found['runs']}; mean of runs is the accuracy over all of them."
+        f"On held-out images; {rows}. k-NN: {nearest['k']} neighbours among the training images by "
+        f"cosine{', features standardised' if nearest['standardised'] else ''}. Linear probe: on "
+        f"{probe['crops']}; of {len(probe['probes_last_epoch'])} learning rates the best at the "
+        "last epoch, chosen on these images. k-means: "
+        f"{found['clusters']} clusters, the run of the lowest loss among {found['runs']}; mean of "
+        "runs is the accuracy over all of them."
     )
 
 
-def captions(config: ConfigDict, results: dict) -> dict[str, str]:
-    """What stands below each picture."""
-    kind = "Held-out" if "eval" in config.stages else "Training"
+def captions(config: ConfigDict, images: dict[str, int], results: dict) -> dict[str, str]:
+    """What stands below each picture. `images` are their numbers by split."""
+    kind = "Held-out" if "val" in images else "Training"
+    mapped = min(images.get("val", 0), plots.MAP_IMAGES)
+    tsne = f"t-SNE of the features of {mapped:,} held-out images, in the colours of their labels"
+    clusters = next((r["cluster"]["clusters"] for r in results.values()), 0)
+    which = f"{style.CLASSES} of the {clusters}" if clusters > style.CLASSES else "The"
     tuned = "the tuned encoder's features" if "ct" in results else "the encoder's features"
-    tsne = "t-SNE of the held-out features"
     return {
         "loss": "The loss of each stage. mae reconstructs, head and ct contrast: their losses "
         "cannot be compared.",
@@ -111,12 +130,10 @@ def captions(config: ConfigDict, results: dict) -> dict[str, str]:
         "patches less their mean, over their deviation; both are the original's here.",
         "neighbours": f"{kind} images and their nearest rows of the queue, nearest first, after "
         "so many steps of a stage. Framed: a neighbour that has the image's own label.",
-        "map_mae": f"Before tuning: {tsne} of the masked autoencoder, in the colours of their "
-        "labels.",
-        "map_ct": f"After tuning: {tsne}, in the colours of their labels, which training has not "
-        "seen.",
-        "clusters": f"The k-means clusters of {tuned}, from the centre (left) to the rim (right), "
-        "each with its commonest label.",
+        "map_mae": f"Before tuning: {tsne}.",
+        "map_ct": f"After tuning: {tsne}, which training has not seen.",
+        "clusters": f"{which} k-means clusters of {tuned}, from the centre (left) to the rim "
+        "(right), each with its commonest label.",
         "confusion": "The same clusters (rows) and the labels (columns), in images. Each cluster "
         "is matched with one label; the diagonal is what the accuracy counts.",
     }

@@ -17,7 +17,7 @@ from maect_jax.data.augment import Recipe
 from maect_jax.models import nnclr, vit
 from maect_jax.state import TrainState
 
-_WATCHED_NEIGHBOURS = 4
+_WATCHED_NEIGHBOURS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Contrast:
 
         Returns:
           `neighbours` int32 `[Q, k]`, dataset indices, nearest first, -1 for rows that belong to
-          no image; `cosines` fp32 `[Q, k]`.
+          no image.
         """
         x = images.astype(jnp.float32) / 255
         x = augment.normalise(x, self.recipe.mean, self.recipe.std)
@@ -177,10 +177,7 @@ class Contrast:
         queries = support_queue.normalise(self.projector.apply(variables, features, train=False))
         k = min(_WATCHED_NEIGHBOURS, self.queue_size)
         found = support_queue.nearest(state.queue, queries, ids, size=self.queue_size, k=k)
-        return {
-            "neighbours": state.queue.ids.reshape(-1)[found.positions],
-            "cosines": found.scores,
-        }
+        return {"neighbours": state.queue.ids.reshape(-1)[found.positions]}
 
     def advance(self, state: TrainState, carried: dict, finite: jax.Array) -> TrainState:
         """What follows the optimiser: statistics, averages, and view 0 into the queue."""

@@ -51,5 +51,13 @@ def compiled(stage, places: TrainState):
 
 
 def watched(stage, mesh):
-    """`stage.watch` as it is run: jitted, its results on every device."""
-    return jax.jit(stage.watch, out_shardings=sharding.replicated(mesh))
+    """`stage.watch` as it is run: `(state, batch) -> dict`, jitted, results on every device.
+
+    `batch` has `images` and `ids`, and `index`, which is handed through: the rows of a batch are
+    in the order of the mesh, which need not be that of the hosts.
+    """
+
+    def watch(state, batch):
+        return stage.watch(state, batch["images"], batch["ids"]) | {"index": batch["index"]}
+
+    return jax.jit(watch, out_shardings=sharding.replicated(mesh))
