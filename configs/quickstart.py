@@ -21,18 +21,18 @@ def get_config(argument=""):
     config.checkpoint_every = 1
 
     mae = common.add_mae(config, batch_size=32)
-    mae.update(epochs=14, warmup_epochs=1, base_lr=4e-3, crop_scale=(0.6, 1.0))
+    mae.update(epochs=12, warmup_epochs=1, base_lr=4e-3, crop_scale=(0.6, 1.0))
     mae.decoder.update(width=64, depth=2, heads=4)
 
     small_head = dict(
-        queue_size=4096, projector_hidden=256, projector_out=64, predictor_hidden=512,
+        queue_size=1024, projector_hidden=256, projector_out=64, predictor_hidden=512,
         crop_scale=(0.5, 1.0),
     )  # fmt: skip
     head = common.add_head(config, batch_size=64)
     head.update(epochs=4, base_lr=2e-3, **small_head)
 
     ct = common.add_ct(config, batch_size=64, frozen_blocks=3, base_lr=3e-3, head_base_lr=2e-3)
-    ct.update(epochs=16, layer_decay=1.0, top_k=5, ema_decay=0.995, **small_head)
+    ct.update(epochs=13, layer_decay=1.0, top_k=5, ema_decay=0.995, **small_head)
 
     evaluation = common.add_eval(config)
     evaluation.pixels = True
@@ -41,5 +41,5 @@ def get_config(argument=""):
     if argument == "long":
         config.name += "_long"
         config.checkpoint_every = 5
-        mae.epochs, head.epochs, ct.epochs = 80, 16, 80
+        mae.epochs, head.epochs, ct.epochs = 72, 16, 78
     return common.finish(config, argument, variants=("long",))
