@@ -11,6 +11,7 @@ from sklearn.preprocessing import normalize
 from maect_jax.report import style
 
 MAP_IMAGES = 1_000  # t-SNE of more takes its time
+_SMOOTHED = 20  # windows in a curve
 _LEGEND = 55  # characters that fit into a row of the legend
 _MARKS = "osD^vP*Xph"  # with ten colours: classes are told apart without colour, too
 
@@ -26,21 +27,33 @@ def _stages(metrics: Sequence[dict], key: str) -> dict[str, tuple[list, list]]:
     return found
 
 
+def _running_mean(steps: Sequence[int], values: Sequence[float], window: int):
+    """Means over `window` neighbouring points, at the mean of their steps."""
+    return (np.convolve(x, np.full(window, 1 / window), "valid") for x in (steps, values))
+
+
 @style.styled
 def curves(metrics: Sequence[dict], key: str, label: str) -> Figure | None:
-    """A panel a stage with its curve of `key`; `None` where nothing has it."""
+    """A panel a stage with its curve of `key`; `None` where nothing has it.
+
+    A long curve is drawn faint, with its running mean over a twentieth of the points.
+    """
     stages = _stages(metrics, key)
     if not stages:
         return None
     drawn = style.figure(2.3)
     panels = drawn.subplots(1, len(stages), squeeze=False)[0]
     for panel, (stage, (steps, values)) in zip(panels, stages.items(), strict=True):
-        panel.plot(steps, values, color=style.COLOURS[stage], linewidth=1.6)
+        colour, window = style.COLOURS[stage], len(values) // _SMOOTHED
+        panel.plot(steps, values, color=colour, linewidth=1.0, alpha=0.4 if window > 1 else 1.0)
+        if window > 1:
+            panel.plot(*_running_mean(steps, values, window), color=colour, linewidth=1.8)
         panel.set_title(stage)
         panel.set_xlabel("step")
         panel.margins(x=0.02)
         panel.grid(axis="y", color=style.FAINT, alpha=0.3, linewidth=0.6)
-        panel.locator_params(nbins=4)
+        panel.locator_params(axis="x", nbins=3)
+        panel.locator_params(axis="y", nbins=5)
     panels[0].set_ylabel(label)
     return drawn
 

@@ -54,18 +54,18 @@ def neighbours(
     moments = [moments[i] for i in spread(len(moments), _MOMENTS)]
     near = moments[0][1].shape[1]
     # A narrow empty column stands between two moments.
-    widths = [1.0] + ([0.35] + [1.0] * near) * len(moments)
+    widths = [1.0] + ([0.25] + [1.0] * near) * len(moments)
     drawn = style.figure(style.WIDTH * (len(watched) + 1.2) / (sum(widths) + 1.5))
     panels = drawn.subplots(len(watched), len(widths), width_ratios=widths, squeeze=False)
     for axes in panels.flat:
         style.bare(axes)
-    panels[0, 0].set_title("image")
+    panels[0, 0].set_title("image", fontsize=8)
     for row, example in zip(panels, watched, strict=True):
         style.show(row[0], example["image"])
-        _row_title(row[0], style.name_of(classes, example["label"]))
+        _row_title(row[0], style.name_of(classes, example["label"]), fontsize=8)
     for moment, (title, found) in enumerate(moments):
         first = 2 + moment * (near + 1)
-        panels[0, first + near // 2].set_title(title)
+        panels[0, first + near // 2].set_title(title, fontsize=8)
         for row, example, nearest in zip(panels, watched, found, strict=True):
             for axes, record in zip(row[first:], nearest, strict=False):
                 _neighbour(axes, int(record), example["label"], records)
@@ -120,7 +120,7 @@ def montage(
 
 
 def _row_title(axes, title: str, **options) -> None:
-    axes.set_ylabel(title, rotation=0, ha="right", va="center", **options)
+    axes.set_ylabel(title, rotation=0, ha="right", va="center", labelpad=3, **options)
 
 
 def spread(count: int, wanted: int) -> list[int]:

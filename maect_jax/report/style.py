@@ -24,6 +24,8 @@ _PIXELS = 80  # the longer side of an image in a picture, at most
 _RC = {
     "font.size": 9,
     "axes.titlesize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.facecolor": "none",
@@ -37,9 +39,11 @@ _RC = {
 }
 
 
-def figure(height: float, **options) -> Figure:
+def figure(height: float) -> Figure:
     """An empty figure, `WIDTH` by `height` inches."""
-    return Figure(figsize=(WIDTH, height), layout="constrained", **options)
+    drawn = Figure(figsize=(WIDTH, height), layout="constrained")
+    drawn.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0.02, hspace=0.02)
+    return drawn
 
 
 def styled(draw):

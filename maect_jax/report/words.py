@@ -122,8 +122,8 @@ def captions(config: ConfigDict, images: dict[str, int], results: dict) -> dict[
     which = f"{style.CLASSES} of the {clusters}" if clusters > style.CLASSES else "The"
     tuned = "the tuned encoder's features" if "ct" in results else "the encoder's features"
     return {
-        "loss": "The loss of each stage. mae reconstructs, head and ct contrast: their losses "
-        "cannot be compared.",
+        "loss": "The loss of each stage, and its running mean. mae reconstructs, head and ct "
+        "contrast: their losses cannot be compared.",
         "nn_accuracy": "Neighbour accuracy: the share of images whose neighbour in the queue has "
         "their label. Labels serve this curve only.",
         "reconstructions": f"{kind} images; grey patches were removed. The decoder predicts "
