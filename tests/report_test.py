@@ -96,7 +96,7 @@ def test_page_says_what_the_files_say(run, html):
     row = cells.index("k-NN")
     shown = cells[row + 1 : row + 5]
     assert shown[:3] == [f"{100 * knn[name]['accuracy']:.1f}" for name in ("pixels", "mae", "ct")]
-    change = 100 * (knn["ct"]["accuracy"] - knn["mae"]["accuracy"])
+    change = 100 * knn["ct"]["accuracy"] - 100 * knn["mae"]["accuracy"]
     assert shown[3] == f"{change:+.1f}"
     assert cells[row - 5 : row] == ["percent", "pixels", "mae", "ct", "ct - mae"]
     assert "A ViT of width 32, depth 4 and patch size 7: masked pre-training (2 epochs)" in html
