@@ -101,15 +101,8 @@ def _typed(value, kind: type):
     return value
 
 
-def write_json(values: dict, path: Path) -> None:
-    """Writes a JSON file, whole or not at all."""
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(values, indent=2) + "\n")
-    draft.replace(path)
-
-
 def read(path: Path) -> ConfigDict:
-    """The config that a run wrote (`write_json`); JSON's lists are tuples again."""
+    """The config that a run wrote (`config.json`); JSON's lists are tuples again."""
 
     def tuples(value):
         if isinstance(value, list):

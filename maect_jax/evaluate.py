@@ -10,8 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from maect_jax import checkpoint
-from maect_jax import config as pages
+from maect_jax import checkpoint, files
 from maect_jax.data import loader, sources
 from maect_jax.evals import cluster, features, knn, probe
 from maect_jax.stages import build
@@ -117,19 +116,12 @@ def run(
         results[name]["seconds"] = round(time.monotonic() - start, 1)
         if jax.process_index() == 0:
             if name != "pixels":
-                _write_features(features_file(workdir, name), test, clusters)
-            pages.write_json(results, path)
+                arrays = dict(x=test.x, labels=test.labels, clusters=clusters)
+                files.write_arrays(features_file(workdir, name), **arrays)
+            files.write_json(path, results)
     return results
 
 
 def features_file(run: Path, name: str) -> Path:
     """Where the held-out features of one row of the results are."""
     return run / "features" / f"{name}.npz"
-
-
-def _write_features(path: Path, test: features.Features, clusters: np.ndarray) -> None:
-    path.parent.mkdir(exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    with draft.open("wb") as file:
-        np.savez(file, x=test.x, labels=test.labels, clusters=clusters)
-    draft.replace(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
+from maect_jax import files
 from maect_jax.errors import RunFailedError
 
 
@@ -25,9 +26,7 @@ def _forget(path: Path, stage: str, step: int) -> float:
     Returns the seconds that the stage has taken up to what is left of it.
     """
     kept = [entry for entry in read(path) if entry["stage"] != stage or entry["step"] <= step]
-    draft = path.with_suffix(".tmp")
-    draft.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-    draft.replace(path)
+    files.write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
     return max((entry["seconds"] for entry in kept if entry["stage"] == stage), default=0.0)
 
 

@@ -12,6 +12,7 @@ from maect_jax import (
     __version__,
     checkpoint,
     evaluate,
+    files,
     plan,
     sharding,
     table,
@@ -149,9 +150,9 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            pages.write_json(_environment(), workdir / "environment.json")
+            files.write_json(workdir / "environment.json", _environment())
             if not path.exists():
-                pages.write_json(config.to_dict(), path)
+                files.write_json(path, config.to_dict())
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot write there: {error}") from error
 

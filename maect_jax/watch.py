@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from maect_jax import sharding
+from maect_jax import files, sharding
 from maect_jax.data.loader import EvalRecord
 from maect_jax.stages.step import watched
 from maect_jax.state import TrainState
@@ -53,12 +53,7 @@ def watcher(stage, watch: Watched, run: Path, name: str, mesh) -> Callable[[int,
             seen = jax.device_get(seen)
             rows = np.unique(seen["index"], return_index=True)[1]
             seen = {key: value[rows] for key, value in seen.items()}
-            path = _folder(run, name) / f"{step}.npz"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_suffix(".tmp")
-            with draft.open("wb") as file:
-                np.savez_compressed(file, **seen)
-            draft.replace(path)
+            files.write_arrays(_folder(run, name) / f"{step}.npz", **seen)
 
     return write
 

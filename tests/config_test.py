@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from maect_jax import config as pages
-from maect_jax import flops, plan, validate
+from maect_jax import files, flops, plan, validate
 from maect_jax.errors import UserError
 from maect_jax.models import vit
 from maect_jax.stages import build
@@ -258,7 +258,7 @@ def test_page_that_is_none_is_one_clear_line(page, message):
 
 def test_config_survives_its_file(tmp_path):
     config = load("quickstart")
-    pages.write_json(config.to_dict(), tmp_path / "config.json")
+    files.write_json(tmp_path / "config.json", config.to_dict())
     again = pages.read(tmp_path / "config.json")
     assert pages.differing(config, again) == []
     again.ct.epochs = 99

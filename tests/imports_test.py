@@ -21,7 +21,7 @@ FLOORS = (
     ("models.mae", "models.nnclr", "support_queue", "data.sources", "data.transforms"),
     ("models.vit",),
     ("sharding", "optim", "config", "evals.knn", "evals.cluster"),
-    ("errors",),
+    ("errors", "files"),
 )
 # Who alone sees a library.
 OWNERS = {

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from maect_jax import config as pages
-from maect_jax import pipeline, table
+from maect_jax import files, pipeline, table
 from maect_jax.errors import UserError
 from maect_jax.report import page, plots, sheets, words
 from tests.main_test import run_main
@@ -100,7 +100,7 @@ def test_page_says_what_the_files_say(run, html):
     assert shown[3] == f"{change:+.1f}"
     assert cells[row - 5 : row] == ["percent", "pixels", "mae", "ct", "ct - mae"]
     assert "A ViT of width 32, depth 4 and patch size 7: masked pre-training (2 epochs)" in html
-    assert "contrastive tuning of the upper 2 blocks (1 epochs) on 8,000 training images" in html
+    assert "contrastive tuning of the upper 2 blocks (1 epoch) on 8,000 training images" in html
     assert cells[cells.index("ct.temperature") + 1] == "0.15"
     seconds = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [entry["seconds"] for entry in seconds if entry["stage"] == "ct"][-1]
@@ -273,12 +273,12 @@ def folder_run(tmp_path):
     with config.unlocked():
         config.model = quick.model
         config.model.image_size = (238, 238)
-    pages.write_json(config.to_dict(), run / "config.json")
+    files.write_json(run / "config.json", config.to_dict())
     full = result(0.5, 0.4)
     full["knn"] = [{"k": 20, "accuracy": 0.5, "standardised": False}]
     full["probe"] |= {"crops": "centre crops", "probes_last_epoch": [{}]}
     full["cluster"] |= {"clusters": kinds, "runs": 3}
-    pages.write_json({"ct": full | {"seconds": 1.0}}, run / "results.json")
+    files.write_json(run / "results.json", {"ct": full | {"seconds": 1.0}})
     return run
 
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from sklearn.preprocessing import normalize
 
 from maect_jax import config as pages
-from maect_jax import evaluate, metrics, table, watch
+from maect_jax import evaluate, files, metrics, table, watch
 from maect_jax.data import loader, sources
 from maect_jax.errors import UserError
 from maect_jax.report import plots, sheets, style, words
@@ -62,9 +62,7 @@ def build(run: Path, images: dict[str, sources.Source]) -> Path:
         values={key: repr(value) for key, value in pages.flat(config).items()},
     )
     path = run / "report.html"
-    draft = path.with_suffix(".tmp")
-    draft.write_text(page)
-    draft.replace(path)
+    files.write_text(path, page)
     return path
 
 
@@ -137,8 +135,8 @@ def _watched(run: Path, config: ConfigDict, images: dict) -> dict[str, Figure]:
 
 def _features(run: Path, config: ConfigDict, images: dict) -> dict[str, Figure]:
     """Maps of the held-out features, and the clusters that were found in them."""
-    files = {name: evaluate.features_file(run, name) for name in _TUNED}
-    found = {name: dict(np.load(path)) for name, path in files.items() if path.exists()}
+    paths = {name: evaluate.features_file(run, name) for name in _TUNED}
+    found = {name: dict(np.load(path)) for name, path in paths.items() if path.exists()}
     drawn = {}
     for name in filter(found.get, _MAPPED):
         # Spread over all images: those of a folder come class by class.

@@ -40,13 +40,17 @@ def sentence(config: ConfigDict, images: dict[str, int], history: list[dict], re
     for row in stages:
         section = config[row["name"]]
         upper = size.depth - section.get("frozen_blocks", 0)
-        done.append(f"{_DID[row['name']].format(upper)} ({section.epochs} epochs)")
+        done.append(f"{_DID[row['name']].format(upper)} ({_counted(section.epochs, 'epoch')})")
     whose = f"{images['train']:,} training images of {data}, without labels"
     took = _duration(sum(row["seconds"] for row in stages))
     left = [s for s in config.stages if s in _DID and s not in [row["name"] for row in stages]]
     so_far = " so far" if left else ""
     after = f"; {evaluated}" if evaluated else ""
     return f"{vit}: {_listed(done)} on {whose}, in {took}{so_far}{after} (seed {config.seed})."
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _duration(seconds: float) -> str:

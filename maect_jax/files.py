@@ -1,0 +1,27 @@
+"""Writing files whole or not at all: a reader finds the old content or the new, never a half."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file; its folder must be there."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(text)
+    draft.replace(path)
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Writes a JSON file; its folder must be there."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Writes a compressed `.npz`; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    with draft.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    draft.replace(path)
