@@ -15,8 +15,8 @@ from maect_jax.errors import RunFailedError, UserError
 
 _CONFIG = flags.DEFINE_string(
     "config",
-    "configs/quickstart.py",
-    "a config page, or page:test for its tiny variant; override its keys by --config.key=value",
+    None,
+    "a config page (needed), or page:test for its tiny variant; --config.key=value overrides a key",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder; runs/<config name> unless given")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "print what would run, and stop")
@@ -65,6 +65,8 @@ def _join_hosts() -> None:
 
 def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
+    if not _CONFIG.value:
+        _stop("--config=PAGE is needed, such as configs/quickstart.py; --help lists the pages")
     try:
         config = pages.load(_CONFIG.value, argv[1:])
         if config.log_level == "debug":

@@ -183,7 +183,8 @@ def dry_run(config: ConfigDict) -> None:
     except UserError:
         if config.data.source not in sources.ON_DISK:
             raise
-        records, whose = plan.IMAGENET_TRAIN, "ImageNet-1k's, as the images are not there"
+        where = f"{config.data.path}/{config.data.train_split}"
+        records, whose = plan.IMAGENET_TRAIN, f"ImageNet-1k's, as there are none in {where}"
     else:
         records, whose = len(images), config.data.source
         _enough(config, records)

@@ -20,6 +20,7 @@ def run_main(*arguments, devices=1, python=("-m", "maect_jax.main")):
 
 QUICK = "--config=configs/quickstart.py:test"
 BAD = {
+    "no page": ((), "--config=PAGE is needed, such as configs/quickstart.py; --help lists"),
     "unknown key": (
         (QUICK, "--config.ct.epoch=3"),
         "--config.ct.epoch=3: there is no key 'ct.epoch'; did you mean 'ct.epochs'?",

@@ -230,17 +230,17 @@ def test_neighbours_are_framed_where_the_label_is_the_images_own():
 
 
 def test_montage_goes_from_the_centre_to_the_rim():
-    x = np.array([[3.0], [0.0], [1.0], [7.0], [9.0]])  # the first cluster has its mean at 4/3
-    labels, clusters = np.array([1, 1, -1, 0, 0]), np.array([0, 0, 0, 1, 1])
+    x = np.array([[3.0], [0.0], [1.0], [7.0], [9.0]])  # the second cluster has its mean at 4/3
+    labels, clusters = np.array([1, 1, 0, 0, 0]), np.array([1, 1, 1, 0, 0])
 
     def records(record):
         return {"image": np.full((2, 2, 1), record, np.uint8)}
 
     axes = sheets.montage(x, labels, clusters, records, ["cat", "dog"]).axes
-    shown = [a.images[0].get_array().max() for a in axes[:12] if a.images]
+    shown = [a.images[0].get_array().max() for a in axes[12:] if a.images]
     assert shown == [2, 1, 0]
-    assert axes[0].get_ylabel() == "dog 67%\n3 images"
-    assert axes[12].get_ylabel() == "cat 100%\n2 images"
+    assert axes[12].get_ylabel() == "dog 67%\n3 images"
+    assert axes[0].get_ylabel() == "cat 100%\n2 images"
 
 
 def test_features_that_are_all_the_same_have_a_map():
@@ -308,5 +308,5 @@ def test_words_of_a_run_that_is_not_finished():
     text = words.sentence(config, {"train": 5, "val": 3}, history, {})
     assert text == (
         "A ViT of width 32, depth 4 and patch size 7: masked pre-training (2 epochs) on 5 training "
-        "images of fashion_mnist, without labels, in 2.0 hours so far (seed 0)."
+        "images of fashion_mnist, without labels, in 2.0 hours of training so far (seed 0)."
     )

@@ -42,7 +42,8 @@ def curves(metrics: Sequence[dict], key: str, label: str) -> Figure | None:
     if not stages:
         return None
     drawn = style.figure(2.3)
-    panels = drawn.subplots(1, len(stages), squeeze=False)[0]
+    # Accuracies of two stages may be compared, losses may not.
+    panels = drawn.subplots(1, len(stages), squeeze=False, sharey=key != "loss")[0]
     for panel, (stage, (steps, values)) in zip(panels, stages.items(), strict=True):
         colour, window = style.COLOURS[stage], len(values) // _SMOOTHED
         panel.plot(steps, values, color=colour, linewidth=1.0, alpha=0.4 if window > 1 else 1.0)

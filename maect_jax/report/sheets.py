@@ -91,15 +91,16 @@ def montage(
     records: Records,
     classes: Sequence[str],
 ) -> Figure:
-    """Images of each cluster, from its centre (left) to its rim (right).
+    """Images of each cluster, from its centre (left) to its rim (right), and the share of the class
+    that it is matched with.
 
     Args:
       x: features `[N, D]` that were clustered.
-      labels, clusters: int `[N]`.
+      labels, clusters: int `[N]`; cluster i is the one matched with the i-th class that is there.
       records: the images.
       classes: names of the labels.
     """
-    kept = np.unique(clusters)[: style.CLASSES]
+    present, kept = np.unique(labels), np.unique(clusters)[: style.CLASSES]
     drawn = style.figure(style.WIDTH * (len(kept) + 0.2) / (_MONTAGE + 3.6))
     panels = drawn.subplots(len(kept), _MONTAGE, squeeze=False)
     for axes in panels.flat:
@@ -110,11 +111,9 @@ def montage(
         members = members[np.argsort(distance)]
         for axes, place in zip(panels[row], spread(len(members), _MONTAGE), strict=False):
             style.show(axes, records(int(members[place]))["image"])
-        values, counts = np.unique(labels[members], return_counts=True)
-        share = counts.max() / len(members)
-        title = (
-            f"{style.name_of(classes, values[counts.argmax()])} {share:.0%}\n{len(members)} images"
-        )
+        share = (labels[members] == present[cluster]).mean()
+        name = style.name_of(classes, present[cluster])
+        title = f"{name} {share:.0%}\n{len(members)} images"
         _row_title(panels[row, 0], title, fontsize=7.5)
     return drawn
 

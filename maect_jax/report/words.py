@@ -42,7 +42,7 @@ def sentence(config: ConfigDict, images: dict[str, int], history: list[dict], re
         upper = size.depth - section.get("frozen_blocks", 0)
         done.append(f"{_DID[row['name']].format(upper)} ({_counted(section.epochs, 'epoch')})")
     whose = f"{images['train']:,} training images of {data}, without labels"
-    took = _duration(sum(row["seconds"] for row in stages))
+    took = f"{_duration(sum(row['seconds'] for row in stages))} of training"
     left = [s for s in config.stages if s in _DID and s not in [row["name"] for row in stages]]
     so_far = " so far" if left else ""
     after = f"; {evaluated}" if evaluated else ""
@@ -137,7 +137,7 @@ def captions(config: ConfigDict, images: dict[str, int], results: dict) -> dict[
         "map_mae": f"Before tuning: {tsne}.",
         "map_ct": f"After tuning: {tsne}, which training has not seen.",
         "clusters": f"{which} k-means clusters of {tuned}, from the centre (left) to the rim "
-        "(right), each with its commonest label.",
-        "confusion": "The same clusters (rows) and the labels (columns), in images. Each cluster "
-        "is matched with one label; the diagonal is what the accuracy counts.",
+        "(right), each with the label that it is matched with, and that label's share.",
+        "confusion": "The same clusters (rows) and the labels (columns), in images; the diagonal "
+        "is what the accuracy counts.",
     }
