@@ -217,7 +217,7 @@ def test_a_page_that_misspells_a_key_is_one_clear_line(tmp_path):
         ("ct.photometric.blur_sigma=(0,0)", "blur_sigma=.*must be .low, high"),
         ("data.std=(0.0,)", "data.std=.*above 0"),
         ("ct.crop_scale=(1.0,0.2)", "crop_scale"),
-        ("model.heads=3", "model.width=128: must be a multiple of 4 and of the 3 heads"),
+        ("model.heads=5", "model.width=96: must be a multiple of 4 and of the 5 heads"),
         ("ct.projector_out=32", "ct.projector_out=32: config.head has 64"),
         ("eval.knn.k=(0,)", "eval.knn.k"),
     ],
@@ -270,8 +270,8 @@ def test_flops_formula_equals_the_compilers_count(name):
     # One layer a scan: the compiler counts a loop's body once.
     config = load(
         "quickstart", "model.depth=2", "mae.decoder.depth=1", "ct.frozen_blocks=1",
-        "model.width=256", "mae.decoder.width=128", "mae.batch_size=64", "ct.batch_size=64",
-        "ct.queue_size=64", "head.queue_size=64", "mae.mask_ratio=0.5",
+        "model.width=256", "model.heads=4", "mae.decoder.width=128", "mae.batch_size=64",
+        "ct.batch_size=64", "ct.queue_size=64", "head.queue_size=64", "mae.mask_ratio=0.5",
     )  # fmt: skip
     if name == "mae":
         with config.unlocked():
