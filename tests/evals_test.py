@@ -74,6 +74,11 @@ def test_matched_accuracy_by_hand():
     assert cluster.matched_accuracy(labels, np.zeros(6, int)) == pytest.approx(3 / 6)
 
 
+def test_clusters_are_numbered_by_the_class_that_they_are_matched_with():
+    labels, clusters = np.array([3, 5, 9, 9, 3]), np.array([1, 2, 0, 0, 2])
+    assert cluster.matched(labels, clusters).tolist() == [0, 1, 2, 2, 1]
+
+
 def test_clustering_reports_best_by_loss_mean_and_deviation(rng, monkeypatch):
     class Fit:
         """k-means whose run r has loss 10 - r, and whose labels get worse with r."""

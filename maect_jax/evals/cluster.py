@@ -14,12 +14,12 @@ from sklearn.preprocessing import normalize
 METRICS = ("acc", "nmi", "ami", "ari")
 
 
-def _matched(labels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+def matched(labels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     """The clusters, renumbered by the class (in order) that each is matched with."""
     counts = contingency_matrix(labels, clusters)
-    classes, matched = linear_sum_assignment(-counts)
+    classes, columns = linear_sum_assignment(-counts)
     number = np.empty(counts.shape[1], np.int32)
-    number[matched] = classes
+    number[columns] = classes
     return number[np.unique(clusters, return_inverse=True)[1]]
 
 
@@ -74,4 +74,4 @@ def cluster(
         "mean": named(table.mean(0)),
         "deviation": named(table.std(0)),
     }
-    return results, _matched(labels, fits[best].labels_)
+    return results, matched(labels, fits[best].labels_)
