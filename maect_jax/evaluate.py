@@ -1,6 +1,5 @@
 """Features once, then every protocol: k-NN, linear probe, k-means."""
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -89,7 +88,7 @@ def run(
       The content of `results.json`: `{name: {"knn": [...], "probe": {...}, "cluster": {...}}}`.
     """
     path = workdir / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = files.read_json(path)
     folders = encoders(run_folder)
     names = (["pixels"] if config.eval.pixels else []) + list(folders)
     left = [name for name in names if name not in results]

@@ -1,9 +1,23 @@
-"""Writing files whole or not at all: a reader finds the old content or the new, never a half."""
+"""Files, written whole or not at all: a reader finds the old content or the new, never a half."""
 
 import json
 from pathlib import Path
 
 import numpy as np
+
+from maect_jax.errors import UserError
+
+
+def read_json(path: Path) -> dict:
+    """The content of a JSON file, nothing where there is none.
+
+    Raises:
+      UserError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -189,6 +189,11 @@ def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
     return (images - jnp.asarray(mean)) / jnp.asarray(std)
 
 
+def normalise_pixels(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]):
+    """`normalise` of uint8 images `[..., C]`."""
+    return normalise(images.astype(jnp.float32) / 255, mean, std)
+
+
 def denormalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
     """The inverse of `normalise`, as uint8 `[..., C]`."""
     return jnp.round(jnp.clip(images * jnp.asarray(std) + jnp.asarray(mean), 0, 1) * 255).astype(

@@ -25,7 +25,7 @@ def encode(
     """A function from uint8 images `[B, H, W, C]` to pooled features fp32 `[B, D]`."""
 
     def run(params, images):
-        images = augment.normalise(images.astype(jnp.float32) / 255, mean, std)
+        images = augment.normalise_pixels(images, mean, std)
         tokens = encoder.apply({"params": params}, images)
         return vit.pool(tokens, pool)
 

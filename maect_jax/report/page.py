@@ -1,6 +1,5 @@
 """The page of a run, from what is on its disk: `report.html`, and `pictures/*.png` beside it."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def build(run: Path, images: dict[str, sources.Source]) -> Path:
     Raises:
       UserError: it is no run, or a file of it is broken.
     """
-    config, environment = read_config(run), _read_json(run / "environment.json")
+    config, environment = read_config(run), files.read_json(run / "environment.json")
     results = read_results(run)
     history = metrics.read(run / "metrics.jsonl")
     drawn = _curves(history) | _watched(run, config, images) | _features(run, config, images)
@@ -56,7 +55,7 @@ def build(run: Path, images: dict[str, sources.Source]) -> Path:
         how=words.protocols(results),
         sections=_SECTIONS,
         pictures=pictures,
-        captions=words.captions(config, counts, results),
+        captions=words.captions(counts, results),
         timings=words.timings(history, results),
         machine=words.machine(environment),
         values={key: repr(value) for key, value in pages.flat(config).items()},
@@ -83,13 +82,6 @@ def _save(drawn: dict[str, Figure], folder: Path) -> dict[str, str]:
     return pictures
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
-
-
 def read_config(run: Path) -> ConfigDict:
     """The config of a run. Raises `UserError` where there is none."""
     if not (run / "config.json").is_file():
@@ -99,7 +91,7 @@ def read_config(run: Path) -> ConfigDict:
 
 def read_results(run: Path) -> dict:
     """The content of a run's `results.json`; nothing where it was not evaluated."""
-    return _read_json(run / "results.json")
+    return files.read_json(run / "results.json")
 
 
 def _curves(history: list[dict]) -> dict[str, Figure]:

@@ -117,7 +117,7 @@ def protocols(results: dict) -> str:
     )
 
 
-def captions(config: ConfigDict, images: dict[str, int], results: dict) -> dict[str, str]:
+def captions(images: dict[str, int], results: dict) -> dict[str, str]:
     """What stands below each picture. `images` are their numbers by split."""
     kind = "Held-out" if "val" in images else "Training"
     mapped = min(images.get("val", 0), plots.MAP_IMAGES)

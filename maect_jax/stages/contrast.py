@@ -169,8 +169,7 @@ class Contrast:
           `neighbours` int32 `[Q, k]`, dataset indices, nearest first, -1 for rows that belong to
           no image.
         """
-        x = images.astype(jnp.float32) / 255
-        x = augment.normalise(x, self.recipe.mean, self.recipe.std)
+        x = augment.normalise_pixels(images, self.recipe.mean, self.recipe.std)
         features = self.features(state.params, state.frozen, x[:, None])[:, 0]
         projector = state.target.get("projector", state.params["projector"])
         variables = {"params": projector, "batch_stats": state.batch_stats["projector"]}

@@ -81,7 +81,7 @@ class Mae:
         """
         del ids
         recipe, patch = self.recipe, self.encoder.patch_size
-        x = augment.normalise(images.astype(jnp.float32) / 255, recipe.mean, recipe.std)
+        x = augment.normalise_pixels(images, recipe.mean, recipe.std)
         noise = jax.random.uniform(jax.random.key(0), (len(x), self.grid[0] * self.grid[1]))
         found = self.forward(state.params, x, noise)
         filled = losses.fill_patches(x, found["prediction"], found["mask"], patch)
