@@ -26,6 +26,9 @@ def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -
     config.checkpoint_every = 5  # epochs; the last step is always saved
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # -1: the rest of the devices
+    # Memory against speed; neither changes what is computed (launch/README.md has a table).
+    config.encoder_microbatches = 1  # parts of a batch that the encoder sees one after the other
+    config.remat = "dots"  # what a block computes again in the backward pass: none, dots or blocks
 
     if variant:
         config.model = _model(variant, patch_size, pool)
@@ -178,7 +181,11 @@ def add_eval(config: ConfigDict) -> ConfigDict:
 
 
 def small_images(config: ConfigDict) -> None:
-    """The packaged Fashion-MNIST images, in float32, which is what a CPU is fast in."""
+    """The packaged Fashion-MNIST images, in float32, which is what a CPU is fast in.
+
+    They are small: nothing need be computed twice to save memory.
+    """
+    config.remat = "none"
     if "model" in config:
         config.model.update(image_size=(28, 28), channels=1, dtype="float32")
     config.data.update(

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from maect_jax import checkpoint, files
+from maect_jax import checkpoint, files, sharding
 from maect_jax.data import loader, sources
 from maect_jax.evals import cluster, features, knn, probe
 from maect_jax.stages import build
@@ -30,9 +30,8 @@ def _features(
 ) -> features.Features:
     example = loader.EvalRecord(source, config.model.image_size, config.data.short_side)
     batch_size = config.eval.batch_size
-    batches = loader.eval_batches(
-        example, batch_size, config.data.workers, jax.process_index(), jax.process_count()
-    )
+    rows = sharding.local_rows(batch_size, mesh)
+    batches = loader.eval_batches(example, batch_size, config.data.workers, rows)
     bar = tqdm(
         batches,
         desc=title,

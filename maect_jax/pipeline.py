@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import platform
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -135,6 +136,18 @@ def _enough(config: ConfigDict, images: int) -> None:
         )
 
 
+@contextmanager
+def _together():
+    """A user's error on one host ends all of them, each with a line: none waits for another."""
+    failed = None
+    try:
+        yield
+    except UserError as error:
+        failed = error
+    if not sharding.on_all_hosts(failed is None):
+        raise failed or UserError("another host has stopped, and says why")
+
+
 def _claim(workdir: Path, config: ConfigDict) -> None:
     """Writes the config into the run's folder, which must be this run's or new."""
     path = workdir / "config.json"
@@ -178,16 +191,9 @@ def dry_run(config: ConfigDict) -> None:
         return
     validate.settings(config, jax.device_count())
     sharding.make_mesh(**config.mesh)
-    try:
-        images = sources.make(config.data, "train", config.model.channels)
-    except UserError:
-        if config.data.source not in sources.ON_DISK:
-            raise
-        where = f"{config.data.path}/{config.data.train_split}"
-        records, whose = plan.IMAGENET_TRAIN, f"ImageNet-1k's, as there are none in {where}"
-    else:
-        records, whose = len(images), config.data.source
-        _enough(config, records)
+    images, whose = plan.training_images(config)
+    records = len(images)
+    _enough(config, records)
     print(f"{config.name}: {' -> '.join(config.stages)}; {records:,} training images ({whose})")
     print("\n".join(plan.describe(config, records)))
 
@@ -203,10 +209,16 @@ def run(config: ConfigDict, workdir: Path) -> None:
       UserError: bad input, before anything is written.
       RunFailedError: training cannot go on.
     """
-    origin = prepare(config)
-    mesh = sharding.make_mesh(**config.mesh)
-    images = open_sources(config)
-    _claim(workdir, config)
+    with _together():
+        origin = prepare(config)
+        mesh = sharding.make_mesh(**config.mesh)
+        images = open_sources(config)
+        _claim(workdir, config)
+    with _together():
+        if not (workdir / "config.json").exists():
+            raise UserError(
+                f"--workdir={workdir}: all hosts must see this folder, on storage that they share"
+            )
     seen = images.get("val", images["train"])
     record = loader.EvalRecord(seen, config.model.image_size, config.data.short_side)
     watched = watch.Watched(record, held_out="val" in images)

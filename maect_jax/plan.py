@@ -1,15 +1,31 @@
-"""What a config would run, without running it (`--dry_run`)."""
+"""What a config would run, without running it."""
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
 from maect_jax import flops
+from maect_jax.data import sources
 from maect_jax.stages import build
 
 IMAGENET_TRAIN = 1_281_167
+
+
+def training_images(config: ConfigDict) -> tuple[sources.Source, str]:
+    """The training images and whose they are; blank ones for ImageNet-1k's where the folder that
+    should hold them is not there.
+
+    Raises:
+      UserError: the folder is there, and they are not.
+    """
+    path = config.data.path
+    if config.data.source in sources.ON_DISK and not Path(path).is_dir():
+        blank = sources.Blank(IMAGENET_TRAIN, config.model.channels)
+        return blank, f"ImageNet-1k's, as there is no folder {path!r}"
+    return sources.make(config.data, "train", config.model.channels), config.data.source
 
 
 def count(tree) -> int:

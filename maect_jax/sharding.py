@@ -8,6 +8,7 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -28,30 +29,45 @@ RULES = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-    """A mesh over all devices; one of the two sizes may be -1, "the rest".
+def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
+    """A mesh over all devices, or those given; one of the two sizes may be -1, "the rest".
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
-    devices = jax.device_count()
-    shape = {"data": data, "fsdp": fsdp}
+    devices = jax.devices() if devices is None else devices
+    count, shape = len(devices), {"data": data, "fsdp": fsdp}
     known = math.prod(size for size in shape.values() if size != -1)
-    if -1 in shape.values() and known > 0 and devices % known == 0:
-        shape = {axis: devices // known if s == -1 else s for axis, s in shape.items()}
-    if math.prod(shape.values()) != devices or min(shape.values()) < 1:
+    if [*shape.values()].count(-1) == 1 and known > 0 and count % known == 0:
+        shape = {axis: count // known if s == -1 else s for axis, s in shape.items()}
+    if math.prod(shape.values()) != count or min(shape.values()) < 1:
         raise UserError(
             f"config.mesh=(data={data}, fsdp={fsdp}): the sizes must multiply to the "
-            f"{devices} devices; one of them may be -1, the rest"
+            f"{count} devices; one of them may be -1, the rest"
         )
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    kinds = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=kinds, devices=devices)
 
 
-def constrain_batch(x: jax.Array) -> jax.Array:
-    """Pins the leading axis of an activation to the batch axes; does nothing without a mesh."""
+def more_sharded(mesh: Mesh) -> dict[str, int]:
+    """The next size of `fsdp` that the devices allow, by its name; nothing where there is none."""
+    larger = (n for n in range(mesh.shape["fsdp"] + 1, mesh.size + 1) if mesh.size % n == 0)
+    size = next(larger, None)
+    return {"fsdp": size} if size else {}
+
+
+def on_all_hosts(holds: bool) -> bool:
+    """Whether something holds on every process; each must ask, and waits for the others."""
+    if jax.process_count() == 1:
+        return holds
+    return bool(multihost_utils.process_allgather(np.asarray(holds)).all())
+
+
+def constrain_batch(x: jax.Array, axis: int = 0) -> jax.Array:
+    """Pins an axis of an activation to the batch axes; does nothing without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, BATCH)
+    return jax.lax.with_sharding_constraint(x, P(*[None] * axis, AXES))
 
 
 def path_name(path) -> str:
@@ -84,9 +100,40 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def batch_split(mesh: Mesh) -> NamedSharding:
+    """Every device holds its part of the rows."""
+    return NamedSharding(mesh, BATCH)
+
+
+def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """The rows of a global batch that the devices of this process hold, ascending.
+
+    A mesh may order the devices of a TPU slice so that these are several blocks.
+    """
+    here = [device.process_index == jax.process_index() for device in mesh.devices.flat]
+    return np.arange(batch_size).reshape(len(here), -1)[here].ravel()
+
+
 def put_batch(batch, mesh: Mesh):
-    """Makes global arrays, split along the leading axis, of this process's rows of a batch."""
-    place = NamedSharding(mesh, BATCH)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(place, np.asarray(x)), batch
-    )
+    """Makes global arrays, split along the leading axis, of this process's rows of a batch.
+
+    The rows are those of `local_rows`, in that order.
+    """
+    place = batch_split(mesh)
+    here = sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
+
+    def put(x):
+        x = np.asarray(x)
+        size = len(x) // here * mesh.size
+        rows = local_rows(size, mesh)
+        return jax.make_array_from_callback(
+            (size, *x.shape[1:]), place, lambda index: x[_places(rows, range(size)[index[0]])]
+        )
+
+    return jax.tree.map(put, batch)
+
+
+def _places(rows: np.ndarray, wanted: range) -> slice:
+    """Where the rows `wanted` of a global batch are among a process's own `rows`."""
+    first = int(np.searchsorted(rows, wanted.start))
+    return slice(first, first + len(wanted))

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+_TILE = 4096  # rows of a device's part that are compared at a time
 EXCLUDED = -2.0  # below every cosine: rows of the query's own image
 _ABSENT = -3.0  # below the excluded ones: rows beyond the queue's size
 
@@ -103,17 +104,28 @@ def _merge(scores, positions, k):
     return -order[0][:, :k], order[1][:, :k]
 
 
+def _slots_together(slots: int, rows: int) -> int:
+    """How many slots of `rows` rows make a tile: as many as `_TILE` holds and divide `slots`."""
+    fitting = (n for n in range(1, slots + 1) if slots % n == 0 and n * rows <= _TILE)
+    return max(fitting, default=1)
+
+
 def _search(queue: Queue, queries, ids, *, size, k, first_row, batch):
     """Best `k` for each of `queries [Q, D]` in the part of the ring from row `first_row` on."""
     slots, rows_here = queue.ids.shape
     surplus = slots * batch - size
-    row = first_row + jnp.arange(rows_here, dtype=jnp.int32)
+    together = _slots_together(slots, rows_here)
+    tiles = slots // together
+    place = jnp.arange(together * rows_here, dtype=jnp.int32)
+    row = first_row + place % rows_here
 
-    def search_slot(best, slot):
+    def search_tile(best, part):
+        tile, rows, own = part
         # On TPU a matmul rounds its inputs to bf16 unless told otherwise, which picks another
         # neighbour in about 3 % of the look-ups.
-        scores = jnp.einsum("qd,rd->qr", queries, queue.rows[slot], precision="highest")
-        scores = jnp.where(queue.ids[slot] == ids[:, None], EXCLUDED, scores)
+        scores = jnp.einsum("qd,rd->qr", queries, rows, precision="highest")
+        scores = jnp.where(own == ids[:, None], EXCLUDED, scores)
+        slot = tile * together + place // rows_here
         absent = (slot == queue.slot) & (row < surplus)
         scores = jnp.where(absent, _ABSENT, scores)
         positions = jnp.broadcast_to(slot * batch + row, scores.shape)
@@ -124,7 +136,9 @@ def _search(queue: Queue, queries, ids, *, size, k, first_row, batch):
         return (scores, jnp.take_along_axis(positions, chosen, 1)), None
 
     start = jnp.full((len(queries), k), -jnp.inf), jnp.zeros((len(queries), k), jnp.int32)
-    best, _ = jax.lax.scan(search_slot, start, jnp.arange(slots, dtype=jnp.int32))
+    rows = queue.rows.reshape(tiles, len(place), -1)
+    parts = jnp.arange(tiles, dtype=jnp.int32), rows, queue.ids.reshape(tiles, -1)
+    best, _ = jax.lax.scan(search_tile, start, parts)
     return best
 
 

@@ -17,20 +17,28 @@ from maect_jax.stages.step import compiled
 _LOGGER = logging.getLogger(__name__)
 
 
-def _batches(config: ConfigDict, name: str, source: sources.Source, steps: int):
-    section = config[name]
+def _record(config: ConfigDict, name: str, source: sources.Source) -> loader.TrainRecord:
     seed = (config.seed, build.TRAINING.index(name))  # no stage repeats another's crops
-    order = loader.Order(
-        records=len(source),
-        batch_size=section.batch_size,
-        steps=steps,
-        seed=seed,
-        process=jax.process_index(),
-        processes=jax.process_count(),
-    )
-    scales = (section.crop_scale,) * build.VIEWS
-    example = loader.TrainRecord(source, config.model.image_size, scales, seed)
-    return loader.train_batches(order, example, config.data.workers)
+    scales = (config[name].crop_scale,) * build.VIEWS
+    return loader.TrainRecord(source, config.model.image_size, scales, seed)
+
+
+def batches(config: ConfigDict, name: str, source: sources.Source, steps: int, mesh):
+    """This process's rows of the batches of stage `name`, with a position that can be saved."""
+    batch_size, record = config[name].batch_size, _record(config, name, source)
+    rows = sharding.local_rows(batch_size, mesh)
+    order = loader.Order(len(source), batch_size, steps, record.seed, rows)
+    return loader.train_batches(order, record, config.data.workers)
+
+
+def abstract_batch(config: ConfigDict, name: str, source: sources.Source, mesh) -> dict:
+    """Shapes, dtypes and shardings of the global batches of stage `name`, without an image."""
+    rows, place = config[name].batch_size, sharding.batch_split(mesh)
+    example = _record(config, name, source)((0, 0))
+    return {
+        key: jax.ShapeDtypeStruct((rows, *value.shape), value.dtype, sharding=place)
+        for key, value in example.items()
+    }
 
 
 def run(
@@ -65,11 +73,11 @@ def run(
         return
     # Every stage of a pipeline draws random numbers of its own.
     key = jax.random.fold_in(jax.random.key(config.seed), build.TRAINING.index(name))
-    batches = _batches(config, name, source, stage.steps)
+    stream = batches(config, name, source, stage.steps, mesh)
     if done:
         abstract = state.abstract(stage, key, {}, mesh)
         train_state, position = checkpoints.restore(done, abstract)
-        batches.set_state(position["loader"])
+        stream.set_state(position["loader"])
     else:
         train_state = state.create(stage, key, start(), mesh)
     places = state.shardings_of(train_state)
@@ -91,13 +99,13 @@ def run(
     save_every = config.checkpoint_every * per_epoch
     try:
         for now in range(done + 1, stage.steps + 1):
-            batch = sharding.put_batch(next(batches), mesh)
+            batch = sharding.put_batch(next(stream), mesh)
             train_state, scalars = update(train_state, batch)
             log.add(now, scalars)
             if now % save_every == 0 or now == stage.steps:
                 log.flush()  # a step that is not finite must not be saved
                 look(now, train_state)
-                position = {"loader": batches.get_state(), "steps": stage.steps}
+                position = {"loader": stream.get_state(), "steps": stage.steps}
                 checkpoints.save(now, train_state, position)
     finally:
         log.close()

@@ -74,6 +74,8 @@ def settings(config: ConfigDict, devices: int) -> None:
     check.need("seed", "from 0 to 2^32 - 1", lambda v: 0 <= v < 2**32)
     check.positive("log_every", "checkpoint_every")
     check.one_of("log_level", ("info", "debug"))
+    check.one_of("remat", tuple(vit.REMAT))
+    check.positive("encoder_microbatches")
     _model(check)
     _data(check)
     for name in config.stages:
@@ -84,6 +86,12 @@ def settings(config: ConfigDict, devices: int) -> None:
             raise UserError(
                 f"config.{name}.batch_size={batch_size}: the {devices} devices must divide it, "
                 f"as they do {near}"
+            )
+        crops, parts = batch_size * build.VIEWS // devices, config.encoder_microbatches
+        if name != "eval" and crops % parts:
+            raise UserError(
+                f"config.encoder_microbatches={parts}: must divide the {crops} crops of a device "
+                f"(config.{name}.batch_size={batch_size}, {build.VIEWS} views, {devices} devices)"
             )
         if name == "eval":
             _eval(check)

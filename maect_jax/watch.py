@@ -39,21 +39,19 @@ def watcher(stage, watch: Watched, run: Path, name: str, mesh) -> Callable[[int,
     records = len(watch.record.source)
     index = np.linspace(0, records - 1, IMAGES).astype(np.int32)
     # The devices must divide the rows: some images come twice.
-    rows = -(-IMAGES // jax.device_count()) * jax.device_count()
-    padded = np.resize(index, rows)
-    here = padded.reshape(jax.process_count(), -1)[jax.process_index()]
+    rows = -(-IMAGES // mesh.size) * mesh.size
+    here = np.resize(index, rows)[sharding.local_rows(rows, mesh)]
     images = np.stack([watch.record(int(i))["image"] for i in here])
     ids = np.full_like(here, _NO_RECORD) if watch.held_out else here
-    batch = sharding.put_batch({"images": images, "ids": ids, "index": here}, mesh)
+    batch = sharding.put_batch({"images": images, "ids": ids}, mesh)
     look = watched(stage, mesh)
+    once, first = np.unique(index, return_index=True)  # there may be fewer images than that
 
     def write(step: int, state: TrainState) -> None:
         seen = look(state, batch)
         if jax.process_index() == 0:
-            seen = jax.device_get(seen)
-            rows = np.unique(seen["index"], return_index=True)[1]
-            seen = {key: value[rows] for key, value in seen.items()}
-            files.write_arrays(_folder(run, name) / f"{step}.npz", **seen)
+            seen = {key: value[first] for key, value in jax.device_get(seen).items()}
+            files.write_arrays(_folder(run, name) / f"{step}.npz", index=once, **seen)
 
     return write
 

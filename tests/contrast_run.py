@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from maect_jax import convert, state
+from maect_jax import convert, sharding, state
 from maect_jax.models import vit
 from maect_jax.stages.step import compiled, gradients
 from tests import figures
@@ -14,7 +14,7 @@ from tests.conftest import assert_trees_equal, mesh_of
 from tests.figures import TINY, Case, assert_within, norm, optimiser_bound
 from tests.gradient_bounds import grad_parts, joined, update_bound, zero_by_construction
 
-MESH = mesh_of(1, 1)
+ONE = (1, 1)  # the mesh of one device
 
 
 class Step(NamedTuple):
@@ -49,8 +49,8 @@ def trained_to_torch(case: Case, params: dict) -> dict[str, np.ndarray]:
     )
 
 
-def started(case: Case, stage) -> state.TrainState:
-    """The stage's first state, from the reference's start."""
+def started(case: Case, stage, shape=ONE) -> state.TrainState:
+    """The stage's first state, from the reference's start, on a mesh of that shape."""
     head = convert.head_from_torch(case.under("init/head/"))
     start = dict(
         encoder=convert.encoder_from_torch(case.under("init/encoder/"), case.grid),
@@ -58,7 +58,7 @@ def started(case: Case, stage) -> state.TrainState:
         queue=head["queue"],
         **head["params"],
     )
-    first = state.create(stage, jax.random.key(0), start, MESH)
+    first = state.create(stage, jax.random.key(0), start, mesh_of(*shape))
     assert_trees_equal(first.target, head["target"])
     return first
 
@@ -91,11 +91,11 @@ def given_state(case: Case, s: int, own: state.TrainState, given: str) -> state.
 
 
 @cache
-def programs(case: Case, dtype: str):
+def programs(case: Case, dtype: str, shape):
     """The stage, its step as `train` jits it, and what looks into the step."""
     stage = figures.stage_of(case, dtype)
-    with jax.set_mesh(MESH):
-        update = compiled(stage, state.shardings_of(started(case, stage)))
+    with jax.set_mesh(mesh_of(*shape)):
+        update = compiled(stage, state.shardings_of(started(case, stage, shape)))
 
     def look(now, batch):
         (_, (_, carried)), grads = gradients(stage, now, batch)
@@ -108,8 +108,8 @@ def programs(case: Case, dtype: str):
 
 
 @cache
-def run(case: Case, given: str, dtype: str = "float32") -> list[Step]:
-    """All steps of a case by the package's own step.
+def run(case: Case, given: str, dtype: str = "float32", shape=ONE) -> list[Step]:
+    """All steps of a case by the package's own step, on a mesh of that shape.
 
     The first starts from the reference's start; moments and queue are always what the steps
     before have left. What else is `given` from the reference before each further step:
@@ -118,14 +118,14 @@ def run(case: Case, given: str, dtype: str = "float32") -> list[Step]:
         size of their rounding, and through the target's last bias they reach the projections.
       "all": parameters, running statistics and target.
     """
-    stage, update, look = programs(case, dtype)
-    steps = []
-    with jax.set_mesh(MESH):
-        now = started(case, stage)
+    stage, update, look = programs(case, dtype, shape)
+    mesh, steps = mesh_of(*shape), []
+    with jax.set_mesh(mesh):
+        now = started(case, stage, shape)
         for s in range(case.meta["steps"]):
             if given != "start" and s:
                 now = given_state(case, s - 1, now, given)
-            batch = batch_of(case, s)
+            batch = sharding.put_batch(batch_of(case, s), mesh)
             carried, grads, tokens = look(now, batch)
             before = jax.device_get(now.replace(rng=None))
             now, scalars = update(now, batch)

@@ -112,12 +112,12 @@ def test_clusters_of_separate_blobs_are_found(rng):
     assert best == pytest.approx(dict.fromkeys(cluster.METRICS, 1.0))
 
 
-def test_features_are_in_the_order_of_the_source_whatever_the_order_of_the_mesh():
+def test_features_are_in_the_order_of_the_source_without_padding():
     def batches():
-        for index in ([3, 0, 2], [5, 1, 4]):
-            index = np.array(index)
-            image = np.repeat(10 * index[:, None], 2, 1)
-            yield {"image": image, "label": index % 3, "index": index, "valid": index < 5}
+        for record in ([0, 1, 2], [3, 4, 5]):
+            record = np.array(record)
+            image = np.repeat(10 * record[:, None], 2, 1)
+            yield {"image": image, "label": record % 3, "valid": record < 5}
 
     found = features.extract(lambda images: images + 1, batches(), mesh_of(1, 1))
     np.testing.assert_array_equal(found.x[:, 0], [1, 11, 21, 31, 41])

@@ -64,7 +64,9 @@ def assert_gradients(kind: str, ours: dict, theirs: dict, bound: float, contrast
             assert_within(f"{kind} gradients that are zero", zero, bound)
 
 
-def update_bound(name: str, gradients: list[np.ndarray], off: float) -> float:
+def update_bound(
+    name: str, gradients: list[np.ndarray], off: float, contrastive: bool = True
+) -> float:
     """How far two of Adam's updates may be apart, as the norm over a tensor.
 
     One follows `gradients`, one for each step so far; the other's are off by d, `[steps, ...]`,
@@ -84,7 +86,7 @@ def update_bound(name: str, gradients: list[np.ndarray], off: float) -> float:
     b = (1 - BETA2) * BETA2**ages / (1 - BETA2**t)
     c = np.sqrt((a**2 / b).sum())
     g = np.stack(gradients).astype(np.float64).reshape(t, -1)
-    if scale_of(name, contrastive=True):
+    if scale_of(name, contrastive):
         return 2 * c * np.sqrt(g.shape[1])
     s = np.sort(np.sqrt(b @ g**2) + EPS)
     price = (2 * c * s / (1 + c)) ** 2  # what it takes of off^2 to move an entry by 2 c

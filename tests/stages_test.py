@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maect_jax import optim, sharding, state, support_queue
+from maect_jax import optim, support_queue
 from maect_jax.data.augment import Photometric, Recipe
 from maect_jax.models import mae, nnclr, vit
 from maect_jax.stages import build
 from maect_jax.stages.contrast import Contrast
 from maect_jax.stages.mae import Mae
-from maect_jax.stages.step import gradients, step
-from tests.conftest import assert_trees_equal, mesh_of
+from maect_jax.stages.step import step
+from tests.conftest import assert_trees_equal
 
 BATCH = 16
 SHAPE = (8, 8, 3)
@@ -232,36 +232,3 @@ def test_a_step_that_is_not_finite_changes_nothing(name):
     assert_trees_equal(before.replace(step=after.step), after)
     _, metrics = updated(name, before, [batch_of(1)])
     assert metrics["finite"]
-
-
-def sharded_update(name, shape):
-    """One update on a mesh: the state, the metrics, and the neighbours that were chosen."""
-    stage, mesh = STAGES[name], mesh_of(*shape)
-
-    def run(train_state, batch):
-        (_, (_, carried)), _ = gradients(stage, train_state, batch)
-        return *step(stage, train_state, batch), carried.get("positions", ())
-
-    with jax.set_mesh(mesh):
-        train_state = state.create(stage, jax.random.key(0), {}, mesh)
-        places = state.shardings_of(train_state)
-        batch = sharding.put_batch(batch_of(0), mesh)
-        return jax.jit(run, out_shardings=(places, None, None))(train_state, batch)
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_sharded_update_equals_one_device(name):
-    one, metrics, positions = sharded_update(name, (1, 1))
-    for shape in ((8, 1), (2, 4)):
-        many, sharded, sharded_positions = sharded_update(name, shape)
-        np.testing.assert_allclose(sharded["loss"], metrics["loss"], rtol=1e-5)
-        np.testing.assert_array_equal(sharded_positions, positions)
-        for x, y in zip(*map(jax.tree.leaves, (one.batch_stats, many.batch_stats)), strict=True):
-            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
-    if name == "ct":
-        kernel = many.params["encoder"]["blocks"]["fc1"]["kernel"]
-        assert kernel.addressable_shards[0].data.shape == (2, 4, 64)
-        moment = many.opt_state[0].mu["encoder"]["blocks"]["fc1"]["kernel"]
-        average = many.ema["encoder"]["blocks"]["fc1"]["kernel"]
-        assert moment.sharding == average.sharding == kernel.sharding
-        assert many.queue.rows.addressable_shards[0].data.shape == (3, 2, 8)

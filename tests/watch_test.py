@@ -90,7 +90,7 @@ def test_eight_devices_show_what_one_shows(name, images, rng):
         with jax.set_mesh(mesh):
             first = jax.device_put(first, sharding.tree_shardings(first, mesh))
             ids = np.arange(QUERIES)
-            batch = sharding.put_batch({"images": images, "ids": ids, "index": 10 * ids}, mesh)
+            batch = sharding.put_batch({"images": images, "ids": ids}, mesh)
             shown.append(jax.device_get(watched(stage, mesh)(first, batch)))
     for key, value in shown[0].items():
         np.testing.assert_allclose(shown[1][key], value, atol=1e-5)
@@ -115,20 +115,3 @@ def test_what_is_watched_is_written_and_read_by_step(tmp_path):
     visible = ~seen["mask"]
     np.testing.assert_array_equal(seen["filled"][visible], source.images[seen["index"]][visible])
     assert watch.saved(tmp_path, "ct") == {}
-
-
-def test_rows_are_told_by_their_number_wherever_the_mesh_puts_them(tmp_path, monkeypatch):
-    """On a pod the rows of a batch may come back in another order than the hosts gave them."""
-    shuffled = [5, 0, 3, 3, 7, 1, 2, 6, 4, 0]
-
-    def look(state, batch):
-        del state, batch
-        return {"index": np.array(shuffled), "filled": 10 * np.array(shuffled)}
-
-    monkeypatch.setattr(watch, "watched", lambda stage, mesh: look)
-    source = sources.Arrays(np.zeros((8, *SHAPE), np.uint8), np.arange(8), [])
-    images = watch.Watched(loader.EvalRecord(source, SHAPE[:2], 8), held_out=False)
-    watch.watcher(STAGES["mae"], images, tmp_path, "mae", mesh_of(4, 2))(1, None)
-    seen = watch.load(watch.saved(tmp_path, "mae")[1])
-    assert seen["index"].tolist() == list(range(8))
-    assert seen["filled"].tolist() == list(range(0, 80, 10))

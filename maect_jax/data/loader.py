@@ -1,13 +1,13 @@
 """Global batches from a source, through grain.
 
 The order is a pure function of the seed (a tuple: the run's, and the stage's number): step s
-takes the next `batch_size` records of its epoch's permutation, and each process reads a
-contiguous block of that batch. An image's randomness derives from (seed, epoch, record) alone,
+takes the next `batch_size` records of its epoch's permutation, and each process reads the rows
+of that batch that its devices hold. An image's randomness derives from (seed, epoch, record) alone,
 so the same crops come out on any number of hosts, workers or threads, and after any restart.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import grain
@@ -41,21 +41,15 @@ class Order:
     batch_size: int
     steps: int
     seed: tuple[int, ...]
-    process: int = 0
-    processes: int = 1
-
-    @property
-    def rows(self) -> int:
-        """Rows of each global batch that this process reads."""
-        return self.batch_size // self.processes
+    rows: Sequence[int]  # of each global batch, those that this process reads
 
     def __len__(self) -> int:
-        return self.steps * self.rows
+        return self.steps * len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        step, row = divmod(int(index), self.rows)
+        step, row = divmod(int(index), len(self.rows))
         epoch, step = divmod(step, self.records // self.batch_size)
-        place = step * self.batch_size + self.process * self.rows + row
+        place = step * self.batch_size + self.rows[row]
         return epoch, int(_permutation(self.seed, epoch, self.records)[place])
 
 
@@ -97,14 +91,14 @@ def train_batches(order: Order, make_example: TrainRecord, workers: int):
     Its `get_state()` (plain JSON) and `set_state()` hold the position. With `workers` > 0 the
     examples are made in that many processes, else in threads.
     """
-    return _stream(grain.MapDataset.source(order).map(make_example), order.rows, workers)
+    return _stream(grain.MapDataset.source(order).map(make_example), len(order.rows), workers)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalRecord:
     """Turns a record number into its centre crop; numbers past the end give padding.
 
-    Fields: `image`, `label`, `index` (the record number), `valid`.
+    Fields: `image`, `label`, `valid`.
     """
 
     source: Source
@@ -115,18 +109,17 @@ class EvalRecord:
         valid = record < len(self.source)
         image, label = self.source[record if valid else 0]
         crop = transforms.centre_crop(image, self.short_side, self.size)
-        label, index = np.int32(label), np.int32(record)
-        return {"image": crop, "label": label, "index": index, "valid": np.bool_(valid)}
+        return {"image": crop, "label": np.int32(label), "valid": np.bool_(valid)}
 
 
 def eval_batches(
-    make_example: EvalRecord, batch_size: int, workers: int, process: int = 0, processes: int = 1
+    make_example: EvalRecord, batch_size: int, workers: int, rows: Sequence[int]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every image once, in order, in this process's part of each global batch.
+    """Every image once, in order, in this process's `rows` of each global batch.
 
     The last batch is filled up to `batch_size` with rows whose `valid` is false.
     """
     steps = -(-len(make_example.source) // batch_size)
-    records = np.arange(steps * batch_size).reshape(steps, processes, -1)[:, process]
+    records = np.arange(steps * batch_size).reshape(steps, batch_size)[:, rows]
     dataset = grain.MapDataset.source(records.ravel()).map(make_example)
-    return _stream(dataset, records.shape[1], workers)
+    return _stream(dataset, len(rows), workers)

@@ -68,6 +68,22 @@ class Arrays:
         return self.images[record], int(self.labels[record])
 
 
+class Blank:
+    """Stands for `records` images of various sizes that are not at hand."""
+
+    shape = None
+    classes: list[str] = []  # noqa: RUF012
+
+    def __init__(self, records: int, channels: int):
+        self.records, self.channels = records, channels
+
+    def __len__(self) -> int:
+        return self.records
+
+    def __getitem__(self, record: int) -> tuple[np.ndarray, int]:
+        return np.zeros((8, 8, self.channels), np.uint8), -1
+
+
 class Folder:
     """Image files `<root>/<class>/...`; the classes are the folders in alphabetical order."""
 

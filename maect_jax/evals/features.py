@@ -47,12 +47,10 @@ def extract(
     kept, pending = [], None
     for local in batches:
         batch = sharding.put_batch(local, mesh)
-        found = collect(run(batch["image"]), batch["label"], batch["index"], batch["valid"])
+        found = collect(run(batch["image"]), batch["label"], batch["valid"])
         if pending is not None:  # one batch late, so that the device never waits
             kept.append(jax.device_get(pending))
         pending = found
     kept.append(jax.device_get(pending))
-    x, labels, index, valid = (np.concatenate(parts) for parts in zip(*kept, strict=True))
-    # A batch is in the order of the mesh, which need not be that of the hosts.
-    order = np.argsort(index)[: valid.sum()]
-    return Features(x[order], labels[order])
+    x, labels, valid = (np.concatenate(parts) for parts in zip(*kept, strict=True))
+    return Features(x[valid], labels[valid])

@@ -42,6 +42,7 @@ class Decoder(nn.Module):
     channels: int
     ln_eps: float = 1e-6
     dtype: Any = jnp.float32
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, latent: jax.Array, restore: jax.Array, grid: tuple[int, int]) -> jax.Array:
@@ -56,7 +57,7 @@ class Decoder(nn.Module):
         patches = patches + jnp.asarray(vit.sincos_position(grid, self.width), self.dtype)
         x = jnp.concatenate([x[:, :1], patches], axis=1)
         block = dict(heads=self.heads, ln_eps=self.ln_eps, dtype=self.dtype)
-        x, _ = vit.scanned_blocks(self.depth, "blocks", **block)(x)
+        x, _ = vit.scanned_blocks(self.depth, "blocks", self.remat, **block)(x)
         norm = nn.LayerNorm(self.ln_eps, dtype=self.dtype, use_fast_variance=False, name="norm")
         pixels = self.patch_size**2 * self.channels
         return vit.Linear(pixels, self.dtype, name="pred")(norm(x)[:, 1:]).astype(jnp.float32)

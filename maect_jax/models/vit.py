@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from maect_jax import sharding
 
@@ -121,10 +122,22 @@ class Block(nn.Module):
         return sharding.constrain_batch(x), None
 
 
-def scanned_blocks(depth: int, name: str, **block) -> nn.Module:
+# What a backward pass computes again instead of keeping it: nothing; all within a block but its
+# matrix products; or all within a block.
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "blocks": jax.checkpoint_policies.nothing_saveable,
+}
+FROZEN = "frozen"  # the name of what the frozen blocks hand on, for policies of checkpointing
+
+
+def scanned_blocks(depth: int, name: str, remat: str, **block) -> nn.Module:
     """`depth` blocks whose parameters are stacked along a leading layer axis."""
+    policy = REMAT[remat]
+    body = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
     scan = nn.scan(
-        Block,
+        body,
         variable_axes={"params": 0},
         split_rngs={"params": True},
         length=depth,
@@ -139,7 +152,7 @@ class ViT(nn.Module):
     only if there are any), `blocks` (the other layers), `norm`. Both stacks carry a leading
     layer axis, so that what is trained and what is frozen are separate leaves
     (`split_blocks`, `merge_blocks`). A parameter `pos_embed [N, D]`, where given, is a learned
-    position embedding that takes the place of the fixed one.
+    position embedding that takes the place of the fixed one. `remat` is a key of `REMAT`.
     """
 
     width: int
@@ -149,6 +162,7 @@ class ViT(nn.Module):
     frozen_blocks: int = 0
     ln_eps: float = 1e-6
     dtype: Any = jnp.float32
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, images: jax.Array, keep: jax.Array | None = None) -> jax.Array:
@@ -172,10 +186,11 @@ class ViT(nn.Module):
         x = sharding.constrain_batch(x)
         block = dict(heads=self.heads, ln_eps=self.ln_eps, dtype=self.dtype)
         if self.frozen_blocks:
-            x, _ = scanned_blocks(self.frozen_blocks, "frozen_blocks", **block)(x)
+            x, _ = scanned_blocks(self.frozen_blocks, "frozen_blocks", "none", **block)(x)
+            x = checkpoint_name(x, FROZEN)
         if self.depth > self.frozen_blocks:
             rest = self.depth - self.frozen_blocks
-            x, _ = scanned_blocks(rest, "blocks", **block)(x)
+            x, _ = scanned_blocks(rest, "blocks", self.remat, **block)(x)
         norm = nn.LayerNorm(self.ln_eps, dtype=self.dtype, use_fast_variance=False, name="norm")
         return norm(x)
 

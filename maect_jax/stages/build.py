@@ -19,7 +19,7 @@ SAVED_PARTS = {
 }
 
 
-def encoder(model: ConfigDict, frozen_blocks: int = 0) -> vit.ViT:
+def encoder(model: ConfigDict, frozen_blocks: int = 0, remat: str = "none") -> vit.ViT:
     """The encoder that a config's `model` section describes."""
     size = encoder_size(model)
     return vit.ViT(
@@ -28,6 +28,7 @@ def encoder(model: ConfigDict, frozen_blocks: int = 0) -> vit.ViT:
         frozen_blocks=frozen_blocks,
         ln_eps=model.ln_eps,
         dtype=model.dtype,
+        remat=remat,
     )
 
 
@@ -74,17 +75,23 @@ def stage(config: ConfigDict, name: str, records: int) -> Mae | Contrast:
         lr = optim.scaled_lr(base_lr, section.batch_size, VIEWS)
         return optim.Group(lr, weight_decay, layer_decay, depth)
 
-    common = dict(image_shape=image_shape(model), recipe=_recipe(config, section), steps=steps)
+    common = dict(
+        image_shape=image_shape(model),
+        recipe=_recipe(config, section),
+        steps=steps,
+        microbatches=config.encoder_microbatches,
+    )
     if name == "mae":
         one = group(section.base_lr, section.weight_decay)
         return Mae(
-            encoder=encoder(model),
+            encoder=encoder(model, remat=config.remat),
             decoder=mae.Decoder(
                 **section.decoder,
                 patch_size=model.patch_size,
                 channels=model.channels,
                 ln_eps=model.ln_eps,
                 dtype=model.dtype,
+                remat=config.remat,
             ),
             mask_ratio=section.mask_ratio,
             groups={"encoder": one, "decoder": one},
@@ -101,7 +108,7 @@ def stage(config: ConfigDict, name: str, records: int) -> Mae | Contrast:
         head = group(section.base_lr, section.weight_decay)
         groups = {"projector": head, "predictor": head}
     return Contrast(
-        encoder=encoder(model, section.frozen_blocks if tunes else 0),
+        encoder=encoder(model, section.frozen_blocks if tunes else 0, config.remat),
         projector=nnclr.Projector(section.projector_hidden, section.projector_out, model.dtype),
         predictor=nnclr.Predictor(section.predictor_hidden, section.projector_out, model.dtype),
         pool=model.pool,

@@ -15,6 +15,7 @@ from maect_jax import losses, optim, support_queue
 from maect_jax.data import augment
 from maect_jax.data.augment import Recipe
 from maect_jax.models import nnclr, vit
+from maect_jax.stages.microbatch import over_microbatches
 from maect_jax.state import TrainState
 
 _WATCHED_NEIGHBOURS = 3
@@ -26,7 +27,8 @@ class Contrast:
 
     `ema_decay` (the encoder's) and `target_factor` (the projector's) are `None` in stage 2,
     where the encoder is frozen whole and the neighbours are looked up with the projector
-    itself. `top_k` neighbours are found, one is drawn. `image_shape` is (H, W, C).
+    itself. `top_k` neighbours are found, one is drawn. `image_shape` is (H, W, C). The encoder runs
+    over `microbatches` parts of a batch.
     """
 
     encoder: vit.ViT
@@ -44,6 +46,7 @@ class Contrast:
     groups: Mapping[str, optim.Group]
     steps: int
     warmup: int
+    microbatches: int = 1
 
     def optimizer(self, params):
         return optim.adamw(params, self.groups, self.steps, self.warmup)
@@ -101,11 +104,17 @@ class Contrast:
             rng=rng,
         )
 
-    def features(self, params: dict, frozen: dict, views: jax.Array) -> jax.Array:
+    def features(
+        self, params: dict, frozen: dict, views: jax.Array, microbatches: int = 1
+    ) -> jax.Array:
         """Pooled features `[B, V, D]` of views `[B, V, H, W, C]`."""
         encoder = {**frozen["encoder"], **params.get("encoder", {})}
-        tokens = self.encoder.apply({"params": encoder}, views.reshape(-1, *views.shape[2:]))
-        return vit.pool(tokens, self.pool).reshape(*views.shape[:2], -1)
+
+        def encode(images):
+            return vit.pool(self.encoder.apply({"params": encoder}, images), self.pool)
+
+        images = views.reshape(-1, *views.shape[2:])
+        return over_microbatches(encode, microbatches, images).reshape(*views.shape[:2], -1)
 
     def head(self, params: dict, batch_stats: dict, target: dict, features: jax.Array):
         """Runs the head on each view by itself, with batch statistics.
@@ -134,7 +143,7 @@ class Contrast:
 
     def loss(self, params, state: TrainState, views: jax.Array, batch: dict, key: jax.Array):
         """The symmetric NNCLR loss on two views `[B, 2, H, W, C]`."""
-        features = self.features(params, state.frozen, views)
+        features = self.features(params, state.frozen, views, self.microbatches)
         projected, predicted, stats = self.head(params, state.batch_stats, state.target, features)
         ids = jnp.repeat(batch["index"], 2)
         queries = projected.reshape(-1, projected.shape[-1])

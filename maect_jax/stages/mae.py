@@ -10,13 +10,14 @@ from maect_jax import losses, optim
 from maect_jax.data import augment
 from maect_jax.data.augment import Recipe
 from maect_jax.models import mae, vit
+from maect_jax.stages.microbatch import over_microbatches
 from maect_jax.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Mae:
     """What is fixed in stage 1. `image_shape` is (H, W, C); `groups`, `steps` and `warmup` are the
-    optimiser's (`optim.adamw`)."""
+    optimiser's (`optim.adamw`); the encoder runs over `microbatches` parts of a batch."""
 
     encoder: vit.ViT
     decoder: mae.Decoder
@@ -26,6 +27,7 @@ class Mae:
     groups: Mapping[str, optim.Group]
     steps: int
     warmup: int
+    microbatches: int = 1
 
     def optimizer(self, params):
         return optim.adamw(params, self.groups, self.steps, self.warmup)
@@ -57,10 +59,16 @@ class Mae:
             rng=rng,
         )
 
-    def forward(self, params: dict, images: jax.Array, noise: jax.Array) -> dict:
+    def forward(
+        self, params: dict, images: jax.Array, noise: jax.Array, microbatches: int = 1
+    ) -> dict:
         """Reconstructs `images [B, H, W, C]` masked by `noise [B, N]`."""
         keep, restore, mask = mae.random_mask(noise, self.mask_ratio)
-        latent = self.encoder.apply({"params": params["encoder"]}, images, keep)
+
+        def encode(images, keep):
+            return self.encoder.apply({"params": params["encoder"]}, images, keep)
+
+        latent = over_microbatches(encode, microbatches, images, keep)
         prediction = self.decoder.apply({"params": params["decoder"]}, latent, restore, self.grid)
         target = losses.patch_targets(images, self.encoder.patch_size)
         loss = losses.reconstruction(prediction, target, mask)
@@ -71,7 +79,8 @@ class Mae:
         del state, batch
         images = views.reshape(-1, *views.shape[2:])
         noise = jax.random.uniform(key, (len(images), self.grid[0] * self.grid[1]))
-        return self.forward(params, images, noise)["loss"], ({}, {})
+        found = self.forward(params, images, noise, self.microbatches)
+        return found["loss"], ({}, {"mask": found["mask"]})
 
     def watch(self, state: TrainState, images: jax.Array, ids: jax.Array) -> dict:
         """Masks some images uint8 `[Q, H, W, C]`, the same way at every call, and fills them in.

@@ -53,11 +53,10 @@ def compiled(stage, places: TrainState):
 def watched(stage, mesh):
     """`stage.watch` as it is run: `(state, batch) -> dict`, jitted, results on every device.
 
-    `batch` has `images` and `ids`, and `index`, which is handed through: the rows of a batch are
-    in the order of the mesh, which need not be that of the hosts.
+    `batch` has `images` and `ids`.
     """
 
     def watch(state, batch):
-        return stage.watch(state, batch["images"], batch["ids"]) | {"index": batch["index"]}
+        return stage.watch(state, batch["images"], batch["ids"])
 
     return jax.jit(watch, out_shardings=sharding.replicated(mesh))

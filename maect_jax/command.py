@@ -1,0 +1,75 @@
+"""What the commands share: a config page with its overrides, help, and errors of one line."""
+
+import ast
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from maect_jax import config as pages
+
+_CONFIG = flags.DEFINE_string(
+    "config",
+    None,
+    "a config page (needed), or page:test for its tiny variant; --config.key=value overrides a key",
+)
+_OVERRIDE = "--config."
+
+
+def _help(doc: str, own: Sequence[flags.FlagHolder]) -> str:
+    lines = [doc.strip(), "", "Flags:"]
+    for flag in (_CONFIG, *own):
+        lines.append(f"  --{flag.name}: {flags.FLAGS[flag.name].help}")
+    lines += ["", "Config pages:"]
+    for path in sorted((Path(__file__).parents[1] / "configs").glob("*.py")):
+        summary = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+        if path.stem != "common":
+            lines.append(f"  {os.path.relpath(path):34}{summary}")
+    return "\n".join(lines)
+
+
+def _parse(doc: str, own: Sequence[flags.FlagHolder], argv: Sequence[str]) -> list[str]:
+    """Parses the flags; returns the program's name and the config overrides, `key=value`."""
+    if any(arg in ("--help", "-h", "-help", "--helpfull", "--helpshort") for arg in argv):
+        print(_help(doc, own))
+        sys.exit(0)
+    overrides = [arg.removeprefix(_OVERRIDE) for arg in argv if arg.startswith(_OVERRIDE)]
+    try:
+        rest = flags.FLAGS([arg for arg in argv if not arg.startswith(_OVERRIDE)])
+    except flags.Error as error:
+        stop(error)
+    if rest[1:]:
+        stop(f"unexpected argument {rest[1]!r}; all are --flag=value, see --help")
+    if not _CONFIG.value:
+        stop("--config=PAGE is needed, such as configs/quickstart.py; --help lists the pages")
+    return [argv[0], *overrides]
+
+
+def run(main: Callable[[list[str]], None], doc: str, *own: flags.FlagHolder) -> None:
+    """Parses the command line and calls `main` with the program's name and the overrides.
+
+    Args:
+      main: what `load_config` is called in.
+      doc: the text of --help.
+      *own: the flags that `main` has of its own.
+    """
+    app.run(main, flags_parser=partial(_parse, doc, own))
+
+
+def load_config(argv: list[str]) -> ConfigDict:
+    """The config of the page that --config names, with the overrides of `argv`.
+
+    Raises:
+      UserError: there is no such page or key, or a value is not of its type.
+    """
+    return pages.load(_CONFIG.value, argv[1:])
+
+
+def stop(error: Exception | str, status: int = 2) -> None:
+    """Ends the program with one line on stderr."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(status)

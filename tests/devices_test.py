@@ -1,0 +1,163 @@
+"""One program on 1, 2, 4 and 8 devices: the same masks, neighbours, losses and parameters."""
+
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+
+from maect_jax import config, convert, optim, sharding, state
+from maect_jax.evals import cluster, features, knn
+from maect_jax.stages import build
+from maect_jax.stages.step import gradients, step
+from tests import figures
+from tests.conftest import CONFIGS, mesh_of
+from tests.contrast_run import assert_parameters, run
+from tests.figures import FORWARD, GRADIENT, assert_close, assert_within, norm, optimiser_bound
+from tests.gradient_bounds import assert_gradients, grad_parts, update_bound
+from tests.stages_test import ENCODER, STAGES, batch_of
+
+# Data-parallel, sharded, and both.
+MESHES = [(2, 1), (1, 2), (4, 1), (1, 4), (2, 2), (8, 1), (1, 8), (2, 4)]
+on_meshes = pytest.mark.parametrize("shape", MESHES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+CT = figures.cases("ct")[0]
+
+
+@on_meshes
+def test_three_steps_of_ct_follow_the_authors_as_on_one_device(shape):
+    """The bounds are those of one device (`parity_test`)."""
+    one, many = run(CT, "start"), run(CT, "start", shape=shape)
+    for first, other in zip(one, many, strict=True):
+        np.testing.assert_array_equal(other.neighbours, first.neighbours)
+        assert_close("devices, loss", other.scalars["loss"], first.scalars["loss"], FORWARD)
+        assert_gradients("devices, ct", other.grads, first.grads, GRADIENT, contrastive=True)
+    assert_parameters("devices, ct", CT, many, "start", _off)
+
+
+def _off(s, name):
+    return GRADIENT * norm(grad_parts(CT.under(f"step{s}/grad/"))[name])
+
+
+def _to_torch(params):
+    """Parameters, or a tree of their structure, by the names that the bounds know."""
+    parts = {}
+    if "encoder" in params:
+        parts["encoder"] = convert.encoder_to_torch(params["encoder"], ENCODER.patch_size)
+    if "decoder" in params:
+        parts["decoder"] = convert.decoder_to_torch(params["decoder"])
+    if "projector" in params:
+        parts["head"] = convert.head_to_torch({"params": params})
+    return grad_parts(figures.prefixed(**parts))
+
+
+@cache
+def one_step(name, shape):
+    """The loss, what was drawn, the gradients, and the parameters before and after one step."""
+    stage, mesh = STAGES[name], mesh_of(*shape)
+
+    def update(now, batch):
+        (_, (_, carried)), grads = gradients(stage, now, batch)
+        drawn = carried["mask" if name == "mae" else "positions"]
+        return *step(stage, now, batch), drawn, grads
+
+    with jax.set_mesh(mesh):
+        before = state.create(stage, jax.random.key(0), {}, mesh)
+        out = (state.shardings_of(before), None, None, None)
+        batch = sharding.put_batch(batch_of(0), mesh)
+        after, metrics, drawn, grads = jax.jit(update, out_shardings=out)(before, batch)
+        trees = (_to_torch(jax.device_get(x)) for x in (grads, before.params, after.params))
+        return metrics["loss"], np.asarray(drawn), *trees, after
+
+
+@on_meshes
+@pytest.mark.parametrize("name", ["mae", "head"])
+def test_a_step_of_mae_and_head_equals_that_of_one_device(name, shape):
+    """Masks and neighbours are equal; the gradients are compared, and so Adam hides nothing."""
+    stage, contrastive = STAGES[name], name == "head"
+    loss, drawn, grads, before, params, _ = one_step(name, (1, 1))
+    got_loss, got_drawn, got_grads, _, got_params, _ = one_step(name, shape)
+    np.testing.assert_array_equal(got_drawn, drawn)
+    assert_close("devices, loss", got_loss, loss, FORWARD)
+    (lr,) = {group.lr for group in stage.groups.values()}
+    lr *= float(optim.schedule(stage.steps, stage.warmup)(0))
+    assert params.keys() == got_params.keys()
+    for part, want in params.items():
+        off = GRADIENT * norm(grads[part])
+        spread = lr * update_bound(part, [grads[part]], off, contrastive)
+        bound = spread + optimiser_bound(want, want - before[part], 1)
+        size = max(norm(want), 1e-30)
+        error = norm(got_params[part] - want)
+        assert_within("devices, parameters", error / size, bound / size)
+    for part in grads:
+        if "qkv.bias[k]" not in part and not part.endswith("projector.7.bias"):
+            assert_close("devices, gradients", got_grads[part], grads[part], GRADIENT)
+
+
+@pytest.mark.parametrize(("page", "name"), [("mae_vith16", "mae"), ("ct_vith16", "ct")])
+def test_parameters_moments_and_averages_are_sharded(page, name):
+    """Of the paper's model each of eight devices holds an eighth, but for what is small."""
+    stage, mesh = build.stage(config.load(str(CONFIGS / f"{page}.py")), name, 10_000), mesh_of(1, 8)
+    start = state.abstract(stage, jax.random.key(0), {}, mesh)
+    for part in ("params", "opt_state", "ema", "target", "frozen", "queue"):
+        leaves = jax.tree.leaves(getattr(start, part))
+        whole = sum(leaf.size for leaf in leaves)
+        share = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+        assert share <= whole / 8 * 1.01, part
+
+
+def test_an_evaluation_of_the_same_weights_is_the_same(rng):
+    """k-NN, and k-means from the same start, on features from different meshes."""
+    encoder = ENCODER
+    pictures = rng.integers(0, 256, (160, 8, 8, 3), dtype=np.uint8)
+    labels = np.arange(160) % 5
+    pictures[..., 0] = 40 * labels[:, None, None] + rng.integers(0, 50, (160, 8, 8))
+    params = encoder.init(jax.random.key(1), pictures[:1] / 255)["params"]
+    found = []
+    for shape in ((1, 1), (4, 1), (8, 1), (2, 4)):
+        mesh = mesh_of(*shape)
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(params, sharding.tree_shardings(params, mesh))
+            encode = features.encode(encoder, placed, "cls", (0.5,) * 3, (0.25,) * 3)
+            batches = (
+                dict(image=pictures[i : i + 32], label=labels[i : i + 32], valid=np.ones(32, bool))
+                for i in range(0, 160, 32)
+            )
+            x, y = features.extract(encode, batches, mesh)
+        near = knn.knn(x[:100], y[:100], x[100:], y[100:], (1, 5))
+        groups, assigned = cluster.cluster(x, y, runs=3)
+        found.append((x, [n["accuracy"] for n in near], groups["best"], assigned))
+    x, accuracies, best, assigned = found[0]
+    assert 0.3 < accuracies[0] < 1  # there is something to tell apart
+    for other in found[1:]:
+        np.testing.assert_allclose(other[0], x, rtol=1e-5, atol=1e-5)
+        assert other[1] == accuracies
+        assert {k: v for k, v in other[2].items() if k != "loss"} == {
+            k: v for k, v in best.items() if k != "loss"
+        }
+        np.testing.assert_array_equal(other[3], assigned)
+
+
+def test_rows_of_a_process_are_those_that_its_devices_hold(monkeypatch):
+    """A TPU slice's mesh gives a process several blocks of the batch."""
+    from types import SimpleNamespace
+
+    owners = [0, 0, 1, 1, 0, 0, 1, 1]
+    devices = np.array([SimpleNamespace(process_index=i) for i in owners]).reshape(4, 2)
+    mesh = SimpleNamespace(devices=devices)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    rows = sharding.local_rows(16, mesh)
+    np.testing.assert_array_equal(rows, [4, 5, 6, 7, 12, 13, 14, 15])
+    # Each device's rows are found among the process's own.
+    for device in (2, 3, 6, 7):
+        wanted = range(2 * device, 2 * device + 2)
+        np.testing.assert_array_equal(rows[sharding._places(rows, wanted)], list(wanted))
+
+
+def test_a_batch_is_split_in_the_order_of_the_mesh():
+    mesh = mesh_of(4, 2)
+    x = np.arange(16)
+    batch = sharding.put_batch({"x": x}, mesh)["x"]
+    np.testing.assert_array_equal(batch, x)
+    parts = {shard.device: shard.data for shard in batch.addressable_shards}
+    for i, device in enumerate(mesh.devices.flat):
+        np.testing.assert_array_equal(parts[device], [2 * i, 2 * i + 1])
