@@ -10,7 +10,8 @@ import pytest
 from maect_jax import convert, support_queue
 from maect_jax.stages.step import gradients
 from tests import figures
-from tests.contrast_run import MESH, assert_parameters, batch_of, run, trained_to_torch
+from tests.conftest import mesh_of
+from tests.contrast_run import ONE, assert_parameters, batch_of, run, trained_to_torch
 from tests.figures import FORWARD, assert_close, assert_within, norm
 from tests.gradient_bounds import grad_parts, scale_of
 from tests.rounding import SCALES, assert_as_exact_as_bf16, emulated, rounded
@@ -99,7 +100,7 @@ def test_ct_forward_and_gradients(case):
 
     single, half = stages_of(case)
     exactly, halfly = (jax.jit(partial(look, stage)) for stage in (single, half))
-    with jax.set_mesh(MESH):
+    with jax.set_mesh(mesh_of(*ONE)):
         for s, step in enumerate(run(case, "all")):
             state = step.before.replace(rng=jax.random.key(0))
             inputs = (state, batch_of(case, s), step.carried["positions"].ravel())

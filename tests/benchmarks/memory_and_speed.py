@@ -20,7 +20,7 @@ from maect_jax.stages.step import compiled
 PAGE = Path(__file__).parents[2] / "configs" / "ct_vitb16.py"
 
 ROWS = [(1, "none"), (1, "dots"), (1, "blocks"), (2, "none"), (4, "none"), (8, "none"), (8, "dots")]
-ROUNDS = 7
+ROUNDS = 5
 IMAGES = 8
 
 
