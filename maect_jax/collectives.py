@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-_BITS = {"pred": 8, "bf16": 16}  # the other names end in their bits
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(([^)]*)\)(.*)$")
@@ -73,7 +72,7 @@ def size(shape: str) -> int:
     """Bytes of an HLO shape, such as `f32[8,4]{1,0}` or a tuple of such."""
     total = 0
     for kind, dims in _SHAPE.findall(shape):
-        bits = _BITS.get(kind) or int(re.search(r"\d+", kind)[0])
+        bits = 8 if kind == "pred" else int(re.search(r"\d+", kind)[0])  # f32, bf16, f8e4m3fn
         total += bits * math.prod(int(n) for n in dims.split(",") if n)
     return total // 8
 

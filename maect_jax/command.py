@@ -53,7 +53,7 @@ def run(main: Callable[[list[str]], None], doc: str, *own: flags.FlagHolder) -> 
     """Parses the command line and calls `main` with the program's name and the overrides.
 
     Args:
-      main: what `load_config` is called in.
+      main: takes what `load_config` wants.
       doc: the text of --help.
       *own: the flags that `main` has of its own.
     """

@@ -153,15 +153,13 @@ def _advice(config: ConfigDict, name: str, mesh) -> list[str]:
     return allowed
 
 
-def report(config: ConfigDict, name: str, topology: str) -> dict:
-    """All that is known of a stage's step on a slice, as plain JSON.
+def report(config: ConfigDict, name: str, topology: str, mesh) -> dict:
+    """All that is known of a stage's step on a slice, as plain JSON; `mesh` is of its devices.
 
     Raises:
-      UserError: the slice is not known, or the config does not suit it.
       RunFailedError: the compiler failed, and not for want of memory.
     """
-    chip, devices = chips.find(topology), devices_of(topology)
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    chip = chips.find(topology)
     start = time.monotonic()
     lowered = lower(config, name, mesh)
     memory, program = memory_of(lowered, chip.hbm)
@@ -171,7 +169,7 @@ def report(config: ConfigDict, name: str, topology: str) -> dict:
         "config": config.name,
         "stage": name,
         "topology": topology,
-        "devices": len(devices),
+        "devices": mesh.size,
         "mesh": dict(mesh.shape),
         "batch_size": config[name].batch_size,
         "encoder_microbatches": config.encoder_microbatches,
@@ -183,9 +181,9 @@ def report(config: ConfigDict, name: str, topology: str) -> dict:
     }
     if program is None:
         return found | {"to_save_memory": _advice(config, name, mesh)}
-    exchanged = collectives.by_kind(collectives.read(program.as_text(), len(devices)))
+    exchanged = collectives.by_kind(collectives.read(program.as_text(), mesh.size))
     sent = sum(kind["sent_bytes"] for kind in exchanged.values())
-    bound = bound_of(chip, len(devices), cost, memory, sent)
+    bound = bound_of(chip, mesh.size, cost, memory, sent)
     return found | {"collectives": exchanged, "bound": bound}
 
 
@@ -244,7 +242,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"config.stages={config.stages!r}: no training stage to compile")
         devices = devices_of(_TOPOLOGY.value)
         validate.settings(config, len(devices))
-        sharding.make_mesh(**config.mesh, devices=devices)
+        mesh = sharding.make_mesh(**config.mesh, devices=devices)
         slug = _TOPOLOGY.value.replace(":", "-")
         out = Path(_OUT.value or f"runs/compile/{config.name}.{slug}.json")
         try:
@@ -253,7 +251,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--out={out}: cannot write there: {error}") from error
         found = {}
         for name in names:
-            found[name] = report(config, name, _TOPOLOGY.value)
+            found[name] = report(config, name, _TOPOLOGY.value, mesh)
             print(text(found[name]), flush=True)
         files.write_json(out, found)
         print(out)

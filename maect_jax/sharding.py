@@ -120,12 +120,11 @@ def put_batch(batch, mesh: Mesh):
     The rows are those of `local_rows`, in that order.
     """
     place = batch_split(mesh)
-    here = sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
+    size = len(jax.tree.leaves(batch)[0]) // len(mesh.local_devices) * mesh.size
+    rows = local_rows(size, mesh)
 
     def put(x):
         x = np.asarray(x)
-        size = len(x) // here * mesh.size
-        rows = local_rows(size, mesh)
         return jax.make_array_from_callback(
             (size, *x.shape[1:]), place, lambda index: x[_places(rows, range(size)[index[0]])]
         )

@@ -87,20 +87,24 @@ def settings(config: ConfigDict, devices: int) -> None:
                 f"config.{name}.batch_size={batch_size}: the {devices} devices must divide it, "
                 f"as they do {near}"
             )
-        crops, parts = batch_size * build.VIEWS // devices, config.encoder_microbatches
-        if name != "eval" and crops % parts:
-            raise UserError(
-                f"config.encoder_microbatches={parts}: must divide the {crops} crops of a device "
-                f"(config.{name}.batch_size={batch_size}, {build.VIEWS} views, {devices} devices)"
-            )
         if name == "eval":
             _eval(check)
         else:
+            _microbatches(config.encoder_microbatches, name, batch_size, devices)
             _training(check, name)
             if name == "mae":
                 _mae(check, config)
             else:
                 _contrast(check, config, name)
+
+
+def _microbatches(parts: int, name: str, batch_size: int, devices: int) -> None:
+    crops = batch_size * build.VIEWS // devices
+    if crops % parts:
+        raise UserError(
+            f"config.encoder_microbatches={parts}: must divide the {crops} crops of a device "
+            f"(config.{name}.batch_size={batch_size}, {build.VIEWS} views, {devices} devices)"
+        )
 
 
 def _model(check: _Checker) -> None:

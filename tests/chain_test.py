@@ -9,7 +9,7 @@ import pytest
 
 from maect_jax import checkpoint, config, metrics, pipeline
 from maect_jax.stages import build
-from tests.conftest import CONFIGS, assert_trees_equal, mesh_of
+from tests.conftest import CONFIGS, assert_trees_equal, mesh_of, run_on
 from tests.main_test import run_main
 
 QUICK = "configs/quickstart.py:test"
@@ -142,10 +142,8 @@ def test_stopped_in_ct_it_goes_on_and_ends_bit_equal(tmp_path, monkeypatch):
             "log_every=1",
         ],
     )
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    monkeypatch.setattr(pipeline.sharding, "make_mesh", lambda **_: mesh_of(1, 1))
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    pipeline.run(quick, whole)
+    run_on(monkeypatch, (1, 1), quick, whole)
     shutil.copytree(whole, stopped)
     shutil.rmtree(checkpoint.stage_folder(stopped, "ct"))
     add = metrics.Log.add
@@ -158,10 +156,10 @@ def test_stopped_in_ct_it_goes_on_and_ends_bit_equal(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(metrics.Log, "add", add_until_12)
         with pytest.raises(StoppedError):
-            pipeline.run(quick, stopped)
+            run_on(monkeypatch, (1, 1), quick, stopped)
     assert metrics_of(stopped)[-1]["step"] == 10  # read one step late
     assert checkpoint.last_step(checkpoint.stage_folder(stopped, "ct")) == 7
-    pipeline.run(quick, stopped)
+    run_on(monkeypatch, (1, 1), quick, stopped)
     assert_trees_equal(last_state(whole, "ct"), last_state(stopped, "ct"))
     told = [
         [(entry["stage"], entry["step"], entry["loss"]) for entry in metrics_of(run)]

@@ -29,6 +29,16 @@ def mesh_of(data: int, fsdp: int) -> Mesh:
     return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
+def run_on(monkeypatch, shape: tuple[int, int], config, workdir) -> None:
+    """Runs a config in this process as if the devices of a mesh of that shape were all."""
+    from maect_jax import pipeline
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: shape[0] * shape[1])
+        patch.setattr(pipeline.sharding, "make_mesh", lambda **_: mesh_of(*shape))
+        pipeline.run(config, workdir)
+
+
 @pytest.fixture
 def in_root(monkeypatch):
     """Runs the test in the checkout's top folder, as the documented commands are."""

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from maect_jax import checkpoint, config, pipeline, sharding
+from maect_jax import checkpoint, config, sharding
 from tests.chain_test import metrics_of
-from tests.conftest import CONFIGS, FAST_COMPILE, ROOT, mesh_of
+from tests.conftest import CONFIGS, FAST_COMPILE, ROOT, mesh_of, run_on
 from tests.figures import FORWARD, GRADIENT, assert_close
 from tests.main_test import run_main
 
@@ -81,9 +81,7 @@ def pod_run(tmp_path_factory):
 def alone(monkeypatch, workdir, *settings):
     """The same in this process, on four devices."""
     page = config.load(str(CONFIGS / "quickstart.py:test"), [*SETTINGS, *settings])
-    monkeypatch.setattr(jax, "device_count", lambda: 4)
-    monkeypatch.setattr(pipeline.sharding, "make_mesh", lambda **_: mesh_of(2, 2))
-    pipeline.run(page, workdir)
+    run_on(monkeypatch, (2, 2), page, workdir)
     return workdir
 
 

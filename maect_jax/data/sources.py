@@ -72,10 +72,9 @@ class Blank:
     """Stands for `records` images of various sizes that are not at hand."""
 
     shape = None
-    classes: list[str] = []  # noqa: RUF012
 
     def __init__(self, records: int, channels: int):
-        self.records, self.channels = records, channels
+        self.records, self.channels, self.classes = records, channels, []
 
     def __len__(self) -> int:
         return self.records
