@@ -156,6 +156,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     assert done.returncode == 0, done.stderr
     ran = nbformat.read(tmp_path / "notebook.ipynb", as_version=4)
     outputs = [cell.outputs for cell in ran.cells if cell.cell_type == "code"]
+    assert not [out for outs in outputs for out in outs if out.get("name") == "stderr"]
     install, devices, quickstart, page, own, archive = (
         "".join(out.get("text") or out["data"].get("text/html", "") for out in outs)
         for outs in outputs
