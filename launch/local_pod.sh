@@ -13,6 +13,7 @@ shift
 free_port='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 export JAX_COORDINATOR_ADDRESS=${JAX_COORDINATOR_ADDRESS:-127.0.0.1:$(python -c "$free_port")}
 export JAX_NUM_PROCESSES=$processes
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the processes share the cores
 
 end() { # SIGNAL STATUS: passes the signal on, and waits for ten seconds before it kills
   trap '' INT TERM

@@ -201,12 +201,11 @@ def _time(seconds: float) -> str:
 
 def text(found: dict) -> str:
     """A report for people."""
-    memory, batch = found["memory"], found["batch_size"]
-    mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
+    memory, batch, count = found["memory"], found["batch_size"], found["devices"]
     peak, capacity = _size(memory["peak"]), _size(memory["capacity"])
     parts = {part: _size(memory[part]) for part in ("arguments", "temporaries") if part in memory}
     rows = [
-        ("devices", f"{found['devices']} ({mesh}), {batch // found['devices']} images each"),
+        ("devices", f"{count} ({sharding.sizes(found['mesh'])}), {batch // count} images each"),
         ("compiled in", f"{found['compile_seconds']:.0f} s"),
         ("FLOPs a step", f"{found['flops']:.3g}"),
         ("memory a chip", f"{peak} of {capacity}"),

@@ -28,9 +28,14 @@ def _join_hosts() -> None:
       UserError: it is not known how many they are, or which this one is.
     """
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-    if "JAX_COORDINATOR_ADDRESS" not in os.environ:
-        return
     given = {key: os.environ[name] for key, name in names.items() if name in os.environ}
+    if "JAX_COORDINATOR_ADDRESS" not in os.environ:
+        if given:
+            alone = " and ".join(names[key] for key in given)
+            raise UserError(
+                f"{alone} set without JAX_COORDINATOR_ADDRESS=HOST:PORT of the first host"
+            )
+        return
     seconds = _HOST_TIMEOUT.value
 
     def give_up():

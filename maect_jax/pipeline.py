@@ -190,12 +190,27 @@ def dry_run(config: ConfigDict) -> None:
         print(f"{config.name}: k-NN, linear probes and k-means of {config.init_from}")
         return
     validate.settings(config, jax.device_count())
-    sharding.make_mesh(**config.mesh)
+    mesh = sharding.make_mesh(**config.mesh)
     images, whose = plan.training_images(config)
     records = len(images)
     _enough(config, records)
     print(f"{config.name}: {' -> '.join(config.stages)}; {records:,} training images ({whose})")
+    print(f"on {mesh.size} {mesh.devices.flat[0].device_kind} ({sharding.sizes(mesh.shape)})")
+    if config.stages[0] != "mae":
+        print(f"from {_start(config)}")
     print("\n".join(plan.describe(config, records)))
+
+
+def _start(config: ConfigDict) -> str:
+    """Where the first stage starts, and whether it could."""
+    if config.init_from == RANDOM:
+        return "random weights"
+    try:
+        origin = find(config.init_from, config.stages[0])
+        _finished(origin)
+    except UserError as error:
+        return f"nothing yet: {error}"
+    return f"{origin.run}, stage {origin.stage}"
 
 
 def run(config: ConfigDict, workdir: Path) -> None:

@@ -5,6 +5,7 @@ Two axes: `data` replicates the parameters, `fsdp` shards them; the batch is spl
 
 import math
 import re
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -42,11 +43,16 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
         shape = {axis: count // known if s == -1 else s for axis, s in shape.items()}
     if math.prod(shape.values()) != count or min(shape.values()) < 1:
         raise UserError(
-            f"config.mesh=(data={data}, fsdp={fsdp}): the sizes must multiply to the "
-            f"{count} devices; one of them may be -1, the rest"
+            f"config.mesh=(data={data}, fsdp={fsdp}): the sizes must multiply to the number of "
+            f"devices, which is {count}; one of them may be -1, the rest"
         )
     kinds = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(shape.values()), AXES, axis_types=kinds, devices=devices)
+
+
+def sizes(shape: Mapping[str, int]) -> str:
+    """A mesh's `shape` for people, `data 4 x fsdp 2`."""
+    return " x ".join(f"{axis} {size}" for axis, size in shape.items())
 
 
 def more_sharded(mesh: Mesh) -> dict[str, int]:

@@ -193,6 +193,15 @@ def test_hosts_that_cannot_be_counted_are_one_line(monkeypatch, tmp_path, number
     assert done.returncode == 2
 
 
+def test_hosts_without_an_address_are_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    done = run_main(f"--config={PAGE}", f"--workdir={tmp_path / 'run'}")
+    assert done.stderr == (
+        "error: JAX_NUM_PROCESSES set without JAX_COORDINATOR_ADDRESS=HOST:PORT of the first host\n"
+    )
+    assert done.returncode == 2
+
+
 def test_a_folder_that_hosts_do_not_share_ends_all_of_them(monkeypatch, tmp_path):
     """Each host has a folder of its own under the same name, as without shared storage."""
     script = tmp_path / "python"

@@ -42,7 +42,8 @@ BAD = {
     ),
     "mesh and devices": (
         (QUICK, "--config.mesh.fsdp=3"),
-        "config.mesh=(data=-1, fsdp=3): the sizes must multiply to the 2 devices",
+        "config.mesh=(data=-1, fsdp=3): the sizes must multiply to the number of devices, which "
+        "is 2; one of them may be -1",
     ),
     "patch and image": (
         (QUICK, "--config.model.patch_size=5"),
@@ -112,6 +113,11 @@ def test_dry_run_tells_what_would_run(tmp_path):
     workdir = tmp_path / "run"
     done = run_main("--config=configs/ct_vith16.py", "--dry_run", f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1:3] == [
+        "on 1 cpu (data 1 x fsdp 1)",
+        "from nothing yet: config.init_from='runs/head_vith16': there is no run; must be the "
+        "folder of a run, or 'random' weights",
+    ]
     lines = {line.split("  ")[1]: line for line in done.stdout.splitlines() if line[:2] == "  "}
     assert "75,060 (30 epochs of 1,281,167 images, warm-up 15,012)" in lines["steps"]
     assert "512 images x 2 views" in lines["batch"]
