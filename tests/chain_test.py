@@ -9,11 +9,33 @@ import pytest
 
 from maect_jax import checkpoint, config, metrics, pipeline
 from maect_jax.stages import build
-from tests.conftest import CONFIGS, assert_trees_equal, mesh_of, run_on
+from tests.conftest import CONFIGS, SMALL, assert_trees_equal, mesh_of, run_on
 from tests.main_test import run_main
 
 QUICK = "configs/quickstart.py:test"
 STAGES = ("mae", "head", "ct")
+
+
+# `python -m maect_jax.main` in a process where importing TensorFlow fails.
+WITHOUT_TENSORFLOW = """
+import runpy, sys
+sys.modules["tensorflow"] = sys.modules["keras"] = None
+sys.argv[0] = "maect_jax.main"
+runpy.run_module("maect_jax.main", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of the quickstart's tiny variant, and what it printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "quickstart_test"
+    done = run_main(
+        f"--config={QUICK}",
+        f"--workdir={workdir}",
+        python=("-c", WITHOUT_TENSORFLOW),
+    )
+    assert done.returncode == 0, done.stderr
+    return workdir, done
 
 
 def metrics_of(workdir):
@@ -130,35 +152,25 @@ class StoppedError(Exception):
 
 def test_stopped_in_ct_it_goes_on_and_ends_bit_equal(tmp_path, monkeypatch):
     """Stopped in the middle of ct, the same command ends in the very state of a run in one go."""
-    quick = config.load(
-        str(CONFIGS / "quickstart.py:test"),
-        [
-            "stages=('mae','head','ct')",
-            "mae.epochs=1",
-            "mae.batch_size=1024",
-            "ct.epochs=2",
-            "head.batch_size=1024",
-            "ct.batch_size=1024",
-            "log_every=1",
-        ],
-    )
+    settings = ("stages=('mae','head','ct')", SMALL, "mae.epochs=1", "ct.epochs=2")
+    quick = config.load(str(CONFIGS / "quickstart.py:test"), [*settings, "log_every=1"])
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run_on(monkeypatch, (1, 1), quick, whole)
     shutil.copytree(whole, stopped)
     shutil.rmtree(checkpoint.stage_folder(stopped, "ct"))
     add = metrics.Log.add
 
-    def add_until_12(self, step, scalars):
-        if step == 12:
+    def add_until_9(self, step, scalars):
+        if step == 9:
             raise StoppedError
         add(self, step, scalars)
 
     with monkeypatch.context() as patch:
-        patch.setattr(metrics.Log, "add", add_until_12)
+        patch.setattr(metrics.Log, "add", add_until_9)
         with pytest.raises(StoppedError):
             run_on(monkeypatch, (1, 1), quick, stopped)
-    assert metrics_of(stopped)[-1]["step"] == 10  # read one step late
-    assert checkpoint.last_step(checkpoint.stage_folder(stopped, "ct")) == 7
+    assert metrics_of(stopped)[-1]["step"] == 7  # read one step late
+    assert checkpoint.last_step(checkpoint.stage_folder(stopped, "ct")) == 6
     run_on(monkeypatch, (1, 1), quick, stopped)
     assert_trees_equal(last_state(whole, "ct"), last_state(stopped, "ct"))
     told = [
@@ -194,7 +206,7 @@ def test_pages_chain_from_run_to_run(finished, tmp_path):
         done = run_main(
             f"--config=configs/{name}.py:test", f"--workdir={workdir}",
             f"--config.init_from={start}", f"--config.{override}", "--config.mesh.fsdp=2",
-            devices=8,
+            f"--config.{SMALL}", devices=8,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     results = json.loads((evaluated / "results.json").read_text())

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
+SMALL = "data.train_split=train[80%:]"  # 1,600 of the packaged images
 
 # grain's worker processes read absl's flags, which `main` parses.
 flags.FLAGS.mark_as_parsed()
@@ -59,30 +60,6 @@ def assert_trees_equal(a, b) -> None:
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
         np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
-
-
-# `python -m maect_jax.main` in a process where importing TensorFlow fails.
-WITHOUT_TENSORFLOW = """
-import runpy, sys
-sys.modules["tensorflow"] = sys.modules["keras"] = None
-sys.argv[0] = "maect_jax.main"
-runpy.run_module("maect_jax.main", run_name="__main__")
-"""
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """A finished run of the quickstart's tiny variant, and what it printed."""
-    from tests.main_test import run_main
-
-    workdir = tmp_path_factory.mktemp("runs") / "quickstart_test"
-    done = run_main(
-        "--config=configs/quickstart.py:test",
-        f"--workdir={workdir}",
-        python=("-c", WITHOUT_TENSORFLOW),
-    )
-    assert done.returncode == 0, done.stderr
-    return workdir, done
 
 
 def pytest_terminal_summary(terminalreporter):

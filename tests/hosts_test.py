@@ -15,7 +15,7 @@ import pytest
 
 from maect_jax import checkpoint, config, sharding
 from tests.chain_test import metrics_of
-from tests.conftest import CONFIGS, FAST_COMPILE, ROOT, mesh_of, run_on
+from tests.conftest import CONFIGS, FAST_COMPILE, ROOT, SMALL, mesh_of, run_on
 from tests.figures import FORWARD, GRADIENT, assert_close
 from tests.main_test import run_main
 
@@ -24,7 +24,7 @@ from tests.main_test import run_main
 # rounding, and those of the projector's last bias reach the look-up (golden/README.md). One
 # neighbour, as rounding flips the order of some among twenty thousand.
 SETTINGS = (
-    "log_every=1", "mesh.fsdp=2", "data.train_split=train[80%:]", "mae.epochs=8",
+    SMALL, "log_every=1", "mesh.fsdp=2", "mae.epochs=8",
     "mae.batch_size=512", "head.batch_size=512", "ct.batch_size=512",
     "head.queue_size=1024", "ct.queue_size=1024", "ct.top_k=1", "eval.batch_size=512",
     "mae.base_lr=1e-5", "head.base_lr=1e-5", "ct.base_lr=1e-5", "ct.head_base_lr=1e-5",

@@ -14,6 +14,7 @@ from maect_jax import config as pages
 from maect_jax import files, pipeline, table
 from maect_jax.errors import UserError
 from maect_jax.report import page, plots, sheets, words
+from tests.conftest import CONFIGS, SMALL, run_on
 from tests.main_test import run_main
 
 PICTURES = {
@@ -51,8 +52,13 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def run(finished):
-    return finished[0]
+def run(tmp_path_factory):
+    """The folder of a short run with all stages."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        quick = pages.load(str(CONFIGS / "quickstart.py:test"), [SMALL])
+        run_on(patch, (1, 1), quick, workdir)
+    return workdir
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +106,12 @@ def test_page_says_what_the_files_say(run, html):
     assert shown[3] == f"{change:+.1f}"
     assert cells[row - 5 : row] == ["percent", "pixels", "mae", "ct", "ct - mae"]
     assert "A ViT of width 32, depth 4 and patch size 7: masked pre-training (2 epochs)" in html
-    assert "contrastive tuning of the upper 2 blocks (1 epoch) on 8,000 training images" in html
+    assert "contrastive tuning of the upper 2 blocks (1 epoch) on 1,600 training images" in html
     assert cells[cells.index("ct.temperature") + 1] == "0.15"
     seconds = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [entry["seconds"] for entry in seconds if entry["stage"] == "ct"][-1]
     time = len(cells) - cells[::-1].index("ct") - 1
-    assert cells[time + 1] == "31"
+    assert cells[time + 1] == "6"
     assert cells[time + 3] == f"{last:,.0f}"
 
 
