@@ -6,6 +6,7 @@ import sys
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Unoptimised code halves the time that the tests spend compiling, which is most of it.
 FAST_COMPILE = "--xla_backend_optimization_level=0"
+FAST_RUN = "--xla_backend_optimization_level=1"  # for runs of more than a few steps
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {FAST_COMPILE}"
 # Threads of scikit-learn that wait for a core which another test has wait busily.
 os.environ["OMP_NUM_THREADS"] = "1"

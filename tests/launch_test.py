@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import FAST_COMPILE, ROOT
+from tests.conftest import FAST_RUN, ROOT
 
 LAUNCH = ROOT / "launch"
 BIN = Path(sys.executable).parent
@@ -147,7 +147,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     nbformat.write(notebook, tmp_path / "notebook.ipynb")
     environment = os.environ | {
         "PATH": f"{BIN}:{os.environ['PATH']}",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count=1 {FAST_COMPILE}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=1 {FAST_RUN}",
     }
     done = subprocess.run(
         [sys.executable, "-c", EXECUTE, tmp_path / "notebook.ipynb"],

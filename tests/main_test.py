@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from tests.conftest import FAST_COMPILE, ROOT
+from tests.conftest import FAST_RUN, ROOT
 
 
 def run_main(*arguments, devices=1, python=("-m", "maect_jax.main")):
-    flags = f"--xla_force_host_platform_device_count={devices} {FAST_COMPILE}"
+    flags = f"--xla_force_host_platform_device_count={devices} {FAST_RUN}"
     return subprocess.run(
         [sys.executable, *python, *arguments],
         cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags},
