@@ -34,7 +34,8 @@ def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -
         config.model = _model(variant, patch_size, pool)
     data = config.data = ConfigDict()
     data.source = "folder"  # fashion_mnist, folder or tfds
-    data.path = "data/imagenet"  # folder: holds train/ and val/; tfds: its data_dir
+    # folder: holds train/ and val/; tfds: its data_dir; for both: an .npz file of images instead.
+    data.path = "data/imagenet"
     data.name = "imagenet2012"  # tfds: the set's name
     data.train_split = "train"
     data.val_split = "val"  # imagenet2012 calls it validation
@@ -42,6 +43,7 @@ def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -
     data.std = IMAGENET_STD
     data.short_side = 256  # evaluation: resize to this, then cut the centre
     data.workers = 8  # processes that read and cut images; 0: threads
+    data.max_bad_fraction = 0.01  # of the images may be unreadable; others take their place
     return config.lock()  # what a page misspells is an error
 
 
@@ -214,15 +216,19 @@ def _tiny(config: ConfigDict) -> ConfigDict:
         config.init_from = "random"  # the page leaves its start to the user
     config.log_every = 10
     config.checkpoint_every = 1
-    small_images(config)
+    if config.data.short_side > _SMALL:
+        small_images(config)
+        if "model" in config:
+            config.model.patch_size = 7
     if "model" in config:
-        config.model.update(width=32, depth=4, heads=2, patch_size=7)
+        config.model.update(width=32, depth=4, heads=2)
     for stage in config.stages:
         config[stage].batch_size = 256
         config[stage].update(_TINY[stage])
     return config
 
 
+_SMALL = 32  # pixels; a page of larger images reads the packaged ones when it is tiny
 _TINY_HEAD = dict(
     epochs=1, queue_size=512, projector_hidden=64, projector_out=32, predictor_hidden=64
 )

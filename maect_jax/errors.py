@@ -10,3 +10,7 @@ class UserError(Exception):
 
 class RunFailedError(Exception):
     """A run that cannot go on: what happened, and what is left. Exit status 1."""
+
+
+class BadImageError(Exception):
+    """An image that cannot be read, and why; the loader takes another in its place."""

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from maect_jax import checkpoint, files, sharding
-from maect_jax.data import loader, sources
+from maect_jax.data import damage, loader, sources
 from maect_jax.evals import cluster, features, knn, probe
 from maect_jax.stages import build
 
@@ -28,8 +28,9 @@ def encoders(run: Path) -> dict[str, Path]:
 def _features(
     config: ConfigDict, source: sources.Source, run, mesh, title: str
 ) -> features.Features:
-    example = loader.EvalRecord(source, config.model.image_size, config.data.short_side)
-    batch_size = config.eval.batch_size
+    model, batch_size = config.model, config.eval.batch_size
+    example = loader.EvalRecord(source, model.channels, model.image_size, config.data.short_side)
+    broken = damage.Damage(source, model.channels, config.data.max_bad_fraction)
     rows = sharding.local_rows(batch_size, mesh)
     batches = loader.eval_batches(example, batch_size, config.data.workers, rows)
     bar = tqdm(
@@ -39,7 +40,7 @@ def _features(
         disable=jax.process_index() != 0 or not sys.stderr.isatty(),
         leave=False,
     )
-    return features.extract(run, bar, mesh)
+    return features.extract(run, map(broken.take, bar), mesh)
 
 
 def protocols(
@@ -73,8 +74,9 @@ def run(
 ) -> dict:
     """Evaluates the encoders of `run_folder`; writes `results.json` and `features/` into `workdir`.
 
-    `features/<name>.npz` holds an encoder's held-out features: `x` fp32 `[N, D]`, `labels` and
-    `clusters` int32 `[N]`. What `results.json` already holds is not computed again.
+    `features/<name>.npz` holds an encoder's held-out features: `x` fp32 `[N, D]`, `labels`,
+    `clusters` and `index`, the record numbers, int32 `[N]`. What `results.json` already
+    holds is not computed again.
 
     Args:
       config: a config with an `eval` section whose `model` describes the encoders.
@@ -114,7 +116,7 @@ def run(
         results[name]["seconds"] = round(time.monotonic() - start, 1)
         if jax.process_index() == 0:
             if name != "pixels":
-                arrays = dict(x=test.x, labels=test.labels, clusters=clusters)
+                arrays = dict(test._asdict(), clusters=clusters)
                 files.write_arrays(features_file(workdir, name), **arrays)
             files.write_json(path, results)
     return results

@@ -109,17 +109,20 @@ def _finished(origin: Origin) -> None:
         )
 
 
-def open_sources(config: ConfigDict) -> dict[str, sources.Source]:
-    """The images that the stages need, by split.
+def open_sources(config: ConfigDict, workdir: Path) -> dict[str, sources.Source]:
+    """The images that the stages need, by split; the run's folder may hold their index.
 
     Raises:
       UserError: they are not there, or are fewer than a batch.
     """
     needed = sources.SPLITS if "eval" in config.stages else sources.SPLITS[:1]
-    found = {split: sources.make(config.data, split, config.model.channels) for split in needed}
+    found = sources.splits(config.data, needed, config.model.channels, workdir)
     _enough(config, len(found["train"]))
-    if "eval" in config.stages:
-        sources.same_classes(config.data.path, **found)
+    if "eval" in config.stages and found["train"][0][1] < 0:
+        raise UserError(
+            f"config.data.path={config.data.path!r}: the images have no labels, which the "
+            "evaluation needs; leave it out of config.stages"
+        )
     return found
 
 
@@ -227,15 +230,18 @@ def run(config: ConfigDict, workdir: Path) -> None:
     with _together():
         origin = prepare(config)
         mesh = sharding.make_mesh(**config.mesh)
-        images = open_sources(config)
+        images = open_sources(config, workdir)
         _claim(workdir, config)
     with _together():
         if not (workdir / "config.json").exists():
             raise UserError(
                 f"--workdir={workdir}: all hosts must see this folder, on storage that they share"
             )
+    if jax.process_index() == 0:
+        sources.keep(images)
     seen = images.get("val", images["train"])
-    record = loader.EvalRecord(seen, config.model.image_size, config.data.short_side)
+    model = config.model
+    record = loader.EvalRecord(seen, model.channels, model.image_size, config.data.short_side)
     watched = watch.Watched(record, held_out="val" in images)
     shown = jax.process_index() == 0
     with jax.set_mesh(mesh):

@@ -2,30 +2,39 @@
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 from maect_jax import flops
 from maect_jax.data import sources
+from maect_jax.errors import UserError
 from maect_jax.stages import build
 
 IMAGENET_TRAIN = 1_281_167
+# Training images, and the shape that all have, of sets that need not be at hand.
+_KNOWN = {"imagenet2012": (IMAGENET_TRAIN, None), "cifar10": (50_000, (32, 32, 3))}
 
 
 def training_images(config: ConfigDict) -> tuple[sources.Source, str]:
-    """The training images and whose they are; blank ones for ImageNet-1k's where the folder that
-    should hold them is not there.
+    """The training images and whose they are; blank ones where they are not there: as many as a
+    known set has, ImageNet-1k for a folder.
 
     Raises:
-      UserError: the folder is there, and they are not.
+      UserError: they are there, but not such as are needed; or nothing is known of them.
     """
-    path = config.data.path
-    if config.data.source in sources.ON_DISK and not Path(path).is_dir():
-        blank = sources.Blank(IMAGENET_TRAIN, config.model.channels)
-        return blank, f"ImageNet-1k's, as there is no folder {path!r}"
-    return sources.make(config.data, "train", config.model.channels), config.data.source
+    data, channels = config.data, config.model.channels
+    known = _KNOWN.get(data.name if data.source == "tfds" else "imagenet2012")
+    try:
+        return sources.make(data, "train", channels), data.path or data.source
+    except UserError:
+        missing = data.source == "tfds" or not epath.Path(data.path).exists()
+        if not (missing and known) or data.source == "fashion_mnist":
+            raise
+    where = f"there is no {data.path!r}" if data.source == "folder" else "it is not prepared"
+    whose = data.name if data.source == "tfds" else "ImageNet-1k"
+    return sources.Blank(known[0], channels, known[1]), f"{whose}'s, as {where}"
 
 
 def count(tree) -> int:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from maect_jax import metrics, sharding, state, watch
 from maect_jax.checkpoint import Checkpoints, stage_folder
-from maect_jax.data import loader, sources
+from maect_jax.data import damage, loader, sources
 from maect_jax.stages import build
 from maect_jax.stages.step import compiled
 
@@ -20,7 +20,8 @@ _LOGGER = logging.getLogger(__name__)
 def _record(config: ConfigDict, name: str, source: sources.Source) -> loader.TrainRecord:
     seed = (config.seed, build.TRAINING.index(name))  # no stage repeats another's crops
     scales = (config[name].crop_scale,) * build.VIEWS
-    return loader.TrainRecord(source, config.model.image_size, scales, seed)
+    model = config.model
+    return loader.TrainRecord(source, model.channels, model.image_size, scales, seed)
 
 
 def batches(config: ConfigDict, name: str, source: sources.Source, steps: int, mesh):
@@ -35,6 +36,7 @@ def abstract_batch(config: ConfigDict, name: str, source: sources.Source, mesh) 
     """Shapes, dtypes and shardings of the global batches of stage `name`, without an image."""
     rows, place = config[name].batch_size, sharding.batch_split(mesh)
     example = _record(config, name, source)((0, 0))
+    del example["bad"]  # which stays on the host
     return {
         key: jax.ShapeDtypeStruct((rows, *value.shape), value.dtype, sharding=place)
         for key, value in example.items()
@@ -62,7 +64,8 @@ def run(
       start: reads what the stage takes over; called only at its first start.
 
     Raises:
-      RunFailedError: a step was not finite. The last checkpoint is from before it.
+      RunFailedError: a step was not finite, and the last checkpoint is from before it; or too
+        many images cannot be read.
     """
     section = config[name]
     stage = build.stage(config, name, len(source))
@@ -74,6 +77,7 @@ def run(
     # Every stage of a pipeline draws random numbers of its own.
     key = jax.random.fold_in(jax.random.key(config.seed), build.TRAINING.index(name))
     stream = batches(config, name, source, stage.steps, mesh)
+    broken = damage.Damage(source, config.model.channels, config.data.max_bad_fraction)
     if done:
         abstract = state.abstract(stage, key, {}, mesh)
         train_state, position = checkpoints.restore(done, abstract)
@@ -99,7 +103,7 @@ def run(
     save_every = config.checkpoint_every * per_epoch
     try:
         for now in range(done + 1, stage.steps + 1):
-            batch = sharding.put_batch(next(stream), mesh)
+            batch = sharding.put_batch(broken.take(next(stream)), mesh)
             train_state, scalars = update(train_state, batch)
             log.add(now, scalars)
             if now % save_every == 0 or now == stage.steps:

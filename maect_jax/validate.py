@@ -5,7 +5,7 @@ import math
 from ml_collections import ConfigDict
 
 from maect_jax import config as pages
-from maect_jax.data import sources
+from maect_jax.data import arrays, sources
 from maect_jax.errors import UserError
 from maect_jax.models import vit
 from maect_jax.stages import build
@@ -140,9 +140,10 @@ def _data(check: _Checker) -> None:
             lambda v: not v,
         )  # fmt: skip
         for split in ("data.train_split", "data.val_split"):
-            check.one_of(split, tuple(sources.FASHION_MNIST))
+            check.one_of(split, tuple(arrays.FASHION_MNIST))
     check.positive("data.short_side")
     check.not_negative("data.workers")
+    check.need("data.max_bad_fraction", "from 0 to 1", lambda v: 0 <= v <= 1)
     channels, image = check.values["model.channels"], check.values["model.image_size"]
     for key in ("data.mean", "data.std"):
         check.need(key, f"as many numbers as channels, {channels}", lambda v: len(v) == channels)

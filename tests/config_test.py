@@ -13,6 +13,7 @@ from maect_jax.stages import build
 from maect_jax.stages.step import step
 from tests.conftest import CONFIGS, ROOT
 
+PIPELINES = ("cifar10", "quickstart")
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "common")
 
 # The paper's hyper-parameters (arXiv 2304.10520) as its authors published them.
@@ -44,7 +45,7 @@ def load(name, *overrides):
 def test_every_row_of_the_tables_has_its_page():
     expected = {f"mae_vit{size}" for size in ("b16", "l16", "h16")}
     expected |= {f"{kind}_vit{size}" for size in SIZES for kind in ("head", "head_aug")}
-    assert set(NAMES) == expected | set(TUNING) | {"eval", "quickstart"}
+    assert set(NAMES) == expected | set(TUNING) | {"eval", *PIPELINES}
 
 
 def test_long_is_the_quickstart_on_more_epochs():
@@ -56,7 +57,7 @@ def test_long_is_the_quickstart_on_more_epochs():
         load("quickstart:lung")
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("eval", "quickstart")])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("eval", *PIPELINES)])
 def test_page_has_the_papers_numbers(name):
     config = load(name)
     kind, _, size = name.rpartition("_vit")

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from absl import flags
 from jax.sharding import AxisType, Mesh
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -47,6 +48,27 @@ def run_on(monkeypatch, shape: tuple[int, int], config, workdir) -> None:
 def in_root(monkeypatch):
     """Runs the test in the checkout's top folder, as the documented commands are."""
     monkeypatch.chdir(ROOT)
+
+
+def save(path, shape=(9, 7), value=0):
+    """A picture of one red value, with a ramp of green."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.zeros((*shape, 3), np.uint8)
+    pixels[..., 0] = value
+    pixels[..., 1] = np.linspace(0, 255, shape[0])[:, None]
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder that holds `train`, with two classes and 21 images of various shapes."""
+    for label, name in enumerate(("ant", "bee")):
+        for i in range(10):
+            shape = (9 + i, 7 + label)
+            save(tmp_path / "train" / name / f"{i:02}.png", shape, 10 * i + label)
+    save(tmp_path / "train" / "bee" / "deep" / "er" / "99.JPG", value=200)
+    (tmp_path / "train" / "bee" / "notes.txt").write_text("not an image")
+    return tmp_path
 
 
 @pytest.fixture

@@ -119,10 +119,13 @@ def test_an_evaluation_of_the_same_weights_is_the_same(rng):
             placed = jax.device_put(params, sharding.tree_shardings(params, mesh))
             encode = features.encode(encoder, placed, "cls", (0.5,) * 3, (0.25,) * 3)
             batches = (
-                dict(image=pictures[i : i + 32], label=labels[i : i + 32], valid=np.ones(32, bool))
+                dict(
+                    image=pictures[i : i + 32], label=labels[i : i + 32],
+                    index=np.arange(i, i + 32), valid=np.ones(32, bool),
+                )
                 for i in range(0, 160, 32)
-            )
-            x, y = features.extract(encode, batches, mesh)
+            )  # fmt: skip
+            x, y, _ = features.extract(encode, batches, mesh)
         near = knn.knn(x[:100], y[:100], x[100:], y[100:], (1, 5))
         groups, assigned = cluster.cluster(x, y, runs=3)
         found.append((x, [n["accuracy"] for n in near], groups["best"], assigned))

@@ -117,8 +117,9 @@ def test_features_are_in_the_order_of_the_source_without_padding():
         for record in ([0, 1, 2], [3, 4, 5]):
             record = np.array(record)
             image = np.repeat(10 * record[:, None], 2, 1)
-            yield {"image": image, "label": record % 3, "valid": record < 5}
+            yield {"image": image, "label": record % 3, "index": record, "valid": record < 5}
 
     found = features.extract(lambda images: images + 1, batches(), mesh_of(1, 1))
     np.testing.assert_array_equal(found.x[:, 0], [1, 11, 21, 31, 41])
     np.testing.assert_array_equal(found.labels, [0, 1, 2, 0, 1])
+    np.testing.assert_array_equal(found.index, range(5))

@@ -134,7 +134,7 @@ def test_page_of_an_unfinished_run_has_what_there_is(run, tmp_path):
     shutil.rmtree(copy / "watch" / "ct")
     lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
     (copy / "metrics.jsonl").write_text("".join(x for x in lines if '"mae"' in x) + '{"stage": "he')
-    images = pipeline.open_sources(page.read_config(copy))
+    images = pipeline.open_sources(page.read_config(copy), copy)
     html = page.build(copy, images).read_text()
     assert html.count("<figure") == 2  # the loss, and what is filled in
     assert "Results" not in html
@@ -242,9 +242,10 @@ def test_montage_goes_from_the_centre_to_the_rim():
     def records(record):
         return {"image": np.full((2, 2, 1), record, np.uint8)}
 
-    axes = sheets.montage(x, labels, clusters, records, ["cat", "dog"]).axes
+    index = np.array([10, 11, 13, 14, 15])  # the third image, 12, could not be read
+    axes = sheets.montage(x, labels, clusters, index, records, ["cat", "dog"]).axes
     shown = [a.images[0].get_array().max() for a in axes[12:] if a.images]
-    assert shown == [2, 1, 0]
+    assert shown == [13, 11, 10]
     assert axes[12].get_ylabel() == "dog 67%\n3 images"
     assert axes[0].get_ylabel() == "cat 100%\n2 images"
 
@@ -271,7 +272,8 @@ def folder_run(tmp_path):
     (run / "features").mkdir(parents=True)
     labels = np.repeat(np.arange(kinds, dtype=np.int32), each)
     x = np.eye(kinds)[labels] + 0.1 * rng.normal(size=(kinds * each, kinds))
-    np.savez(run / "features" / "ct.npz", x=x, labels=labels, clusters=labels)
+    arrays = dict(x=x, labels=labels, clusters=labels, index=np.arange(len(x)))
+    np.savez(run / "features" / "ct.npz", **arrays)
     settings = [f"data.path={tmp_path}", "data.source=folder", "data.train_split=train"]
     settings += ["data.short_side=240", "init_from=runs/other"]
     config = pages.load("configs/eval.py:test", settings)
@@ -294,7 +296,7 @@ def test_page_of_many_photographs(folder_run, monkeypatch):
     monkeypatch.setattr(plots, "map_points", lambda x: mapped.update(x=x) or x[:, :2])
     monkeypatch.setattr(pipeline, "_enough", lambda config, images: None)  # to train on
     config = page.read_config(folder_run)
-    html = page.build(folder_run, pipeline.open_sources(config)).read_text()
+    html = page.build(folder_run, pipeline.open_sources(config, folder_run)).read_text()
     assert {path.stem for path in (folder_run / "pictures").iterdir()} == {"map_ct", "clusters"}
     assert len(html) < 8e6
     # Every kind is on the map, though it shows only some of the images.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maect_jax import losses, sharding, state, support_queue, watch
-from maect_jax.data import loader, sources
+from maect_jax.data import arrays, loader
 from maect_jax.models import vit
 from maect_jax.stages.step import watched
 from tests.conftest import mesh_of
@@ -98,10 +98,10 @@ def test_eight_devices_show_what_one_shows(name, images, rng):
 
 def test_what_is_watched_is_written_and_read_by_step(tmp_path):
     stage, mesh = STAGES["mae"], mesh_of(4, 2)
-    source = sources.Arrays(
+    source = arrays.Arrays(
         np.random.default_rng(0).integers(0, 256, (20, *SHAPE), dtype=np.uint8), np.arange(20), []
     )
-    images = watch.Watched(loader.EvalRecord(source, SHAPE[:2], 8), held_out=False)
+    images = watch.Watched(loader.EvalRecord(source, SHAPE[2], SHAPE[:2], 8), held_out=False)
     with jax.set_mesh(mesh):
         now = state.create(stage, jax.random.key(0), {}, mesh)
         write = watch.watcher(stage, images, tmp_path, "mae", mesh)

@@ -13,8 +13,9 @@ from functools import lru_cache
 import grain
 import numpy as np
 
-from maect_jax.data import transforms
+from maect_jax.data import decode, transforms
 from maect_jax.data.sources import Source
+from maect_jax.errors import BadImageError, RunFailedError
 
 _AHEAD = 4  # batches made ahead of the step
 
@@ -53,16 +54,34 @@ class Order:
         return epoch, int(_permutation(self.seed, epoch, self.records)[place])
 
 
+def _readable(source: Source, record: int, channels: int) -> tuple[np.ndarray, int, int]:
+    """The pixels and the label of a record, or of the next one that can be read, and which it is.
+
+    Raises:
+      RunFailedError: no image can be read.
+    """
+    for later in range(len(source)):
+        found = (record + later) % len(source)
+        try:
+            image, label = source[found]
+            return decode.pixels(image, channels), label, found
+        except (BadImageError, OSError):
+            continue
+    raise RunFailedError(f"none of the {len(source)} images can be read")
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainRecord:
     """Turns (epoch, record) into one training example with `len(scales)` views.
 
     Images of one shape travel whole, with the boxes to cut (the device cuts them, see
     `augment.views`); others are cut here. Fields: `image`, `index`, `label`, `seed`, and `box`
-    and `flip` for whole images.
+    and `flip` for whole images; `bad` is the record where it could not be read and the next one
+    stands for it, else -1 (see `damage`).
     """
 
     source: Source
+    channels: int
     size: tuple[int, int]
     scales: tuple[tuple[float, float], ...]
     seed: tuple[int, ...]
@@ -70,13 +89,14 @@ class TrainRecord:
     def __call__(self, where: tuple[int, int]) -> dict[str, np.ndarray]:
         epoch, record = where
         rng = np.random.default_rng((*self.seed, epoch, record))
-        image, label = self.source[record]
+        image, label, found = _readable(self.source, record, self.channels)
         boxes = [transforms.random_crop_box(rng, image.shape[:2], s) for s in self.scales]
         flips = rng.random(len(boxes)) < 0.5
         example = {
-            "index": np.int32(record),
+            "index": np.int32(found),
             "label": np.int32(label),
             "seed": rng.integers(2**32, size=2, dtype=np.uint32),
+            "bad": np.int32(-1 if found == record else record),
         }
         if self.source.shape is not None:
             return example | {"image": image, "box": np.int32(boxes), "flip": flips}
@@ -98,18 +118,28 @@ def train_batches(order: Order, make_example: TrainRecord, workers: int):
 class EvalRecord:
     """Turns a record number into its centre crop; numbers past the end give padding.
 
-    Fields: `image`, `label`, `valid`.
+    Fields: `image`, `label`, `index`, `valid`, and `bad` as in training: an image that cannot be
+    read is black and not valid.
     """
 
     source: Source
+    channels: int
     size: tuple[int, int]
     short_side: int
 
     def __call__(self, record: int) -> dict[str, np.ndarray]:
-        valid = record < len(self.source)
-        image, label = self.source[record if valid else 0]
-        crop = transforms.centre_crop(image, self.short_side, self.size)
-        return {"image": crop, "label": np.int32(label), "valid": np.bool_(valid)}
+        crop, label, bad = np.zeros((*self.size, self.channels), np.uint8), -1, -1
+        if record < len(self.source):
+            try:
+                image, label = self.source[record]
+                pixels = decode.pixels(image, self.channels)
+                crop = transforms.centre_crop(pixels, self.short_side, self.size)
+            except (BadImageError, OSError):
+                bad = record
+        valid = record < len(self.source) and bad < 0
+        numbers = {"label": label, "index": record, "bad": bad}
+        numbers = {key: np.int32(value) for key, value in numbers.items()}
+        return {"image": crop, **numbers, "valid": np.bool_(valid)}
 
 
 def eval_batches(

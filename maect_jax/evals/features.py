@@ -13,10 +13,11 @@ from maect_jax.models import vit
 
 
 class Features(NamedTuple):
-    """fp32 `[N, D]` in the order of the source, and labels int32 `[N]`."""
+    """fp32 `[N, D]` in the order of the source; labels and record numbers int32 `[N]`."""
 
     x: np.ndarray
     labels: np.ndarray
+    index: np.ndarray
 
 
 def encode(
@@ -41,16 +42,17 @@ def flatten_pixels(images: jax.Array) -> jax.Array:
 def extract(
     run: Callable[[jax.Array], jax.Array], batches: Iterator[dict[str, np.ndarray]], mesh
 ) -> Features:
-    """Runs `run` over evaluation batches (`loader.eval_batches`); padding is dropped."""
+    """Runs `run` over evaluation batches (`loader.eval_batches`); padding, and what cannot be
+    read, is dropped."""
     everywhere = sharding.replicated(mesh)
     collect = jax.jit(lambda *arrays: arrays, out_shardings=everywhere)
     kept, pending = [], None
     for local in batches:
         batch = sharding.put_batch(local, mesh)
-        found = collect(run(batch["image"]), batch["label"], batch["valid"])
+        found = collect(run(batch["image"]), batch["label"], batch["index"], batch["valid"])
         if pending is not None:  # one batch late, so that the device never waits
             kept.append(jax.device_get(pending))
         pending = found
     kept.append(jax.device_get(pending))
-    x, labels, valid = (np.concatenate(parts) for parts in zip(*kept, strict=True))
-    return Features(x[valid], labels[valid])
+    *found, valid = (np.concatenate(parts) for parts in zip(*kept, strict=True))
+    return Features(*(part[valid] for part in found))

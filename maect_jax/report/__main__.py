@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> None:
     runs = [Path(argument) for argument in arguments]
     try:
         for run in runs:
-            images = pipeline.open_sources(page.read_config(run))
+            images = pipeline.open_sources(page.read_config(run), run)
             print(page.build(run, images), flush=True)
         if len(runs) > 1:
             results = {str(run): page.read_results(run) for run in runs}

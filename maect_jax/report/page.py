@@ -101,7 +101,8 @@ def _curves(history: list[dict]) -> dict[str, Figure]:
 
 
 def _records(config: ConfigDict, source: sources.Source) -> loader.EvalRecord:
-    return loader.EvalRecord(source, config.model.image_size, config.data.short_side)
+    model = config.model
+    return loader.EvalRecord(source, model.channels, model.image_size, config.data.short_side)
 
 
 def _watched(run: Path, config: ConfigDict, images: dict) -> dict[str, Figure]:
@@ -140,7 +141,8 @@ def _features(run: Path, config: ConfigDict, images: dict) -> dict[str, Figure]:
         x = normalize(arrays["x"]) if config.eval.cluster.normalise else arrays["x"]
         labels, clusters = arrays["labels"], arrays["clusters"]
         held_out, classes = _records(config, images["val"]), images["val"].classes
-        drawn["clusters"] = sheets.montage(x, labels, clusters, held_out, classes)
+        index = arrays["index"]
+        drawn["clusters"] = sheets.montage(x, labels, clusters, index, held_out, classes)
         if len(np.unique(labels)) <= style.CLASSES:
             drawn["confusion"] = plots.confusion(labels, clusters, classes)
     return drawn

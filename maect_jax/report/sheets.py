@@ -88,6 +88,7 @@ def montage(
     x: np.ndarray,
     labels: np.ndarray,
     clusters: np.ndarray,
+    index: np.ndarray,
     records: Records,
     classes: Sequence[str],
 ) -> Figure:
@@ -97,6 +98,7 @@ def montage(
     Args:
       x: features `[N, D]` that were clustered.
       labels, clusters: int `[N]`; cluster i is the one matched with the i-th class that is there.
+      index: int `[N]`, the numbers of the images among `records`.
       records: the images.
       classes: names of the labels.
     """
@@ -110,7 +112,7 @@ def montage(
         distance = np.linalg.norm(x[members] - x[members].mean(0), axis=1)
         members = members[np.argsort(distance)]
         for axes, place in zip(panels[row], spread(len(members), _MONTAGE), strict=False):
-            style.show(axes, records(int(members[place]))["image"])
+            style.show(axes, records(int(index[members[place]]))["image"])
         share = (labels[members] == present[cluster]).mean()
         name = style.name_of(classes, present[cluster])
         title = f"{name} {share:.0%}\n{len(members)} images"

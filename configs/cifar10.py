@@ -1,0 +1,32 @@
+"""All stages on CIFAR-10, at 32 pixels.
+
+    python -m maect_jax.main --config=configs/cifar10.py
+
+A ViT with patches of 4 pixels goes through mae, head and ct, and is evaluated against raw pixels.
+Images: TensorFlow Datasets' cifar10, prepared as array_record; or a file of arrays,
+`--config.data.path=FILE.npz` (its keys: `maect_jax/data/arrays.py`).
+Hardware: a GPU or a TPU host; `--dry_run` prints steps, memory of the state and FLOPs.
+Duration: 400 + 20 + 100 epochs of 50,000 images; not run here as it stands.
+Expected: no figure of the paper's; `:test` is run by the tests.
+"""
+
+from configs import common
+
+
+def get_config(argument=""):
+    config = common.base("cifar10", "Ti", patch_size=4)
+    config.model.update(image_size=(32, 32))
+    config.data.update(
+        source="tfds", name="cifar10", path="", val_split="test", short_side=32, workers=0,
+        mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262),
+    )  # fmt: skip
+
+    small_head = dict(queue_size=16_384, crop_scale=(0.2, 1.0))
+    mae = common.add_mae(config, batch_size=256)
+    mae.update(epochs=400, crop_scale=(0.4, 1.0), base_lr=1e-3)
+    mae.decoder.update(width=128, depth=4, heads=4)
+    common.add_head(config, batch_size=256).update(base_lr=5e-4, **small_head)
+    ct = common.add_ct(config, batch_size=256, frozen_blocks=6)
+    ct.update(epochs=100, base_lr=5e-4, head_base_lr=5e-4, ema_decay=0.999, **small_head)
+    common.add_eval(config).pixels = True
+    return common.finish(config, argument)

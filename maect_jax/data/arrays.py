@@ -1,0 +1,124 @@
+"""Images that are in memory: the packaged ones, and those of an `.npz` file."""
+
+import gzip
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
+
+import numpy as np
+
+from maect_jax.data import decode
+from maect_jax.errors import BadImageError, UserError
+
+# The packaged images by split. The last two divide the training images: settings are chosen on
+# them, so that nothing but a final result ever sees the held-out ones.
+FASHION_MNIST = {
+    "train": slice(2_000, None),
+    "val": slice(2_000),
+    "train[:80%]": slice(2_000, 8_400),
+    "train[80%:]": slice(8_400, None),
+}
+_FASHION_CLASSES = (
+    "T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot",
+)  # fmt: skip
+_SPLIT_SEED = 0  # the same split in every run: no stage trains on what another holds out
+
+
+class Arrays:
+    """Pixels in memory: uint8 `[N, H, W, C]`, labels `[N]`."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, classes: Sequence[str]):
+        self.images, self.labels, self.classes = images, labels, list(classes)
+        self.shape = images.shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, record: int) -> tuple[np.ndarray, int]:
+        return self.images[record], int(self.labels[record])
+
+    def name(self, record: int) -> str:
+        """What a record is called."""
+        return f"image {record}"
+
+
+def fashion_mnist(split: str) -> Arrays:
+    """The packaged images (Xiao et al., 2017): 28 x 28 gray, 8,000 to train on and 2,000 held out.
+
+    They are the 10,000 of the original test split, divided at random by a fixed seed. `split` is
+    one of `FASHION_MNIST`.
+    """
+    folder = resources.files("maect_jax.data") / "fashion_mnist"
+
+    def read(name: str, header: int) -> np.ndarray:
+        pixels = gzip.decompress((folder / name).read_bytes())
+        return np.frombuffer(pixels, np.uint8, offset=header)
+
+    images = read("t10k-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28, 1)
+    labels = read("t10k-labels-idx1-ubyte.gz", 8)
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(images))
+    chosen = order[FASHION_MNIST[split]]
+    return Arrays(images[chosen], labels[chosen], _FASHION_CLASSES)
+
+
+def npz(path: str, split: str, channels: int) -> Arrays:
+    """The images of one size in an `.npz` file, as pixels or encoded.
+
+    The file holds `image` uint8 `[N, H, W]` or `[N, H, W, C]`; or `blob` and `offsets`, image i
+    being the encoded file `blob[offsets[i]:offsets[i + 1]]`. Further, where they are known: `label`
+    integers `[N]`, `names` of the classes, and `is_test` bool `[N]` for what is held out.
+
+    Args:
+      path: of the file.
+      split: "train", or "val" for what is held out.
+      channels: 1 (gray) or 3 (RGB).
+
+    Raises:
+      UserError: there is no such file or split, or it holds something else.
+    """
+    where = f"config.data.path={path!r}"
+    try:
+        with np.load(path) as file:
+            found = dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{where}: not a readable .npz file: {error}") from error
+    encoded = {"blob", "offsets"} <= found.keys()
+    if not encoded and "image" not in found:
+        raise UserError(f"{where}: has {', '.join(found)}; `image`, or `blob` and `offsets` needed")
+    count = len(found["offsets"]) - 1 if encoded else len(found["image"])
+    labels = found.get("label", np.full(count, -1))
+    held_out = found.get("is_test", np.zeros(count, bool))
+    for key, values in (("label", labels), ("is_test", held_out)):
+        if values.shape != (count,):
+            raise UserError(f"{where}: `{key}` has shape {values.shape}, there are {count} images")
+    chosen = np.flatnonzero(held_out if split == "val" else ~held_out)
+    if not len(chosen):
+        raise UserError(f"{where}: no image is for {split}, by its `is_test`")
+    images = _decoded(found, chosen, channels, where) if encoded else found["image"][chosen]
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != channels:
+        raise UserError(
+            f"{where}: `image` is {images.dtype} {images.shape}; must be uint8 [N, H, W, C] with "
+            f"{channels} channels"
+        )
+    names = found.get("names", np.unique(labels[labels >= 0]).astype(str))
+    return Arrays(images, labels[chosen].astype(np.int32), names.tolist())
+
+
+def _decoded(found: dict, chosen: np.ndarray, channels: int, where: str) -> np.ndarray:
+    blob, offsets = found["blob"], found["offsets"]
+
+    def one(i: int) -> np.ndarray:
+        try:
+            return decode.pixels(blob[offsets[i] : offsets[i + 1]].tobytes(), channels)
+        except BadImageError as error:
+            raise UserError(f"{where}: image {i} cannot be read: {error}") from error
+
+    with ThreadPoolExecutor() as pool:
+        images = list(pool.map(one, chosen, chunksize=256))
+    sizes = {image.shape for image in images}
+    if len(sizes) > 1:
+        raise UserError(f"{where}: images of {len(sizes)} sizes; they must be of one")
+    return np.stack(images)

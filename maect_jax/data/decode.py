@@ -1,0 +1,41 @@
+"""Encoded images to pixels."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from maect_jax.errors import BadImageError
+
+_ORIENTATION = 0x0112  # the EXIF tag
+
+
+def pixels(image: bytes | np.ndarray, channels: int) -> np.ndarray:
+    """The pixels of an image, uint8 `[H, W, channels]`: gray for one channel, RGB for three.
+
+    Takes any format that Pillow reads: gray, palette, CMYK, 16 bits (the upper eight are kept).
+    Transparency is dropped, as torchvision does; a turned camera (EXIF) is turned back.
+
+    Args:
+      image: a file's content, or pixels uint8 `[H, W, C]`, which are taken as they are.
+      channels: 1 or 3.
+
+    Raises:
+      BadImageError: the content is cut short, or no image.
+    """
+    if isinstance(image, np.ndarray):
+        return image
+    try:
+        with Image.open(io.BytesIO(image)) as picture:
+            found = np.asarray(_converted(picture, "L" if channels == 1 else "RGB"))
+    except Exception as error:  # a damaged file makes Pillow raise any of a dozen kinds
+        raise BadImageError(str(error).strip() or repr(error)) from error
+    return found.reshape(*found.shape[:2], channels)
+
+
+def _converted(picture: Image.Image, mode: str) -> Image.Image:
+    if picture.mode.startswith("I;16"):  # which Pillow would clip
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.getexif().get(_ORIENTATION, 1) != 1:
+        picture = ImageOps.exif_transpose(picture)
+    return picture.convert(mode)

@@ -1,0 +1,119 @@
+"""Images of every kind, and those that cannot be read."""
+
+import io
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maect_jax.data import arrays, damage, decode, loader
+from maect_jax.data.folder import Folder
+from maect_jax.errors import BadImageError, RunFailedError
+
+RAMP = np.tile(np.linspace(0, 255, 40, dtype=np.uint8), (30, 1))
+
+
+def saved(picture, kind="PNG", **options):
+    with io.BytesIO() as file:
+        picture.save(file, kind, **options)
+        return file.getvalue()
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif.tobytes()
+
+
+GRAY = Image.fromarray(RAMP)
+KINDS = {
+    "gray": saved(GRAY),
+    "gray jpeg": saved(GRAY, "JPEG", quality=95),
+    "rgb": saved(GRAY.convert("RGB")),
+    "palette": saved(GRAY.convert("P")),
+    "cmyk": saved(GRAY.convert("CMYK"), "JPEG", quality=95),
+    "alpha": saved(GRAY.convert("RGBA")),
+    "16 bits": saved(Image.fromarray(RAMP.astype(np.uint16) * 257)),
+    "16 bits tiff": saved(Image.fromarray(RAMP.astype(np.uint16) * 257), "TIFF"),
+    "turned": saved(
+        GRAY.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, exif=turned(6)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_kind_of_image_has_the_same_pixels(content, channels):
+    pixels = decode.pixels(content, channels)
+    assert (pixels.shape, pixels.dtype) == ((30, 40, channels), np.uint8)
+    # JPEG, and gray as a colour of CMYK, lose a little.
+    assert np.abs(pixels - RAMP[..., None].astype(int)).max() <= 4
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 3), (3, 20_000)])
+def test_images_of_odd_sizes_have_views(size):
+    source = arrays.Arrays(np.zeros((1, 1, 1, 3), np.uint8), np.zeros(1), [])
+    source.images, source.shape = [saved(Image.new("RGB", size, (9, 8, 7)), "JPEG")], None
+    view = loader.TrainRecord(source, 3, (16, 16), ((0.08, 1.0),) * 2, (0,))((0, 0))
+    crop = loader.EvalRecord(source, 3, (16, 16), 18)(0)
+    for image in (*view["image"], crop["image"]):
+        assert image.shape == (16, 16, 3)
+        np.testing.assert_allclose(image, np.full((16, 16, 3), (9, 8, 7)), atol=2)
+
+
+def test_what_is_no_image_is_told_by_its_reason():
+    whole = KINDS["gray jpeg"]
+    for content in (b"", b"no image", whole[: len(whole) // 2], KINDS["rgb"][:60], whole[:3]):
+        with pytest.raises(BadImageError, match=r"\w"):
+            decode.pixels(content, 3)
+
+
+@pytest.fixture
+def broken(images):
+    """A folder in which the third and the fourth image cannot be read."""
+    torn = images / "train" / "ant" / "02.png"
+    torn.write_bytes(torn.read_bytes()[:50])
+    (images / "train" / "ant" / "03.png").write_bytes(b"no image")
+    return Folder(str(images / "train"))
+
+
+def test_the_next_image_stands_for_one_that_cannot_be_read(broken):
+    make = loader.TrainRecord(broken, 3, (8, 8), ((0.2, 1.0),) * 2, (0, 2))
+    whole, second, third = make((0, 1)), make((0, 2)), make((0, 3))
+    assert [x["bad"] for x in (whole, second, third)] == [-1, 2, 3]
+    assert [x["index"] for x in (whole, second, third)] == [1, 4, 4]
+    assert whole["image"][0, 0, 0, 0] == 10
+    assert second["image"][0, 0, 0, 0] == third["image"][0, 0, 0, 0] == 40
+    assert not np.array_equal(second["image"], third["image"])  # each has its own boxes
+
+
+def test_bad_images_are_named_once_and_too_many_end_the_run(broken, caplog):
+    some = damage.Damage(broken, 3, allowed=0.1)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            batch = some.take({"x": np.arange(3), "bad": np.array([-1, 2, 3])})
+    assert list(batch) == ["x"]
+    named = [record.getMessage() for record in caplog.records]
+    assert [name.split(": ")[1][-6:] for name in named] == ["02.png", "03.png"]
+    few = damage.Damage(broken, 3, allowed=0.05)
+    few.take({"bad": np.array([2])})
+    message = r"^2 of 21 images .*max_bad_fraction=0\.05: .*ant/02\.png: .*; .*ant/03\.png: cannot"
+    with pytest.raises(RunFailedError, match=message):
+        few.take({"bad": np.array([3, 2])})
+
+
+def test_an_evaluation_leaves_bad_images_out(broken):
+    example = loader.EvalRecord(broken, 3, (8, 8), 8)
+    batches = list(loader.eval_batches(example, 8, 0, range(8)))
+    rows = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+    assert rows["index"][rows["valid"]].tolist() == [0, 1, *range(4, 21)]
+    assert rows["bad"][rows["bad"] >= 0].tolist() == [2, 3]
+
+
+def test_a_source_without_any_image_ends_the_run(images):
+    for path in (images / "train").rglob("*.*"):
+        path.write_bytes(b"")
+    make = loader.TrainRecord(Folder(str(images / "train")), 3, (8, 8), ((0.2, 1.0),), (0,))
+    with pytest.raises(RunFailedError, match="none of the 21 images can be read"):
+        make((0, 5))
