@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -35,7 +36,8 @@ class Log:
 
     So the device never waits for the host. `metrics.jsonl` gets one JSON object a line for the
     first step, every `every` steps and the last one: `stage`, `step`, scalars, `images_per_second`
-    since the line before, and `seconds`, all the time that the stage has taken, compiling included.
+    and `input_wait`, the share of the time in which the host waited for images, both since the line
+    before, and `seconds`, all the time that the stage has taken, compiling included.
 
     Args:
       path: of metrics.jsonl.
@@ -61,6 +63,7 @@ class Log:
         self._pending: tuple[int, dict] | None = None
         self._start = time.monotonic()
         self._clock = (self._start, done)
+        self._waited = 0.0
         self._file = None
         if shown:
             self._start -= _forget(path, stage, done)
@@ -76,6 +79,13 @@ class Log:
             # A log file needs a line now and then, a terminal a living bar.
             mininterval=0.5 if sys.stderr.isatty() else 30,
         )
+
+    def wait_for(self, stream: Iterator[dict]) -> dict:
+        """The next batch of a stream; the time until it is there is counted."""
+        start = time.monotonic()
+        batch = next(stream)
+        self._waited += time.monotonic() - start
+        return batch
 
     def add(self, step: int, scalars: dict[str, jax.Array]) -> None:
         """Remembers this step's metrics and reads those of the step before.
@@ -103,8 +113,11 @@ class Log:
         if self._file and (step == 1 or step % self._every == 0 or step == self._steps):
             (then, before), now = self._clock, time.monotonic()
             self._clock = (now, step)
-            rate = (step - before) * self._batch_size / max(now - then, 1e-9)
-            times = {"images_per_second": rate, "seconds": now - self._start}
+            passed = max(now - then, 1e-9)
+            rate = (step - before) * self._batch_size / passed
+            times = {"images_per_second": rate, "input_wait": self._waited / passed}
+            times["seconds"] = now - self._start
+            self._waited = 0.0
             entry = {"stage": self._stage, "step": step, **values, **times}
             self._file.write(json.dumps({k: _rounded(v) for k, v in entry.items()}) + "\n")
 

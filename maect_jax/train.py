@@ -17,7 +17,8 @@ from maect_jax.stages.step import compiled
 _LOGGER = logging.getLogger(__name__)
 
 
-def _record(config: ConfigDict, name: str, source: sources.Source) -> loader.TrainRecord:
+def record(config: ConfigDict, name: str, source: sources.Source) -> loader.TrainRecord:
+    """What makes the training examples of stage `name`."""
     seed = (config.seed, build.TRAINING.index(name))  # no stage repeats another's crops
     scales = (config[name].crop_scale,) * build.VIEWS
     model = config.model
@@ -26,16 +27,16 @@ def _record(config: ConfigDict, name: str, source: sources.Source) -> loader.Tra
 
 def batches(config: ConfigDict, name: str, source: sources.Source, steps: int, mesh):
     """This process's rows of the batches of stage `name`, with a position that can be saved."""
-    batch_size, record = config[name].batch_size, _record(config, name, source)
+    batch_size, make = config[name].batch_size, record(config, name, source)
     rows = sharding.local_rows(batch_size, mesh)
-    order = loader.Order(len(source), batch_size, steps, record.seed, rows)
-    return loader.train_batches(order, record, config.data.workers)
+    order = loader.Order(len(source), batch_size, steps, make.seed, rows)
+    return loader.train_batches(order, make, config.data.workers)
 
 
 def abstract_batch(config: ConfigDict, name: str, source: sources.Source, mesh) -> dict:
     """Shapes, dtypes and shardings of the global batches of stage `name`, without an image."""
     rows, place = config[name].batch_size, sharding.batch_split(mesh)
-    example = _record(config, name, source)((0, 0))
+    example = record(config, name, source)((0, 0))
     del example["bad"]  # which stays on the host
     return {
         key: jax.ShapeDtypeStruct((rows, *value.shape), value.dtype, sharding=place)
@@ -103,7 +104,7 @@ def run(
     save_every = config.checkpoint_every * per_epoch
     try:
         for now in range(done + 1, stage.steps + 1):
-            batch = sharding.put_batch(broken.take(next(stream)), mesh)
+            batch = sharding.put_batch(broken.take(log.wait_for(stream)), mesh)
             train_state, scalars = update(train_state, batch)
             log.add(now, scalars)
             if now % save_every == 0 or now == stage.steps:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -85,6 +86,7 @@ def test_metrics_have_every_step_once(finished):
         for entry in own:
             assert np.isfinite(entry["loss"])
             assert entry["images_per_second"] > 0
+            assert 0 <= entry["input_wait"] < 1
             assert ("nn_accuracy" in entry) == (stage != "mae")
     assert [entry["stage"] for entry in entries] == sorted(
         (entry["stage"] for entry in entries), key=STAGES.index
@@ -104,10 +106,14 @@ def test_results_have_their_schema_and_beat_chance(finished):
 
 
 def test_a_torn_line_of_metrics_is_told_again_and_the_time_goes_on(tmp_path):
+    def slow():
+        time.sleep(0.2)
+
     path = tmp_path / "metrics.jsonl"
     lines = [{"stage": "ct", "step": step, "seconds": 100.0 * step} for step in (1, 2, 3)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"stage": "ct", "st')
     log = metrics.Log(path, "ct", 5, 2, 1, 1, shown=True)
+    log.wait_for(slow() for _ in range(1))
     log.add(3, {"loss": 1.0, "finite": True})
     log.flush()
     log.close()
@@ -115,6 +121,7 @@ def test_a_torn_line_of_metrics_is_told_again_and_the_time_goes_on(tmp_path):
     assert before == lines[:2]
     assert last["step"] == 3
     assert 200 < last["seconds"] < 210
+    assert 0.5 < last["input_wait"] <= 1
 
 
 def last_state(workdir, stage):

@@ -8,7 +8,7 @@ from tests.conftest import CONFIGS, ROOT
 
 # From the top floor down; a module imports only from floors below its own.
 FLOORS = (
-    ("main", "compile", "report.__main__"),
+    ("main", "compile", "report.__main__", "data.show"),
     ("pipeline",),
     ("report.page",),
     ("report.words",),
@@ -30,12 +30,12 @@ FLOORS = (
 OWNERS = {
     "grain": {"data.loader"},
     "orbax": {"checkpoint"},
-    "absl": {"main", "compile", "command"},
+    "absl": {"main", "compile", "command", "data.show"},
     "tensorflow_datasets": {"data.sources"},
     "tensorflow": set(),
     "ml_collections": {
         "config", "validate", "pipeline", "plan", "train", "evaluate", "stages.build", "command",
-        "compile", "report.page", "report.words",
+        "compile", "report.page", "report.words", "data.show",
     },
     "matplotlib": {"report.style", "report.plots", "report.sheets", "report.page"},
     "jinja2": {"report.page"},

@@ -1,0 +1,111 @@
+"""Draws what a page trains on: some raw images, and the views that are made of them.
+
+    python -m maect_jax.data.show --config=configs/ct_aug_vith16.py --out=views.png
+
+One block a stage, one row an image: the raw image, then both views of three epochs, as the step
+sees them.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+from PIL import Image, ImageDraw, ImageFont
+
+from maect_jax import command, train, validate
+from maect_jax.data import augment, decode, sources
+from maect_jax.errors import BadImageError, RunFailedError, UserError
+from maect_jax.stages import build
+
+_OUT = flags.DEFINE_string("out", "views.png", "the picture that is written")
+
+_IMAGES, _EPOCHS = 8, 3
+_TILE, _GAP, _HEAD = 144, 6, 26  # pixels
+
+
+def _tile(image: np.ndarray) -> Image.Image:
+    """An image uint8 `[H, W, C]` as large as a tile allows, on white."""
+    picture = Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+    scale = _TILE / max(picture.size)
+    size = [max(1, round(side * scale)) for side in picture.size]
+    # Small images keep their pixels, large ones are smoothed.
+    kind = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    tile = Image.new("RGB", (_TILE, _TILE), "white")
+    tile.paste(picture.resize(size, kind), tuple((_TILE - side) // 2 for side in size))
+    return tile
+
+
+def rows(config: ConfigDict, name: str, source: sources.Source) -> list[list[np.ndarray]]:
+    """For some images, spread over all: the raw one and its views, uint8 `[H, W, C]`.
+
+    Raises:
+      RunFailedError: no image can be read.
+    """
+    stage = build.stage(config, name, len(source))
+    make = train.record(config, name, source)
+    chosen = np.unique(np.linspace(0, len(source) - 1, _IMAGES).astype(int))
+    shown = [[] for _ in chosen]
+    for epoch in range(_EPOCHS):
+        examples = [make((epoch, int(i))) for i in chosen]
+        batch = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+        views = jax.jit(lambda batch: augment.views(batch, stage.recipe))(batch)
+        views = augment.denormalise(views, config.data.mean, config.data.std)
+        for row, own in zip(shown, np.asarray(views), strict=True):
+            row += list(own)
+    for row, found in zip(shown, batch["index"], strict=True):
+        row.insert(0, decode.pixels(source[int(found)][0], config.model.channels))
+    return shown
+
+
+def sheet(blocks: dict[str, list[list[np.ndarray]]]) -> Image.Image:
+    """A contact sheet of the `rows` of each stage."""
+    font = ImageFont.load_default(size=15)
+    columns = 1 + build.VIEWS * _EPOCHS
+    step = _TILE + _GAP
+    height = sum(2 * _HEAD + step * len(block) for block in blocks.values()) + _GAP
+    drawn = Image.new("RGB", (columns * step + (_EPOCHS + 1) * 2 * _GAP, height), "white")
+    ink, top = ImageDraw.Draw(drawn), _GAP
+
+    def left(column):  # more room between epochs
+        return _GAP + column * step + (column + 1) // build.VIEWS * 2 * _GAP
+
+    for name, block in blocks.items():
+        ink.text((left(0), top), f"stage {name}", "black", font)
+        for column in range(columns):
+            epoch, view = divmod(column - 1, build.VIEWS)
+            title = f"epoch {epoch}, view {view}" if column else "image"
+            ink.text((left(column), top + _HEAD), title, "#555555", font)
+        top += 2 * _HEAD
+        for row in block:
+            for column, image in enumerate(row):
+                drawn.paste(_tile(image), (left(column), top))
+            top += step
+    return drawn
+
+
+def main(argv: list[str]) -> None:
+    try:
+        config = command.load_config(argv)
+        validate.stages(config)
+        names = [name for name in config.stages if name != "eval"]
+        if not names:
+            raise UserError(f"config.stages={config.stages!r}: no training stage, and so no views")
+        validate.settings(config, 1)
+        source = sources.make(config.data, "train", config.model.channels)
+        drawn = sheet({name: rows(config, name, source) for name in names})
+        out = Path(_OUT.value)
+        try:
+            drawn.save(out)
+        except (OSError, ValueError) as error:  # ValueError: an ending that is no picture's
+            raise UserError(f"--out={out}: cannot write there: {error}") from error
+        print(out)
+    except UserError as error:
+        command.stop(error)
+    except (RunFailedError, BadImageError) as error:
+        command.stop(error, status=1)
+
+
+if __name__ == "__main__":
+    command.run(main, __doc__, _OUT)
