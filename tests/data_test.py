@@ -133,7 +133,8 @@ def assert_batches_equal(a, b):
         np.testing.assert_array_equal(a[key], b[key])
 
 
-def test_the_same_views_with_worker_processes_and_after_a_restart(images):
+@pytest.mark.parametrize("workers", [1, 4])
+def test_the_same_views_with_worker_processes_and_after_a_restart(images, workers):
     order = Order(records=21, batch_size=4, steps=10, seed=(0, 2), rows=range(4))
     threads = loader.train_batches(order, example_of(images), workers=0)
     batches = [next(threads) for _ in range(4)]
@@ -141,7 +142,7 @@ def test_the_same_views_with_worker_processes_and_after_a_restart(images):
     batches += list(threads)
     assert len(batches) == 10
     assert batches[0]["image"].shape == (4, 2, 8, 8, 3)
-    processes = loader.train_batches(order, example_of(images), workers=2)
+    processes = loader.train_batches(order, example_of(images), workers=workers)
     for batch in batches:
         assert_batches_equal(batch, next(processes))
     again = loader.train_batches(order, example_of(images), workers=0)
