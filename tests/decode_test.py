@@ -51,6 +51,15 @@ def test_every_kind_of_image_has_the_same_pixels(content, channels):
     assert np.abs(pixels - RAMP[..., None].astype(int)).max() <= 4
 
 
+def test_jpegs_have_pillows_pixels(rng):
+    for mode, channels in (("RGB", 3), ("L", 1)):
+        noise = Image.fromarray(rng.integers(0, 256, (8, 9, 3), dtype=np.uint8)).resize((97, 61))
+        for options in (dict(), dict(progressive=True), dict(subsampling=0, quality=95)):
+            content = saved(noise.convert(mode), "JPEG", **options)
+            expected = np.asarray(Image.open(io.BytesIO(content))).reshape(61, 97, channels)
+            np.testing.assert_array_equal(decode.pixels(content, channels), expected)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 3), (3, 20_000)])
 def test_images_of_odd_sizes_have_views(size):
     source = arrays.Arrays(np.zeros((1, 1, 1, 3), np.uint8), np.zeros(1), [])

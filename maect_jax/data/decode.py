@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageOps
 
 from maect_jax.errors import BadImageError
@@ -25,17 +26,25 @@ def pixels(image: bytes | np.ndarray, channels: int) -> np.ndarray:
     """
     if isinstance(image, np.ndarray):
         return image
+    mode = "L" if channels == 1 else "RGB"
     try:
         with Image.open(io.BytesIO(image)) as picture:
-            found = np.asarray(_converted(picture, "L" if channels == 1 else "RGB"))
+            if picture.format == "JPEG" and picture.mode == mode and not _turned(picture):
+                # The same pixels as Pillow's, in less time.
+                return simplejpeg.decode_jpeg(image, "GRAY" if channels == 1 else "RGB")
+            found = np.asarray(_converted(picture, mode))
     except Exception as error:  # a damaged file makes Pillow raise any of a dozen kinds
         raise BadImageError(str(error).strip() or repr(error)) from error
     return found.reshape(*found.shape[:2], channels)
 
 
+def _turned(picture: Image.Image) -> bool:
+    return picture.getexif().get(_ORIENTATION, 1) != 1
+
+
 def _converted(picture: Image.Image, mode: str) -> Image.Image:
     if picture.mode.startswith("I;16"):  # which Pillow would clip
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.getexif().get(_ORIENTATION, 1) != 1:
+    if _turned(picture):
         picture = ImageOps.exif_transpose(picture)
     return picture.convert(mode)
