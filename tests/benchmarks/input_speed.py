@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import torch
+from absl import flags
 from torchvision import datasets
 from torchvision.transforms import v2
 
@@ -85,4 +86,5 @@ def main(folder: str, workers: int) -> None:
 
 
 if __name__ == "__main__":
+    flags.FLAGS.mark_as_parsed()  # grain's worker processes read them
     main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 2)
