@@ -118,10 +118,11 @@ def open_sources(config: ConfigDict, workdir: Path) -> dict[str, sources.Source]
     needed = sources.SPLITS if "eval" in config.stages else sources.SPLITS[:1]
     found = sources.splits(config.data, needed, config.model.channels, workdir)
     _enough(config, len(found["train"]))
-    if "eval" in config.stages and found["train"][0][1] < 0:
+    bare = [split for split, source in found.items() if not source.labelled]
+    if "eval" in config.stages and bare:
         raise UserError(
-            f"config.data.path={config.data.path!r}: the images have no labels, which the "
-            "evaluation needs; leave it out of config.stages"
+            f"config.data.path={config.data.path!r}: the images of {' and '.join(bare)} have no "
+            "labels, which the evaluation needs; leave it out of config.stages"
         )
     return found
 

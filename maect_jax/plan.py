@@ -29,8 +29,9 @@ def training_images(config: ConfigDict) -> tuple[sources.Source, str]:
     try:
         return sources.make(data, "train", channels), data.path or data.source
     except UserError:
-        missing = data.source == "tfds" or not epath.Path(data.path).exists()
-        if not (missing and known) or data.source == "fashion_mnist":
+        prepared = data.source == "tfds" and not data.path.endswith(".npz")
+        there = data.source == "fashion_mnist" or epath.Path(data.path).exists()
+        if not known or (there and not prepared):
             raise
     where = f"there is no {data.path!r}" if data.source == "folder" else "it is not prepared"
     whose = data.name if data.source == "tfds" else "ImageNet-1k"

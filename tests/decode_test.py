@@ -58,6 +58,9 @@ def test_jpegs_have_pillows_pixels(rng):
             content = saved(noise.convert(mode), "JPEG", **options)
             expected = np.asarray(Image.open(io.BytesIO(content))).reshape(61, 97, channels)
             np.testing.assert_array_equal(decode.pixels(content, channels), expected)
+            # Some cameras leave bytes before the end, which libjpeg only warns of.
+            odd = content[:-2] + bytes(4) + content[-2:]
+            np.testing.assert_array_equal(decode.pixels(odd, channels), expected)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 3), (3, 20_000)])
@@ -124,5 +127,5 @@ def test_a_source_without_any_image_ends_the_run(images):
     for path in (images / "train").rglob("*.*"):
         path.write_bytes(b"")
     make = loader.TrainRecord(Folder(str(images / "train")), 3, (8, 8), ((0.2, 1.0),), (0,))
-    with pytest.raises(RunFailedError, match="none of the 21 images can be read"):
+    with pytest.raises(RunFailedError, match=r"100 images in a row .* one .*99\.JPG: cannot"):
         make((0, 5))

@@ -1,5 +1,6 @@
 """Where images come from: folders and their index, files of arrays, the packaged set."""
 
+import errno
 import io
 import os
 import pickle
@@ -10,10 +11,12 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
+from maect_jax import config as pages
+from maect_jax import files, pipeline
 from maect_jax.data import arrays, decode, folder, sources
 from maect_jax.data.folder import Folder
 from maect_jax.errors import UserError
-from tests.conftest import save
+from tests.conftest import CONFIGS, save
 
 
 def data_section(**changes):
@@ -105,35 +108,89 @@ def looked(monkeypatch):
     """The folders that were looked through; every index is large enough to be kept."""
     found, look = [], folder._index_of
     monkeypatch.setattr(folder, "_LARGE", 1)
-    monkeypatch.setattr(folder, "_index_of", lambda root: found.append(root) or look(root))
+    monkeypatch.setattr(
+        folder, "_index_of", lambda root, given: found.append(root) or look(root, given)
+    )
     return found
 
 
+def opened(path):
+    """A folder, whose index is kept."""
+    source = Folder(str(path))
+    source.keep()
+    return source
+
+
 def test_an_index_is_made_once_and_again_when_a_file_comes(images, looked):
-    root = str(images / "train")
-    first, again = Folder(root), Folder(root)
+    first, again = opened(images / "train"), opened(images / "train")
     assert len(looked) == 1
     assert [again.name(i) for i in range(21)] == [first.name(i) for i in range(21)]
     assert (again.classes, again.labels.tolist()) == (first.classes, first.labels.tolist())
     save(images / "train" / "ant" / "aa.png")
-    assert len(Folder(root)) == 22
-    assert len(Folder(root)) == 22
+    assert [len(opened(images / "train")) for _ in range(2)] == [22, 22]
     assert len(looked) == 2
-    (images / ".train.index.npz").write_bytes(b"torn")
-    assert len(Folder(root)) == 22
+    index = images / ".train.index.npz"
+    whole = index.read_bytes()
+    for torn in (b"torn", whole[: len(whole) // 2], whole[:100] + b"torn" + whole[104:]):
+        index.write_bytes(torn)
+        assert len(Folder(str(images / "train"))) == 22
+    assert len(looked) == 5
+
+
+def test_what_comes_while_an_index_is_made_makes_it_anew(images, looked, monkeypatch):
+    listed = folder._listed
+
+    def slow(where):
+        found = listed(where)
+        if where.name == "ant":
+            save(images / "train" / "ant" / "late.png")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "_listed", slow)
+        assert len(opened(images / "train")) == 21
+    assert len(Folder(str(images / "train"))) == 22
+
+
+def test_the_working_folder_itself_may_hold_the_images(images, monkeypatch):
+    monkeypatch.chdir(images / "train" / "ant")
+    source = sources.make(data_section(path=".", train_split="."), "train", 3)
+    assert source.name(0) == str(images / "train" / "ant" / "00.png")
+    assert decode.pixels(source[3][0], 3)[0, 0, 0] == 30
 
 
 def test_where_images_can_only_be_read_the_run_keeps_the_index(images, looked, monkeypatch):
-    write, beside = folder._write, images / ".train.index.npz"
-    monkeypatch.setattr(folder, "_write", lambda path, index: path == beside or write(path, index))
+    write, beside = files.write_arrays, images / ".train.index.npz"
+
+    def refused(path, **arrays):
+        if path == beside:
+            raise OSError(errno.EROFS, "read-only file system")
+        write(path, **arrays)
+
+    monkeypatch.setattr(files, "write_arrays", refused)
     run = images / "run"
-    run.mkdir()
     for _ in range(2):
         found = sources.splits(data_section(path=str(images)), ("train",), 3, run)
         sources.keep(found)
     assert len(looked) == 1
     assert [path.name for path in run.iterdir()] == ["train.index.npz"]
     assert not beside.exists()
+
+
+@pytest.mark.parametrize("bare", ["train", "val"])
+def test_an_evaluation_needs_labels_of_both_splits(images, bare):
+    for name in ("ant", "bee"):
+        save(images / "val" / name / "1.png")
+    path = images / "flat"
+    path.mkdir()
+    for split in sources.SPLITS:
+        where = images / split / "ant" if split == bare else images / split
+        os.symlink(where, path / split)
+    settings = ["data.source=folder", f"data.path={path}", "model.channels=3"]
+    settings += [f"{stage}.batch_size=8" for stage in ("mae", "head", "ct")]
+    config = pages.load(str(CONFIGS / "quickstart.py:test"), settings)
+    with pytest.raises(UserError, match=rf"the images of {bare} have no labels"):
+        pipeline.open_sources(config, images / "run")
 
 
 def test_a_bucket_is_read_through_etils(images, looked, monkeypatch):
@@ -175,7 +232,7 @@ def encoded(pixels):
 
 def test_arrays_of_pixels_and_of_files_are_the_same(tmp_path, rng):
     pixels = rng.integers(0, 256, (6, 5, 4, 3), dtype=np.uint8)
-    rest = dict(label=[2, 1, 0, 1, 2, 1], names=["a", "b", "c"], is_test=[False, True] * 3)
+    rest = dict(label=[2, 1, 0, 1, 2, 1], names=["a", "b", "c"], is_test=[0, 1] * 3)
     np.savez(tmp_path / "pixels.npz", image=pixels, **rest)
     np.savez(tmp_path / "files.npz", **encoded(pixels), **rest)
     for name in ("pixels", "files"):
@@ -194,11 +251,15 @@ def test_arrays_of_pixels_and_of_files_are_the_same(tmp_path, rng):
 COLOUR = np.zeros((2, 4, 4, 3), np.uint8)
 BAD_ARRAYS = {
     "no file": (None, "not a readable .npz file"),
+    "one array": ({"array": COLOUR}, "not a readable .npz file"),
     "other keys": ({"x": [1]}, "has x; `image`, or `blob` and `offsets` needed"),
     "no val": ({"image": COLOUR}, "no image is for val, by its `is_test`"),
     "float": ({"image": COLOUR / 2, "is_test": [True] * 2}, "`image` is float64 (2, 4, 4, 3)"),
     "gray": ({"image": COLOUR[..., 0], "is_test": [True] * 2}, "`image` is uint8 (2, 4, 4, 1)"),
-    "labels": ({"image": COLOUR, "label": [1]}, "`label` has shape (1,), there are 2 images"),
+    "labels": ({"image": COLOUR, "label": [1]}, "`label` is int64 (1,); must be whole numbers"),
+    "names as labels": ({"image": COLOUR, "label": ["a", "b"]}, "`label` is <U1 (2,); must be"),
+    "offsets": ({"blob": COLOUR, "offsets": [0.0, 9.0]}, "`offsets` is float64 (2,); must be"),
+    "one number": ({"image": np.uint8(3), "is_test": [True]}, "`image` is uint8"),
     "torn": (
         {"blob": np.zeros(9, np.uint8), "offsets": [0, 9], "is_test": [True]},
         "image 0 cannot be read",
@@ -211,6 +272,9 @@ def test_a_wrong_file_of_arrays_is_one_clear_error(tmp_path, content, message):
     path = tmp_path / "x.npz"
     if content is None:
         path.write_bytes(b"PK no zip")
+    elif "array" in content:
+        with path.open("wb") as file:
+            np.save(file, content["array"])
     else:
         np.savez(path, **content)
     with pytest.raises(UserError, match=r"config\.data\.path=") as error:

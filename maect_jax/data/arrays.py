@@ -2,6 +2,7 @@
 
 import gzip
 import zipfile
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
@@ -37,6 +38,11 @@ class Arrays:
 
     def __getitem__(self, record: int) -> tuple[np.ndarray, int]:
         return self.images[record], int(self.labels[record])
+
+    @property
+    def labelled(self) -> bool:
+        """Whether all images have a label."""
+        return bool((self.labels >= 0).all())
 
     def name(self, record: int) -> str:
         """What a record is called."""
@@ -79,23 +85,30 @@ def npz(path: str, split: str, channels: int) -> Arrays:
     """
     where = f"config.data.path={path!r}"
     try:
-        with np.load(path) as file:
-            found = dict(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        with open(path, "rb") as file, np.load(file) as saved:
+            found = dict(saved)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{where}: not a readable .npz file: {error}") from error
     encoded = {"blob", "offsets"} <= found.keys()
     if not encoded and "image" not in found:
         raise UserError(f"{where}: has {', '.join(found)}; `image`, or `blob` and `offsets` needed")
-    count = len(found["offsets"]) - 1 if encoded else len(found["image"])
+    whole = np.atleast_1d(found.get("image"))
+    count = found["offsets"].size - 1 if encoded else len(whole)
     labels = found.get("label", np.full(count, -1))
     held_out = found.get("is_test", np.zeros(count, bool))
-    for key, values in (("label", labels), ("is_test", held_out)):
-        if values.shape != (count,):
-            raise UserError(f"{where}: `{key}` has shape {values.shape}, there are {count} images")
-    chosen = np.flatnonzero(held_out if split == "val" else ~held_out)
+    checked = {"label": labels, "is_test": held_out}
+    if encoded:
+        checked["offsets"] = found["offsets"][:-1]
+    for key, values in checked.items():
+        if values.shape != (count,) or values.dtype.kind not in "biu":
+            raise UserError(
+                f"{where}: `{key}` is {values.dtype} {found[key].shape}; must be whole numbers, "
+                f"for {count} images"
+            )
+    chosen = np.flatnonzero(held_out.astype(bool) == (split == "val"))
     if not len(chosen):
         raise UserError(f"{where}: no image is for {split}, by its `is_test`")
-    images = _decoded(found, chosen, channels, where) if encoded else found["image"][chosen]
+    images = _decoded(found, chosen, channels, where) if encoded else whole[chosen]
     if images.ndim == 3:
         images = images[..., None]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != channels:
@@ -103,7 +116,8 @@ def npz(path: str, split: str, channels: int) -> Arrays:
             f"{where}: `image` is {images.dtype} {images.shape}; must be uint8 [N, H, W, C] with "
             f"{channels} channels"
         )
-    names = found.get("names", np.unique(labels[labels >= 0]).astype(str))
+    highest = int(labels.max(initial=-1))
+    names = found.get("names", np.arange(highest + 1).astype(str))
     return Arrays(images, labels[chosen].astype(np.int32), names.tolist())
 
 

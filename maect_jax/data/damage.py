@@ -1,4 +1,4 @@
-"""Images that cannot be read: each is named once, and too many end the run."""
+"""Images that cannot be read: they are named, and too many end the run."""
 
 import logging
 
@@ -13,12 +13,12 @@ _LISTED = 20
 
 
 class Damage:
-    """Counts the images of a source that this process could not read.
+    """Counts the images of a source that this process could not read, and names each once.
 
     Args:
       source: the images.
       channels: of the model.
-      allowed: the share of the images that may be bad.
+      allowed: the share of all images that may be bad.
     """
 
     def __init__(self, source: Source, channels: int, allowed: float):

@@ -1,6 +1,8 @@
 """Image files in a folder, found once."""
 
 import os
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +15,7 @@ from maect_jax.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 _LARGE = 10_000  # images from which on an index is worth its file
+_UNREADABLE = (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 
 
 class Index(NamedTuple):
@@ -49,9 +52,9 @@ class Folder:
     shape = None
 
     def __init__(self, root: str, classes: Sequence[str] | None = None, kept: Path | None = None):
-        self.root = root
+        self._root = root if _remote(root) else os.path.abspath(root)
         self._kept = kept
-        self._index = self._read() or self._find()
+        self._index = self._read() or _index_of(epath.Path(self._root), root)
         self.classes = self._index.classes.tolist()
         self.labels = self._index.labels
         if classes is not None and self.classes:
@@ -74,47 +77,47 @@ class Folder:
         """The path of a file."""
         names, ends = self._index.names, self._index.ends
         start = ends[record - 1] if record else 0
-        return os.path.join(self.root, os.fsdecode(names[start : ends[record]].tobytes()))
+        return os.path.join(self._root, os.fsdecode(names[start : ends[record]].tobytes()))
 
     @property
-    def _beside(self) -> Path:
-        root = Path(self.root)
-        return root.parent / f".{root.name}.index.npz"
+    def labelled(self) -> bool:
+        """Whether the images have labels: all have, or none."""
+        return bool(self.classes)
+
+    @property
+    def _places(self) -> list[Path]:
+        """The files that may hold the index: one beside the folder, and the run's."""
+        root = Path(self._root)
+        beside = [] if _remote(self._root) else [root.parent / f".{root.name}.index.npz"]
+        return beside + ([self._kept] if self._kept else [])
 
     def _read(self) -> Index | None:
         """The index from its file, if it still holds."""
-        for path in filter(None, (None if _remote(self.root) else self._beside, self._kept)):
+        for path in self._places:
             try:
-                with np.load(path) as saved:
+                with path.open("rb") as file, np.load(file) as saved:
                     index = Index(**saved)
-            except (OSError, ValueError, TypeError, EOFError, KeyError):
+            except _UNREADABLE:
                 continue
-            now = [_changed(os.path.join(self.root, name)) for name in index.folders]
+            now = [_changed(os.path.join(self._root, name)) for name in index.folders]
             if np.array_equal(now, index.changed):
                 return index
         return None
 
-    def _find(self) -> Index:
-        root = epath.Path(self.root)
-        if not root.is_dir():
-            raise UserError(f"config.data.path: there is no folder {self.root!r}")
-        index = _index_of(root)
-        if len(index.labels) >= _LARGE and not _remote(self.root):
-            _write(self._beside, index)
-        return index
-
     def keep(self) -> None:
-        """Writes the index of a large folder into the run's, where it could not stand beside it."""
-        large = len(self) >= _LARGE
-        if large and self._kept and (_remote(self.root) or not self._beside.exists()):
-            _write(self._kept, self._index)
+        """Writes the index of a large folder beside it, or into the run's where that cannot be.
 
-
-def _write(path: Path, index: Index) -> None:
-    try:
-        files.write_arrays(path, **index._asdict())
-    except OSError:  # a folder to read from only; the next run looks again
-        path.with_suffix(".tmp").unlink(missing_ok=True)
+        One process alone may call it.
+        """
+        if len(self) < _LARGE:
+            return
+        for path in self._places:
+            try:
+                if not path.exists() or self._read() is None:
+                    files.write_arrays(path, **self._index._asdict())
+                return
+            except OSError:  # a folder to read from only
+                continue
 
 
 def _remote(root: str) -> bool:
@@ -133,14 +136,17 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + more
 
 
-def _index_of(root: epath.Path) -> Index:
-    """Looks through all folders below `root`."""
-    folders, found, labels = [root], [], []
+def _index_of(root: epath.Path, given: str) -> Index:
+    """Looks through all folders below `root`, which the user called `given`."""
+    if not root.is_dir():
+        raise UserError(f"config.data.path: there is no folder {given!r}")
+    # When a folder changed is asked before it is listed: what comes meanwhile makes a new index.
+    folders, found, labels = {root: _changed(os.fspath(root))}, [], []
     below, own = _listed(root)
     classes = [folder.name for folder in below]
     if own and below:
         raise UserError(
-            f"config.data.path: {str(root)!r} has images beside its class folders, such as "
+            f"config.data.path: {given!r} has images beside its class folders, such as "
             f"{own[0].name}; expected <class>/<image>, or images alone, which have no labels"
         )
     for label, folder in enumerate(below):
@@ -151,14 +157,14 @@ def _index_of(root: epath.Path) -> Index:
     labels += [-1] * len(own)
     if not found:
         raise UserError(
-            f"config.data.path: no images below {str(root)!r}; expected <class>/<image>, or images "
+            f"config.data.path: no images below {given!r}; expected <class>/<image>, or images "
             f"alone, with one of the endings {' '.join(SUFFIXES)}"
         )
     empty = sorted(set(range(len(classes))) - set(labels))
     if empty:
         names = _some([classes[label] for label in empty])
-        raise UserError(f"config.data.path: no images in these classes of {str(root)!r}: {names}")
-    start = len(os.fspath(root)) + 1
+        raise UserError(f"config.data.path: no images in these classes of {given!r}: {names}")
+    start = len(os.fspath(root).rstrip("/")) + 1
     names = [os.fsencode(file[start:]) for file in found]
     return Index(
         classes=np.array(classes, dtype=str),
@@ -166,7 +172,7 @@ def _index_of(root: epath.Path) -> Index:
         ends=np.cumsum([len(name) for name in names]),
         labels=np.asarray(labels, np.int32),
         folders=np.array([os.fspath(folder)[start:] for folder in folders], dtype=str),
-        changed=np.array([_changed(os.fspath(folder)) for folder in folders]),
+        changed=np.array(list(folders.values())),
     )
 
 
@@ -189,14 +195,14 @@ def _real(folder: epath.Path) -> str:
     return path if _remote(path) else os.path.realpath(path)
 
 
-def _walk(folder: epath.Path, seen: list[epath.Path], above: tuple[str, ...]) -> Iterator:
-    """The images below a folder; appends each folder to `seen`."""
+def _walk(folder: epath.Path, seen: dict[epath.Path, int], above: tuple[str, ...]) -> Iterator:
+    """The images below a folder; notes in `seen` when each folder changed."""
     real = _real(folder)
     if real in above:
         raise UserError(
             f"config.data.path: {str(folder)!r} is a symbolic link that leads back into itself"
         )
-    seen.append(folder)
+    seen[folder] = _changed(os.fspath(folder))
     below, images = _listed(folder)
     yield from images
     for inner in below:

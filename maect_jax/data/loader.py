@@ -14,10 +14,12 @@ import grain
 import numpy as np
 
 from maect_jax.data import decode, transforms
+from maect_jax.data.arrays import Arrays
 from maect_jax.data.sources import Source
 from maect_jax.errors import BadImageError, RunFailedError
 
 _AHEAD = 4  # batches made ahead of the step
+_TRIED = 100  # images in a row, for one that can be read
 
 
 def _stream(dataset: grain.MapDataset, rows: int, workers: int):
@@ -27,6 +29,11 @@ def _stream(dataset: grain.MapDataset, rows: int, workers: int):
         return iter(dataset.to_iter_dataset(grain.ReadOptions(_AHEAD, _AHEAD)))
     processes = grain.MultiprocessingOptions(workers, per_worker_buffer_size=1)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(processes))
+
+
+def _processes(source: Source, workers: int) -> int:
+    """None for images that are in memory: each process would hold them all."""
+    return 0 if isinstance(source, Arrays) else workers
 
 
 @lru_cache(maxsize=4)
@@ -58,16 +65,18 @@ def _readable(source: Source, record: int, channels: int) -> tuple[np.ndarray, i
     """The pixels and the label of a record, or of the next one that can be read, and which it is.
 
     Raises:
-      RunFailedError: no image can be read.
+      RunFailedError: so many in a row cannot be read that something else must be wrong.
     """
-    for later in range(len(source)):
+    for later in range(_TRIED):
         found = (record + later) % len(source)
         try:
             image, label = source[found]
             return decode.pixels(image, channels), label, found
-        except (BadImageError, OSError):
-            continue
-    raise RunFailedError(f"none of the {len(source)} images can be read")
+        except (BadImageError, OSError) as error:
+            reason = error
+    raise RunFailedError(
+        f"{_TRIED} images in a row cannot be read, the last one {source.name(found)}: {reason}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +120,8 @@ def train_batches(order: Order, make_example: TrainRecord, workers: int):
     Its `get_state()` (plain JSON) and `set_state()` hold the position. With `workers` > 0 the
     examples are made in that many processes, else in threads.
     """
-    return _stream(grain.MapDataset.source(order).map(make_example), len(order.rows), workers)
+    dataset = grain.MapDataset.source(order).map(make_example)
+    return _stream(dataset, len(order.rows), _processes(make_example.source, workers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,4 +162,4 @@ def eval_batches(
     steps = -(-len(make_example.source) // batch_size)
     records = np.arange(steps * batch_size).reshape(steps, batch_size)[:, rows]
     dataset = grain.MapDataset.source(records.ravel()).map(make_example)
-    return _stream(dataset, len(rows), workers)
+    return _stream(dataset, len(rows), _processes(make_example.source, workers))

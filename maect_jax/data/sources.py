@@ -23,10 +23,11 @@ SPLITS = ("train", "val")
 
 class Source(Protocol):
     """Random access to images; `classes` are the names of the labels, in order, or none where the
-    labels have no names; `name` says what a record is called."""
+    labels have no names; `labelled` says whether all have one, `name` what a record is called."""
 
     shape: tuple[int, int, int] | None
     classes: list[str]
+    labelled: bool
 
     def __len__(self) -> int: ...
 
@@ -41,6 +42,7 @@ class Blank:
     def __init__(self, records: int, channels: int, shape: tuple[int, int, int] | None = None):
         self.records, self.channels, self.shape = records, channels, shape
         self.classes: list[str] = []
+        self.labelled = False
 
     def __len__(self) -> int:
         return self.records
@@ -59,6 +61,7 @@ class Tfds:
     def __init__(self, name: str, split: str, data_dir: str, channels: int):
         import tensorflow_datasets as tfds  # slow to import, and only this source needs it
 
+        self.labelled = True
         self._split = f"{name}, {split}"
         encoded = {"image": tfds.decode.SkipDecoding()}
         try:
@@ -137,6 +140,6 @@ def splits(data, needed: Sequence[str], channels: int, run: Path | None = None) 
     """The sources of the splits, with one numbering of the classes. Raises as `make` does."""
     found = {}
     for split in needed:
-        classes = found["train"].classes if "train" in found else None
+        classes = (found["train"].classes or None) if "train" in found else None
         found[split] = make(data, split, channels, classes, run)
     return found

@@ -141,7 +141,7 @@ def _features(run: Path, config: ConfigDict, images: dict) -> dict[str, Figure]:
         x = normalize(arrays["x"]) if config.eval.cluster.normalise else arrays["x"]
         labels, clusters = arrays["labels"], arrays["clusters"]
         held_out, classes = _records(config, images["val"]), images["val"].classes
-        index = arrays["index"]
+        index = arrays.get("index", np.arange(len(x)))  # older runs have none
         drawn["clusters"] = sheets.montage(x, labels, clusters, index, held_out, classes)
         if len(np.unique(labels)) <= style.CLASSES:
             drawn["confusion"] = plots.confusion(labels, clusters, classes)
