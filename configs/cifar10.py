@@ -7,7 +7,7 @@ Images: TensorFlow Datasets' cifar10, prepared as array_record; or a file of arr
 `--config.data.path=FILE.npz` (its keys: `maect_jax/data/arrays.py`).
 Hardware: a GPU or a TPU host; `--dry_run` prints steps, memory of the state and FLOPs.
 Duration: 400 + 20 + 100 epochs of 50,000 images; not run here as it stands.
-Expected: no figure of the paper's; `:test` is run by the tests.
+Expected: no figure of the paper's; the tests run `:test` on a small file of arrays.
 """
 
 from configs import common

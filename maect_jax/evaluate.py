@@ -25,12 +25,17 @@ def encoders(run: Path) -> dict[str, Path]:
     return {name: checkpoint.stage_folder(run, name) for name in own}
 
 
+def record(config: ConfigDict, source: sources.Source) -> loader.EvalRecord:
+    """What makes the examples of an evaluation."""
+    model = config.model
+    return loader.EvalRecord(source, model.channels, model.image_size, config.data.short_side)
+
+
 def _features(
     config: ConfigDict, source: sources.Source, run, mesh, title: str
 ) -> features.Features:
-    model, batch_size = config.model, config.eval.batch_size
-    example = loader.EvalRecord(source, model.channels, model.image_size, config.data.short_side)
-    broken = damage.Damage(source, model.channels, config.data.max_bad_fraction)
+    example, batch_size = record(config, source), config.eval.batch_size
+    broken = damage.Damage(source, config.model.channels, config.data.max_bad_fraction)
     rows = sharding.local_rows(batch_size, mesh)
     batches = loader.eval_batches(example, batch_size, config.data.workers, rows)
     bar = tqdm(

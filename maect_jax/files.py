@@ -1,6 +1,8 @@
 """Files, written whole or not at all: a reader finds the old content or the new, never a half."""
 
 import json
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,20 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, values: dict) -> None:
     """Writes a JSON file; its folder must be there."""
     write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def read_arrays(path: Path | str) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz`.
+
+    Raises:
+      ValueError: there is no such file, or it is damaged or something else.
+    """
+    try:
+        with open(path, "rb") as file, np.load(file) as saved:
+            return dict(saved)
+    # numpy and zipfile have one for each way in which a file can be wrong.
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(str(error)) from error
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:

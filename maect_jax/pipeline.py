@@ -22,7 +22,7 @@ from maect_jax import (
     watch,
 )
 from maect_jax import config as pages
-from maect_jax.data import loader, sources
+from maect_jax.data import sources
 from maect_jax.errors import UserError
 from maect_jax.report import page
 from maect_jax.stages import build
@@ -241,9 +241,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if jax.process_index() == 0:
         sources.keep(images)
     seen = images.get("val", images["train"])
-    model = config.model
-    record = loader.EvalRecord(seen, model.channels, model.image_size, config.data.short_side)
-    watched = watch.Watched(record, held_out="val" in images)
+    watched = watch.Watched(evaluate.record(config, seen), held_out="val" in images)
     shown = jax.process_index() == 0
     with jax.set_mesh(mesh):
         for name in config.stages:

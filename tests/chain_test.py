@@ -153,6 +153,23 @@ def test_ct_takes_over_head_and_queue_and_freezes_the_lower_half(finished):
     assert (ct["queue"].ids >= 0).all()
 
 
+def test_the_cifar_page_runs_on_a_file_of_arrays(tmp_path, rng):
+    labels = np.arange(400) % 10
+    images = rng.integers(100, 120, (400, 32, 32, 3), dtype=np.uint8)
+    images[..., 0] = 20 * labels[:, None, None]  # the red is of the label
+    np.savez(tmp_path / "set.npz", image=images, label=labels, is_test=np.arange(400) >= 320)
+    workdir = tmp_path / "run"
+    path = f"--config.data.path={tmp_path / 'set.npz'}"
+    done = run_main("--config=configs/cifar10.py:test", path, f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    assert [(e["stage"], e["step"]) for e in metrics_of(workdir)] == [
+        ("mae", 1), ("mae", 2), ("head", 1), ("ct", 1),
+    ]  # fmt: skip
+    results = json.loads((workdir / "results.json").read_text())
+    assert list(results) == ["pixels", "mae", "ct"]
+    assert results["pixels"]["knn"][1]["accuracy"] > 0.9
+
+
 class StoppedError(Exception):
     """Stands for the power cut."""
 

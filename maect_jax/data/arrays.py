@@ -1,14 +1,13 @@
 """Images that are in memory: the packaged ones, and those of an `.npz` file."""
 
 import gzip
-import zipfile
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 
 import numpy as np
 
+from maect_jax import files
 from maect_jax.data import decode
 from maect_jax.errors import BadImageError, UserError
 
@@ -85,9 +84,8 @@ def npz(path: str, split: str, channels: int) -> Arrays:
     """
     where = f"config.data.path={path!r}"
     try:
-        with open(path, "rb") as file, np.load(file) as saved:
-            found = dict(saved)
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        found = files.read_arrays(path)
+    except ValueError as error:
         raise UserError(f"{where}: not a readable .npz file: {error}") from error
     encoded = {"blob", "offsets"} <= found.keys()
     if not encoded and "image" not in found:

@@ -1,8 +1,6 @@
 """Image files in a folder, found once."""
 
 import os
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +13,6 @@ from maect_jax.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 _LARGE = 10_000  # images from which on an index is worth its file
-_UNREADABLE = (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 
 
 class Index(NamedTuple):
@@ -54,7 +51,9 @@ class Folder:
     def __init__(self, root: str, classes: Sequence[str] | None = None, kept: Path | None = None):
         self._root = root if _remote(root) else os.path.abspath(root)
         self._kept = kept
-        self._index = self._read() or _index_of(epath.Path(self._root), root)
+        saved = self._read()
+        self._new = saved is None
+        self._index = saved or _index_of(epath.Path(self._root), root)
         self.classes = self._index.classes.tolist()
         self.labels = self._index.labels
         if classes is not None and self.classes:
@@ -95,9 +94,8 @@ class Folder:
         """The index from its file, if it still holds."""
         for path in self._places:
             try:
-                with path.open("rb") as file, np.load(file) as saved:
-                    index = Index(**saved)
-            except _UNREADABLE:
+                index = Index(**files.read_arrays(path))
+            except (ValueError, TypeError):  # TypeError: arrays of other names
                 continue
             now = [_changed(os.path.join(self._root, name)) for name in index.folders]
             if np.array_equal(now, index.changed):
@@ -109,12 +107,9 @@ class Folder:
 
         One process alone may call it.
         """
-        if len(self) < _LARGE:
-            return
-        for path in self._places:
+        for path in self._places if self._new and len(self) >= _LARGE else ():
             try:
-                if not path.exists() or self._read() is None:
-                    files.write_arrays(path, **self._index._asdict())
+                files.write_arrays(path, **self._index._asdict())
                 return
             except OSError:  # a folder to read from only
                 continue

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from maect_jax import command, train, validate
 from maect_jax.data import augment, decode, sources
 from maect_jax.errors import BadImageError, RunFailedError, UserError
+from maect_jax.report import sheets, style
 from maect_jax.stages import build
 
 _OUT = flags.DEFINE_string("out", "views.png", "the picture that is written")
@@ -27,7 +28,7 @@ _TILE, _GAP, _HEAD = 144, 6, 26  # pixels
 
 def _tile(image: np.ndarray) -> Image.Image:
     """An image uint8 `[H, W, C]` as large as a tile allows, on white."""
-    picture = Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+    picture = Image.fromarray(style.in_colour(image))
     scale = _TILE / max(picture.size)
     size = [max(1, round(side * scale)) for side in picture.size]
     # Small images keep their pixels, large ones are smoothed.
@@ -45,13 +46,13 @@ def rows(config: ConfigDict, name: str, source: sources.Source) -> list[list[np.
     """
     stage = build.stage(config, name, len(source))
     make = train.record(config, name, source)
-    chosen = np.unique(np.linspace(0, len(source) - 1, _IMAGES).astype(int))
+    chosen = sheets.spread(len(source), _IMAGES)
+    see = jax.jit(lambda batch: augment.views(batch, stage.recipe))
     shown = [[] for _ in chosen]
     for epoch in range(_EPOCHS):
-        examples = [make((epoch, int(i))) for i in chosen]
+        examples = [make((epoch, record)) for record in chosen]
         batch = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
-        views = jax.jit(lambda batch: augment.views(batch, stage.recipe))(batch)
-        views = augment.denormalise(views, config.data.mean, config.data.std)
+        views = augment.denormalise(see(batch), config.data.mean, config.data.std)
         for row, own in zip(shown, np.asarray(views), strict=True):
             row += list(own)
     for row, found in zip(shown, batch["index"], strict=True):

@@ -11,7 +11,7 @@ from sklearn.preprocessing import normalize
 
 from maect_jax import config as pages
 from maect_jax import evaluate, files, metrics, table, watch
-from maect_jax.data import loader, sources
+from maect_jax.data import sources
 from maect_jax.errors import UserError
 from maect_jax.report import plots, sheets, style, words
 
@@ -100,15 +100,10 @@ def _curves(history: list[dict]) -> dict[str, Figure]:
     return {key: figure for key, figure in drawn.items() if figure}
 
 
-def _records(config: ConfigDict, source: sources.Source) -> loader.EvalRecord:
-    model = config.model
-    return loader.EvalRecord(source, model.channels, model.image_size, config.data.short_side)
-
-
 def _watched(run: Path, config: ConfigDict, images: dict) -> dict[str, Figure]:
     """What the stages have made of the watched images."""
     drawn, moments, index = {}, [], ()
-    seen = _records(config, images.get("val", images["train"]))
+    seen = evaluate.record(config, images.get("val", images["train"]))
     for path in list(watch.saved(run, "mae").values())[-1:]:
         found = watch.load(path)
         originals = np.stack([seen(int(i))["image"] for i in found["index"]])
@@ -121,7 +116,7 @@ def _watched(run: Path, config: ConfigDict, images: dict) -> dict[str, Figure]:
             moments.append((f"{stage} {step}", found["neighbours"]))
     if moments:
         watched = [seen(int(i)) for i in index]
-        train = _records(config, images["train"])
+        train = evaluate.record(config, images["train"])
         drawn["neighbours"] = sheets.neighbours(watched, moments, train, images["train"].classes)
     return drawn
 
@@ -140,7 +135,7 @@ def _features(run: Path, config: ConfigDict, images: dict) -> dict[str, Figure]:
     for arrays in list(found.values())[:1]:
         x = normalize(arrays["x"]) if config.eval.cluster.normalise else arrays["x"]
         labels, clusters = arrays["labels"], arrays["clusters"]
-        held_out, classes = _records(config, images["val"]), images["val"].classes
+        held_out, classes = evaluate.record(config, images["val"]), images["val"].classes
         index = arrays.get("index", np.arange(len(x)))  # older runs have none
         drawn["clusters"] = sheets.montage(x, labels, clusters, index, held_out, classes)
         if len(np.unique(labels)) <= style.CLASSES:
