@@ -43,6 +43,8 @@ def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -
     data.std = IMAGENET_STD
     data.short_side = 256  # evaluation: resize to this, then cut the centre
     data.workers = 8  # processes that read and cut images; 0: threads
+    # Training only: large JPEGs come smaller out of the decoder where the crops have pixels enough.
+    data.scaled_jpeg = False
     data.max_bad_fraction = 0.01  # of the images may be unreadable; others take their place
     return config.lock()  # what a page misspells is an error
 

@@ -22,7 +22,9 @@ def record(config: ConfigDict, name: str, source: sources.Source) -> loader.Trai
     seed = (config.seed, build.TRAINING.index(name))  # no stage repeats another's crops
     scales = (config[name].crop_scale,) * build.VIEWS
     model = config.model
-    return loader.TrainRecord(source, model.channels, model.image_size, scales, seed)
+    return loader.TrainRecord(
+        source, model.channels, model.image_size, scales, seed, config.data.scaled_jpeg
+    )
 
 
 def batches(config: ConfigDict, name: str, source: sources.Source, steps: int, mesh):

@@ -63,10 +63,50 @@ def test_jpegs_have_pillows_pixels(rng):
             np.testing.assert_array_equal(decode.pixels(odd, channels), expected)
 
 
+@pytest.mark.parametrize("content", KINDS.values(), ids=KINDS.keys())
+def test_a_file_tells_its_shape_before_it_is_decoded(content):
+    assert decode.shape(content) == (30, 40)
+    assert decode.pixels(content, 3, least=0.4).shape[0] in (15, 30)  # half of it, or whole
+
+
+def only(content):
+    """A source of one image."""
+    source = arrays.Arrays(np.zeros((1, 1, 1, 3), np.uint8), np.zeros(1), [])
+    source.images, source.shape = [content], None
+    return source
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
+def test_crops_of_a_jpeg_that_is_decoded_smaller(rng, mode, channels, monkeypatch):
+    """The same boxes and nearly the same pixels, of decoded images that are smaller."""
+    picture = Image.fromarray(rng.integers(0, 256, (10, 14, 3), dtype=np.uint8)).resize((700, 500))
+    source = only(saved(picture.convert(mode), "JPEG", quality=95))
+    shapes, decoded = [], decode.pixels
+
+    def spied(*arguments):
+        found = decoded(*arguments)
+        shapes.append(found.shape[:2])
+        return found
+
+    monkeypatch.setattr(decode, "pixels", spied)
+    for epoch in range(20):
+        sides = (
+            loader.TrainRecord(source, channels, (60, 50), ((0.08, 1.0),) * 2, (0,), scaled)
+            for scaled in (True, False)
+        )
+        small, whole = (side((epoch, 0)) for side in sides)
+        assert small["seed"].tolist() == whole["seed"].tolist()
+        assert small["image"].shape == (2, 60, 50, channels)
+        difference = np.abs(small["image"].astype(int) - whole["image"])
+        assert difference.mean() < 2
+    smaller = [shape for shape in shapes if shape != (500, 700)]
+    assert len(smaller) > 15
+    assert min(smaller) == (125, 175)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 3), (3, 20_000)])
 def test_images_of_odd_sizes_have_views(size):
-    source = arrays.Arrays(np.zeros((1, 1, 1, 3), np.uint8), np.zeros(1), [])
-    source.images, source.shape = [saved(Image.new("RGB", size, (9, 8, 7)), "JPEG")], None
+    source = only(saved(Image.new("RGB", size, (9, 8, 7)), "JPEG"))
     view = loader.TrainRecord(source, 3, (16, 16), ((0.08, 1.0),) * 2, (0,))((0, 0))
     crop = loader.EvalRecord(source, 3, (16, 16), 18)(0)
     for image in (*view["image"], crop["image"]):

@@ -19,7 +19,7 @@ from tests.conftest import assert_trees_equal
 BATCH = 16
 SHAPE = (8, 8, 3)
 ENCODER = vit.ViT(16, 4, 2, 4)
-RECIPE = Recipe(SHAPE[:2], (0.5,) * 3, (0.25,) * 3, (Photometric(), Photometric()))
+RECIPE = Recipe(SHAPE[:2], (0.2, 1.0), (0.5,) * 3, (0.25,) * 3, (Photometric(), Photometric()))
 HEAD = optim.Group(0.01, 1e-5)
 
 

@@ -1,20 +1,26 @@
 """Views of a batch of images, made on the device inside the training step.
 
-Photometric operations work on RGB in [0, 1] and follow torchvision's definitions on Pillow
-images. An image's randomness comes with it (`batch["seed"]`), so its views do not depend on
-the batch, the row or the device that it lands on.
+Photometric operations work on RGB in [0, 1] and follow torchvision's definitions. They take
+channels first, `[C, H, W]`: three channels in the last axis would leave most of a vector unit idle.
+An image's randomness comes with it (`batch["seed"]`), so its views do not depend on the batch,
+the row or the device that it lands on.
 """
 
 import dataclasses
+import itertools
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from maect_jax import sharding
+from maect_jax.data import transforms
 
 GRAY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's mode L
 _BLUR_RADIUS = 8  # four times the largest sigma
+_ORDERS = tuple(itertools.permutations(range(3)))  # of the blends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +46,13 @@ class Photometric:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a batch becomes normalised views of `size` (height, width): one colour recipe a view."""
+    """How a batch becomes normalised views of `size` (height, width): one colour recipe a view.
+
+    `crop_scale` is the range of a crop's share of the area, where the crops are cut here.
+    """
 
     size: tuple[int, int]
+    crop_scale: tuple[float, float]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     photometric: tuple[Photometric, ...]
@@ -70,76 +80,99 @@ def _resize_weights(start, length, size_in: int, size_out: int):
 
 
 def crop_resize(image: jax.Array, box: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Cuts `box` (top, left, height, width) from `[H, W, C]` in 0..255, bicubic to `size`.
+    """Cuts `box` (top, left, height, width) from `[C, H, W]` in 0..255, bicubic to `size`.
 
     Rounds to whole pixel values after each direction, as Pillow does on 8-bit images.
     """
     top, left, height, width = box.astype(jnp.float32)
-    rows = _resize_weights(top, height, image.shape[0], size[0])
-    cols = _resize_weights(left, width, image.shape[1], size[1])
+    rows = _resize_weights(top, height, image.shape[1], size[0])
+    cols = _resize_weights(left, width, image.shape[2], size[1])
     dot = partial(jnp.einsum, precision="highest")
-    x = jnp.round(jnp.clip(dot("wj,ijc->iwc", cols, image.astype(jnp.float32)), 0, 255))
-    return jnp.round(jnp.clip(dot("hi,iwc->hwc", rows, x), 0, 255))
+    x = jnp.round(jnp.clip(dot("wj,cij->ciw", cols, image.astype(jnp.float32)), 0, 255))
+    return jnp.round(jnp.clip(dot("hi,ciw->chw", rows, x), 0, 255))
+
+
+def random_crop_box(
+    key: jax.Array,
+    shape: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> jax.Array:
+    """`transforms.random_crop_box` for the device: top, left, height and width, int32 `[4]`."""
+    sides = jnp.asarray(shape)
+    draws = jax.random.uniform(key, (4, 10))  # of ten boxes: area, ratio, place
+    area = math.prod(shape) * (scale[0] + (scale[1] - scale[0]) * draws[0])
+    low, high = map(math.log, ratio)
+    aspect = jnp.exp(low + (high - low) * draws[1])
+    drawn = jnp.round(jnp.sqrt(jnp.stack([area / aspect, area * aspect], 1))).astype(jnp.int32)
+    fits = ((drawn > 0) & (drawn <= sides)).all(1)
+    central = transforms.central_box(shape, ratio)
+    first = jnp.argmax(fits)
+    size = jnp.where(fits.any(), drawn[first], jnp.asarray(central[2:]))
+    free = sides - size
+    place = (draws[2:, first] * (free + 1)).astype(jnp.int32)
+    place = jnp.where(fits.any(), jnp.minimum(place, free), jnp.asarray(central[:2]))
+    return jnp.concatenate([place, size])
+
+
+def random_crop(image: jax.Array, key: jax.Array, recipe: Recipe) -> jax.Array:
+    """A random resized crop of `[C, H, W]` in 0..255, which half of the time is flipped."""
+    box_key, flip_key = jax.random.split(key)
+    box = random_crop_box(box_key, image.shape[1:], recipe.crop_scale)
+    x = crop_resize(image, box, recipe.size)
+    return jnp.where(jax.random.bernoulli(flip_key), x[..., ::-1], x)
 
 
 def to_gray(x: jax.Array) -> jax.Array:
-    """Luma `[H, W, 1]` of RGB `[H, W, 3]`."""
-    return (x * jnp.asarray(GRAY)).sum(-1, keepdims=True)
+    """Luma `[1, H, W]` of RGB `[3, H, W]`; one channel is its own."""
+    return x if len(x) == 1 else sum(w * p for w, p in zip(GRAY, x, strict=True))[None]
 
 
-def _blend(x, other, factor):
+def blend(x: jax.Array, kind, factor) -> jax.Array:
+    """Brightness, contrast or saturation (`kind` 0, 1, 2) times `factor`.
+
+    These are `x` blended with black, with the mean of its luma, with its luma. A factor of 1
+    changes nothing, to the bit.
+    """
+    gray = to_gray(x)
+    other = jnp.where(kind == 0, 0.0, jnp.where(kind == 1, gray.mean(), gray))
     return jnp.clip(factor * x + (1 - factor) * other, 0, 1)
-
-
-def adjust_brightness(x: jax.Array, factor) -> jax.Array:
-    """Blends with black."""
-    return _blend(x, 0.0, factor)
-
-
-def adjust_contrast(x: jax.Array, factor) -> jax.Array:
-    """Blends with the image's mean luma."""
-    return _blend(x, (to_gray(x) if x.shape[-1] == 3 else x).mean(), factor)
-
-
-def adjust_saturation(x: jax.Array, factor) -> jax.Array:
-    """Blends with the grayscale image; does nothing unless C is three."""
-    return _blend(x, to_gray(x), factor) if x.shape[-1] == 3 else x
 
 
 def adjust_hue(x: jax.Array, shift) -> jax.Array:
     """Turns the hue by `shift` (1 is a whole turn); does nothing unless C is three."""
-    if x.shape[-1] != 3:
+    if len(x) != 3:
         return x
-    high, low = x.max(-1), x.min(-1)
+    red, green, blue = x
+    high, low = x.max(0), x.min(0)
     chroma = high - low
     safe = jnp.where(chroma > 0, chroma, 1.0)
-    red, green, blue = jnp.moveaxis(x, -1, 0)
     hue = jnp.where(
         high == red,
         (green - blue) / safe,
         jnp.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
     # Back from HSV by the closed form f(n) = V - C max(0, min(k, 4 - k, 1)), k = n + H mod 6.
-    k = (jnp.asarray([5.0, 3.0, 1.0]) + (hue + 6 * shift)[..., None]) % 6
-    ramp = jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
-    return high[..., None] - chroma[..., None] * ramp
+    k = jnp.asarray([5.0, 3.0, 1.0])[:, None, None] + hue + 6 * shift
+    k -= 6 * jnp.floor(k / 6)  # `%` is a slow call for each pixel on CPUs
+    return high - chroma * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
+
+
+def _blur_weights(size: int, sigma):
+    """Matrix `[size, size]` that blurs a line; pixels beyond its ends are those at the ends."""
+    radius = _BLUR_RADIUS
+    offsets = jnp.arange(-radius, size + radius) - jnp.arange(size)[:, None]
+    kernel = jnp.where(jnp.abs(offsets) <= radius, jnp.exp(-0.5 * jnp.square(offsets / sigma)), 0)
+    kernel = kernel / kernel.sum(1, keepdims=True)
+    before, line, after = jnp.split(kernel, (radius, radius + size), axis=1)
+    return line.at[:, 0].add(before.sum(1)).at[:, -1].add(after.sum(1))
 
 
 def gaussian_blur(x: jax.Array, sigma) -> jax.Array:
-    """Separable Gaussian blur of `[H, W, C]`, sigma in pixels; edges are repeated."""
-    offsets = jnp.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1)
-    kernel = jnp.exp(-0.5 * jnp.square(offsets / sigma))
-    kernel = kernel / kernel.sum()
-    for axis in (0, 1):
-        pad = [(0, 0)] * 3
-        pad[axis] = (_BLUR_RADIUS, _BLUR_RADIUS)
-        padded = jnp.pad(x, pad, mode="edge")
-        shifts = (
-            jax.lax.slice_in_dim(padded, i, i + x.shape[axis], axis=axis)
-            for i in range(len(offsets))
-        )
-        x = sum(weight * shifted for weight, shifted in zip(kernel, shifts, strict=True))
-    return x
+    """Separable Gaussian blur of `[C, H, W]`, sigma in pixels; edges are repeated."""
+    rows, cols = (_blur_weights(size, sigma) for size in x.shape[1:])
+    x = jnp.einsum("wj,cij->ciw", cols, x, precision="highest")
+    return jnp.einsum("hi,ciw->chw", rows, x, precision="highest")
 
 
 def solarize(x: jax.Array, threshold: float) -> jax.Array:
@@ -148,34 +181,35 @@ def solarize(x: jax.Array, threshold: float) -> jax.Array:
 
 
 def colour_jitter(x: jax.Array, key: jax.Array, recipe: Photometric) -> jax.Array:
-    """Brightness, contrast, saturation and hue by random factors in random order."""
-    order_key, factor_key = jax.random.split(key)
-    uniform = jax.random.uniform(factor_key, (4,), minval=-1.0, maxval=1.0)
-    ops = (
-        lambda x: adjust_brightness(x, 1 + recipe.brightness * uniform[0]),
-        lambda x: adjust_contrast(x, 1 + recipe.contrast * uniform[1]),
-        lambda x: adjust_saturation(x, 1 + recipe.saturation * uniform[2]),
-        lambda x: adjust_hue(x, recipe.hue * uniform[3]),
-    )
-    for op in jax.random.permutation(order_key, 4):
-        x = jax.lax.switch(op, ops, x)
-    return x
+    """Brightness, contrast, saturation and hue by random factors, in one of their 24 orders."""
+    order_key, place_key, factor_key = jax.random.split(key, 3)
+    order = jnp.asarray(_ORDERS)[jax.random.randint(order_key, (), 0, len(_ORDERS))]
+    place = jax.random.randint(place_key, (), 0, 4)  # of the hue: after so many blends
+    strength = jnp.asarray([recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue])
+    change = strength * jax.random.uniform(factor_key, (4,), minval=-1.0, maxval=1.0)
+
+    def blends(x, chosen):
+        for i, kind in enumerate(order):
+            x = blend(x, kind, 1 + jnp.where(chosen(i), change[kind], 0.0))
+        return x
+
+    # Under vmap a branch costs as much as both its sides; so hue, the dearest, is here once.
+    x = blends(x, lambda i: i < place)
+    x = adjust_hue(x, change[3])
+    return blends(x, lambda i: i >= place)
 
 
 def photometric(x: jax.Array, key: jax.Array, recipe: Photometric) -> jax.Array:
-    """Applies a view's colour recipe to one image `[H, W, C]` in [0, 1]."""
+    """Applies a view's colour recipe to one image `[C, H, W]` in [0, 1]."""
     keys = jax.random.split(key, 6)
 
     def blur(x):
         return gaussian_blur(x, jax.random.uniform(keys[5], (), jnp.float32, *recipe.blur_sigma))
 
-    def grayscale(x):
-        return jnp.broadcast_to(to_gray(x), x.shape) if x.shape[-1] == 3 else x
-
     operations = (
         (recipe.jitter, lambda x: colour_jitter(x, keys[4], recipe)),
         (recipe.blur, blur),
-        (recipe.grayscale, grayscale),
+        (recipe.grayscale, lambda x: jnp.broadcast_to(to_gray(x), x.shape)),
         (recipe.solarize, lambda x: solarize(x, recipe.solarize_threshold)),
     )
     for coin, (probability, operation) in zip(keys[:4], operations, strict=True):
@@ -204,29 +238,26 @@ def denormalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ..
 def views(batch: dict, recipe: Recipe) -> jax.Array:
     """Normalised views fp32 `[B, V, H, W, C]` of a batch from the loader.
 
-    `batch["image"]` is one of: uint8 `[B, H0, W0, C]` with the crops to cut (`box` `[B, V, 4]`
-    and `flip` `[B, V]`); uint8 `[B, V, H, W, C]`, already cut; float `[B, V, H, W, C]`, already
-    normalised, which is taken as it is.
+    `batch["image"]` is one of: uint8 `[B, H0, W0, C]`, of which the views are cut here; uint8
+    `[B, V, H, W, C]`, already cut; float `[B, V, H, W, C]`, already normalised, which is taken as
+    it is. `batch["seed"]` is uint32 `[B, 2]`.
     """
     images = batch["image"]
     if jnp.issubdtype(images.dtype, jnp.floating):
         return images
-    if "box" in batch:
-
-        def cut(image, box, flip):
-            x = crop_resize(image, box, recipe.size)
-            return jnp.where(flip, x[:, ::-1], x)
-
-        per_view = jax.vmap(cut, in_axes=(None, 0, 0))
-        images = jax.vmap(per_view)(images, batch["box"], batch["flip"])
-    images = sharding.constrain_batch(images.astype(jnp.float32) / 255)
+    whole = images.ndim == 4
+    images = jnp.moveaxis(images, -1, -3)
     keys = jax.random.wrap_key_data(batch["seed"])
-    images = jnp.stack(
-        [
-            jax.vmap(lambda x, key, v=v, colour=colour: photometric(
-                x, jax.random.fold_in(key, v), colour))(images[:, v], keys)
-            for v, colour in enumerate(recipe.photometric)
-        ],
-        axis=1,
-    )  # fmt: skip
-    return normalise(images, recipe.mean, recipe.std)
+    seen = []
+    for v, colour in enumerate(recipe.photometric):
+        own = jax.vmap(lambda key, v=v: jax.random.split(jax.random.fold_in(key, v)))(keys)
+        cut = partial(random_crop, recipe=recipe)
+        x = jax.vmap(cut)(images, own[:, 0]) if whole else images[:, v]
+        x = _planes(sharding.constrain_batch(x.astype(jnp.float32) / 255))
+        seen.append(_planes(jax.vmap(partial(photometric, recipe=colour))(x, own[:, 1])))
+    return normalise(jnp.moveaxis(jnp.stack(seen, axis=1), -3, -1), recipe.mean, recipe.std)
+
+
+def _planes(x: jax.Array) -> jax.Array:
+    """Has channels first in memory, too, lest the layout of what comes after reaches back here."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 
 import numpy as np
 import simplejpeg
@@ -9,10 +10,19 @@ from PIL import Image, ImageOps
 
 from maect_jax.errors import BadImageError
 
-_ORIENTATION = 0x0112  # the EXIF tag
+_ORIENTATION = 0x0112  # the EXIF tag; from 5 on it swaps height and width
 
 
-def pixels(image: bytes | np.ndarray, channels: int) -> np.ndarray:
+def shape(image: bytes | np.ndarray) -> tuple[int, int]:
+    """Height and width of an image, from the header of its file. Raises as `pixels` does."""
+    if isinstance(image, np.ndarray):
+        return image.shape[:2]
+    with _opened(image) as picture:
+        swapped = picture.getexif().get(_ORIENTATION, 1) >= 5
+        return picture.size if swapped else picture.size[::-1]
+
+
+def pixels(image: bytes | np.ndarray, channels: int, least: float = 1.0) -> np.ndarray:
     """The pixels of an image, uint8 `[H, W, channels]`: gray for one channel, RGB for three.
 
     Takes any format that Pillow reads: gray, palette, CMYK, 16 bits (the upper eight are kept).
@@ -21,6 +31,7 @@ def pixels(image: bytes | np.ndarray, channels: int) -> np.ndarray:
     Args:
       image: a file's content, or pixels uint8 `[H, W, C]`, which are taken as they are.
       channels: 1 or 3.
+      least: a plain JPEG may be given at a smaller scale than its own, but not below this.
 
     Raises:
       BadImageError: the content is cut short, or no image.
@@ -28,16 +39,25 @@ def pixels(image: bytes | np.ndarray, channels: int) -> np.ndarray:
     if isinstance(image, np.ndarray):
         return image
     mode = "L" if channels == 1 else "RGB"
+    with _opened(image) as picture:
+        if picture.format == "JPEG" and picture.mode == mode and not _turned(picture):
+            sides = [math.ceil(least * side) for side in picture.size]
+            smallest = dict(zip(("min_width", "min_height"), sides, strict=True))
+            # The same pixels as Pillow's in less time; but it refuses what is only odd.
+            with contextlib.suppress(ValueError):
+                kind = "GRAY" if channels == 1 else "RGB"
+                return simplejpeg.decode_jpeg(image, kind, **smallest)
+        found = np.asarray(_converted(picture, mode))
+    return found.reshape(*found.shape[:2], channels)
+
+
+@contextlib.contextmanager
+def _opened(image: bytes):
     try:
         with Image.open(io.BytesIO(image)) as picture:
-            if picture.format == "JPEG" and picture.mode == mode and not _turned(picture):
-                # The same pixels as Pillow's in less time; but it refuses what is only odd.
-                with contextlib.suppress(ValueError):
-                    return simplejpeg.decode_jpeg(image, "GRAY" if channels == 1 else "RGB")
-            found = np.asarray(_converted(picture, mode))
+            yield picture
     except Exception as error:  # a damaged file makes Pillow raise any of a dozen kinds
         raise BadImageError(str(error).strip() or repr(error)) from error
-    return found.reshape(*found.shape[:2], channels)
 
 
 def _turned(picture: Image.Image) -> bool:

@@ -7,8 +7,8 @@ so the same crops come out on any number of hosts, workers or threads, and after
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 
 import grain
 import numpy as np
@@ -31,11 +31,6 @@ def _stream(dataset: grain.MapDataset, rows: int, workers: int):
     return iter(dataset.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(processes))
 
 
-def _processes(source: Source, workers: int) -> int:
-    """None for images that are in memory: each process would hold them all."""
-    return 0 if isinstance(source, Arrays) else workers
-
-
 @lru_cache(maxsize=4)
 def _permutation(seed: tuple[int, ...], epoch: int, records: int) -> np.ndarray:
     return np.random.default_rng((*seed, epoch)).permutation(records)
@@ -56,13 +51,18 @@ class Order:
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         step, row = divmod(int(index), len(self.rows))
+        epoch, records = self.of_step(step)
+        return epoch, int(records[row])
+
+    def of_step(self, step: int) -> tuple[int, np.ndarray]:
+        """The epoch of a step, and the records that this process reads in it."""
         epoch, step = divmod(step, self.records // self.batch_size)
-        place = step * self.batch_size + self.rows[row]
-        return epoch, int(_permutation(self.seed, epoch, self.records)[place])
+        places = step * self.batch_size + np.asarray(self.rows)
+        return epoch, _permutation(self.seed, epoch, self.records)[places]
 
 
-def _readable(source: Source, record: int, channels: int) -> tuple[np.ndarray, int, int]:
-    """The pixels and the label of a record, or of the next one that can be read, and which it is.
+def _readable(source: Source, record: int, make: Callable) -> tuple[np.ndarray, int, int]:
+    """`make(image)` and the label of a record, or of the next that can be read, and which it is.
 
     Raises:
       RunFailedError: so many in a row cannot be read that something else must be wrong.
@@ -71,7 +71,7 @@ def _readable(source: Source, record: int, channels: int) -> tuple[np.ndarray, i
         found = (record + later) % len(source)
         try:
             image, label = source[found]
-            return decode.pixels(image, channels), label, found
+            return make(image), label, found
         except (BadImageError, OSError) as error:
             reason = error
     raise RunFailedError(
@@ -79,14 +79,19 @@ def _readable(source: Source, record: int, channels: int) -> tuple[np.ndarray, i
     )
 
 
+@lru_cache(maxsize=4)
+def _epoch_seed(seed: tuple[int, ...], epoch: int) -> int:
+    return int(np.random.SeedSequence((*seed, epoch)).generate_state(1)[0])
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainRecord:
     """Turns (epoch, record) into one training example with `len(scales)` views.
 
-    Images of one shape travel whole, with the boxes to cut (the device cuts them, see
-    `augment.views`); others are cut here. Fields: `image`, `index`, `label`, `seed`, and `box`
-    and `flip` for whole images; `bad` is the record where it could not be read and the next one
-    stands for it, else -1 (see `damage`).
+    Images of one shape travel whole, for the device to cut (`augment.views`); others are cut here.
+    Fields: `image`, `index`, `label`, `seed`; `bad` is the record where it could not be read and
+    the next one stands for it, else -1 (see `damage`). With `scaled_jpeg`, JPEG files of which the
+    crops need fewer pixels than there are come smaller out of the decoder.
     """
 
     source: Source
@@ -94,34 +99,65 @@ class TrainRecord:
     size: tuple[int, int]
     scales: tuple[tuple[float, float], ...]
     seed: tuple[int, ...]
+    scaled_jpeg: bool = False
 
     def __call__(self, where: tuple[int, int]) -> dict[str, np.ndarray]:
         epoch, record = where
-        rng = np.random.default_rng((*self.seed, epoch, record))
-        image, label, found = _readable(self.source, record, self.channels)
-        boxes = [transforms.random_crop_box(rng, image.shape[:2], s) for s in self.scales]
+        make = self._views if self.source.shape is None else self._whole
+        image, label, found = _readable(self.source, record, partial(make, where))
+        numbers = {"index": found, "label": label, "bad": -1 if found == record else record}
+        seed = np.array([_epoch_seed(self.seed, epoch), record], np.uint32)
+        return {"image": image, "seed": seed, **{k: np.int32(v) for k, v in numbers.items()}}
+
+    def _whole(self, where: tuple[int, int], image) -> np.ndarray:
+        return decode.pixels(image, self.channels)
+
+    def _views(self, where: tuple[int, int], image) -> np.ndarray:
+        rng = np.random.default_rng((*self.seed, *where))
+        if not self.scaled_jpeg:
+            image = decode.pixels(image, self.channels)
+        shape = decode.shape(image)  # before the image is decoded, where it may come out smaller
+        boxes = [transforms.random_crop_box(rng, shape, s) for s in self.scales]
         flips = rng.random(len(boxes)) < 0.5
-        example = {
-            "index": np.int32(found),
-            "label": np.int32(label),
-            "seed": rng.integers(2**32, size=2, dtype=np.uint32),
-            "bad": np.int32(-1 if found == record else record),
+        image = decode.pixels(image, self.channels, transforms.smallest_scale(boxes, self.size))
+        views = [transforms.crop_resize_shrunk(image, shape, box, self.size) for box in boxes]
+        return np.stack([v[:, ::-1] if flip else v for v, flip in zip(views, flips, strict=True)])
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayBatch:
+    """Turns a step into what `TrainRecord` makes of its records, at once, of images in memory."""
+
+    order: Order
+    source: Arrays
+    seed: tuple[int, ...]
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        epoch, records = self.order.of_step(step)
+        epoch_seed = np.full_like(records, _epoch_seed(self.seed, epoch))
+        return {
+            "image": self.source.images[records],
+            "seed": np.stack([epoch_seed, records], axis=1).astype(np.uint32),
+            "index": records.astype(np.int32),
+            "label": self.source.labels[records].astype(np.int32),
+            "bad": np.full(len(records), -1, np.int32),
         }
-        if self.source.shape is not None:
-            return example | {"image": image, "box": np.int32(boxes), "flip": flips}
-        views = [transforms.crop_resize(image, box, self.size) for box in boxes]
-        views = [v[:, ::-1] if flip else v for v, flip in zip(views, flips, strict=True)]
-        return example | {"image": np.stack(views)}
 
 
 def train_batches(order: Order, make_example: TrainRecord, workers: int):
     """An iterator over this process's part of each global batch, as dicts of stacked arrays.
 
     Its `get_state()` (plain JSON) and `set_state()` hold the position. With `workers` > 0 the
-    examples are made in that many processes, else in threads.
+    examples are made in that many processes, else in threads; those of images that are in memory
+    in one thread.
     """
+    source = make_example.source
+    if isinstance(source, Arrays):
+        batch = ArrayBatch(order, source, make_example.seed)
+        dataset = grain.MapDataset.range(order.steps).map(batch)
+        return iter(dataset.to_iter_dataset(grain.ReadOptions(1, _AHEAD)))
     dataset = grain.MapDataset.source(order).map(make_example)
-    return _stream(dataset, len(order.rows), _processes(make_example.source, workers))
+    return _stream(dataset, len(order.rows), workers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,4 +198,6 @@ def eval_batches(
     steps = -(-len(make_example.source) // batch_size)
     records = np.arange(steps * batch_size).reshape(steps, batch_size)[:, rows]
     dataset = grain.MapDataset.source(records.ravel()).map(make_example)
-    return _stream(dataset, len(rows), _processes(make_example.source, workers))
+    # Each process would hold all of the images that are in memory.
+    in_memory = isinstance(make_example.source, Arrays)
+    return _stream(dataset, len(rows), 0 if in_memory else workers)

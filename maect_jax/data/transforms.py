@@ -35,6 +35,12 @@ def random_crop_box(
             top = int(rng.integers(0, height - h + 1))
             left = int(rng.integers(0, width - w + 1))
             return top, left, h, w
+    return central_box(shape, ratio)
+
+
+def central_box(shape: tuple[int, int], ratio: tuple[float, float]) -> Box:
+    """The largest box in the middle of an image whose width / height is within `ratio`."""
+    height, width = shape
     aspect = min(max(width / height, ratio[0]), ratio[1])
     w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
     return (height - h) // 2, (width - w) // 2, h, w
@@ -57,6 +63,29 @@ def crop_resize(image: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarra
     """Cuts a box and resizes it to `size` (height, width)."""
     top, left, height, width = box
     return _resize(image[top : top + height, left : left + width], size)
+
+
+def smallest_scale(boxes: list[Box], size: tuple[int, int]) -> float:
+    """How far an image may be shrunk before any of the boxes in it has less than `size` pixels."""
+    return min(1.0, max(s / side for box in boxes for s, side in zip(size, box[2:], strict=True)))
+
+
+def crop_resize_shrunk(
+    image: np.ndarray, shape: tuple[int, int], box: Box, size: tuple[int, int]
+) -> np.ndarray:
+    """`crop_resize` of an image that was shrunk, by a box in its former `shape` (height, width).
+
+    Pillow's edges may lie between two pixels, as those of the box do in the smaller image: to whole
+    ones the crop would move by up to half a pixel.
+    """
+    if image.shape[:2] == tuple(shape):
+        return crop_resize(image, box, size)
+    top, left, height, width = box
+    y, x = (now / before for now, before in zip(image.shape, shape, strict=False))
+    edges = (left * x, top * y, (left + width) * x, (top + height) * y)
+    picture = Image.fromarray(image if image.shape[2] == 3 else image[..., 0])
+    found = picture.resize(size[::-1], Image.Resampling.BICUBIC, box=edges)
+    return np.asarray(found).reshape(*size, image.shape[2])
 
 
 def centre_crop(image: np.ndarray, short_side: int, size: tuple[int, int]) -> np.ndarray:

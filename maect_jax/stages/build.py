@@ -61,7 +61,8 @@ def _recipe(config: ConfigDict, section: ConfigDict) -> Recipe:
         Photometric(**{k: v[view] if k in per_view else v for k, v in colours.items()})
         for view in range(VIEWS)
     )
-    return Recipe(config.model.image_size, config.data.mean, config.data.std, photometric)
+    data = config.data
+    return Recipe(config.model.image_size, section.crop_scale, data.mean, data.std, photometric)
 
 
 def stage(config: ConfigDict, name: str, records: int) -> Mae | Contrast:
