@@ -45,7 +45,9 @@ def _features(
         disable=jax.process_index() != 0 or not sys.stderr.isatty(),
         leave=False,
     )
-    return features.extract(run, map(broken.take, bar), mesh)
+    found = features.extract(run, map(broken.take, bar), mesh)
+    broken.check()
+    return found
 
 
 def protocols(

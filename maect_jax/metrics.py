@@ -87,6 +87,10 @@ class Log:
         self._waited += time.monotonic() - start
         return batch
 
+    def tells(self, step: int) -> bool:
+        """Whether a step gets a line in `metrics.jsonl`."""
+        return step == 1 or step % self._every == 0 or step == self._steps
+
     def add(self, step: int, scalars: dict[str, jax.Array]) -> None:
         """Remembers this step's metrics and reads those of the step before.
 
@@ -110,7 +114,7 @@ class Log:
         self._bar.update(self._batch_size)
         shown = {k: f"{values[k]:.3f}" for k in ("loss", "nn_accuracy") if k in values}
         self._bar.set_postfix(shown, refresh=False)
-        if self._file and (step == 1 or step % self._every == 0 or step == self._steps):
+        if self._file and self.tells(step):
             (then, before), now = self._clock, time.monotonic()
             self._clock = (now, step)
             passed = max(now - then, 1e-9)

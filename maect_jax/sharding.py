@@ -69,6 +69,18 @@ def on_all_hosts(holds: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.asarray(holds)).all())
 
 
+def of_all_hosts(numbers: set[int]) -> set[int]:
+    """All processes' numbers (int32, none negative); each must ask, and waits for the others."""
+    if jax.process_count() == 1:
+        return numbers
+    longest = int(multihost_utils.process_allgather(np.int32(len(numbers))).max())
+    if not longest:
+        return numbers
+    own = np.full(longest, -1, np.int32)
+    own[: len(numbers)] = list(numbers)
+    return set(multihost_utils.process_allgather(own).ravel().tolist()) - {-1}
+
+
 def constrain_batch(x: jax.Array, axis: int = 0) -> jax.Array:
     """Pins an axis of an activation to the batch axes; does nothing without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -109,6 +109,8 @@ def run(
             batch = sharding.put_batch(broken.take(log.wait_for(stream)), mesh)
             train_state, scalars = update(train_state, batch)
             log.add(now, scalars)
+            if log.tells(now):
+                broken.check()
             if now % save_every == 0 or now == stage.steps:
                 log.flush()  # a step that is not finite must not be saved
                 look(now, train_state)

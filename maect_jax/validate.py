@@ -162,8 +162,9 @@ def _training(check: _Checker, name: str) -> None:
         lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1,
     )  # fmt: skip
     colours = f"{name}.photometric"
-    strengths = ("brightness", "contrast", "saturation", "hue", "solarize_threshold")
-    check.not_negative(*(f"{colours}.{key}" for key in strengths))
+    check.not_negative(f"{colours}.solarize_threshold")
+    for key, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
+        check.need(f"{colours}.{key}", f"from 0 to {most}", lambda v, most=most: 0 <= v <= most)
     check.need(
         f"{colours}.blur_sigma", "(low, high) with 0 < low <= high <= 2",
         lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 2,

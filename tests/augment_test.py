@@ -18,8 +18,8 @@ from tests.conftest import mesh_of
 
 @pytest.fixture
 def picture(rng):
-    """A smooth colour picture, 40 x 32, as uint8."""
-    small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    """A smooth picture, mostly red, 40 x 32, as uint8."""
+    small = Image.fromarray(rng.integers(0, (256, 160, 80), (6, 8, 3), dtype=np.uint8))
     return np.asarray(small.resize((40, 32), Image.Resampling.BICUBIC))
 
 
@@ -129,7 +129,7 @@ def test_strengths_are_uniform(monkeypatch):
 
 
 def test_device_boxes_are_drawn_as_the_hosts_are(rng):
-    """The same distributions of place and size, by a Kolmogorov-Smirnov test of each."""
+    """The same distributions of place, size and ratio, by a Kolmogorov-Smirnov test of each."""
     for shape, scale in (((32, 32), (0.08, 1.0)), ((300, 400), (0.2, 1.0)), ((20, 90), (0.5, 1.0))):
         keys = jax.random.split(jax.random.key(2), 4000)
         draw = jax.jit(jax.vmap(lambda key: augment.random_crop_box(key, shape, scale)))  # noqa: B023
@@ -137,6 +137,8 @@ def test_device_boxes_are_drawn_as_the_hosts_are(rng):
         expected = np.array([transforms.random_crop_box(rng, shape, scale) for _ in range(4000)])
         for ours, hosts in zip(got.T, expected.T, strict=True):
             assert stats.ks_2samp(ours, hosts).pvalue > 1e-3
+        ours, hosts = (drawn[:, 3] / drawn[:, 2] for drawn in (got, expected))
+        assert stats.ks_2samp(ours, hosts).pvalue > 1e-3
         assert (got[:, :2] >= 0).all()
         assert (got[:, :2] + got[:, 2:] <= shape).all()
     box = augment.random_crop_box(jax.random.key(0), (10, 100), (1.0, 1.0))

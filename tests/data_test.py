@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from maect_jax.data import decode, loader, sources, transforms
+from maect_jax.data import arrays, decode, loader, sources, transforms
 from maect_jax.data.folder import Folder
 from maect_jax.data.loader import EvalRecord, Order, TrainRecord
 from maect_jax.errors import UserError
@@ -149,6 +149,23 @@ def test_the_same_views_with_worker_processes_and_after_a_restart(images, worker
     again.set_state(state)
     for batch in batches[4:]:
         assert_batches_equal(batch, next(again))
+
+
+def test_a_batch_of_arrays_is_what_its_records_are(rng):
+    pixels = rng.integers(0, 256, (23, 5, 4, 3), dtype=np.uint8)
+    source = arrays.Arrays(pixels, rng.integers(0, 9, 23), [])
+    make = TrainRecord(source, 3, (8, 8), ((0.2, 1.0),) * 2, (7, 2))
+    order = Order(records=23, batch_size=6, steps=8, seed=(7, 2), rows=(1, 2, 5))
+    batches = list(loader.train_batches(order, make, workers=2))
+    assert len(batches) == 8
+    for step, batch in enumerate(batches):
+        examples = [make(order[3 * step + row]) for row in range(3)]
+        expected = {key: np.stack([e[key] for e in examples]) for key in examples[0]}
+        assert_batches_equal(batch, expected)
+        assert {k: x.dtype for k, x in batch.items()} == {k: x.dtype for k, x in expected.items()}
+    state = loader.train_batches(order, make, workers=0)
+    seeds = {tuple(seed) for batch in state for seed in batch["seed"].tolist()}
+    assert len(seeds) == 24  # each of the eight steps' three images has its own
 
 
 def test_views_differ_between_epochs_and_follow_the_record(images):

@@ -3,10 +3,12 @@
 import io
 import logging
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from maect_jax import sharding
 from maect_jax.data import arrays, damage, decode, loader
 from maect_jax.data.folder import Folder
 from maect_jax.errors import BadImageError, RunFailedError
@@ -145,14 +147,33 @@ def test_bad_images_are_named_once_and_too_many_end_the_run(broken, caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             batch = some.take({"x": np.arange(3), "bad": np.array([-1, 2, 3])})
+            some.check()
     assert list(batch) == ["x"]
     named = [record.getMessage() for record in caplog.records]
     assert [name.split(": ")[1][-6:] for name in named] == ["02.png", "03.png"]
     few = damage.Damage(broken, 3, allowed=0.05)
     few.take({"bad": np.array([2])})
+    few.check()
+    few.take({"bad": np.array([3, 2])})
     message = r"^2 of 21 images .*max_bad_fraction=0\.05: .*ant/02\.png: .*; .*ant/03\.png: cannot"
     with pytest.raises(RunFailedError, match=message):
-        few.take({"bad": np.array([3, 2])})
+        few.check()
+
+
+def test_bad_images_of_all_hosts_are_counted(broken, monkeypatch):
+    """Two hosts, of which the other one has found the fourth image."""
+    others = iter([1, [3]])
+
+    def gathered(own):
+        theirs = np.array(next(others), np.int32)
+        return np.stack([np.broadcast_to(own, theirs.shape), theirs])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(sharding.multihost_utils, "process_allgather", gathered)
+    found = damage.Damage(broken, 3, allowed=0.05)
+    found.take({"bad": np.array([2])})
+    with pytest.raises(RunFailedError, match=r"2 of 21 images .*02\.png.*03\.png"):
+        found.check()
 
 
 def test_an_evaluation_leaves_bad_images_out(broken):

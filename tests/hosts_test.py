@@ -15,7 +15,7 @@ import pytest
 
 from maect_jax import checkpoint, config, sharding
 from tests.chain_test import metrics_of
-from tests.conftest import CONFIGS, FAST_COMPILE, ROOT, SMALL, mesh_of, run_on
+from tests.conftest import CONFIGS, FAST_COMPILE, ROOT, SMALL, mesh_of, run_on, save
 from tests.figures import FORWARD, GRADIENT, assert_close
 from tests.main_test import run_main
 
@@ -36,12 +36,12 @@ STAGES = ("mae", "head", "ct")
 
 
 @contextmanager
-def pod(workdir, output):
+def pod(workdir, output, settings=SETTINGS):
     """Two processes of two devices each, which write into the file `output`."""
     flags = f"--xla_force_host_platform_device_count=2 {FAST_COMPILE}"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = ["launch/local_pod.sh", "2", f"--config={PAGE}", f"--workdir={workdir}"]
-    command += [f"--config.{setting}" for setting in SETTINGS]
+    command += [f"--config.{setting}" for setting in settings]
     with (
         output.open("w") as file,
         subprocess.Popen(
@@ -162,6 +162,26 @@ def test_their_evaluation_equals_that_of_one_process(pod_run, tmp_path, monkeypa
         ):
             np.testing.assert_array_equal(a["clusters"], b["clusters"])
             np.testing.assert_allclose(a["x"], b["x"], atol=1e-4)
+
+
+def test_bad_images_of_all_hosts_together_end_all_of_them(tmp_path):
+    """One host has not too many; at the same step both stop, with the same list."""
+    for i in range(40):
+        save(tmp_path / "train" / f"{i:02}.png", (28, 28), i)
+    for i in range(0, 40, 5):
+        (tmp_path / "train" / f"{i:02}.png").write_bytes(b"torn")
+    settings = (
+        "stages=('mae',)", "mae.batch_size=20", "log_every=2", "data.source=folder",
+        f"data.path={tmp_path}", "data.max_bad_fraction=0.19",
+    )  # fmt: skip
+    with pod(tmp_path / "run", tmp_path / "output", settings) as process:
+        assert process.wait(200) != 0
+    lines = (tmp_path / "output").read_text().splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("error: 8 of 40 images cannot be read")
+    assert sum("left out, as it cannot be read" in line for line in lines) == 8
 
 
 @pytest.mark.parametrize("process", [0, 1])

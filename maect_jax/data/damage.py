@@ -2,8 +2,10 @@
 
 import logging
 
+import jax
 import numpy as np
 
+from maect_jax import sharding
 from maect_jax.data import decode
 from maect_jax.data.sources import Source
 from maect_jax.errors import BadImageError, RunFailedError
@@ -13,7 +15,9 @@ _LISTED = 20
 
 
 class Damage:
-    """Counts the images of a source that this process could not read, and names each once.
+    """Counts the images of a source that could not be read, on any host, and names each once.
+
+    A run that goes on counts anew: files may have been mended since.
 
     Args:
       source: the images.
@@ -23,27 +27,34 @@ class Damage:
 
     def __init__(self, source: Source, channels: int, allowed: float):
         self._source, self._channels, self._allowed = source, channels, allowed
-        self._bad: dict[int, str] = {}
+        self._bad: set[int] = set()
+        self._named: dict[int, str] = {}
 
     def take(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The batch without its field `bad`, whose records are counted and named in the log.
+        """The batch without its field `bad`, whose records are counted."""
+        batch = dict(batch)
+        self._bad |= set(batch.pop("bad").tolist()) - {-1}
+        return batch
+
+    def check(self) -> None:
+        """Names in the log what was found since it was last called; all hosts must call it.
 
         Raises:
-          RunFailedError: more images are bad than are allowed; the text lists them.
+          RunFailedError: on all hosts, more images are bad than are allowed; the text lists them.
         """
-        batch = dict(batch)
-        for record in set(batch.pop("bad").tolist()) - {-1, *self._bad}:
-            self._bad[record] = f"{self._source.name(record)}: {self._why(record)}"
-            _LOGGER.warning("left out, as it cannot be read: %s", self._bad[record])
-        count, records = len(self._bad), len(self._source)
+        self._bad = sharding.of_all_hosts(self._bad)
+        for record in sorted(self._bad - self._named.keys()):
+            self._named[record] = f"{self._source.name(record)}: {self._why(record)}"
+            if jax.process_index() == 0:
+                _LOGGER.warning("left out, as it cannot be read: %s", self._named[record])
+        count, records = len(self._named), len(self._source)
         if count > self._allowed * records:
-            listed = "; ".join(list(self._bad.values())[:_LISTED])
+            listed = "; ".join(list(self._named.values())[:_LISTED])
             more = f"; and {count - _LISTED} more" if count > _LISTED else ""
             raise RunFailedError(
                 f"{count} of {records:,} images cannot be read, more than the share of "
                 f"config.data.max_bad_fraction={self._allowed}: {listed}{more}"
             )
-        return batch
 
     def _why(self, record: int) -> str:
         try:

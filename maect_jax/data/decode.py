@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from maect_jax.errors import BadImageError
 
@@ -56,6 +56,8 @@ def _opened(image: bytes):
     try:
         with Image.open(io.BytesIO(image)) as picture:
             yield picture
+    except UnidentifiedImageError as error:  # whose text names an object in memory
+        raise BadImageError("cannot be identified as an image") from error
     except Exception as error:  # a damaged file makes Pillow raise any of a dozen kinds
         raise BadImageError(str(error).strip() or repr(error)) from error
 

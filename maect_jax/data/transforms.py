@@ -89,10 +89,12 @@ def crop_resize_shrunk(
 
 
 def centre_crop(image: np.ndarray, short_side: int, size: tuple[int, int]) -> np.ndarray:
-    """Evaluation: resizes the short side to `short_side`, then cuts the centre `size`."""
-    height, width = image.shape[:2]
-    factor = short_side / min(height, width)
-    target = [max(round(side * factor), short_side) for side in (height, width)]
-    image = _resize(image, tuple(target))
-    top, left = ((have - want) // 2 for have, want in zip(target, size, strict=True))
+    """Evaluation: resizes the short side to `short_side`, then cuts the centre `size`.
+
+    Where sides do not divide, both are rounded as torchvision's `Resize` and `CenterCrop` do.
+    """
+    shorter = min(image.shape[:2])
+    target = tuple(short_side * side // shorter for side in image.shape[:2])
+    image = _resize(image, target)
+    top, left = (round((have - want) / 2) for have, want in zip(target, size, strict=True))
     return image[top : top + size[0], left : left + size[1]]

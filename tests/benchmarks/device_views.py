@@ -3,14 +3,12 @@
     python -m tests.benchmarks.device_views
 
 Images of 32 pixels, batches of 256, MAE-CT_aug's recipe for both views; needs torch and
-torchvision. Ours reads the arrays in threads and makes the views on the device, as a training step
-does; torchvision's DataLoader makes them one by one on Pillow images, in as many worker processes
-as there are cores. Sides take turns; figures are images/s, medians of five rounds.
+torchvision. Ours looks up the arrays in a thread and does the rest on the device, as in a training
+step: boxes, crops, flips, colours. torchvision's DataLoader makes the views one by one of Pillow
+images, in as many worker processes as there are cores.
 """
 
 import os
-import statistics
-import time
 
 import jax
 import numpy as np
@@ -23,8 +21,9 @@ from maect_jax import config as pages
 from maect_jax import train
 from maect_jax.data import arrays, augment
 from maect_jax.stages import build
+from tests.benchmarks import turns
 
-BATCH, IMAGES, ROUNDS, TIMED = 256, 10_000, 5, 30
+BATCH, IMAGES = 256, 10_000
 PAGE = "configs/head_aug_vitb16.py"
 
 
@@ -86,21 +85,8 @@ def pillow(pixels: np.ndarray):
 def main() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, 32, 32, 3), dtype=np.uint8)
     sides = {make.__name__: make(pixels) for make in (ours, pillow)}
-    rates = {name: [] for name in sides}
-    for round_ in range(ROUNDS + 1):  # in the first one things start and compile
-        for name, batches in sides.items():
-            for _ in range(8):  # what was made ahead
-                next(batches)
-            start = time.perf_counter()
-            for _ in range(TIMED):
-                next(batches)
-            if round_:
-                rates[name].append(TIMED * BATCH / (time.perf_counter() - start))
-            time.sleep(2)  # until its buffers are full, lest it work in another's time
-    medians = {name: statistics.median(found) for name, found in rates.items()}
     print(f"{os.cpu_count()} cores, jax {jax.__version__}, torch {torch.__version__}")
-    for name, rate in medians.items():
-        print(f"{name:10}{rate:8.0f} images/s   ours is {medians['ours'] / rate:.2f} times as fast")
+    turns.compare(sides, BATCH, batches=30)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,45 @@
 """The host's part of the input: files to two views of 224 pixels, against torchvision's DataLoader.
 
-    python -m tests.benchmarks.input_speed FOLDER [WORKERS]
+    python -m tests.benchmarks.input_speed FOLDER [--workers=2] [--width=2560]
 
 FOLDER holds `train/<class>/*.jpg`; needs torch and torchvision. All sides read the same files in as
-many worker processes (2) and give batches of uint8 views. They take turns: each fills its buffers,
-drains them, and is then timed over three epochs. Figures are images/s, medians of five rounds.
+many worker processes and give batches of uint8 views, of which 45 are timed (`turns`).
+With a width the first 64 photographs are enlarged to it, and noise stands for the detail that they
+lack; 16 batches are timed.
+`scaled` is this package's loader with `config.data.scaled_jpeg`; its error is the mean difference
+of its pixels from those of the whole JPEG.
 """
 
-import statistics
-import sys
-import time
+import argparse
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
 from absl import flags
+from PIL import Image
 from torchvision import datasets
 from torchvision.transforms import v2
 
 from maect_jax.data import loader
 from maect_jax.data.folder import Folder
+from tests.benchmarks import turns
 
-BATCH, SIZE, SCALE, ROUNDS, BUFFERED, TIMED = 32, (224, 224), (0.08, 1.0), 5, 8, 45
+BATCH, SIZE, SCALE = 32, (224, 224), (0.08, 1.0)
+ENLARGED, NOISE = 64, 8.0
 
 
-def ours(folder: str, workers: int):
+def ours(folder: str, workers: int, scaled_jpeg: bool = False):
     """This package's loader."""
     source = Folder(f"{folder}/train")
-    make = loader.TrainRecord(source, 3, SIZE, (SCALE, SCALE), (0, 0))
+    make = loader.TrainRecord(source, 3, SIZE, (SCALE, SCALE), (0, 0), scaled_jpeg)
     order = loader.Order(len(source), BATCH, 10**6, (0, 0), range(BATCH))
     return loader.train_batches(order, make, workers)
+
+
+def scaled(folder: str, workers: int):
+    """The same, with JPEGs that come smaller out of the decoder."""
+    return ours(folder, workers, scaled_jpeg=True)
 
 
 def _views(folder: str, workers: int, transform):
@@ -66,25 +77,44 @@ def decode_a_view(folder: str, workers: int):
         yield next(single), next(single)
 
 
-def main(folder: str, workers: int) -> None:
-    sides = {make.__name__: make(folder, workers) for make in (ours, one_decode, decode_a_view)}
-    rates = {name: [] for name in sides}
-    for round_ in range(ROUNDS + 1):  # in the first one the workers start
-        for name, batches in sides.items():
-            for _ in range(BUFFERED):
-                next(batches)
-            start = time.perf_counter()
-            for _ in range(TIMED):
-                next(batches)
-            if round_:
-                rates[name].append(TIMED * BATCH / (time.perf_counter() - start))
-            time.sleep(2)  # until its buffers are full, lest it work in another's time
-    medians = {name: statistics.median(found) for name, found in rates.items()}
+def enlarged(folder: str, width: int, into: str) -> str:
+    """Writes some of the photographs into another folder, `width` pixels wide."""
+    rng = np.random.default_rng(0)
+    for path in sorted(Path(folder).glob("train/*/*.jpg"))[:ENLARGED]:
+        picture = Image.open(path).convert("RGB")
+        size = (width, width * picture.height // picture.width)
+        pixels = np.asarray(picture.resize(size, Image.Resampling.LANCZOS), np.float32)
+        pixels += rng.normal(0, NOISE, pixels.shape)
+        target = Path(into) / "train" / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.uint8(pixels.clip(0, 255))).save(target, quality=90)
+    return into
+
+
+def error(folder: str) -> float:
+    """The mean difference of the views of `scaled` from those of `ours`, of 255."""
+    pairs = zip(ours(folder, 0), scaled(folder, 0), strict=True)
+    batches = (next(pairs) for _ in range(2))
+    return np.mean([np.abs(a["image"].astype(int) - b["image"]).mean() for a, b in batches])
+
+
+def main(folder: str, workers: int, batches: int) -> None:
+    makers = (ours, scaled, one_decode, decode_a_view)
+    sides = {make.__name__: make(folder, workers) for make in makers}
     print(f"{workers} worker processes, numpy {np.__version__}, torch {torch.__version__}")
-    for name, rate in medians.items():
-        print(f"{name:15}{rate:8.0f} images/s   ours is {medians['ours'] / rate:.2f} times as fast")
+    turns.compare(sides, BATCH, batches)
+    print(f"pixels of scaled: {error(folder):.2f} of 255 from ours")
 
 
 if __name__ == "__main__":
     flags.FLAGS.mark_as_parsed()  # grain's worker processes read them
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 2)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--width", type=int)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        if given.width:
+            main(enlarged(given.folder, given.width, scratch), given.workers, 16)
+        else:
+            main(given.folder, given.workers, 45)
