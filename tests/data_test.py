@@ -15,36 +15,44 @@ from maect_jax.data.loader import EvalRecord, Order, TrainRecord
 from maect_jax.errors import UserError
 
 
-@pytest.fixture
-def prepared_tfds(tmp_path):
-    """A prepared set, written without TensorFlow."""
-    import tensorflow_datasets as tfds
+def prepare(folder, name, version, features, sizes):
+    """A prepared set of TFDS with red images of these sizes, written without TensorFlow."""
     from array_record.python import array_record_module
     from tensorflow_datasets.proto import tf_example_pb2
 
-    home = tmp_path / "tiny" / "1.0.0"
+    home = folder / name / version
     home.mkdir(parents=True)
-    image = tfds.features.Image(shape=(None, None, 3))
-    label = tfds.features.ClassLabel(num_classes=3)
-    tfds.features.FeaturesDict({"image": image, "label": label}).save_config(str(home))
-    records = home / "tiny-train.array_record-00000-of-00001"
+    features.save_config(str(home))
+    records = home / f"{name}-train.array_record-00000-of-00001"
     writer = array_record_module.ArrayRecordWriter(str(records), "group_size:1")
-    for i in range(5):
+    for i, size in enumerate(sizes):
         png = io.BytesIO()
-        Image.new("RGB", (6, 4 + i), (10 * i, 0, 0)).save(png, "PNG")
+        Image.new("RGB", size, (10 * i, 0, 0)).save(png, "PNG")
         example = tf_example_pb2.Example()
-        example.features.feature["image"].bytes_list.value.append(png.getvalue())
+        for key in features:
+            example.features.feature[key].bytes_list.value.append(b"")
+        example.features.feature["image"].bytes_list.value[0] = png.getvalue()
         example.features.feature["label"].int64_list.value.append(i % 3)
         writer.write(example.SerializeToString())
     writer.close()
     split = {
         "name": "train",
         "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-        "shardLengths": ["5"],
+        "shardLengths": [str(len(sizes))],
         "numBytes": "1000",
     }
-    info = {"name": "tiny", "version": "1.0.0", "fileFormat": "array_record", "splits": [split]}
-    (home / "dataset_info.json").write_text(json.dumps(info | {"moduleName": "tiny"}))
+    info = {"name": name, "version": version, "fileFormat": "array_record", "splits": [split]}
+    (home / "dataset_info.json").write_text(json.dumps(info | {"moduleName": name}))
+
+
+@pytest.fixture
+def prepared_tfds(tmp_path):
+    import tensorflow_datasets as tfds
+
+    image = tfds.features.Image(shape=(None, None, 3))
+    label = tfds.features.ClassLabel(num_classes=3)
+    features = tfds.features.FeaturesDict({"image": image, "label": label})
+    prepare(tmp_path, "tiny", "1.0.0", features, [(6, 4 + i) for i in range(5)])
     return tmp_path
 
 
@@ -64,6 +72,21 @@ def test_tfds_is_read_without_tensorflow(prepared_tfds):
     assert source.classes == ["0", "1", "2"]
     with pytest.raises(UserError, match=r"config.data.name='absent'.*tfds build"):
         sources.make(data_section(path=str(prepared_tfds), name="absent"), "train", 3)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("cifar10", (32, 32, 3)), ("imagenet2012", None)])
+def test_the_sets_of_the_pages_are_read_as_tfds_lays_them_out(tmp_path, name, shape):
+    """With the features of their own builders; where all are of one shape, they travel whole."""
+    import tensorflow_datasets as tfds
+
+    info = tfds.builder(name, data_dir=str(tmp_path), file_format="array_record").info
+    prepare(tmp_path, name, str(info.version), info.features, [(32, 32)] * 3)
+    source = sources.make(data_section(path=str(tmp_path), name=name), "train", channels=3)
+    assert (len(source), source.shape) == (3, shape)
+    assert len(source.classes) == info.features["label"].num_classes
+    example = TrainRecord(source, 3, (8, 8), ((0.2, 1.0),) * 2, (0,))((0, 2))
+    assert example["image"].shape == ((32, 32, 3) if shape else (2, 8, 8, 3))
+    assert (example["label"], example["image"].max()) == (2, 20)
 
 
 def test_random_crop_boxes_have_the_asked_area_and_ratio(rng):
