@@ -5,7 +5,7 @@ Two axes: `data` replicates the parameters, `fsdp` shards them; the batch is spl
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -79,6 +79,14 @@ def of_all_hosts(numbers: set[int]) -> set[int]:
     own = np.full(longest, -1, np.int32)
     own[: len(numbers)] = list(numbers)
     return set(multihost_utils.process_allgather(own).ravel().tolist()) - {-1}
+
+
+def on_own_rows(function: Callable) -> Callable:
+    """`function` of arrays whose first axis is the batch, by each device on the rows that it holds;
+    without a mesh the function itself."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    return jax.shard_map(function, in_specs=BATCH, out_specs=BATCH)
 
 
 def constrain_batch(x: jax.Array, axis: int = 0) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import colorsys
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -194,6 +195,19 @@ def test_views_depend_on_the_images_seed_alone(picture, whole):
         np.testing.assert_allclose(views(slice(None), devices), together, atol=1e-6)
     flat = together.reshape(16, -1)
     assert len(np.unique(flat.round(3), axis=0)) >= 14  # views differ, between images and within
+
+
+def test_devices_send_each_other_nothing_to_make_views(picture):
+    colour = Photometric(jitter=0.8, blur=0.5, grayscale=0.2, solarize=0.2)
+    recipe = Recipe((16, 16), (0.08, 1.0), (0.0,) * 3, (1.0,) * 3, (colour, colour))
+    mesh = mesh_of(4, 2)
+    whole = {"image": np.stack([picture] * 8), "seed": np.zeros((8, 2), np.uint32)}
+    cut = whole | {"image": np.zeros((8, 2, 16, 16, 3), np.uint8)}
+    for batch in (whole, cut):
+        with jax.set_mesh(mesh):
+            views = jax.jit(lambda batch: augment.views(batch, recipe))
+            program = views.lower(sharding.put_batch(batch, mesh)).compile().as_text()
+        assert not re.findall(r"all-\w+|reduce-scatter|collective-\w+", program)
 
 
 def test_gray_images_pass_every_operation(rng):

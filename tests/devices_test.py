@@ -1,4 +1,7 @@
-"""One program on 1, 2, 4 and 8 devices: the same masks, neighbours, losses and parameters."""
+"""One program on 1, 2, 4 and 8 devices: the same masks, neighbours, losses and parameters.
+
+Marked slow: half of the meshes (`pytest -m slow tests/devices_test.py`).
+"""
 
 from functools import cache
 
@@ -18,8 +21,12 @@ from tests.gradient_bounds import assert_gradients, grad_parts, update_bound
 from tests.stages_test import ENCODER, STAGES, batch_of
 
 # Data-parallel, sharded, and both.
-MESHES = [(2, 1), (1, 2), (4, 1), (1, 4), (2, 2), (8, 1), (1, 8), (2, 4)]
-on_meshes = pytest.mark.parametrize("shape", MESHES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+MESHES = [(2, 1), (1, 4), (8, 1), (2, 4)]
+FURTHER = [(1, 2), (4, 1), (2, 2), (1, 8)]
+on_meshes = pytest.mark.parametrize(
+    "shape", [*MESHES, *(pytest.param(shape, marks=pytest.mark.slow) for shape in FURTHER)],
+    ids=lambda shape: f"{shape[0]}x{shape[1]}",
+)  # fmt: skip
 CT = figures.cases("ct")[0]
 
 

@@ -106,13 +106,11 @@ def random_crop_box(
     aspect = jnp.exp(low + (high - low) * draws[1])
     drawn = jnp.round(jnp.sqrt(jnp.stack([area / aspect, area * aspect], 1))).astype(jnp.int32)
     fits = ((drawn > 0) & (drawn <= sides)).all(1)
-    central = transforms.central_box(shape, ratio)
-    first = jnp.argmax(fits)
-    size = jnp.where(fits.any(), drawn[first], jnp.asarray(central[2:]))
-    free = sides - size
-    place = (draws[2:, first] * (free + 1)).astype(jnp.int32)
-    place = jnp.where(fits.any(), jnp.minimum(place, free), jnp.asarray(central[:2]))
-    return jnp.concatenate([place, size])
+    free = sides - drawn
+    place = jnp.minimum((draws[2:].T * (free + 1)).astype(jnp.int32), free)
+    central = jnp.asarray([transforms.central_box(shape, ratio)])
+    boxes = jnp.concatenate([jnp.concatenate([place, drawn], axis=1), central])
+    return boxes[jnp.argmax(jnp.append(fits, True))]  # the first that fits; the last one does
 
 
 def random_crop(image: jax.Array, key: jax.Array, recipe: Recipe) -> jax.Array:
@@ -242,18 +240,22 @@ def views(batch: dict, recipe: Recipe) -> jax.Array:
     `[B, V, H, W, C]`, already cut; float `[B, V, H, W, C]`, already normalised, which is taken as
     it is. `batch["seed"]` is uint32 `[B, 2]`.
     """
-    images = batch["image"]
-    if jnp.issubdtype(images.dtype, jnp.floating):
-        return images
+    if jnp.issubdtype(batch["image"].dtype, jnp.floating):
+        return batch["image"]
+    make = sharding.on_own_rows(partial(_views, recipe))
+    return make(batch["image"], batch["seed"])
+
+
+def _views(recipe: Recipe, images: jax.Array, seeds: jax.Array) -> jax.Array:
     whole = images.ndim == 4
     images = jnp.moveaxis(images, -1, -3)
-    keys = jax.random.wrap_key_data(batch["seed"])
+    keys = jax.random.wrap_key_data(seeds)
     seen = []
     for v, colour in enumerate(recipe.photometric):
         own = jax.vmap(lambda key, v=v: jax.random.split(jax.random.fold_in(key, v)))(keys)
         cut = partial(random_crop, recipe=recipe)
         x = jax.vmap(cut)(images, own[:, 0]) if whole else images[:, v]
-        x = _planes(sharding.constrain_batch(x.astype(jnp.float32) / 255))
+        x = _planes(x.astype(jnp.float32) / 255)
         seen.append(_planes(jax.vmap(partial(photometric, recipe=colour))(x, own[:, 1])))
     return normalise(jnp.moveaxis(jnp.stack(seen, axis=1), -3, -1), recipe.mean, recipe.std)
 
