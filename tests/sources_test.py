@@ -232,7 +232,7 @@ def encoded(pixels):
 
 def test_arrays_of_pixels_and_of_files_are_the_same(tmp_path, rng):
     pixels = rng.integers(0, 256, (6, 5, 4, 3), dtype=np.uint8)
-    rest = dict(label=[2, 1, 0, 1, 2, 1], names=["a", "b", "c"], is_test=[0, 1] * 3)
+    rest = dict(label=np.uint8([2, 1, 0, 1, 2, 1]), names=["a", "b", "c"], is_test=[0, 1] * 3)
     np.savez(tmp_path / "pixels.npz", image=pixels, **rest)
     np.savez(tmp_path / "files.npz", **encoded(pixels), **rest)
     for name in ("pixels", "files"):

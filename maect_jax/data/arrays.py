@@ -114,9 +114,9 @@ def npz(path: str, split: str, channels: int) -> Arrays:
             f"{where}: `image` is {images.dtype} {images.shape}; must be uint8 [N, H, W, C] with "
             f"{channels} channels"
         )
-    highest = int(labels.max(initial=-1))
-    names = found.get("names", np.arange(highest + 1).astype(str))
-    return Arrays(images, labels[chosen].astype(np.int32), names.tolist())
+    labels = labels.astype(np.int32)
+    names = found.get("names", np.arange(labels.max(initial=-1) + 1).astype(str))
+    return Arrays(images, labels[chosen], names.tolist())
 
 
 def _decoded(found: dict, chosen: np.ndarray, channels: int, where: str) -> np.ndarray:

@@ -3,9 +3,9 @@
     python -m tests.benchmarks.input_speed FOLDER [--workers=2] [--width=2560]
 
 FOLDER holds `train/<class>/*.jpg`; needs torch and torchvision. All sides read the same files in as
-many worker processes and give batches of uint8 views, of which 45 are timed (`turns`).
+many worker processes and give batches of uint8 views (`turns`).
 With a width the first 64 photographs are enlarged to it, and noise stands for the detail that they
-lack; 16 batches are timed.
+lack.
 `scaled` is this package's loader with `config.data.scaled_jpeg`; its error is the mean difference
 of its pixels from those of the whole JPEG.
 """
@@ -25,27 +25,27 @@ from maect_jax.data import loader
 from maect_jax.data.folder import Folder
 from tests.benchmarks import turns
 
-BATCH, SIZE, SCALE = 32, (224, 224), (0.08, 1.0)
+SIZE, SCALE = (224, 224), (0.08, 1.0)
 ENLARGED, NOISE = 64, 8.0
 
 
-def ours(folder: str, workers: int, scaled_jpeg: bool = False):
+def ours(folder: str, workers: int, batch_size: int, scaled_jpeg: bool = False):
     """This package's loader."""
     source = Folder(f"{folder}/train")
     make = loader.TrainRecord(source, 3, SIZE, (SCALE, SCALE), (0, 0), scaled_jpeg)
-    order = loader.Order(len(source), BATCH, 10**6, (0, 0), range(BATCH))
+    order = loader.Order(len(source), batch_size, 10**6, (0, 0), range(batch_size))
     return loader.train_batches(order, make, workers)
 
 
-def scaled(folder: str, workers: int):
+def scaled(folder: str, workers: int, batch_size: int):
     """The same, with JPEGs that come smaller out of the decoder."""
-    return ours(folder, workers, scaled_jpeg=True)
+    return ours(folder, workers, batch_size, scaled_jpeg=True)
 
 
-def _views(folder: str, workers: int, transform):
+def _views(folder: str, workers: int, batch_size: int, transform):
     found = datasets.ImageFolder(f"{folder}/train", transform)
     options = dict(shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True)
-    batches = torch.utils.data.DataLoader(found, BATCH, **options)
+    batches = torch.utils.data.DataLoader(found, batch_size, **options)
     while True:
         yield from batches
 
@@ -65,14 +65,14 @@ class _Two:
         return torch.stack([self.view(image), self.view(image)])
 
 
-def one_decode(folder: str, workers: int):
+def one_decode(folder: str, workers: int, batch_size: int):
     """torchvision, two views of each decoded image."""
-    return _views(folder, workers, _Two())
+    return _views(folder, workers, batch_size, _Two())
 
 
-def decode_a_view(folder: str, workers: int):
+def decode_a_view(folder: str, workers: int, batch_size: int):
     """torchvision as it is usually called, for twice the images: each is decoded for one view."""
-    single = _views(folder, workers, _one())
+    single = _views(folder, workers, batch_size, _one())
     while True:
         yield next(single), next(single)
 
@@ -93,16 +93,16 @@ def enlarged(folder: str, width: int, into: str) -> str:
 
 def error(folder: str) -> float:
     """The mean difference of the views of `scaled` from those of `ours`, of 255."""
-    pairs = zip(ours(folder, 0), scaled(folder, 0), strict=True)
+    pairs = zip(ours(folder, 0, 32), scaled(folder, 0, 32), strict=True)
     batches = (next(pairs) for _ in range(2))
     return np.mean([np.abs(a["image"].astype(int) - b["image"]).mean() for a, b in batches])
 
 
-def main(folder: str, workers: int, batches: int) -> None:
+def main(folder: str, workers: int, batch_size: int, batches: int) -> None:
     makers = (ours, scaled, one_decode, decode_a_view)
-    sides = {make.__name__: make(folder, workers) for make in makers}
+    sides = {make.__name__: make(folder, workers, batch_size) for make in makers}
     print(f"{workers} worker processes, numpy {np.__version__}, torch {torch.__version__}")
-    turns.compare(sides, BATCH, batches)
+    turns.compare(sides, batch_size, batches)
     print(f"pixels of scaled: {error(folder):.2f} of 255 from ours")
 
 
@@ -115,6 +115,6 @@ if __name__ == "__main__":
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if given.width:
-            main(enlarged(given.folder, given.width, scratch), given.workers, 16)
+            main(enlarged(given.folder, given.width, scratch), given.workers, 8, 12)
         else:
-            main(given.folder, given.workers, 45)
+            main(given.folder, given.workers, 32, 45)
