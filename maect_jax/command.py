@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from maect_jax import config as pages
@@ -63,10 +63,14 @@ def run(main: Callable[[list[str]], None], doc: str, *own: flags.FlagHolder) -> 
 def load_config(argv: list[str]) -> ConfigDict:
     """The config of the page that --config names, with the overrides of `argv`.
 
+    From here on the libraries say as much as its `log_level` lets them.
+
     Raises:
       UserError: there is no such page or key, or a value is not of its type.
     """
-    return pages.load(_CONFIG.value, argv[1:])
+    config = pages.load(_CONFIG.value, argv[1:])
+    logging.set_verbosity(logging.DEBUG if config.log_level == "debug" else logging.WARNING)
+    return config
 
 
 def stop(error: Exception | str, status: int = 2) -> None:

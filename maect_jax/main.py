@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 import jax
-from absl import flags, logging
+from absl import flags
 
 from maect_jax import command, pipeline
 from maect_jax.errors import RunFailedError, UserError
@@ -60,11 +60,8 @@ def _join_hosts() -> None:
 
 
 def main(argv: list[str]) -> None:
-    logging.set_verbosity(logging.WARNING)
     try:
         config = command.load_config(argv)
-        if config.log_level == "debug":
-            logging.set_verbosity(logging.DEBUG)
         _join_hosts()
         if _DRY_RUN.value:
             pipeline.dry_run(config)

@@ -3,6 +3,7 @@
 import colorsys
 import itertools
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,18 @@ def test_hue_equals_colorsys(picture, x, shift):
         h, s, v = colorsys.rgb_to_hsv(*(picture[row, col] / 255.0))
         expected = colorsys.hsv_to_rgb((h + shift) % 1, s, v)
         np.testing.assert_allclose(got[row, col], expected, atol=1e-5)
+
+
+def test_compiled_colours_are_those_of_single_operations(rng):
+    """In a compiled whole the same value may be computed twice, and differ in its last bit."""
+    pictures = jnp.asarray(rng.integers(0, 256, (32, 3, 24, 24)) / 255, jnp.float32)
+    keys = jax.random.split(jax.random.key(4), 32)
+    colour = partial(augment.colour_jitter, recipe=Photometric(brightness=0.4, hue=0.1))
+    optimised = {"xla_backend_optimization_level": 3}  # other tests do without
+    together = jax.jit(jax.vmap(colour), compiler_options=optimised)(pictures, keys)
+    with jax.disable_jit():
+        single = [colour(picture, key) for picture, key in zip(pictures, keys, strict=True)]
+    np.testing.assert_allclose(together, single, atol=1e-5)
 
 
 def test_jitter_takes_each_order_as_often(monkeypatch):

@@ -145,10 +145,11 @@ def adjust_hue(x: jax.Array, shift) -> jax.Array:
     high, low = x.max(0), x.min(0)
     chroma = high - low
     safe = jnp.where(chroma > 0, chroma, 1.0)
+    # Not by `high == red`: compiled, the two may be computed twice and differ in the last bit.
     hue = jnp.where(
-        high == red,
+        (red >= green) & (red >= blue),
         (green - blue) / safe,
-        jnp.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+        jnp.where(green >= blue, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
     # Back from HSV by the closed form f(n) = V - C max(0, min(k, 4 - k, 1)), k = n + H mod 6.
     k = jnp.asarray([5.0, 3.0, 1.0])[:, None, None] + hue + 6 * shift
