@@ -32,10 +32,9 @@ def record(config: ConfigDict, source: sources.Source) -> loader.EvalRecord:
 
 
 def _features(
-    config: ConfigDict, source: sources.Source, run, mesh, title: str
+    config: ConfigDict, source: sources.Source, broken: damage.Damage, run, mesh, title: str
 ) -> features.Features:
     example, batch_size = record(config, source), config.eval.batch_size
-    broken = damage.Damage(source, config.model.channels, config.data.max_bad_fraction)
     rows = sharding.local_rows(batch_size, mesh)
     batches = loader.eval_batches(example, batch_size, config.data.workers, rows)
     bar = tqdm(
@@ -75,6 +74,7 @@ def protocols(
 def run(
     config: ConfigDict,
     splits: dict[str, sources.Source],
+    broken: dict[str, damage.Damage],
     run_folder: Path,
     workdir: Path,
     mesh,
@@ -88,6 +88,7 @@ def run(
     Args:
       config: a config with an `eval` section whose `model` describes the encoders.
       splits: the images, "train" and "val".
+      broken: by split, counts those that cannot be read.
       run_folder: the run whose checkpoints are evaluated.
       workdir: where the results go.
       mesh: the device mesh, which must be the current one.
@@ -117,7 +118,8 @@ def run(
                 config.data.std,
             )
         train, test = (
-            _features(config, splits[s], encode, mesh, f"{name} {s}") for s in sources.SPLITS
+            _features(config, splits[s], broken[s], encode, mesh, f"{name} {s}")
+            for s in sources.SPLITS
         )
         results[name], clusters = protocols(config, train, test, kind)
         results[name]["seconds"] = round(time.monotonic() - start, 1)

@@ -22,7 +22,7 @@ from maect_jax import (
     watch,
 )
 from maect_jax import config as pages
-from maect_jax.data import sources
+from maect_jax.data import damage, sources
 from maect_jax.errors import UserError
 from maect_jax.report import page
 from maect_jax.stages import build
@@ -242,12 +242,16 @@ def run(config: ConfigDict, workdir: Path) -> None:
         sources.keep(images)
     seen = images.get("val", images["train"])
     watched = watch.Watched(evaluate.record(config, seen), held_out="val" in images)
+    broken = {
+        split: damage.Damage(source, config.model.channels, config.data.max_bad_fraction)
+        for split, source in images.items()
+    }
     shown = jax.process_index() == 0
     with jax.set_mesh(mesh):
         for name in config.stages:
             if name == "eval":
                 evaluated = workdir if len(config.stages) > 1 else origin.run
-                results = evaluate.run(config, images, evaluated, workdir, mesh)
+                results = evaluate.run(config, images, broken, evaluated, workdir, mesh)
                 if shown:
                     print(f"\n{table.text(table.cells(results))}", flush=True)
                 continue
@@ -259,7 +263,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
                 saved = checkpoint.read_parts(origin.folder, parts, mesh)
                 return build.handover(origin.stage, saved, name)
 
-            train.run(config, name, images["train"], watched, workdir, mesh, start)
+            train.run(config, name, images["train"], broken["train"], watched, workdir, mesh, start)
             origin = Origin(workdir, name)
     if shown:
         print(f"\n{page.build(workdir, images)}")

@@ -50,6 +50,7 @@ def run(
     config: ConfigDict,
     name: str,
     source: sources.Source,
+    broken: damage.Damage,
     watched: watch.Watched,
     workdir: Path,
     mesh,
@@ -61,6 +62,7 @@ def run(
       config: a whole config.
       name: "mae", "head" or "ct".
       source: the training images.
+      broken: counts those that cannot be read.
       watched: images to write down at each checkpoint what the stage makes of them.
       workdir: the run's folder.
       mesh: the device mesh, which must be the current one.
@@ -80,7 +82,6 @@ def run(
     # Every stage of a pipeline draws random numbers of its own.
     key = jax.random.fold_in(jax.random.key(config.seed), build.TRAINING.index(name))
     stream = batches(config, name, source, stage.steps, mesh)
-    broken = damage.Damage(source, config.model.channels, config.data.max_bad_fraction)
     if done:
         abstract = state.abstract(stage, key, {}, mesh)
         train_state, position = checkpoints.restore(done, abstract)
