@@ -38,6 +38,7 @@ KINDS = {
     "alpha": saved(GRAY.convert("RGBA")),
     "16 bits": saved(Image.fromarray(RAMP.astype(np.uint16) * 257)),
     "16 bits tiff": saved(Image.fromarray(RAMP.astype(np.uint16) * 257), "TIFF"),
+    "turned by no known value": saved(GRAY, "JPEG", quality=95, exif=turned(9)),
     "turned": saved(
         GRAY.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, exif=turned(6)
     ),

@@ -10,7 +10,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from maect_jax.errors import BadImageError
 
-_ORIENTATION = 0x0112  # the EXIF tag; from 5 on it swaps height and width
+_ORIENTATION = 0x0112  # the EXIF tag
+_SWAPPING = range(5, 9)  # of its values: height and width change places
 
 
 def shape(image: bytes | np.ndarray) -> tuple[int, int]:
@@ -18,7 +19,7 @@ def shape(image: bytes | np.ndarray) -> tuple[int, int]:
     if isinstance(image, np.ndarray):
         return image.shape[:2]
     with _opened(image) as picture:
-        swapped = picture.getexif().get(_ORIENTATION, 1) >= 5
+        swapped = picture.getexif().get(_ORIENTATION) in _SWAPPING
         return picture.size if swapped else picture.size[::-1]
 
 
