@@ -199,7 +199,7 @@ def small_images(config: ConfigDict) -> None:
 
 
 def finish(config: ConfigDict, argument: str, variants: tuple[str, ...] = ()) -> ConfigDict:
-    """The page as it stands for no argument; for "test" the same stages, tiny, in seconds.
+    """The page as it stands for no argument; for "test" the same stages, tiny.
 
     `variants` are further arguments, which the page itself has seen to.
     """

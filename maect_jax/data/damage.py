@@ -52,7 +52,7 @@ class Damage:
             listed = "; ".join(list(self._named.values())[:_LISTED])
             more = f"; and {count - _LISTED} more" if count > _LISTED else ""
             raise RunFailedError(
-                f"{count} of {records:,} images cannot be read, more than the share of "
+                f"{count} of {records:,} images cannot be read so far, more than the share of "
                 f"config.data.max_bad_fraction={self._allowed}: {listed}{more}"
             )
 

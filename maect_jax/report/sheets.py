@@ -115,7 +115,7 @@ def montage(
             style.show(axes, records(int(index[members[place]]))["image"])
         share = (labels[members] == present[cluster]).mean()
         name = style.name_of(classes, present[cluster])
-        title = f"{name} {share:.0%}\n{len(members)} images"
+        title = f"{name} {share:.0%}\n{len(members)} image{'s' * (len(members) != 1)}"
         _row_title(panels[row, 0], title, fontsize=7.5)
     return drawn
 
