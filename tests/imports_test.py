@@ -18,7 +18,7 @@ FLOORS = (
     ("stages.build", "stages.step"),
     ("stages.mae", "stages.contrast", "evals.features", "evals.probe"),
     ("stages.microbatch", "losses", "state", "convert", "data.augment", "data.loader"),
-    ("models.mae", "models.nnclr", "support_queue", "data.damage"),
+    ("models.mae", "models.nnclr", "support_queue", "data.damage", "data.subsets"),
     ("models.vit", "data.sources", "data.transforms"),
     ("data.arrays", "data.folder"),
     ("data.decode",),

@@ -1,0 +1,89 @@
+"""Parts of labelled images: a few of each class, a share of each, or those that a file lists."""
+
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from maect_jax.data.sources import Source
+from maect_jax.errors import UserError
+
+
+class Subset:
+    """The images of a source at some record numbers, int `[N]`, in that order."""
+
+    def __init__(self, source: Source, records: np.ndarray):
+        self.source, self.records = source, np.asarray(records)
+        self.shape, self.classes, self.labelled = source.shape, source.classes, source.labelled
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, record: int) -> tuple[bytes | np.ndarray, int]:
+        return self.source[int(self.records[record])]
+
+    def name(self, record: int) -> str:
+        """What a record is called."""
+        return self.source.name(int(self.records[record]))
+
+
+def labels_of(source: Source) -> np.ndarray:
+    """The labels of all images, int32 `[N]`; read one by one where a source has no list of them."""
+    found = getattr(source, "labels", None)
+    found = [source[i][1] for i in range(len(source))] if found is None else found
+    return np.asarray(found, np.int32)
+
+
+def _places(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The place of every image in a random order of its class, and the size of its class."""
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    _, own, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    first = np.cumsum(counts) - counts
+    places = np.empty(len(labels), int)
+    places[by_class] = np.arange(len(labels)) - np.repeat(first, counts)
+    return places, counts[own]
+
+
+def few(labels: np.ndarray, images: int, seed: int) -> np.ndarray:
+    """Record numbers, ascending, of so many images of each class; of all, where it has fewer.
+
+    Those of one seed are nested: the fewer are among the more, and among those of `share`.
+    """
+    return np.flatnonzero(_places(labels, seed)[0] < images)
+
+
+def share(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Record numbers, ascending, of this share of each class, at least one; nested as in `few`."""
+    places, counts = _places(labels, seed)
+    return np.flatnonzero(places < np.maximum(np.round(fraction * counts), 1))
+
+
+def listed(path: str, names: Sequence[str]) -> np.ndarray:
+    """Record numbers of the images that a text file lists, one name a line, in its order.
+
+    Args:
+      path: of the file. A name may have folders before it, and any ending or none.
+      names: of all images, by record number.
+
+    Raises:
+      UserError: there is no such file, or an image of it.
+    """
+    where = f"list {path!r}"
+    try:
+        lines = [line.strip() for line in Path(path).read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: cannot be read: {error}") from error
+    wanted = [PurePosixPath(line).with_suffix("") for line in lines if line]
+    if not wanted:
+        raise UserError(f"{where}: is empty; expected a name of an image a line")
+    paths = [PurePosixPath(name).with_suffix("").parts for name in names]
+    depths = {len(name.parts) for name in wanted}
+    records = {parts[-depth:]: i for depth in depths for i, parts in enumerate(paths)}
+    absent = [str(name) for name in wanted if name.parts not in records]
+    if absent:
+        raise UserError(
+            f"{where}: {len(absent)} of its {len(wanted)} names are not among the "
+            f"{len(names)} training images, such as {absent[0]!r}"
+        )
+    return np.array([records[name.parts] for name in wanted])
