@@ -24,6 +24,9 @@ def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -
     config.log_level = "info"  # debug: parameters, and what the libraries have to say
     config.log_every = 50  # steps between two lines of metrics.jsonl
     config.checkpoint_every = 5  # epochs; the last step is always saved
+    # While training, k-NN on the held-out images, where there are such and all have labels, which
+    # serve nothing else. `images` is how many of the training images they are compared with.
+    config.monitor = ConfigDict({"every": 10, "images": 10_000})  # epochs; 0: never
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # -1: the rest of the devices
     # Memory against speed; neither changes what is computed (launch/README.md has a table).
@@ -166,20 +169,46 @@ def add_ct(config: ConfigDict, batch_size: int, frozen_blocks: int, **changes) -
 
 
 def add_eval(config: ConfigDict) -> ConfigDict:
-    """Evaluation on frozen features."""
+    """Evaluation on frozen features. `probe` trains on features of centre crops, extracted once;
+    `probe_augmented`, the paper's protocol, encodes augmented images in each epoch."""
     return _add(
         config,
         "eval",
         {
+            # some of knn, probe, probe_augmented, lowshot, cluster
+            "protocols": ("knn", "probe", "cluster"),
             "pixels": False,  # also evaluate raw pixels, the floor
             "batch_size": 256,
+            "pool": "",  # cls, mean or cls+mean; empty: as the model pools
+            "final_norm": True,  # features after the final norm, or before it
+            "dtype": "",  # that the encoder computes in; empty: the model's
+            "memory_mb": 1024,  # that k-NN and k-means may use on each device
             "knn": {"k": (1, 10, 20, 100, 200), "temperature": 0.07, "standardise": False},
             "probe": {
                 "epochs": 50,
                 "batch_size": 1024,
                 "base_lrs": tuple(round(0.01 * i, 2) for i in range(10, 0, -1)),
+                "crop_scale": (0.08, 1.0),  # of augmented images
+                "held_out": 0.0,  # of the training images, to choose the best on; 0: on the test's
             },
-            "cluster": {"runs": 100, "normalise": True},
+            "lowshot": {
+                "images": (1, 2, 5),  # a class
+                "splits": 3,  # for each of these
+                "shares": (0.01, 0.1),  # of all training images
+                "lists": (),  # text files with the images' names, which take the place of all these
+                "weight_decays": (0.00025,),  # times the number of images; the first is named
+            },
+            "cluster": {
+                "split": "val",  # or train
+                "clusters": 0,  # 0: as many as classes
+                "runs": 100,
+                "normalise": True,
+                "pca": 0,  # components; 0: features as they are
+                "minibatch": 0,  # images of a mini-batch; 0: all at once
+                "subsets": (),  # also of these classes alone: imagenet_dogs15, imagenet10
+            },
+            "map": "pca",  # of the page: pca, tsne or umap
+            "export": "",  # features with file names: npz or parquet
         },
     )
 
@@ -238,5 +267,10 @@ _TINY = {
     "mae": dict(epochs=2, warmup_epochs=1, decoder=dict(width=32, depth=1, heads=2)),
     "head": _TINY_HEAD,
     "ct": dict(frozen_blocks=2, **_TINY_HEAD),
-    "eval": dict(knn=dict(k=(1, 10)), probe=dict(epochs=3), cluster=dict(runs=3)),
+    "eval": dict(
+        knn=dict(k=(1, 10)),
+        probe=dict(epochs=3, batch_size=256),
+        lowshot=dict(splits=2),
+        cluster=dict(runs=3),
+    ),
 }

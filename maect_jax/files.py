@@ -1,6 +1,7 @@
 """Files, written whole or not at all: a reader finds the old content or the new, never a half."""
 
 import json
+import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -32,6 +33,12 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, values: dict) -> None:
     """Writes a JSON file; its folder must be there."""
     write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def to_disk(file) -> None:
+    """Has what was written to an open file outlast a power cut."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def read_arrays(path: Path | str) -> dict[str, np.ndarray]:

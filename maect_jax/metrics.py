@@ -125,6 +125,16 @@ class Log:
             entry = {"stage": self._stage, "step": step, **values, **times}
             self._file.write(json.dumps({k: _rounded(v) for k, v in entry.items()}) + "\n")
 
+    def note(self, step: int, values: dict[str, float], seconds: float) -> None:
+        """Writes a line of its own with what was measured after a step, in so many seconds, which
+        do not count in the rates."""
+        then, before = self._clock
+        self._clock = (then + seconds, before)
+        if self._file:
+            entry = {"stage": self._stage, "step": step, **values}
+            entry["seconds"] = time.monotonic() - self._start
+            self._file.write(json.dumps({k: _rounded(v) for k, v in entry.items()}) + "\n")
+
     def close(self) -> None:
         self._bar.close()
         if self._file:

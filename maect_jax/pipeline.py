@@ -14,6 +14,7 @@ from maect_jax import (
     checkpoint,
     evaluate,
     files,
+    monitor,
     plan,
     sharding,
     table,
@@ -24,11 +25,12 @@ from maect_jax import (
 from maect_jax import config as pages
 from maect_jax.data import damage, sources
 from maect_jax.errors import UserError
+from maect_jax.evals import protocols
 from maect_jax.report import page
 from maect_jax.stages import build
 
 RANDOM = "random"
-_FREE_KEYS = ("log_level",)  # of the config, which may differ when a run goes on
+_FREE_KEYS = ("log_level", "eval.")  # of the config, which may differ when a run goes on
 
 # Of a run with several stages, where each stage starts.
 _PREFERRED = {
@@ -115,16 +117,38 @@ def open_sources(config: ConfigDict, workdir: Path) -> dict[str, sources.Source]
     Raises:
       UserError: they are not there, or are fewer than a batch.
     """
-    needed = sources.SPLITS if "eval" in config.stages else sources.SPLITS[:1]
-    found = sources.splits(config.data, needed, config.model.channels, workdir)
+    evaluated = "eval" in config.stages
+    both = evaluated or config.monitor.every
+    try:
+        needed = sources.SPLITS if both else sources.SPLITS[:1]
+        found = sources.splits(config.data, needed, config.model.channels, workdir)
+    except UserError:
+        # Without labels, or to train alone, images to hold out need not be there.
+        found = sources.splits(config.data, sources.SPLITS[:1], config.model.channels, workdir)
+        if evaluated and found["train"].labelled:
+            raise
     _enough(config, len(found["train"]))
-    bare = [split for split, source in found.items() if not source.labelled]
-    if "eval" in config.stages and bare:
-        raise UserError(
-            f"config.data.path={config.data.path!r}: the images of {' and '.join(bare)} have no "
-            "labels, which the evaluation needs; leave it out of config.stages"
-        )
+    if evaluated:
+        _clusterable(config, found)
     return found
+
+
+def _clusterable(config: ConfigDict, found: dict[str, sources.Source]) -> None:
+    """k-means must know how many clusters are wanted, and have an image for each."""
+    section, split = config.eval.cluster, protocols.cluster_split(config, found)
+    images = len(found[split])
+    if "cluster" not in config.eval.protocols:
+        return
+    if not section.clusters and not found[split].labelled:
+        raise UserError(
+            f"config.eval.cluster.clusters=0: the {split} images have no labels to count; say how "
+            "many clusters to find"
+        )
+    if section.clusters > images:
+        raise UserError(
+            f"config.eval.cluster.clusters={section.clusters}: must be at most the {images} "
+            f"{split} images"
+        )
 
 
 def _enough(config: ConfigDict, images: int) -> None:
@@ -156,9 +180,8 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
     """Writes the config into the run's folder, which must be this run's or new."""
     path = workdir / "config.json"
     if path.exists():
-        free = tuple(f"{key}: " for key in _FREE_KEYS)
         differing = pages.differing(pages.read(path), config)
-        differing = [line for line in differing if not line.startswith(free)]
+        differing = [line for line in differing if not line.startswith(_FREE_KEYS)]
         if differing:
             raise UserError(
                 f"--workdir={workdir}: holds another run ({'; '.join(differing)}); name another "
@@ -168,8 +191,7 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             files.write_json(workdir / "environment.json", _environment())
-            if not path.exists():
-                files.write_json(path, config.to_dict())
+            files.write_json(path, config.to_dict())
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot write there: {error}") from error
 
@@ -263,7 +285,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
                 saved = checkpoint.read_parts(origin.folder, parts, mesh)
                 return build.handover(origin.stage, saved, name)
 
-            train.run(config, name, images["train"], broken["train"], watched, workdir, mesh, start)
+            measure = monitor.monitor(config, name, images, mesh)
+            own = images["train"], broken["train"], watched, measure
+            train.run(config, name, *own, workdir, mesh, start)
             origin = Origin(workdir, name)
     if shown:
         print(f"\n{page.build(workdir, images)}")

@@ -81,12 +81,28 @@ def of_all_hosts(numbers: set[int]) -> set[int]:
     return set(multihost_utils.process_allgather(own).ravel().tolist()) - {-1}
 
 
-def on_own_rows(function: Callable) -> Callable:
+def on_own_rows(function: Callable, shared: int = 0, whole: bool = False) -> Callable:
     """`function` of arrays whose first axis is the batch, by each device on the rows that it holds;
-    without a mesh the function itself."""
+    without a mesh the function itself.
+
+    Of the last `shared` arguments every device has the whole. What comes out has the batch as its
+    first axis, too; or, `whole`, is the same on all devices, thanks to `sum_over_devices`.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return function
-    return jax.shard_map(function, in_specs=BATCH, out_specs=BATCH)
+
+    def run(*arguments):
+        specs = (BATCH,) * (len(arguments) - shared) + (P(),) * shared
+        out = P() if whole else BATCH
+        # The check would not let a loop start from a constant, which is equal on all devices.
+        return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)(*arguments)
+
+    return run
+
+
+def sum_over_devices(tree):
+    """Within a function of `on_own_rows`: the sum of what all devices have, on each of them."""
+    return tree if jax.sharding.get_abstract_mesh().empty else jax.lax.psum(tree, AXES)
 
 
 def constrain_batch(x: jax.Array, axis: int = 0) -> jax.Array:
@@ -156,6 +172,25 @@ def put_batch(batch, mesh: Mesh):
         )
 
     return jax.tree.map(put, batch)
+
+
+def put_rows(x: np.ndarray, mesh: Mesh) -> jax.Array:
+    """A global array, split along the first axis, of one that every process has whole; only what
+    the devices of a process hold is read. The devices must divide the rows."""
+    return jax.make_array_from_callback(x.shape, batch_split(mesh), lambda index: x[index])
+
+
+def put_whole(x, mesh: Mesh) -> jax.Array:
+    """A global array, whole on every device, of one that every process has."""
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, replicated(mesh), lambda index: x[index])
+
+
+def fetch(tree):
+    """Global arrays as NumPy arrays, whole on every process; each must ask."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def _places(rows: np.ndarray, wanted: range) -> slice:

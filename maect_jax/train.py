@@ -52,6 +52,7 @@ def run(
     source: sources.Source,
     broken: damage.Damage,
     watched: watch.Watched,
+    measure: Callable | None,
     workdir: Path,
     mesh,
     start: Callable[[], dict],
@@ -64,6 +65,7 @@ def run(
       source: the training images.
       broken: counts those that cannot be read.
       watched: images to write down at each checkpoint what the stage makes of them.
+      measure: what `monitor.monitor` returns.
       workdir: the run's folder.
       mesh: the device mesh, which must be the current one.
       start: reads what the stage takes over; called only at its first start.
@@ -105,6 +107,7 @@ def run(
     )
     per_epoch = build.updates_per_epoch(len(source), section.batch_size)
     save_every = config.checkpoint_every * per_epoch
+    measure_every = config.monitor.every * per_epoch
     try:
         for now in range(done + 1, stage.steps + 1):
             batch = sharding.put_batch(broken.take(log.wait_for(stream)), mesh)
@@ -112,6 +115,9 @@ def run(
             log.add(now, scalars)
             if log.tells(now):
                 broken.check()
+            if measure and now % measure_every == 0:
+                log.flush()
+                log.note(now, *measure(train_state))
             if now % save_every == 0 or now == stage.steps:
                 log.flush()  # a step that is not finite must not be saved
                 look(now, train_state)

@@ -1,5 +1,6 @@
 """Checks a config before anything is made. Each complaint names the key, its value, what goes."""
 
+import importlib.util
 import math
 
 from ml_collections import ConfigDict
@@ -7,10 +8,12 @@ from ml_collections import ConfigDict
 from maect_jax import config as pages
 from maect_jax.data import arrays, sources
 from maect_jax.errors import UserError
+from maect_jax.evals import cluster, export, maps, protocols
 from maect_jax.models import vit
 from maect_jax.stages import build
 
 _STAGES = (*build.TRAINING, "eval")
+_DTYPES = ("float32", "bfloat16")
 _HEAD_KEYS = ("projector_hidden", "projector_out", "predictor_hidden", "queue_size")
 # Two stages must agree on the encoder; the image size may differ.
 _ENCODER_KEYS = ("patch_size", "channels", "ln_eps")
@@ -72,7 +75,8 @@ def settings(config: ConfigDict, devices: int) -> None:
     """
     check = _Checker(config)
     check.need("seed", "from 0 to 2^32 - 1", lambda v: 0 <= v < 2**32)
-    check.positive("log_every", "checkpoint_every")
+    check.positive("log_every", "checkpoint_every", "monitor.images")
+    check.not_negative("monitor.every")
     check.one_of("log_level", ("info", "debug"))
     check.one_of("remat", tuple(vit.REMAT))
     check.positive("encoder_microbatches")
@@ -113,7 +117,7 @@ def _model(check: _Checker) -> None:
         check.need(f"model.{key}", "above 0, or None", lambda v: v is None or v > 0)
     check.positive("model.patch_size", "model.channels", "model.ln_eps")
     check.one_of("model.pool", ("cls", "mean"))
-    check.one_of("model.dtype", ("float32", "bfloat16"))
+    check.one_of("model.dtype", _DTYPES)
     patch = check.values["model.patch_size"]
     check.need(
         "model.image_size", f"(height, width), each a multiple of the patch size {patch}",
@@ -157,10 +161,7 @@ def _data(check: _Checker) -> None:
 def _training(check: _Checker, name: str) -> None:
     check.positive(f"{name}.epochs", f"{name}.base_lr")
     check.not_negative(f"{name}.weight_decay")
-    check.need(
-        f"{name}.crop_scale", "(low, high) with 0 < low <= high <= 1",
-        lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1,
-    )  # fmt: skip
+    _crop_scale(check, name)
     colours = f"{name}.photometric"
     check.not_negative(f"{colours}.solarize_threshold")
     for key, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
@@ -207,10 +208,33 @@ def _contrast(check: _Checker, config: ConfigDict, name: str) -> None:
 
 
 def _eval(check: _Checker) -> None:
-    check.positive("eval.knn.temperature", "eval.probe.epochs", "eval.probe.batch_size")
-    check.positive("eval.cluster.runs")
-    check.need("eval.knn.k", "numbers above 0, at least one", lambda v: v and min(v) > 0)
-    check.need("eval.probe.base_lrs", "above 0, at least one", lambda v: v and min(v) > 0)
+    known = tuple(protocols.PROTOCOLS)
+    check.need("eval.protocols", f"some of {known}", lambda v: set(v) <= set(known))
+    check.one_of("eval.pool", ("", "cls", "mean", "cls+mean"))
+    check.one_of("eval.dtype", ("", *_DTYPES))
+    check.one_of("eval.map", tuple(maps.NAMES))
+    if check.values["eval.map"] == "umap" and not importlib.util.find_spec("umap"):
+        raise UserError("config.eval.map='umap': install the extra, pip install -e '.[umap]'")
+    check.one_of("eval.export", ("", *export.KINDS))
+    check.positive("eval.memory_mb", "eval.knn.temperature", "eval.lowshot.splits")
+    check.positive("eval.probe.epochs", "eval.probe.batch_size", "eval.cluster.runs")
+    check.share("eval.probe.held_out")
+    _crop_scale(check, "eval.probe")
+    for key in ("knn.k", "probe.base_lrs", "lowshot.weight_decays"):
+        check.need(f"eval.{key}", "numbers above 0, at least one", lambda v: v and min(v) > 0)
+    check.need("eval.lowshot.images", "numbers above 0", lambda v: all(n > 0 for n in v))
+    check.need("eval.lowshot.shares", "from above 0 to 1", lambda v: all(0 < s <= 1 for s in v))
+    check.one_of("eval.cluster.split", sources.SPLITS)
+    check.not_negative(*(f"eval.cluster.{key}" for key in ("clusters", "pca", "minibatch")))
+    parts = tuple(cluster.SUBSETS)
+    check.need("eval.cluster.subsets", f"some of {parts}", lambda v: set(v) <= set(parts))
+
+
+def _crop_scale(check: _Checker, section: str) -> None:
+    check.need(
+        f"{section}.crop_scale", "(low, high) with 0 < low <= high <= 1",
+        lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1,
+    )  # fmt: skip
 
 
 def _same_head(before: ConfigDict, now: ConfigDict, where: str) -> None:

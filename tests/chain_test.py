@@ -49,12 +49,17 @@ def test_run_leaves_its_files_and_a_table(finished):
     names = {path.name for path in workdir.iterdir()}
     assert names == {
         "config.json", "environment.json", "metrics.jsonl", "checkpoints", "watch",
-        "results.json", "features", "report.html", "pictures",
+        "results.json", "results.md", "features", "clusters.csv", "report.html", "pictures",
     }  # fmt: skip
     # The table and where the page is, and nothing else.
     table = done.stdout.splitlines()
-    assert [line.split()[0] for line in table[3:7]] == ["pixels", "mae", "ct", "ct"]
-    assert table[:1] + table[7:] == ["", "", str(workdir / "report.html")]
+    assert table[1].split() == ["percent", "pixels", "mae", "ct", "ct", "-", "mae"]
+    columns = [" ".join(line.split()[:-4]) for line in table[3:-2]]
+    assert columns == [
+        "k-NN", "probe, centre crops", "k-means ACC", "mean of runs", "NMI", "AMI", "ARI",
+        "silhouette",
+    ]  # fmt: skip
+    assert table[:1] + table[-2:] == ["", "", str(workdir / "report.html")]
     # One line of progress a stage, redrawn in place, and nothing else.
     redrawn = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     progress = {line.split(":")[0]: line for line in redrawn}
@@ -99,8 +104,9 @@ def test_results_have_their_schema_and_beat_chance(finished):
     for result in results.values():
         assert [entry["k"] for entry in result["knn"]] == [1, 10]
         assert all(entry["accuracy"] > 0.3 for entry in result["knn"])  # ten classes
-        assert len(result["probe"]["probes_last_epoch"]) == 10
-        assert result["probe"]["best_last_epoch"] > 0.2
+        assert len(result["probe"]["probes"]) == 10
+        best = result["probe"]["best_last_epoch"]
+        assert 0.2 < best["top1"] < best["top5"]
         for key in ("best", "mean", "deviation"):
             assert {"acc", "nmi", "ari"} <= set(result["cluster"][key])
 

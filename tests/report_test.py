@@ -11,15 +11,16 @@ import pytest
 from PIL import Image
 
 from maect_jax import config as pages
-from maect_jax import files, pipeline, table
+from maect_jax import evaluate, files, paper, pipeline, table
 from maect_jax.errors import UserError
+from maect_jax.evals import features, maps
 from maect_jax.report import page, plots, sheets, words
 from tests.conftest import CONFIGS, SMALL, run_on
 from tests.main_test import run_main
 
 PICTURES = {
     "loss", "nn_accuracy", "reconstructions", "neighbours", "map_mae", "map_ct", "clusters",
-    "confusion",
+    "confusion", "retrieval", "probes",
 }  # fmt: skip
 
 
@@ -170,7 +171,7 @@ def result(knn, acc):
     scores = {"acc": acc, "nmi": 0.5, "ari": 0.25}
     return {
         "knn": [{"k": 1, "accuracy": 0.0}, {"k": 10, "accuracy": knn}],
-        "probe": {"best_last_epoch": 0.75},
+        "probe": {"best_last_epoch": {"top1": 0.75, "top5": 0.9}},
         "cluster": {"best": scores, "mean": scores, "deviation": scores},
     }
 
@@ -180,16 +181,63 @@ def test_several_runs_are_told_by_mean_and_deviation():
         {"mae": result(0.5, 0.4), "ct": result(0.6, 0.5)},
         {"mae": result(0.52, 0.4), "ct": result(0.66, 0.6)},
     ]
-    assert table.cells(runs[0])["ct - mae"][:3] == ["+10.0", "+0.0", "+10.0"]
+    change = table.cells(runs[0])["ct - mae"]
+    assert change == {
+        "k-NN": "+10.0", "probe, centre crops": "+0.0", "k-means ACC": "+10.0",
+        "mean of runs": "+10.0", "NMI": "+0.0", "ARI": "+0.0",
+    }  # fmt: skip
     several = table.cells_of_several(dict(zip("ab", runs, strict=True)))
     assert list(several) == ["mae", "ct", "ct - mae"]
     # Unbiased: of 60 and 66 the deviation is 6 / sqrt(2).
-    assert several["ct"][0] == "63.0 +- 4.2"
-    assert several["ct - mae"][0] == "+12.0 +- 2.8"
-    assert several["ct - mae"][2] == "+15.0 +- 7.1"
+    assert several["ct"]["k-NN"] == "63.0 +- 4.2"
+    assert several["ct - mae"]["k-NN"] == "+12.0 +- 2.8"
+    assert several["ct - mae"]["k-means ACC"] == "+15.0 +- 7.1"
     lines = table.text(several).splitlines()
     assert len({len(line) for line in lines}) == 1
-    assert lines[0].split("  ")[-1].strip() == "ARI"
+    assert lines[0].split() == ["percent", "mae", "ct", "ct", "-", "mae"]
+    assert lines[-1].split()[0] == "ARI"
+
+
+def test_a_figure_that_a_row_lacks_is_a_dash():
+    bare = {"cluster": {"skipped": "x"}, "knn": [{"k": 1, "accuracy": 0.5}]}
+    rows = table.cells(
+        {"mae": result(0.5, 0.4), "finetune": {"finetune": {"top1": 0.8}}, "b": bare}
+    )
+    assert rows["finetune"] == {"fine-tuned": "80.0"}
+    assert table.columns(rows)[-1] == "fine-tuned"
+    lines = table.markdown(rows).splitlines()
+    assert lines[:3] == [
+        "| percent | mae | finetune | b |",
+        "| --- | ---: | ---: | ---: |",
+        "| k-NN | 50.0 | - | 50.0 |",
+    ]
+    assert lines[-1] == "| fine-tuned | - | 80.0 | - |"
+
+
+def test_the_papers_figures_stand_beside_imagenet_alone():
+    wnids = [f"n{i:08}" for i in range(1000)]
+    assert paper.is_imagenet(wnids)
+    assert not paper.is_imagenet(wnids[:-1])
+    assert not paper.is_imagenet([*wnids[:-1], "cat"])
+    rows = paper.figures("H", 16)
+    assert list(rows) == ["paper, MAE H/16", "paper, MAE-CT H/16", "paper, MAE-CT_aug H/16"]
+    ours = table.cells({"ct": full_result()})["ct"]
+    for row in rows.values():
+        assert set(row) <= set(ours)  # under the names of our columns
+    assert rows["paper, MAE-CT H/16"]["k-means ACC"] == "58.0"
+    assert paper.figures("L", 16)["paper, MAE-CT_aug L/16"]["1 %"] == "74.2"
+    assert paper.figures("Ti", 16) == {}
+
+
+def full_result():
+    """A row with every protocol."""
+    full = result(0.5, 0.4)
+    full["probe_augmented"] = full["probe"]
+    full["cluster"]["best"]["ami"] = 0.3
+    full["cluster"]["subsets"] = {"imagenet_dogs15": full["cluster"]}
+    shots = [{"images_per_class": n} for n in (1, 2, 5)] + [{"share": s} for s in (0.01, 0.1)]
+    full["lowshot"] = [shot | {"accuracy": 0.5} for shot in shots]
+    return full
 
 
 @pytest.mark.parametrize("other", [{}, {"ct": result(0.6, 0.5)}])
@@ -236,23 +284,28 @@ def test_neighbours_are_framed_where_the_label_is_the_images_own():
 
 
 def test_montage_goes_from_the_centre_to_the_rim():
-    x = np.array([[3.0], [0.0], [1.0], [7.0], [9.0]])  # the second cluster has its mean at 4/3
+    distance = np.array([1.7, 1.3, 0.3, 1.0, 1.0])
     labels, clusters = np.array([1, 1, 0, 0, 0]), np.array([1, 1, 1, 0, 0])
 
     def records(record):
         return {"image": np.full((2, 2, 1), record, np.uint8)}
 
     index = np.array([10, 11, 13, 14, 15])  # the third image, 12, could not be read
-    axes = sheets.montage(x, labels, clusters, index, records, ["cat", "dog"]).axes
+    axes = sheets.montage(distance, labels, clusters, index, records, ["cat", "dog"]).axes
     shown = [a.images[0].get_array().max() for a in axes[12:] if a.images]
     assert shown == [13, 11, 10]
     assert axes[12].get_ylabel() == "dog 67%\n3 images"
     assert axes[0].get_ylabel() == "cat 100%\n2 images"
+    bare = sheets.montage(distance, np.full(5, -1), clusters, index, records, []).axes
+    assert [bare[i].get_ylabel() for i in (0, 12)] == [
+        "cluster 0\n2 images", "cluster 1\n3 images",
+    ]  # fmt: skip
 
 
-def test_features_that_are_all_the_same_have_a_map():
+@pytest.mark.parametrize("how", ["pca", "tsne"])
+def test_features_that_are_all_the_same_have_a_map(how):
     for x in (np.ones((50, 4)), np.ones((1, 4)), np.eye(3)):
-        points = plots.map_points(x)
+        points = maps.points(x, how)
         assert points.shape == (len(x), 2)
         assert np.isfinite(points).all()
 
@@ -269,11 +322,15 @@ def folder_run(tmp_path):
                 noise = rng.integers(0, 256, (240, 320, 3), dtype=np.uint8)
                 Image.fromarray(noise).save(tmp_path / split / name / f"{i:02}.jpg")
     run = tmp_path / "run"
-    (run / "features").mkdir(parents=True)
     labels = np.repeat(np.arange(kinds, dtype=np.int32), each)
     x = np.eye(kinds)[labels] + 0.1 * rng.normal(size=(kinds * each, kinds))
-    arrays = dict(x=x, labels=labels, clusters=labels, index=np.arange(len(x)))
-    np.savez(run / "features" / "ct.npz", **arrays)
+    place = evaluate.folder_of(run, "ct")
+    batches = [(x.astype(np.float32), labels, np.ones(len(x), bool))]
+    features.stored(place / "val", {}, len(x), len(x), lambda first: iter(batches))
+    arrays = dict(labels=labels, clusters=labels, index=np.arange(len(x)))
+    files.write_arrays(place / "clusters.npz", distance=np.zeros(len(x)), **arrays)
+    found = dict(index=np.array([0, 50]), neighbours=np.array([[0, 1], [2, 3]]))
+    files.write_arrays(place / "retrieval.npz", **found)
     settings = [f"data.path={tmp_path}", "data.source=folder", "data.train_split=train"]
     settings += ["data.short_side=240", "init_from=runs/other"]
     config = pages.load("configs/eval.py:test", settings)
@@ -283,21 +340,25 @@ def folder_run(tmp_path):
         config.model.image_size = (238, 238)
     files.write_json(run / "config.json", config.to_dict())
     full = result(0.5, 0.4)
-    full["knn"] = [{"k": 20, "accuracy": 0.5, "standardised": False}]
-    full["probe"] |= {"crops": "centre crops", "probes_last_epoch": [{}]}
-    full["cluster"] |= {"clusters": kinds, "runs": 3}
-    files.write_json(run / "results.json", {"ct": full | {"seconds": 1.0}})
+    full["knn"] = [{"k": 20, "accuracy": 0.5, "standardised": False, "temperature": 0.07}]
+    full["probe"] = {"skipped": "of no interest"}
+    settings = dict(split="val", images=len(x), l2_normalised=True, pca=0, minibatch=0)
+    full["cluster"] |= {"clusters": kinds, "runs": 3, **settings}
+    full |= {"seconds": {"knn": 1.0}, "features": "cls"}
+    files.write_json(run / "results.json", {"ct": full})
     return run
 
 
 @pytest.mark.usefixtures("in_root")
 def test_page_of_many_photographs(folder_run, monkeypatch):
     mapped = {}
-    monkeypatch.setattr(plots, "map_points", lambda x: mapped.update(x=x) or x[:, :2])
+    monkeypatch.setattr(maps, "points", lambda x, how: mapped.update(x=x) or x[:, :2])
     monkeypatch.setattr(pipeline, "_enough", lambda config, images: None)  # to train on
     config = page.read_config(folder_run)
     html = page.build(folder_run, pipeline.open_sources(config, folder_run)).read_text()
-    assert {path.stem for path in (folder_run / "pictures").iterdir()} == {"map_ct", "clusters"}
+    assert {path.stem for path in (folder_run / "pictures").iterdir()} == {
+        "map_ct", "clusters", "confusion", "retrieval",
+    }  # fmt: skip
     assert len(html) < 8e6
     # Every kind is on the map, though it shows only some of the images.
     assert len(mapped["x"]) == plots.MAP_IMAGES
@@ -306,7 +367,8 @@ def test_page_of_many_photographs(folder_run, monkeypatch):
     assert "20 of the 25 k-means clusters" in html
     assert "k-NN: 20 neighbours" in html
     assert "from runs/other, was evaluated on 1,050 held-out images of" in html
-    assert "ct: the average of the tuned encoder. k-NN" in html
+    assert "ct: the average of the tuned encoder." in html
+    assert "probe was skipped: of no interest." in html
 
 
 @pytest.mark.usefixtures("in_root")

@@ -189,14 +189,19 @@ class EvalRecord:
 
 
 def eval_batches(
-    make_example: EvalRecord, batch_size: int, workers: int, rows: Sequence[int]
+    make_example: EvalRecord,
+    batch_size: int,
+    workers: int,
+    rows: Sequence[int],
+    first: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every image once, in order, in this process's `rows` of each global batch.
+    """Every image once, in order, in this process's `rows` of each global batch, from batch number
+    `first` on.
 
     The last batch is filled up to `batch_size` with rows whose `valid` is false.
     """
     steps = -(-len(make_example.source) // batch_size)
-    records = np.arange(steps * batch_size).reshape(steps, batch_size)[:, rows]
+    records = np.arange(steps * batch_size).reshape(steps, batch_size)[first:, rows]
     dataset = grain.MapDataset.source(records.ravel()).map(make_example)
     # Each process would hold all of the images that are in memory.
     in_memory = isinstance(make_example.source, Arrays)

@@ -36,6 +36,13 @@ class Source(Protocol):
     def name(self, record: int) -> str: ...
 
 
+def class_name(classes: Sequence[str], label: int) -> str:
+    """The name of a label: none for -1, its number where the classes have no names."""
+    if label < 0:
+        return "unlabelled"
+    return classes[label] if label < len(classes) else str(label)
+
+
 class Blank:
     """Stands for `records` images that are not at hand, all of one shape or of various."""
 
@@ -83,6 +90,7 @@ class Tfds:
             self.classes = list(features["label"].names)
         except (AttributeError, TypeError):  # labels are numbers without names
             self.classes = []
+        self._files = "file_name" in features
         height, width, _ = features["image"].shape
         self.shape = (height, width, channels) if height and width else None
 
@@ -94,7 +102,9 @@ class Tfds:
         return example["image"], int(example["label"])
 
     def name(self, record: int) -> str:
-        """What a record is called."""
+        """The file that a record was made from, where the set knows it; else its number."""
+        if self._files:
+            return self.records[record]["file_name"].decode()
         return f"{self._split}, record {record}"
 
 

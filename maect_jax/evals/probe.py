@@ -1,119 +1,171 @@
 """Linear probes: many learning rates side by side on the same features."""
 
+from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from maect_jax import optim
+from maect_jax import optim, sharding
+from maect_jax.evals import features
+from maect_jax.evals.features import Features
 
 _MOMENTUM = 0.9
 _WARMUP = 0.1  # of the updates
 _BN_DECAY, _BN_EPS = 0.9, 1e-5
+_TOP = 5
+
+Batches = Iterator[tuple[jax.Array, jax.Array]]  # features fp32 [B, D], labels int32 [B]
 
 
-def _batch_norm(x, mean, var):
-    return (x - mean) * jax.lax.rsqrt(var + _BN_EPS)
+class Probes(NamedTuple):
+    """P probes. One batch normalisation serves them all: it has no parameters.
+
+    `weights` and `velocity`: kernel fp32 `[P, D, C]`, bias `[P, C]`; `mean` and `var` `[D]`.
+    """
+
+    weights: dict
+    velocity: dict
+    mean: jax.Array
+    var: jax.Array
+    step: jax.Array
 
 
-@partial(jax.jit, static_argnames=("batch_size", "epochs", "classes"))
-def _train(key, x, labels, test, test_labels, lrs, *, batch_size, epochs, classes):
-    """Test accuracy `[epochs, P]` of P probes after each epoch."""
-    rows, width = x.shape
-    per_epoch = rows // batch_size
-    steps = epochs * per_epoch
-    factor = optim.schedule(steps, int(_WARMUP * steps))
-    # One batch normalisation serves all probes: it has no parameters.
-    stats = jnp.zeros(width), jnp.ones(width)
-    kernel = 0.01 * jax.random.truncated_normal(key, -2, 2, (len(lrs), width, classes))
-    weights = {"kernel": kernel, "bias": jnp.zeros((len(lrs), classes))}
-
-    def logits(weights, x):
-        return (
-            jnp.einsum("bd,pdc->pbc", x, weights["kernel"], precision="highest")
-            + weights["bias"][:, None]
-        )
-
-    def update(carry, batch):
-        weights, velocity, stats, step = carry
-        mean, var = x[batch].mean(0), x[batch].var(0)
-        unbiased = var * batch_size / max(batch_size - 1, 1)
-        stats = tuple(
-            _BN_DECAY * old + (1 - _BN_DECAY) * new
-            for old, new in zip(stats, (mean, unbiased), strict=True)
-        )
-        inputs, truth = _batch_norm(x[batch], mean, var), labels[batch]
-
-        def loss(weights):
-            out = logits(weights, inputs)
-            truths = jnp.broadcast_to(truth, out.shape[:2])
-            return optax.softmax_cross_entropy_with_integer_labels(out, truths).mean(1).sum()
-
-        velocity = jax.tree.map(lambda v, g: _MOMENTUM * v + g, velocity, jax.grad(loss)(weights))
-        lr = lrs * factor(step)
-        weights = jax.tree.map(
-            lambda w, v: w - lr.reshape(-1, *[1] * (w.ndim - 1)) * v, weights, velocity
-        )
-        return (weights, velocity, stats, step + 1), None
-
-    def run_epoch(carry, epoch):
-        order = jax.random.permutation(jax.random.fold_in(key, epoch), rows)
-        batches = order[: per_epoch * batch_size].reshape(per_epoch, batch_size)
-        carry, _ = jax.lax.scan(update, carry, batches)
-        weights, _, stats, _ = carry
-        predicted = logits(weights, _batch_norm(test, *stats)).argmax(-1)
-        return carry, (predicted == test_labels).mean(1)
-
-    start = weights, jax.tree.map(jnp.zeros_like, weights), stats, 0
-    return jax.lax.scan(run_epoch, start, jnp.arange(epochs))[1]
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _init(key, count: int, width: int, classes: int) -> Probes:
+    kernel = 0.01 * jax.random.truncated_normal(key, -2, 2, (count, width, classes))
+    weights = {"kernel": kernel, "bias": jnp.zeros((count, classes))}
+    still = jax.tree.map(jnp.zeros_like, weights)
+    return Probes(weights, still, jnp.zeros(width), jnp.ones(width), jnp.int32(0))
 
 
-def linear_probe(
-    train: np.ndarray,
-    train_labels: np.ndarray,
-    test: np.ndarray,
-    test_labels: np.ndarray,
-    base_lrs: tuple[float, ...],
-    batch_size: int = 1024,
-    epochs: int = 50,
-    seed: int = 0,
-) -> dict:
-    """Batch normalisation without affine, then a linear layer; SGD with momentum, cosine.
+def _logits(weights, x, mean, var):
+    """`[P, B, C]`."""
+    x = (x - mean) * jax.lax.rsqrt(var + _BN_EPS)
+    out = jnp.einsum("bd,pdc->pbc", x, weights["kernel"], precision="highest")
+    return out + weights["bias"][:, None]
 
-    The features are those of centre crops, extracted once: the fast variant of the paper's
-    protocol, which augments the images anew in each epoch.
+
+@partial(jax.jit, static_argnames="steps", donate_argnums=0)
+def _update(probes: Probes, x, labels, lrs, *, steps: int) -> Probes:
+    mean, var = x.mean(0), x.var(0)
+
+    def loss(weights):
+        out = _logits(weights, x, mean, var)
+        truths = jnp.broadcast_to(labels, out.shape[:2])
+        return optax.softmax_cross_entropy_with_integer_labels(out, truths).mean(1).sum()
+
+    grads = jax.grad(loss)(probes.weights)
+    velocity = jax.tree.map(lambda v, g: _MOMENTUM * v + g, probes.velocity, grads)
+    lr = lrs * optim.schedule(steps, int(_WARMUP * steps))(probes.step)
+
+    def descend(w, v):
+        return w - lr.reshape(-1, *[1] * (w.ndim - 1)) * v
+
+    weights = jax.tree.map(descend, probes.weights, velocity)
+    unbiased = var * len(x) / max(len(x) - 1, 1)
+    running = optim.average((probes.mean, probes.var), (mean, unbiased), _BN_DECAY)
+    return Probes(weights, velocity, *running, probes.step + 1)
+
+
+@jax.jit
+def _hits(probes: Probes, x, labels):
+    """How many of `x` each probe has right, at first and among its first five guesses `[P, 2]`."""
+    out = _logits(probes.weights, x, probes.mean, probes.var)
+    _, guesses = jax.lax.top_k(out, min(_TOP, out.shape[-1]))
+    hits = guesses == labels[:, None]
+    return jnp.stack([hits[..., 0].sum(1), hits.any(-1).sum(1)], axis=1)
+
+
+def fit(
+    batches: Batches,
+    per_epoch: int,
+    epochs: int,
+    lrs: np.ndarray,
+    tests: Mapping[str, Features],
+    classes: int,
+    seed: int,
+    mesh,
+) -> dict[str, np.ndarray]:
+    """Trains probes by SGD with momentum, linear warm-up and cosine, without weight decay.
 
     Args:
-      train, test: features `[N, D]`, `[M, D]`.
-      train_labels, test_labels: int `[N]`, `[M]`, from 0.
-      base_lrs: learning rates of the probes, multiplied by `batch_size / 256`.
-      batch_size: at most N; larger ones are cut to N.
-      epochs: over the train features.
-      seed: of the initial weights and the order.
+      batches: at least `per_epoch * epochs` batches of features and labels, split over the mesh.
+      per_epoch: updates an epoch.
+      epochs: of the training.
+      lrs: peak learning rates `[P]`.
+      tests: features to judge the probes on after each epoch, by name.
+      classes: C.
+      seed: of the initial weights.
+      mesh: the device mesh, which must be the current one.
 
     Returns:
-      The accuracies (0 to 1) of each probe at the last epoch, the best of them, and the best
-      over all epochs, with the settings. Which is best is decided on the test images.
+      For each of `tests` the top-1 and top-5 accuracies (0 to 1) `[epochs, P, 2]`.
     """
-    batch_size = min(batch_size, len(train))
-    lrs = jnp.asarray([optim.scaled_lr(lr, batch_size, views=1) for lr in base_lrs])
-    classes = int(max(train_labels.max(), test_labels.max())) + 1
-    arrays = map(jnp.asarray, (train, train_labels, test, test_labels))
-    options = dict(batch_size=batch_size, epochs=epochs, classes=classes)
-    accuracy = np.asarray(_train(jax.random.key(seed), *arrays, lrs, **options))
-    best_epoch = int(accuracy.max(1).argmax())
+    places = {name: list(features.parts(found, mesh)) for name, found in tests.items()}
+    rates = sharding.put_whole(np.float32(lrs), mesh)
+    width = next(iter(tests.values())).x.shape[1]
+    probes = _init(jax.random.key(seed), len(lrs), width, classes)
+    curves = {name: [] for name in tests}
+    for _ in range(epochs):
+        for _ in range(per_epoch):
+            probes = _update(probes, *next(batches), rates, steps=per_epoch * epochs)
+        for name, parts in places.items():
+            curves[name].append(sum(_hits(probes, *part) for part in parts))
     return {
-        "crops": "centre crops, extracted once",
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "probes_last_epoch": [
-            {"base_lr": lr, "accuracy": float(a)}
-            for lr, a in zip(base_lrs, accuracy[-1], strict=True)
+        name: np.asarray(sharding.fetch(curve)) / len(tests[name].labels)
+        for name, curve in curves.items()
+    }
+
+
+def cached_batches(train: Features, batch_size: int, seed: int, mesh) -> Batches:
+    """Endless batches of features that are at hand, shuffled in each epoch."""
+    epoch = 0
+    while True:
+        order = np.random.default_rng((seed, epoch)).permutation(len(train.x))
+        for start in range(0, len(order) - batch_size + 1, batch_size):
+            # In rising order, for features that lie on disk; a batch has no order.
+            rows = np.sort(order[start : start + batch_size])
+            yield (
+                sharding.put_rows(train.x[rows], mesh),
+                sharding.put_rows(train.labels[rows], mesh),
+            )
+        epoch += 1
+
+
+def judged(
+    curves: Mapping[str, np.ndarray], base_lrs: tuple[float, ...], chosen_on: str
+) -> dict[str, object]:
+    """Each probe's accuracies, and those of the best, which is chosen on one of the curves.
+
+    Args:
+      curves: what `fit` returns, with "test".
+      base_lrs: of the probes.
+      chosen_on: the name of a curve.
+
+    Returns:
+      `probes`: of each at the last epoch and at its best; `best_last_epoch`: the probe that is
+      best at the last epoch; `best_any_epoch`: the best probe and epoch of all; `epochs_top1`: the
+      test accuracies of each epoch and probe. Accuracies are on the test images.
+    """
+    test, chosen = curves["test"], curves[chosen_on][..., 0]
+
+    def named(epoch: int, probe: int) -> dict:
+        top1, top5 = test[epoch, probe].tolist()
+        return {"base_lr": base_lrs[probe], "epoch": epoch + 1, "top1": top1, "top5": top5}
+
+    last = len(chosen) - 1
+    best_epoch, best_probe = np.unravel_index(chosen.argmax(), chosen.shape)
+    return {
+        "chosen_on": chosen_on,
+        "best_last_epoch": named(last, int(chosen[-1].argmax())),
+        "best_any_epoch": named(int(best_epoch), int(best_probe)),
+        "probes": [
+            {"last_epoch": named(last, p), "best_epoch": named(int(chosen[:, p].argmax()), p)}
+            for p in range(len(base_lrs))
         ],
-        "best_last_epoch": float(accuracy[-1].max()),
-        "best_any_epoch": float(accuracy.max()),
-        "best_any_epoch_is": best_epoch + 1,
-        "chosen_on": "test",
+        "epochs_top1": test[..., 0].tolist(),
     }

@@ -146,7 +146,8 @@ def scanned_blocks(depth: int, name: str, remat: str, **block) -> nn.Module:
 
 
 class ViT(nn.Module):
-    """Encoder `[B, H, W, C] -> [B, 1 + N, D]`: class token and patch tokens after the final norm.
+    """Encoder `[B, H, W, C] -> [B, 1 + N, D]`: class token and patch tokens after the final norm
+    (before it without `final_norm`).
 
     Parameters: `patch_embed`, `cls_token`, `frozen_blocks` (the first `frozen_blocks` layers,
     only if there are any), `blocks` (the other layers), `norm`. Both stacks carry a leading
@@ -163,6 +164,7 @@ class ViT(nn.Module):
     ln_eps: float = 1e-6
     dtype: Any = jnp.float32
     remat: str = "none"
+    final_norm: bool = True
 
     @nn.compact
     def __call__(self, images: jax.Array, keep: jax.Array | None = None) -> jax.Array:
@@ -192,7 +194,7 @@ class ViT(nn.Module):
             rest = self.depth - self.frozen_blocks
             x, _ = scanned_blocks(rest, "blocks", self.remat, **block)(x)
         norm = nn.LayerNorm(self.ln_eps, dtype=self.dtype, use_fast_variance=False, name="norm")
-        return norm(x)
+        return norm(x) if self.final_norm else x
 
 
 def split_blocks(params: dict, frozen_blocks: int) -> tuple[dict, dict]:
@@ -225,6 +227,8 @@ def merge_blocks(params: dict) -> dict:
 
 
 def pool(tokens: jax.Array, how: str) -> jax.Array:
-    """`[B, 1 + N, D]` -> fp32 `[B, D]`: the class token ("cls") or the patches' mean ("mean")."""
+    """`[B, 1 + N, D]` -> fp32 `[B, D]`: the class token ("cls") or the patches' mean ("mean"); or
+    `[B, 2 * D]`, one after the other ("cls+mean")."""
     tokens = tokens.astype(jnp.float32)
-    return tokens[:, 0] if how == "cls" else tokens[:, 1:].mean(1)
+    parts = {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(1)}
+    return jnp.concatenate([parts[part] for part in how.split("+")], axis=1)

@@ -7,22 +7,24 @@ import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
-from sklearn.preprocessing import normalize
 
 from maect_jax import config as pages
-from maect_jax import evaluate, files, metrics, table, watch
+from maect_jax import evaluate, files, metrics, paper, table, watch
 from maect_jax.data import sources
 from maect_jax.errors import UserError
+from maect_jax.evals import features, maps, protocols
 from maect_jax.report import plots, sheets, style, words
 
 _TUNED = ("ct", "head", "mae")  # whose clusters are shown: the first that is there
 _MAPPED = ("mae", "ct")
 _SECTIONS = {
-    "Training": ("loss", "nn_accuracy"),
+    "Training": ("loss", "nn_accuracy", "knn_accuracy"),
     "What the masked autoencoder fills in": ("reconstructions",),
     "Neighbours as training goes on": ("neighbours",),
-    "The map of the held-out images": ("map_mae", "map_ct"),
+    "The map of the features": ("map_mae", "map_head", "map_ct"),
+    "Nearest training images": ("retrieval",),
     "Clusters, found without labels": ("clusters", "confusion"),
+    "Linear probes": ("probes",),
 }
 
 
@@ -43,19 +45,25 @@ def build(run: Path, images: dict[str, sources.Source]) -> Path:
     results = read_results(run)
     history = metrics.read(run / "metrics.jsonl")
     drawn = _curves(history) | _watched(run, config, images) | _features(run, config, images)
+    drawn |= {"probes": figure} if (figure := plots.probes(results)) else {}
     pictures = _save(drawn, run / "pictures")
     rows = table.cells(results)
+    beside = _paper(config, images) if rows else {}
+    how = words.protocols(config, results) + ([paper.NOTE] if beside else [])
+    if rows:
+        told = [table.markdown(rows | beside), *how]
+        files.write_text(run / "results.md", "\n\n".join(told) + "\n")
     counts = {split: len(source) for split, source in images.items()}
     page = _template().render(
         name=config.name,
         sentence=words.sentence(config, counts, history, results),
-        columns=table.COLUMNS,
-        rows=rows,
+        columns=table.columns(rows),
+        rows=rows | beside,
         differences=list(filter(table.is_difference, rows)),
-        how=words.protocols(results),
+        how=how,
         sections=_SECTIONS,
         pictures=pictures,
-        captions=words.captions(counts, results),
+        captions=words.captions(config, counts, results),
         timings=words.timings(history, results),
         machine=words.machine(environment),
         values={key: repr(value) for key, value in pages.flat(config).items()},
@@ -95,7 +103,11 @@ def read_results(run: Path) -> dict:
 
 
 def _curves(history: list[dict]) -> dict[str, Figure]:
-    labels = {"loss": "loss", "nn_accuracy": "neighbour accuracy"}
+    labels = {
+        "loss": "loss",
+        "nn_accuracy": "neighbour accuracy",
+        "knn_accuracy": "k-NN accuracy",
+    }
     drawn = {key: plots.curves(history, key, label) for key, label in labels.items()}
     return {key: figure for key, figure in drawn.items() if figure}
 
@@ -121,23 +133,61 @@ def _watched(run: Path, config: ConfigDict, images: dict) -> dict[str, Figure]:
     return drawn
 
 
+def _paper(config: ConfigDict, images: dict) -> dict[str, dict[str, str]]:
+    """What the paper has for such a model, where the images are ImageNet's."""
+    if not paper.is_imagenet(images["train"].classes):
+        return {}
+    return paper.figures(config.model.variant, config.model.patch_size)
+
+
 def _features(run: Path, config: ConfigDict, images: dict) -> dict[str, Figure]:
-    """Maps of the held-out features, and the clusters that were found in them."""
-    paths = {name: evaluate.features_file(run, name) for name in _TUNED}
-    found = {name: dict(np.load(path)) for name, path in paths.items() if path.exists()}
+    """Maps of the features, their nearest training images, and the clusters found in them."""
+    split = "val" if "val" in images else "train"
+    rows = [name for name in _TUNED if evaluate.folder_of(run, name).is_dir()]
     drawn = {}
-    for name in filter(found.get, _MAPPED):
-        # Spread over all images: those of a folder come class by class.
-        chosen = sheets.spread(len(found[name]["x"]), plots.MAP_IMAGES)
-        points = plots.map_points(found[name]["x"][chosen])
-        labels = found[name]["labels"][chosen]
-        drawn[f"map_{name}"] = plots.feature_map(points, labels, images["val"].classes)
-    for arrays in list(found.values())[:1]:
-        x = normalize(arrays["x"]) if config.eval.cluster.normalise else arrays["x"]
-        labels, clusters = arrays["labels"], arrays["clusters"]
-        held_out, classes = evaluate.record(config, images["val"]), images["val"].classes
-        index = arrays.get("index", np.arange(len(x)))  # older runs have none
-        drawn["clusters"] = sheets.montage(x, labels, clusters, index, held_out, classes)
-        if len(np.unique(labels)) <= style.CLASSES:
-            drawn["confusion"] = plots.confusion(labels, clusters, classes)
+    for name in rows:
+        place = evaluate.folder_of(run, name) / split
+        if name in (*_MAPPED, rows[0]) and (place / "settings.json").exists():
+            drawn[f"map_{name}"] = _map(run, name, split, features.load(place), config, images)
+    moments = {name: evaluate.read_retrieval(run, name) for name in reversed(rows)}
+    moments = {name: found for name, found in moments.items() if found}
+    if moments:
+        train, shown = (evaluate.record(config, images[s]) for s in ("train", split))
+        index = next(iter(moments.values()))["index"]
+        found = [(name, arrays["neighbours"]) for name, arrays in moments.items()]
+        queries = [shown(int(i)) for i in index]
+        classes = images["train"].classes
+        drawn["retrieval"] = sheets.neighbours(queries, found, train, classes)
+    for name in rows[:1]:
+        clusters = evaluate.read_clusters(run, name)
+        if clusters:
+            drawn |= _clusters(run, name, clusters, config, images)
+    return drawn
+
+
+def _map(run: Path, name: str, split: str, found, config: ConfigDict, images: dict) -> Figure:
+    """A map in the colours of the labels; without labels, in those of the clusters."""
+    # Spread over all images: those of a folder come class by class.
+    chosen = sheets.spread(len(found.x), plots.MAP_IMAGES)
+    points = maps.points(found.x[chosen], config.eval.map)
+    labels, classes = found.labels[chosen], images[split].classes
+    clusters = evaluate.read_clusters(run, name)
+    if not found.labelled and clusters and len(clusters["clusters"]) == len(found.labels):
+        labels = clusters["clusters"][chosen]
+        classes = [f"cluster {i}" for i in range(labels.max() + 1)]
+    return plots.feature_map(points, labels, classes)
+
+
+def _clusters(run: Path, name: str, found: dict, config: ConfigDict, images: dict) -> dict:
+    """The montage of the clusters, and their confusion with the labels."""
+    split = protocols.cluster_split(config, images)
+    labels, clusters, classes = found["labels"], found["clusters"], images[split].classes
+    shown = evaluate.record(config, images[split])
+    drawn = {
+        "clusters": sheets.montage(
+            found["distance"], labels, clusters, found["index"], shown, classes
+        )
+    }
+    if (labels >= 0).all():
+        drawn["confusion"] = plots.confusion(labels, clusters, classes)
     return drawn

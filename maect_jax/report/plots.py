@@ -1,16 +1,16 @@
 """Pictures of numbers: curves, the map of the features, the confusion of clusters and labels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from sklearn.manifold import TSNE
-from sklearn.preprocessing import normalize
 
+from maect_jax import table
+from maect_jax.data import sources
 from maect_jax.report import style
 
-MAP_IMAGES = 1_000  # t-SNE of more takes its time
+MAP_IMAGES = 1_000  # a map of more is a cloud, and t-SNE takes its time
 _SMOOTHED = 20  # windows in a curve
 _LEGEND = 55  # characters that fit into a row of the legend
 _MARKS = "osD^vP*Xph"  # with ten colours: classes are told apart without colour, too
@@ -59,18 +59,6 @@ def curves(metrics: Sequence[dict], key: str, label: str) -> Figure | None:
     return drawn
 
 
-def map_points(x: np.ndarray) -> np.ndarray:
-    """t-SNE of features `[N, D]`, L2-normalised first, as k-means sees them: `[N, 2]`.
-
-    Features that are all the same have one place.
-    """
-    x = normalize(x)
-    if len(x) < 4 or np.ptp(x, axis=0).max() < 1e-6:
-        return np.zeros((len(x), 2))
-    perplexity = min(30.0, len(x) / 4)
-    return TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(x)
-
-
 @style.styled
 def feature_map(points: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> Figure:
     """Points `[N, 2]` in the colour of their label; labels of -1 are drawn in grey."""
@@ -78,7 +66,7 @@ def feature_map(points: np.ndarray, labels: np.ndarray, classes: Sequence[str]) 
     axes = drawn.subplots()
     style.bare(axes)
     shown = np.unique(labels)
-    names = [style.name_of(classes, label) for label in shown]
+    names = [sources.class_name(classes, label) for label in shown]
     for place, (label, colour) in enumerate(zip(shown, style.palette(len(shown)), strict=True)):
         axes.scatter(
             *points[labels == label].T,
@@ -98,18 +86,51 @@ def feature_map(points: np.ndarray, labels: np.ndarray, classes: Sequence[str]) 
 
 
 @style.styled
+def probes(results: Mapping[str, dict]) -> Figure | None:
+    """A panel a row of the results with its probes' test accuracies by epoch, a line a learning
+    rate; `None` where there are none."""
+    found = {}
+    for name, result in results.items():
+        for protocol in ("probe", "probe_augmented"):  # the latter, where both are there
+            if table.there(result, protocol):
+                found[name] = result[protocol]
+    if not found:
+        return None
+    drawn = style.figure(2.3)
+    panels = drawn.subplots(1, len(found), squeeze=False, sharey=True)[0]
+    for panel, (name, result) in zip(panels, found.items(), strict=True):
+        accuracies = 100 * np.array(result["epochs_top1"])
+        rates = [probe["last_epoch"]["base_lr"] for probe in result["probes"]]
+        strong = np.argsort(np.argsort(rates)) + 1  # the higher the rate, the stronger the line
+        for line, rank in zip(accuracies.T, strong, strict=True):
+            epochs = np.arange(1, len(line) + 1)
+            colour = style.COLOURS.get(name, style.FAINT)
+            panel.plot(epochs, line, color=colour, alpha=rank / len(rates), linewidth=1.0)
+        panel.set(title=name, xlabel="epoch")
+        panel.grid(axis="y", color=style.FAINT, alpha=0.3, linewidth=0.6)
+        panel.locator_params(nbins=4)
+    panels[0].set_ylabel("top-1, percent")
+    return drawn
+
+
+@style.styled
 def confusion(labels: np.ndarray, clusters: np.ndarray, classes: Sequence[str]) -> Figure:
     """How many images of each class (column) each cluster (row) holds.
 
-    Cluster i is the one matched with class i, so the diagonal is what the accuracy counts.
+    Cluster i is the one matched with class i, so the diagonal is what the accuracy counts. With
+    many classes, the share of each in a cluster as a shade.
     """
     present = np.unique(labels)
-    counts = np.zeros((len(present), len(present)), int)
+    counts = np.zeros((max(clusters.max() + 1, len(present)), len(present)), int)
     np.add.at(counts, (clusters, np.searchsorted(present, labels)), 1)
-    names = [style.name_of(classes, label) for label in present]
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     drawn = style.figure(4.2)
     axes = drawn.subplots()
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    if max(counts.shape) > style.CLASSES:
+        axes.imshow(shares, cmap=style.SHADES, vmin=0, vmax=1, interpolation="nearest")
+        axes.set(xlabel="label, by number", ylabel="cluster, by the class it is matched with")
+        axes.locator_params(nbins=5)
+        return drawn
     for (row, column), count in np.ndenumerate(counts):
         share = shares[row, column]
         colour = style.COLOURS["ct" if row == column else "mae"]
@@ -117,10 +138,11 @@ def confusion(labels: np.ndarray, clusters: np.ndarray, classes: Sequence[str]) 
         axes.add_patch(square)
         if count:
             axes.text(column, row, f"{count}", ha="center", va="center", fontsize=7.5)
-    ticks = range(len(names))
-    axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5))
-    axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(ticks, names)
+    names = [sources.class_name(classes, label) for label in present]
+    others = [f"cluster {row}" for row in range(len(names), len(counts))]
+    axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(counts) - 0.5, -0.5))
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(counts)), names + others)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set(xlabel="label", ylabel="cluster, by the class it is matched with")

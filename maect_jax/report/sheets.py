@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from maect_jax.data import sources
 from maect_jax.report import style
 
 _MOMENTS = 4  # of training, whose neighbours are shown
@@ -62,7 +63,7 @@ def neighbours(
     panels[0, 0].set_title("image", fontsize=8)
     for row, example in zip(panels, watched, strict=True):
         style.show(row[0], example["image"])
-        _row_title(row[0], style.name_of(classes, example["label"]), fontsize=8)
+        _row_title(row[0], sources.class_name(classes, example["label"]), fontsize=8)
     for moment, (title, found) in enumerate(moments):
         first = 2 + moment * (near + 1)
         panels[0, first + near // 2].set_title(title, fontsize=8)
@@ -85,7 +86,7 @@ def _neighbour(axes, record: int, label: int, records: Records) -> None:
 
 @style.styled
 def montage(
-    x: np.ndarray,
+    distance: np.ndarray,
     labels: np.ndarray,
     clusters: np.ndarray,
     index: np.ndarray,
@@ -96,8 +97,9 @@ def montage(
     that it is matched with.
 
     Args:
-      x: features `[N, D]` that were clustered.
+      distance: of each image `[N]` from the centre of its cluster.
       labels, clusters: int `[N]`; cluster i is the one matched with the i-th class that is there.
+        Without labels (-1) a cluster has its number.
       index: int `[N]`, the numbers of the images among `records`.
       records: the images.
       classes: names of the labels.
@@ -109,13 +111,14 @@ def montage(
         style.bare(axes)
     for row, cluster in enumerate(kept):
         members = np.flatnonzero(clusters == cluster)
-        distance = np.linalg.norm(x[members] - x[members].mean(0), axis=1)
-        members = members[np.argsort(distance)]
+        members = members[np.argsort(distance[members], kind="stable")]
         for axes, place in zip(panels[row], spread(len(members), _MONTAGE), strict=False):
             style.show(axes, records(int(index[members[place]]))["image"])
-        share = (labels[members] == present[cluster]).mean()
-        name = style.name_of(classes, present[cluster])
-        title = f"{name} {share:.0%}\n{len(members)} image{'s' * (len(members) != 1)}"
+        title = f"cluster {cluster}"
+        if cluster < len(present) and present[cluster] >= 0:
+            share = (labels[members] == present[cluster]).mean()
+            title = f"{sources.class_name(classes, present[cluster])} {share:.0%}"
+        title += f"\n{len(members)} image{'s' * (len(members) != 1)}"
         _row_title(panels[row, 0], title, fontsize=7.5)
     return drawn
 

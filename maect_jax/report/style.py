@@ -4,11 +4,11 @@ import functools
 import io
 import re
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -18,6 +18,8 @@ COLOURS = {"pixels": FAINT, "mae": "#2f7ed8", "head": "#8e5bd6", "ct": "#e0662b"
 HIDDEN = (122, 130, 139)  # of masked patches: FAINT as red, green, blue
 WIDTH = 4.4  # inches; narrow enough to be read on a phone
 CLASSES = 20  # with more of them, a picture of all is no picture
+# From nothing to the colour of what is tuned, on any ground.
+SHADES = LinearSegmentedColormap.from_list("shades", [(*to_rgb(COLOURS["ct"]), a) for a in (0, 1)])
 _DPI = 200
 _PIXELS = 80  # the longer side of an image in a picture, at most
 
@@ -68,13 +70,6 @@ def bare(axes) -> None:
     """Takes ticks and frame away, for axes that hold a picture."""
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-
-
-def name_of(classes: Sequence[str], label: int) -> str:
-    """The name of a label: none for -1, its number where the classes have no names."""
-    if label < 0:
-        return "unlabelled"
-    return classes[label] if label < len(classes) else str(label)
 
 
 def in_colour(image: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ import statistics
 from ml_collections import ConfigDict
 
 from maect_jax import table
+from maect_jax.evals import maps
 from maect_jax.report import plots, style
 from maect_jax.stages import build
 
@@ -31,7 +32,8 @@ def sentence(config: ConfigDict, images: dict[str, int], history: list[dict], re
     vit = f"A ViT of width {size.width}, depth {size.depth} and patch size {model.patch_size}"
     data = config.data.name if config.data.source == "tfds" else config.data.path
     data = data or config.data.source
-    evaluated = f"evaluated on {images['val']:,} held-out images" if results else ""
+    held_out = f"{images['val']:,} held-out images" if "val" in images else "the images themselves"
+    evaluated = f"evaluated on {held_out}" if results else ""
     stages = _stages(history)
     if not stages:
         start = f", from {config.init_from}," if config.init_from else ""
@@ -65,7 +67,8 @@ def _stages(history: list[dict]) -> list[dict]:
     """Steps, median rate and seconds of each stage, in order."""
     rows = []
     for stage in dict.fromkeys(entry["stage"] for entry in history):
-        own = [entry for entry in history if entry["stage"] == stage]
+        rated = (entry for entry in history if "images_per_second" in entry)
+        own = [entry for entry in rated if entry["stage"] == stage]
         # The first line stands for one step and its compilation.
         rate = statistics.median(entry["images_per_second"] for entry in own[1:] or own)
         last = own[-1]
@@ -85,7 +88,7 @@ def timings(history: list[dict], results: dict) -> list[dict[str, str]]:
         for row in _stages(history)
     ]
     if results:
-        took = sum(result["seconds"] for result in results.values())
+        took = sum(sum(r["seconds"].values()) for r in results.values() if "seconds" in r)
         rows.append(dict(name="eval", steps="", rate="", seconds=f"{took:,.0f}"))
     return rows
 
@@ -100,29 +103,86 @@ def machine(environment: dict) -> str:
     ).format(**environment)
 
 
-def protocols(results: dict) -> str:
-    """How the figures of the table were measured."""
-    if not results:
-        return ""
-    first = next(iter(results.values()))
-    nearest, found, probe = table.neighbours(first), first["cluster"], first["probe"]
-    rows = ", ".join(f"{name}: {_ROWS[name]}" for name in results if name in _ROWS)
+def _knn(result: dict) -> str:
+    nearest = table.neighbours(result)
+    how = ", features standardised" if nearest["standardised"] else ""
     return (
-        f"On held-out images; {rows}. k-NN: {nearest['k']} neighbours among the training images by "
-        f"cosine{', features standardised' if nearest['standardised'] else ''}. Linear probe: on "
-        f"{probe['crops']}; of {len(probe['probes_last_epoch'])} learning rates the best at the "
-        "last epoch, chosen on these images. k-means: "
-        f"{found['clusters']} clusters, the run of the lowest loss among {found['runs']}; mean of "
-        "runs is the accuracy over all of them."
+        f"k-NN: {nearest['k']} neighbours among the training images by cosine, temperature "
+        f"{nearest['temperature']}{how}."
     )
 
 
-def captions(images: dict[str, int], results: dict) -> dict[str, str]:
+def _probe(result: dict, title: str) -> str:
+    best, chosen_on = result["best_last_epoch"], result["chosen_on"]
+    whose = "the test images" if chosen_on == "test" else chosen_on
+    return (
+        f"{title}: crops are {result['crops']}; of {len(result['probes'])} learning rates the best "
+        f"at the last of {_counted(result['epochs'], 'epoch')}, chosen on {whose}; top-5 "
+        f"{100 * best['top5']:.1f}."
+    )
+
+
+def _lowshot(entries: list[dict]) -> str:
+    done = [entry for entry in entries if "accuracy" in entry]
+    if not done:
+        return "Low-shot: no class has images enough."
+    splits = max(entry["splits"] for entry in done)
+    drawn = done[0]["drawn"] if isinstance(done[0]["drawn"], str) else "from the lists"
+    return (
+        f"Low-shot (1 image: one of each class, and so on): logistic regression; the parts are "
+        f"{drawn}, mean over {_counted(splits, 'split')} where there are several."
+    )
+
+
+def _kmeans(found: dict) -> str:
+    best, how = found["best"], "features L2-normalised" if found["l2_normalised"] else "as they are"
+    how += f", {found['pca']} principal components" if found["pca"] else ""
+    how += f", mini-batches of {found['minibatch']}" if found["minibatch"] else ""
+    text = (
+        f"k-means of the {found['split']} images: {found['clusters']} clusters ({how}), the run of "
+        f"the lowest loss among {found['runs']}; mean of runs is the accuracy over all of them."
+    )
+    if best.get("silhouette_images", found["images"]) < found["images"]:
+        text += f" Silhouette: of {best['silhouette_images']:,} images drawn at random."
+    return text
+
+
+def protocols(config: ConfigDict, results: dict) -> list[str]:
+    """How the figures of the table were measured, and what was skipped."""
+    first = next(iter(results.values()), None)
+    if not first:
+        return []
+    rows = ", ".join(f"{name}: {_ROWS[name]}" for name in results if name in _ROWS)
+    features = [r["features"] for name, r in results.items() if name != "pixels"]
+    told = [f"{rows}." if rows else ""]
+    told += [f"Features: {features[0]}."] if features and features[0] else []
+    if table.there(first, "knn"):
+        told.append(_knn(first))
+    if table.there(first, "probe_augmented"):
+        told.append(_probe(first["probe_augmented"], "Linear probe"))
+    if table.there(first, "probe"):
+        told.append(_probe(first["probe"], "Probe, centre crops (the fast variant)"))
+    if table.there(first, "lowshot"):
+        told.append(_lowshot(first["lowshot"]))
+    if table.there(first, "cluster"):
+        told.append(_kmeans(first["cluster"]))
+    for name in config.eval.protocols if "eval" in config else ():
+        if "skipped" in first.get(name, {}):
+            told.append(f"{name} was skipped: {first[name]['skipped']}.")
+    return list(filter(None, told))
+
+
+def captions(config: ConfigDict, images: dict[str, int], results: dict) -> dict[str, str]:
     """What stands below each picture. `images` are their numbers by split."""
     kind = "Held-out" if "val" in images else "Training"
-    mapped = min(images.get("val", 0), plots.MAP_IMAGES)
-    tsne = f"t-SNE of the features of {mapped:,} held-out images, in the colours of their labels"
-    clusters = next((r["cluster"]["clusters"] for r in results.values()), 0)
+    mapped = min(images.get("val", images["train"]), plots.MAP_IMAGES)
+    projection = maps.NAMES[config.eval.map] if "eval" in config else ""
+    labelled = any(table.there(result, "knn") for result in results.values())
+    colours = "labels, which training has not seen" if labelled else "clusters"
+    drawn = f"{projection} of the features of {mapped:,} {kind.lower()} images, coloured by their "
+    drawn += colours
+    found = [r["cluster"] for r in results.values() if table.there(r, "cluster")]
+    clusters = found[0]["clusters"] if found else 0
     which = f"{style.CLASSES} of the {clusters}" if clusters > style.CLASSES else "The"
     tuned = "the tuned encoder's features" if "ct" in results else "the encoder's features"
     return {
@@ -134,8 +194,15 @@ def captions(images: dict[str, int], results: dict) -> dict[str, str]:
         "patches less their mean, over their deviation; both are the original's here.",
         "neighbours": f"{kind} images and their nearest rows of the queue, nearest first, after "
         "so many steps of a stage. Framed: a neighbour that has the image's own label.",
-        "map_mae": f"Before tuning: {tsne}.",
-        "map_ct": f"After tuning: {tsne}, which training has not seen.",
+        "knn_accuracy": "k-NN accuracy of held-out images while training: 10 neighbours among "
+        "training images. Labels serve this curve only.",
+        "map_mae": f"Before tuning: {drawn}.",
+        "map_ct": f"After tuning: {drawn}.",
+        "map_head": f"Before tuning: {drawn}.",
+        "retrieval": f"{kind} images and the training images that are nearest to them by cosine, "
+        "nearest first, in the features of each encoder. Framed: one of the image's own label.",
+        "probes": "Test accuracy of the probes by epoch, a line for each learning rate; the higher "
+        "the rate, the stronger the line.",
         "clusters": f"{which} k-means clusters of {tuned}, from the centre (left) to the rim "
         "(right), each with the label that it is matched with, and that label's share.",
         "confusion": "The same clusters (rows) and the labels (columns), in images; the diagonal "

@@ -1,0 +1,285 @@
+"""k-means on sharded rows: k-means++, Lloyd's algorithm and its mini-batch variant.
+
+Greedy k-means++ follows Arthur & Vassilvitskii (2007) with several candidates a step, mini-batches
+Sculley (2010). Rows lie as `[G, T, D]`, tiles of T rows, and each device has its own tiles; centres
+`[R, K, D]` of R restarts are on every device. A pass over the rows sends the sums of the clusters,
+once.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maect_jax import sharding
+
+_TILE = 512  # rows
+_COLUMNS = 1024  # centres of all restarts side by side that fill a matrix unit
+_PASSES = 300
+_TOLERANCE = 1e-4  # of the mean variance: how far all centres together may still move (squared)
+
+
+class Rows(NamedTuple):
+    """Rows fp32 `[G, T, D]`, split over the devices by G; `weight` `[G, T]`, 0 where filled up."""
+
+    x: jax.Array
+    weight: jax.Array
+
+
+class Clustering(NamedTuple):
+    """Of R restarts: centres fp32 `[R, K, D]`, clusters int32 `[R, N]`, losses (the sum of squared
+    distances) `[R]`, and passes over the rows `[R]`."""
+
+    centres: np.ndarray
+    clusters: np.ndarray
+    loss: np.ndarray
+    passes: np.ndarray
+
+
+def place(x: np.ndarray, mesh, tile: int = _TILE) -> Rows:
+    """Rows `[N, D]` on the devices, in tiles of at most so many."""
+    tile = min(tile, -(-len(x) // mesh.size))
+    tiles = -(-len(x) // (tile * mesh.size)) * mesh.size
+    more = tiles * tile - len(x)
+    shape = (tiles, tile)
+    padded = np.pad(np.asarray(x, np.float32), ((0, more), (0, 0)))
+    weight = np.pad(np.ones(len(x), np.float32), (0, more))
+    put = partial(sharding.put_rows, mesh=mesh)
+    return Rows(put(padded.reshape(*shape, -1)), put(weight.reshape(shape)))
+
+
+def _nearest(x, centres):
+    """The nearest of centres `[R, K, D]` to each of `x` `[T, D]`, the first of equals, `[R, T]`."""
+    restarts, k, width = centres.shape
+    products = jnp.einsum("td,cd->tc", x, centres.reshape(-1, width), precision="highest")
+    products = products.reshape(len(x), restarts, k) - jnp.square(centres).sum(-1) / 2
+    # As two plain reductions, which CPUs do faster than one that carries the place along.
+    best = products.max(-1, keepdims=True)
+    numbers = jnp.arange(k, dtype=jnp.int32)
+    return jnp.where(products == best, numbers, k).min(-1).T
+
+
+def _scattered(x, weight, nearest, k: int):
+    add = jax.vmap(partial(jax.ops.segment_sum, num_segments=k), (None, 0))
+    return add(x * weight[:, None], nearest), add(weight, nearest)
+
+
+def _multiplied(x, weight, nearest, k: int):
+    one_hot = jax.nn.one_hot(nearest, k, dtype=x.dtype) * weight[:, None]
+    return jnp.einsum("rtk,td->rkd", one_hot, x, precision="highest"), one_hot.sum(1)
+
+
+def _sums(x, weight, nearest, k: int):
+    """Sums `[R, K, D]` and counts `[R, K]` of the rows of each cluster."""
+    # A CPU adds row by row in no time; for a matrix unit a product is the faster way.
+    ways = {"cpu": partial(_scattered, k=k), "default": partial(_multiplied, k=k)}
+    return jax.lax.platform_dependent(x, weight, nearest, **ways)
+
+
+def _pass(rows: Rows, centres):
+    """Sums `[R, K, D]` and counts `[R, K]` of the clusters of all rows."""
+    k = centres.shape[1]
+
+    def own(x, weight, centres):
+        def add(total, tile):
+            found = _sums(*tile, _nearest(tile[0], centres), k)
+            return jax.tree.map(jnp.add, total, found), None
+
+        start = jnp.zeros_like(centres), jnp.zeros(centres.shape[:2])
+        return sharding.sum_over_devices(jax.lax.scan(add, start, (x, weight))[0])
+
+    return sharding.on_own_rows(own, shared=1, whole=True)(*rows, centres)
+
+
+def _means(sums, counts, centres):
+    """The centres' next places; an empty cluster stays where it is."""
+    return jnp.where(counts[..., None] > 0, sums / jnp.maximum(counts, 1)[..., None], centres)
+
+
+def candidates(k: int) -> int:
+    """Rows that are tried as each next centre: as many as scikit-learn tries."""
+    return 2 + int(math.log(k))
+
+
+def _drawn(share, potential):
+    """The place of a row drawn in proportion to its potential `[G, T]`; `share` is in [0, 1).
+
+    First its tile, then the row in it: so only a tile's worth of rows is sent.
+    """
+
+    def place(share, potential):
+        sums = jnp.cumsum(potential)
+        spot = jnp.minimum((sums <= share * sums[-1]).sum(), len(sums) - 1)
+        before = jnp.where(spot > 0, sums[spot - 1], 0.0)
+        rest = (share * sums[-1] - before) / jnp.maximum(potential[spot], 1e-38)
+        return spot, jnp.clip(rest, 0, 1 - 1e-7)
+
+    tile, rest = place(share, potential.sum(1))
+    return tile, place(rest, potential[tile])[0]
+
+
+@partial(jax.jit, static_argnames="k")
+def plus_plus(rows: Rows, keys: jax.Array, *, k: int) -> jax.Array:
+    """Centres `[R, K, D]` by greedy k-means++, a key a restart."""
+    x, weight = rows
+    squares = jnp.square(x).sum(-1)
+    tries = candidates(k)
+
+    def distances(points):
+        """Of all rows to points `[L, D]`: `[L, G, T]`."""
+        # As one product of two matrices; with three axes CPUs take eight times as long.
+        flat = x.reshape(-1, x.shape[-1])
+        products = jnp.einsum("nd,ld->nl", flat, points, precision="highest").T
+        products = products.reshape(-1, *weight.shape)
+        found = squares - 2 * products + jnp.square(points).sum(-1)[:, None, None]
+        return jnp.maximum(found, 0) * weight
+
+    def start(key):
+        tile, row = _drawn(jax.random.uniform(key), weight)
+        return x[tile, row]
+
+    def choose(key, closest):
+        shares = jax.random.uniform(key, (tries,))
+        tiles, places = jax.vmap(_drawn, (0, None))(shares, closest)
+        points = x[tiles, places]
+        closer = jnp.minimum(closest, distances(points))
+        best = closer.sum((1, 2)).argmin()
+        return points[best], closer[best]
+
+    def add(i, state):
+        centres, closest = state
+        own = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+        points, closest = jax.vmap(choose)(own, closest)
+        return centres.at[:, i].set(points), closest
+
+    first = jax.vmap(start)(keys)
+    centres = jnp.zeros((len(keys), k, x.shape[-1])).at[:, 0].set(first)
+    closest = jax.vmap(lambda point: distances(point[None])[0])(first)
+    return jax.lax.fori_loop(1, k, add, (centres, closest))[0]
+
+
+@jax.jit
+def lloyd(rows: Rows, centres: jax.Array, limit: jax.Array):
+    """Lloyd's algorithm from centres `[R, K, D]`, until they move by less than `limit` (squared,
+    all together). Returns the centres, and the passes `[R]` that each restart took."""
+
+    def moving(state):
+        _, moved, _, passed = state
+        return (moved > limit).any() & (passed < _PASSES)
+
+    def move(state):
+        centres, moved, passes, passed = state
+        new = _means(*_pass(rows, centres), centres)
+        going = moved > limit  # a restart that has settled stays as it is, whoever goes on
+        new = jnp.where(going[:, None, None], new, centres)
+        moved = jnp.where(going, jnp.square(new - centres).sum((1, 2)), moved)
+        return new, moved, passes + going, passed + 1
+
+    count = len(centres)
+    start = centres, jnp.full(count, jnp.inf), jnp.zeros(count, jnp.int32), 0
+    centres, _, passes, _ = jax.lax.while_loop(moving, move, start)
+    return centres, passes
+
+
+@partial(jax.jit, static_argnames="epochs")
+def mini_batch(rows: Rows, centres: jax.Array, *, epochs: int):
+    """Mini-batch k-means: each tile of all devices is a batch; a centre is the mean of all the rows
+    that it has had. The rows must be in random order."""
+
+    def own(x, weight, centres):
+        def learn(state, tile):
+            centres, seen = state
+            sums, counts = sharding.sum_over_devices(
+                _sums(*tile, _nearest(tile[0], centres), centres.shape[1])
+            )
+            seen = seen + counts
+            step = (sums - counts[..., None] * centres) / jnp.maximum(seen, 1)[..., None]
+            return (centres + step, seen), None
+
+        def epoch(_, state):
+            return jax.lax.scan(learn, state, (x, weight))[0]
+
+        start = centres, jnp.zeros(centres.shape[:2])
+        return jax.lax.fori_loop(0, epochs, epoch, start)[0]
+
+    return sharding.on_own_rows(own, shared=1, whole=True)(*rows, centres)
+
+
+@jax.jit
+def _judged(rows: Rows, centres: jax.Array):
+    """Clusters `[R, G, T]` of the rows, and the losses `[R]`."""
+
+    def own(x, weight, centres):
+        def judge(tile):
+            x, weight = tile
+            nearest = _nearest(x, centres)
+            chosen = jnp.take_along_axis(centres, nearest[..., None], 1)
+            return nearest, (jnp.square(x - chosen).sum(-1) * weight).sum(1)
+
+        return jax.lax.map(judge, (x, weight))
+
+    nearest, loss = sharding.on_own_rows(own, shared=1)(*rows, centres)
+    return nearest, loss.sum(0)
+
+
+def restarts_at_a_time(rows: int, width: int, k: int, devices: int, memory_mb: int) -> int:
+    """How many restarts run side by side: what `memory_mb` MiB a device allow, and no more than
+    fill the matrix unit: beyond that, those that have settled would only wait for others."""
+    distances = -(-rows // devices) * (candidates(k) + 3)
+    tile = _TILE * k * 3
+    floats = distances + tile + 5 * k * (width + 1)
+    return max(1, min(memory_mb * 2**20 // (4 * floats), -(-_COLUMNS // k)))
+
+
+def kmeans(
+    x: np.ndarray,
+    k: int,
+    runs: int,
+    seed: int,
+    mesh,
+    memory_mb: int,
+    batch_size: int = 0,
+    epochs: int = 10,
+) -> Clustering:
+    """k-means with many seeded restarts.
+
+    Args:
+      x: rows `[N, D]`; N at least k.
+      k: clusters.
+      runs: R, restarts.
+      seed: restart r draws from (seed, r), whichever run beside it.
+      mesh: the device mesh, which must be the current one.
+      memory_mb: MiB that each device may use beside its rows.
+      batch_size: of mini-batch k-means; 0 for Lloyd's algorithm, which ends when the centres move
+        less than scikit-learn asks them to, or after 300 passes.
+      epochs: of mini-batch k-means.
+    """
+    middle = np.asarray(x).mean(0, dtype=np.float64)
+    centred = np.float32(x - middle)  # far from the origin, distances would lose their digits
+    limit = np.float32(_TOLERANCE * centred.var(0).mean())
+    order = np.arange(len(x))
+    if batch_size:
+        order = np.random.default_rng(seed).permutation(len(x))
+        rows = place(centred[order], mesh, -(-batch_size // mesh.size))
+    else:
+        rows = place(centred, mesh)
+    together = restarts_at_a_time(*x.shape, k, mesh.size, memory_mb)
+    found = []
+    for first in range(0, runs, together):
+        own = jnp.arange(first, min(first + together, runs))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), own)
+        centres = plus_plus(rows, keys, k=k)
+        if batch_size:
+            centres = mini_batch(rows, centres, epochs=epochs)
+            passes = np.full(len(own), epochs, np.int32)
+        else:
+            centres, passes = lloyd(rows, centres, limit)
+        nearest, loss = _judged(rows, centres)
+        centres, nearest, loss, passes = sharding.fetch((centres, nearest, loss, passes))
+        clusters = np.empty((len(own), len(x)), np.int32)
+        clusters[:, order] = np.moveaxis(nearest, 1, 0).reshape(len(own), -1)[:, : len(x)]
+        found.append(Clustering(centres + np.float32(middle), clusters, loss, passes))
+    return Clustering(*map(np.concatenate, zip(*found, strict=True)))

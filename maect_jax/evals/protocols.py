@@ -1,0 +1,206 @@
+"""From features and a config to the results of each protocol."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from maect_jax import optim, sharding
+from maect_jax.data import augment, damage, loader, sources, subsets
+from maect_jax.evals import cluster, features, knn, lowshot, probe
+from maect_jax.evals.features import Features
+
+_QUERIES, _NEIGHBOURS = 8, 5  # of the page's sheet of neighbours
+_PROBE_SEED = 100  # no training stage has this number: the probe's crops are its own
+
+
+@dataclass
+class Row:
+    """One row of the results: an encoder, and what is at hand to evaluate it.
+
+    Attributes:
+      config: the whole config.
+      encode: normalised images to features.
+      features: by split, "train" and "val"; an evaluation without labels may have "train" alone.
+      splits, broken: by split, the images, and what counts those that cannot be read.
+      mesh: the device mesh, which must be the current one.
+      clusters: of the split that was clustered, in the order of its features: what
+        `cluster.cluster` returns of each image. Filled by `clustered`.
+    """
+
+    config: ConfigDict
+    encode: features.Encode
+    features: Mapping[str, Features]
+    splits: Mapping[str, sources.Source]
+    broken: Mapping[str, damage.Damage]
+    mesh: object
+    clusters: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def memory_mb(self) -> int:
+        return self.config.eval.memory_mb
+
+    @property
+    def classes(self) -> int:
+        """How many, where all images have labels."""
+        return 1 + int(max(found.labels.max() for found in self.features.values()))
+
+
+def neighbours(row: Row) -> list[dict]:
+    """k-NN."""
+    train, test = row.features["train"], row.features["val"]
+    section = row.config.eval.knn
+    return knn.knn(
+        train.x, train.labels, test.x, test.labels, section.k, row.mesh, row.memory_mb,
+        section.temperature, section.standardise,
+    )  # fmt: skip
+
+
+def retrieved(row: Row) -> dict[str, np.ndarray]:
+    """The nearest training images of some images: `index` `[Q]` and `neighbours` `[Q, k]`, record
+    numbers. The images are held-out ones, where there are such, and never their own neighbours."""
+    train, test = row.features["train"], row.features.get("val", row.features["train"])
+    places = np.unique(np.linspace(0, len(test.x) - 1, _QUERIES).astype(int))
+    k = min(_NEIGHBOURS + 1, len(train.x))
+    _, found = knn.nearest(train.x, test.x[places], k, row.mesh, row.memory_mb)
+    own = np.where("val" in row.features, -1, places)[:, None]
+    # Stable: what is not the image itself moves up.
+    order = np.argsort(found == own, axis=1, kind="stable")[:, :_NEIGHBOURS]
+    neighbours = train.index[np.take_along_axis(found, order, 1)]
+    return {"index": test.index[places], "neighbours": neighbours}
+
+
+def held_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Which of the training images a choice is made on, bool `[N]`: this fraction, at random."""
+    drawn = np.random.default_rng(seed).permutation(len(labels))
+    chosen = np.zeros(len(labels), bool)
+    chosen[drawn[: round(fraction * len(labels))]] = True
+    return chosen
+
+
+def _probed(row: Row, train: Features, batches: Callable, crops: str) -> dict:
+    """The probes, judged after each epoch. `batches` makes them, of so many images and steps, from
+    those training images that are not held out."""
+    section, seed = row.config.eval.probe, row.config.seed
+    tests, chosen_on = {"test": row.features["val"]}, "test"
+    apart = held_out(train.labels, section.held_out, seed)
+    if apart.any():
+        chosen_on = "held-out training images"
+        tests[chosen_on] = Features(*(part[apart] for part in train))
+        train = Features(*(part[~apart] for part in train))
+    size = min(section.batch_size, len(train.labels)) // row.mesh.size * row.mesh.size
+    per_epoch = len(train.labels) // size
+    lrs = np.array([optim.scaled_lr(lr, size, views=1) for lr in section.base_lrs])
+    stream = batches(train, size, per_epoch * section.epochs)
+    curves = probe.fit(stream, per_epoch, section.epochs, lrs, tests, row.classes, seed, row.mesh)
+    settings = {"crops": crops, "epochs": section.epochs, "batch_size": size}
+    return settings | probe.judged(curves, section.base_lrs, chosen_on)
+
+
+def probed_cached(row: Row) -> dict:
+    """Linear probes on features that are extracted once: the fast variant."""
+
+    def batches(train: Features, size: int, steps: int) -> probe.Batches:
+        del steps
+        return probe.cached_batches(train, size, row.config.seed, row.mesh)
+
+    return _probed(row, row.features["train"], batches, "centre crops, extracted once")
+
+
+_views = jax.jit(augment.views, static_argnums=1)
+
+
+def probed_augmented(row: Row) -> dict:
+    """Linear probes on augmented images, encoded anew in each epoch: the paper's protocol."""
+    config, source, broken = row.config, row.splits["train"], row.broken["train"]
+    data, size = config.data, config.model.image_size
+    scale, seed = config.eval.probe.crop_scale, (config.seed, _PROBE_SEED)
+    recipe = augment.Recipe(size, scale, data.mean, data.std, (augment.Photometric(),))
+
+    def batches(train: Features, batch_size: int, steps: int) -> probe.Batches:
+        whole = len(train.index) == len(source)
+        images = source if whole else subsets.Subset(source, train.index)
+        make = loader.TrainRecord(
+            images, config.model.channels, size, (scale,), seed, data.scaled_jpeg
+        )
+        rows = sharding.local_rows(batch_size, row.mesh)
+        order = loader.Order(len(images), batch_size, steps, seed, rows)
+        for batch in loader.train_batches(order, make, data.workers):
+            placed = sharding.put_batch(broken.take(batch), row.mesh)
+            yield row.encode(_views(placed, recipe)[:, 0]), placed["label"]
+
+    found = _probed(row, row.features["train"], batches, "augmented in each epoch")
+    broken.check()
+    return found | {"crop_scale": list(scale)}
+
+
+def few_labels(row: Row) -> list[dict]:
+    """Low-shot logistic regressions."""
+    source, section = row.splits["train"], row.config.eval.lowshot
+
+    def names() -> list[str]:
+        return [source.name(record) for record in range(len(source))]
+
+    return lowshot.lowshot(
+        row.features["train"], row.features["val"], names, row.mesh, section.images,
+        section.shares, section.splits, section.lists, section.weight_decays, row.config.seed,
+    )  # fmt: skip
+
+
+def _subset(row: Row, name: str, split: str) -> dict:
+    """k-means of the classes of a well-known subset, or why it is skipped."""
+    known, found = row.splits[split].classes, row.features[split]
+    absent = [wnid for wnid in cluster.SUBSETS[name] if wnid not in known]
+    if absent or not found.labelled:
+        reason = f"no class {absent[0]}" if absent else "no labels"
+        return {"skipped": f"the images have {reason}"}
+    wanted = [known.index(wnid) for wnid in cluster.SUBSETS[name]]
+    own = np.isin(found.labels, wanted)
+    return _clustered(row, found.x[own], found.labels[own], 0)[0]
+
+
+def _clustered(row: Row, x, labels, clusters: int):
+    section = row.config.eval.cluster
+    return cluster.cluster(
+        x, labels, clusters, row.mesh, row.memory_mb, section.runs, section.normalise,
+        section.pca, section.minibatch, row.config.seed,
+    )  # fmt: skip
+
+
+def clustered(row: Row) -> dict:
+    """k-means of the held-out images, or of the training images where there are no others, and of
+    the subsets that were asked for."""
+    section = row.config.eval.cluster
+    split = cluster_split(row.config, row.splits)
+    found = row.features[split]
+    labels = found.labels if found.labelled else None
+    results, own, distance = _clustered(row, found.x, labels, section.clusters)
+    row.clusters = {
+        "index": found.index, "labels": found.labels, "clusters": own, "distance": distance,
+    }  # fmt: skip
+    parts = {name: _subset(row, name, split) for name in section.subsets}
+    return {"split": split, **results} | ({"subsets": parts} if parts else {})
+
+
+def cluster_split(config: ConfigDict, splits: Mapping[str, object]) -> str:
+    """Which images are clustered."""
+    return config.eval.cluster.split if "val" in splits else "train"
+
+
+# By name: what runs it, and the sections of `eval` that it is set by.
+PROTOCOLS = {
+    "knn": (neighbours, "knn"),
+    "probe": (probed_cached, "probe"),
+    "probe_augmented": (probed_augmented, "probe"),
+    "lowshot": (few_labels, "lowshot"),
+    "cluster": (clustered, "cluster"),
+}
+
+
+def skipped(protocol: str, found: Mapping[str, Features]) -> str:
+    """Why a protocol cannot be run on these features; nothing where it can."""
+    if protocol == "cluster" or ("val" in found and all(f.labelled for f in found.values())):
+        return ""
+    return "the images have no labels"

@@ -1,0 +1,61 @@
+"""k-NN on held-out images while an encoder is trained: labels serve this curve and nothing else."""
+
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from maect_jax import evaluate
+from maect_jax.data import damage, sources, subsets
+from maect_jax.evals import features, knn
+from maect_jax.stages import build
+from maect_jax.state import TrainState
+
+_K = 10
+_MEMORY_MB = 256
+
+
+def monitor(
+    config: ConfigDict, name: str, images: Mapping[str, sources.Source], mesh
+) -> Callable[[TrainState], tuple[dict[str, float], float]] | None:
+    """A function of a state that measures the encoder of stage `name`.
+
+    It returns `knn_accuracy`, of 10 neighbours, and `neighbour_accuracy`, of the nearest alone, by
+    cosine among training images (`config.monitor.images` of either kind, at most); and the seconds
+    that it took. Every process must call it.
+
+    `None` where there is nothing to measure: it is switched off, the stage does not change the
+    encoder, there are no held-out images, or not all have labels.
+    """
+    if name == "head" or "val" not in images or not config.monitor.every:
+        return None
+    if not all(source.labelled for source in images.values()):
+        return None
+    chosen, broken = {}, {}
+    for split, source in images.items():
+        count = min(len(source), config.monitor.images)
+        records = np.linspace(0, len(source) - 1, count).astype(int)
+        chosen[split] = subsets.Subset(source, records)
+        allowed = config.data.max_bad_fraction
+        broken[split] = damage.Damage(chosen[split], config.model.channels, allowed)
+    model, size = config.model, config[name].batch_size
+
+    def measure(state: TrainState) -> tuple[dict[str, float], float]:
+        start, found = time.monotonic(), {}
+        parts = {key: getattr(state, key) for key in build.SAVED_PARTS[name]}
+        params = build.evaluated_encoder(name, parts)
+        encode = features.encoder(build.encoder(model), params, model.pool)
+        for split, source in chosen.items():
+            batches = evaluate.extracted(config, encode, source, broken[split], size, mesh)
+            x, labels, valid = (np.concatenate(part) for part in zip(*batches, strict=True))
+            found[split] = x[valid], labels[valid]
+        ks = (1, min(_K, len(found["train"][0])))
+        nearest, several = knn.knn(*found["train"], *found["val"], ks, mesh, _MEMORY_MB)
+        values = {
+            "knn_accuracy": several["accuracy"],
+            "neighbour_accuracy": nearest["accuracy"],
+        }
+        return values, time.monotonic() - start
+
+    return measure
