@@ -22,7 +22,7 @@ FLOORS = (
     ("models.vit", "data.sources", "data.transforms"),
     ("data.arrays", "data.folder"),
     ("data.decode",),
-    ("data.randaugment",),
+    ("data.mix", "data.randaugment"),
     ("sharding", "optim", "config", "evals.knn", "evals.cluster"),
     ("files", "chips", "collectives"),
     ("errors",),
