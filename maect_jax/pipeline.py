@@ -24,6 +24,7 @@ from maect_jax import (
 from maect_jax import config as pages
 from maect_jax.data import damage, sources
 from maect_jax.errors import UserError
+from maect_jax.evals import finetuned
 from maect_jax.report import page
 from maect_jax.stages import build
 
@@ -32,10 +33,12 @@ _FREE_KEYS = ("log_level",)  # of the config, which may differ when a run goes o
 
 # Of a run with several stages, where each stage starts.
 _PREFERRED = {
-    "head": ("mae", "head", "ct"),
-    "ct": ("head", "ct", "mae"),
-    "eval": ("ct", "head", "mae"),
+    "head": ("mae", "head", "ct", "finetune"),
+    "ct": ("head", "ct", "mae", "finetune"),
+    "finetune": ("ct", "head", "mae", "finetune"),
+    "eval": ("ct", "head", "mae", "finetune"),
 }
+_LABELLED = {"finetune": "finetune", "eval": "the evaluation"}  # what needs labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Origin:
 def prepare(config: ConfigDict) -> Origin | None:
     """Checks a config against the machine and the run that it starts from.
 
-    An evaluation without a model of its own gets that of the run.
+    A page without a model of its own gets that of the run.
 
     Returns:
       Where the first stage starts, `None` for nowhere.
@@ -67,8 +70,9 @@ def prepare(config: ConfigDict) -> Origin | None:
     """
     validate.stages(config)
     origin, first = None, config.stages[0]
-    if first != "mae" and (config.init_from != RANDOM or first == "eval"):
-        origin = find(config.init_from, first)
+    needs_run = first == "eval" or "model" not in config
+    if first != "mae" and (config.init_from != RANDOM or needs_run):
+        origin = find(config.init_from, first, needs_run)
         before = origin.config()
         if "model" not in config:
             with config.unlocked():
@@ -80,14 +84,16 @@ def prepare(config: ConfigDict) -> Origin | None:
     return origin
 
 
-def find(init_from: str, stage: str) -> Origin:
+def find(init_from: str, stage: str, needs_run: bool) -> Origin:
     """The trained stage of run `init_from` that `stage` starts from.
+
+    `needs_run` says that it cannot start from random weights.
 
     Raises:
       UserError: there is no such run, or nothing in it yet.
     """
     where = f"config.init_from={init_from!r}: "
-    allowed = "the folder of a run" + ("" if stage == "eval" else f", or {RANDOM!r} weights")
+    allowed = "the folder of a run" + ("" if needs_run else f", or {RANDOM!r} weights")
     if not init_from:
         raise UserError(f"{where}stage {stage} must start from something: {allowed}")
     run = Path(init_from)
@@ -113,26 +119,31 @@ def open_sources(config: ConfigDict, workdir: Path) -> dict[str, sources.Source]
     """The images that the stages need, by split; the run's folder may hold their index.
 
     Raises:
-      UserError: they are not there, or are fewer than a batch.
+      UserError: they are not there, have no labels where they need them, or are fewer than a batch.
     """
-    needed = sources.SPLITS if "eval" in config.stages else sources.SPLITS[:1]
+    labelled = [what for stage, what in _LABELLED.items() if stage in config.stages]
+    needed = sources.SPLITS if labelled else sources.SPLITS[:1]
     found = sources.splits(config.data, needed, config.model.channels, workdir)
-    _enough(config, len(found["train"]))
     bare = [split for split, source in found.items() if not source.labelled]
-    if "eval" in config.stages and bare:
+    if labelled and bare:
         raise UserError(
             f"config.data.path={config.data.path!r}: the images of {' and '.join(bare)} have no "
-            "labels, which the evaluation needs; leave it out of config.stages"
+            f"labels, which {labelled[0]} needs; leave it out of config.stages"
         )
+    _enough(config, found["train"])
     return found
 
 
-def _enough(config: ConfigDict, images: int) -> None:
+def _enough(config: ConfigDict, source: sources.Source) -> None:
+    images = len(source)
     for name in config.stages:
         size = config[name].batch_size
-        if name != "eval" and size > images:
+        if name == "eval":
+            continue
+        seen = len(build.training_images(config, name, source))
+        if size > seen:
             raise UserError(
-                f"config.{name}.batch_size={size}: must be at most the {images} training images"
+                f"config.{name}.batch_size={size}: must be at most the {seen} training images"
             )
     if "eval" in config.stages and max(config.eval.knn.k) > images:
         raise UserError(
@@ -191,18 +202,19 @@ def dry_run(config: ConfigDict) -> None:
     """Prints what `run` would do. The images and the run to start from need not be there."""
     validate.stages(config)
     if "model" not in config:
-        print(f"{config.name}: k-NN, linear probes and k-means of {config.init_from}")
+        done = {"eval": "k-NN, linear probes and k-means", "finetune": "fine-tuning"}
+        what = ", ".join(done[name] for name in config.stages)
+        print(f"{config.name}: {what} of {config.init_from}")
         return
     validate.settings(config, jax.device_count())
     mesh = sharding.make_mesh(**config.mesh)
     images, whose = plan.training_images(config)
-    records = len(images)
-    _enough(config, records)
-    print(f"{config.name}: {' -> '.join(config.stages)}; {records:,} training images ({whose})")
+    _enough(config, images)
+    print(f"{config.name}: {' -> '.join(config.stages)}; {len(images):,} training images ({whose})")
     print(f"on {mesh.size} {mesh.devices.flat[0].device_kind} ({sharding.sizes(mesh.shape)})")
     if config.stages[0] != "mae":
         print(f"from {_start(config)}")
-    print("\n".join(plan.describe(config, records)))
+    print("\n".join(plan.describe(config, images)))
 
 
 def _start(config: ConfigDict) -> str:
@@ -210,7 +222,7 @@ def _start(config: ConfigDict) -> str:
     if config.init_from == RANDOM:
         return "random weights"
     try:
-        origin = find(config.init_from, config.stages[0])
+        origin = find(config.init_from, config.stages[0], config.stages[0] == "eval")
         _finished(origin)
     except UserError as error:
         return f"nothing yet: {error}"
@@ -253,7 +265,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
                 evaluated = workdir if len(config.stages) > 1 else origin.run
                 results = evaluate.run(config, images, broken, evaluated, workdir, mesh)
                 if shown:
-                    print(f"\n{table.text(table.cells(results))}", flush=True)
+                    rows = {row: found for row, found in results.items() if "knn" in found}
+                    print(f"\n{table.text(table.cells(rows))}", flush=True)
                 continue
 
             def start(origin=origin, name=name):
@@ -263,7 +276,14 @@ def run(config: ConfigDict, workdir: Path) -> None:
                 saved = checkpoint.read_parts(origin.folder, parts, mesh)
                 return build.handover(origin.stage, saved, name)
 
-            train.run(config, name, images["train"], broken["train"], watched, workdir, mesh, start)
+            seen, lost = build.training_images(config, name, images["train"]), broken["train"]
+            if seen is not images["train"]:
+                lost = damage.Damage(seen, config.model.channels, config.data.max_bad_fraction)
+            train.run(config, name, seen, lost, watched, workdir, mesh, start)
             origin = Origin(workdir, name)
-    if shown:
+            if name == "finetune":
+                found = finetuned.classify(config, images, broken["val"], workdir, mesh)
+                if shown:
+                    print(finetuned.text(found), flush=True)
+    if shown and "finetune" not in config.stages:  # of which the page cannot tell
         print(f"\n{page.build(workdir, images)}")

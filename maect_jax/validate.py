@@ -5,7 +5,7 @@ import math
 from ml_collections import ConfigDict
 
 from maect_jax import config as pages
-from maect_jax.data import arrays, sources
+from maect_jax.data import arrays, sources, subsets
 from maect_jax.errors import UserError
 from maect_jax.models import vit
 from maect_jax.stages import build
@@ -60,6 +60,19 @@ def stages(config: ConfigDict) -> None:
         raise UserError(f"config.stages={config.stages!r}: ct needs head before it")
 
 
+def has_model(config: ConfigDict) -> None:
+    """Checks that a page describes its model, for what runs without another run.
+
+    Raises:
+      UserError: it takes the model from a run.
+    """
+    if "model" not in config:
+        raise UserError(
+            f"config.init_from={config.init_from!r}: this page has no section 'model', which it "
+            "takes from a run when it runs; name a page that has one"
+        )
+
+
 def settings(config: ConfigDict, devices: int) -> None:
     """Checks every value that stands for itself.
 
@@ -94,16 +107,19 @@ def settings(config: ConfigDict, devices: int) -> None:
             _training(check, name)
             if name == "mae":
                 _mae(check, config)
+            elif name == "finetune":
+                _finetune(check)
             else:
                 _contrast(check, config, name)
 
 
 def _microbatches(parts: int, name: str, batch_size: int, devices: int) -> None:
-    crops = batch_size * build.VIEWS // devices
+    views = build.views(name)
+    crops = batch_size * views // devices
     if crops % parts:
         raise UserError(
             f"config.encoder_microbatches={parts}: must divide the {crops} crops of a device "
-            f"(config.{name}.batch_size={batch_size}, {build.VIEWS} views, {devices} devices)"
+            f"(config.{name}.batch_size={batch_size}, views: {views}, devices: {devices})"
         )
 
 
@@ -161,7 +177,11 @@ def _training(check: _Checker, name: str) -> None:
         f"{name}.crop_scale", "(low, high) with 0 < low <= high <= 1",
         lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1,
     )  # fmt: skip
-    colours = f"{name}.photometric"
+    if name != "finetune":
+        _photometric(check, f"{name}.photometric")
+
+
+def _photometric(check: _Checker, colours: str) -> None:
     check.not_negative(f"{colours}.solarize_threshold")
     for key, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
         check.need(f"{colours}.{key}", f"from 0 to {most}", lambda v, most=most: 0 <= v <= most)
@@ -176,12 +196,16 @@ def _training(check: _Checker, name: str) -> None:
         )  # fmt: skip
 
 
+def _warmup(check: _Checker, name: str) -> None:
+    epochs = check.values[f"{name}.epochs"]
+    check.need(
+        f"{name}.warmup_epochs", f"from 0 to the {epochs} epochs", lambda v: 0 <= v <= epochs
+    )
+
+
 def _mae(check: _Checker, config: ConfigDict) -> None:
     check.share("mae.mask_ratio")
-    check.need(
-        "mae.warmup_epochs", f"from 0 to the {config.mae.epochs} epochs",
-        lambda v: 0 <= v <= config.mae.epochs,
-    )  # fmt: skip
+    _warmup(check, "mae")
     width, heads = config.mae.decoder.width, config.mae.decoder.heads
     check.positive("mae.decoder.width", "mae.decoder.depth", "mae.decoder.heads")
     check.need("mae.decoder.width", f"a multiple of 4 and of the {heads} heads",
@@ -204,6 +228,25 @@ def _contrast(check: _Checker, config: ConfigDict, name: str) -> None:
         check.not_negative("ct.head_weight_decay")
         if "head" in config.stages:
             _same_head(config.head, config.ct, "config.head")
+
+
+def _finetune(check: _Checker) -> None:
+    check.need(
+        "finetune.images", "'all', a share from above '0%' to '100%', or the path of a list of "
+        "names", lambda v: _is_share(v) if v.endswith("%") else v,
+    )  # fmt: skip
+    _warmup(check, "finetune")
+    check.positive("finetune.layer_decay")
+    check.share("finetune.drop_path", "finetune.label_smoothing")
+    check.not_negative("finetune.mixup_alpha", "finetune.cutmix_alpha")
+    check.need("finetune.erasing", "from 0 to 1", lambda v: 0 <= v <= 1)
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 < subsets.percent(text) <= 100
+    except ValueError:
+        return False
 
 
 def _eval(check: _Checker) -> None:
@@ -246,6 +289,6 @@ def succession(before: ConfigDict, saved: str, config: ConfigDict, first: str) -
         if old != new:
             raise UserError(f"{where}: its config.data.{key} is {old!r}, not {new!r}")
     if first == "ct":
-        if saved == "mae":
+        if saved in ("mae", "finetune"):
             raise UserError(f"{where}: stage ct starts from a run with a head, this one has none")
         _same_head(before[saved], config.ct, f"{where}: that run")

@@ -37,11 +37,21 @@ class Source(Protocol):
 
 
 class Blank:
-    """Stands for `records` images that are not at hand, all of one shape or of various."""
+    """Stands for `records` images that are not at hand, all of one shape or of various.
 
-    def __init__(self, records: int, channels: int, shape: tuple[int, int, int] | None = None):
+    Nothing is known of their labels but how many `classes` there are.
+    """
+
+    def __init__(
+        self,
+        records: int,
+        channels: int,
+        shape: tuple[int, int, int] | None = None,
+        classes: int = 0,
+    ):
         self.records, self.channels, self.shape = records, channels, shape
-        self.classes: list[str] = []
+        self.classes = [str(label) for label in range(classes)]
+        self.labels = np.full(records, -1)
         self.labelled = False
 
     def __len__(self) -> int:
