@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maect_jax import checkpoint, optim, pipeline, plan, state, train, validate
+from maect_jax import checkpoint, flops, optim, pipeline, plan, state, train, validate
 from maect_jax import config as pages
 from maect_jax.data import arrays, augment, folder, loader, mix, subsets
 from maect_jax.data.augment import Photometric, Recipe
@@ -170,12 +170,15 @@ def test_erasing_has_its_probability_boxes_and_noise():
     heights, widths = boxes.any(2).sum(1), boxes.any(1).sum(1)
     np.testing.assert_array_equal(heights * widths, boxes.sum((1, 2)))
     areas = heights * widths / 600
+    assert heights.max() < 20  # a box is smaller than the image, or another is drawn
     assert areas.min() < 0.04
     assert 0.3 < areas.max() < 0.36
     # Without limits of the image 0.177; tall boxes, which do not fit, are large.
     assert 0.15 < areas.mean() < 0.18
     aspects = np.log(heights / widths)
     assert np.abs(aspects).max() < np.log(1 / 0.3) + 0.35  # whole pixels
+    assert aspects.min() < np.log(0.3) + 0.05
+    assert aspects.max() > 1
     assert abs(aspects.mean()) < 0.25
     # The corners are reached.
     assert boxes[:, 0, 0].any()
@@ -277,6 +280,19 @@ def test_training_learns_to_tell_images_apart(settings):
         now, _ = update(now, batch_of(seed))
     assert before < 0.6
     assert accuracy(now) == (pytest.approx(1, abs=0.05), 1.0)  # of three classes
+
+
+def test_flops_formula_equals_the_compilers_count():
+    # One layer a scan: the compiler counts a loop's body once.
+    encoder = vit.ViT(256, 1, 4, 4)
+    stage = stage_of(encoder=encoder, image_shape=(28, 28, 3), classes=500)
+    now = jax.eval_shape(stage.init, jax.random.key(0), {})
+    views = jax.ShapeDtypeStruct((BATCH, 1, 28, 28, 3), "float32")
+    labels = {"label": jax.ShapeDtypeStruct((BATCH,), "int32")}
+    grad = jax.jit(jax.grad(stage.loss, has_aux=True))
+    lowered = grad.lower(now.params, now, views, labels, jax.eval_shape(jax.random.key, 0))
+    counted = lowered.compile().cost_analysis()["flops"]
+    assert flops.per_step(stage, BATCH, 1) == pytest.approx(counted, rel=0.05)
 
 
 def test_accuracies_by_hand():

@@ -1,7 +1,7 @@
 """Regularisation of labelled batches on the device: label smoothing, mixup, cutmix, random erasing.
 
-Pure functions of a key; images are normalised views, fp32 `[B, H, W, C]`. Settings and order of
-the draws' ranges are those of timm, with which fine-tuning protocols are published.
+Pure functions of a key; images are normalised views, fp32 `[B, H, W, C]`. What is
+drawn, and from which range, is timm's, with which fine-tuning protocols are published.
 """
 
 import math
