@@ -35,6 +35,7 @@ from maect_jax import config as pages
 from maect_jax.errors import RunFailedError, UserError
 from maect_jax.stages import build
 from maect_jax.stages.contrast import Contrast
+from maect_jax.stages.finetune import Finetune
 from maect_jax.stages.mae import Mae
 from maect_jax.stages.step import compiled
 
@@ -75,7 +76,7 @@ class Lowered(NamedTuple):
     """A stage and its step as `train` jits it, lowered for the devices of a mesh; the bytes of its
     arguments on each device."""
 
-    stage: Mae | Contrast
+    stage: Mae | Contrast | Finetune
     step: jax.stages.Lowered
     arguments: int
 
@@ -83,7 +84,8 @@ class Lowered(NamedTuple):
 def lower(config: ConfigDict, name: str, mesh) -> Lowered:
     """The step of stage `name` for a mesh, whose devices need not be there."""
     images, _ = plan.training_images(config)
-    stage = build.stage(config, name, len(images))
+    images = build.training_images(config, name, images)
+    stage = build.stage_for(config, name, images)
     start = state.abstract(stage, jax.random.key(config.seed), {}, mesh)
     batch = train.abstract_batch(config, name, images, mesh)
     arguments = sum(
@@ -164,7 +166,7 @@ def report(config: ConfigDict, name: str, topology: str, mesh) -> dict:
     lowered = lower(config, name, mesh)
     memory, program = memory_of(lowered, chip.hbm)
     seconds = time.monotonic() - start
-    cost = flops.per_step(lowered.stage, config[name].batch_size, build.VIEWS)
+    cost = flops.per_step(lowered.stage, config[name].batch_size, build.views(name))
     found = {
         "config": config.name,
         "stage": name,
@@ -239,6 +241,7 @@ def main(argv: list[str]) -> None:
         names = [name for name in config.stages if name != "eval"]
         if not names:
             raise UserError(f"config.stages={config.stages!r}: no training stage to compile")
+        validate.has_model(config)
         devices = devices_of(_TOPOLOGY.value)
         validate.settings(config, len(devices))
         mesh = sharding.make_mesh(**config.mesh, devices=devices)

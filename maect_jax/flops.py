@@ -6,6 +6,7 @@ pass costs twice its forward pass.
 
 from maect_jax.models import mae
 from maect_jax.stages.contrast import Contrast
+from maect_jax.stages.finetune import Finetune
 from maect_jax.stages.mae import Mae
 
 
@@ -16,7 +17,7 @@ def blocks(depth: int, width: int, tokens: int) -> int:
     return 2 * depth * tokens * (linear + attention)
 
 
-def per_step(stage: Mae | Contrast, batch_size: int, views: int) -> int:
+def per_step(stage: Mae | Contrast | Finetune, batch_size: int, views: int) -> int:
     """One update of a stage on the global batch, forward and backward."""
     crops = batch_size * views
     height, width, channels = stage.image_shape
@@ -27,6 +28,9 @@ def per_step(stage: Mae | Contrast, batch_size: int, views: int) -> int:
         return crops * 3 * _mae(stage, patches, pixels)
     tokens = patches + 1
     embed = 2 * patches * pixels * encoder.width
+    if isinstance(stage, Finetune):
+        classifier = 2 * encoder.width * stage.classes
+        return crops * 3 * (embed + blocks(encoder.depth, encoder.width, tokens) + classifier)
     lower = embed + blocks(encoder.frozen_blocks, encoder.width, tokens)
     upper = blocks(encoder.depth - encoder.frozen_blocks, encoder.width, tokens)
     hidden, out = stage.projector.hidden, stage.projector.out

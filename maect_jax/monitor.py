@@ -26,9 +26,9 @@ def monitor(
     that it took. Every process must call it.
 
     `None` where there is nothing to measure: it is switched off, the stage does not change the
-    encoder, there are no held-out images, or not all have labels.
+    encoder or has seen the labels, there are no held-out images, or not all have labels.
     """
-    if name == "head" or "val" not in images or not config.monitor.every:
+    if name not in ("mae", "ct") or "val" not in images or not config.monitor.every:
         return None
     if not all(source.labelled for source in images.values()):
         return None

@@ -14,6 +14,7 @@ from maect_jax import (
     checkpoint,
     evaluate,
     files,
+    inputs,
     monitor,
     plan,
     sharding,
@@ -25,7 +26,7 @@ from maect_jax import (
 from maect_jax import config as pages
 from maect_jax.data import damage, sources
 from maect_jax.errors import UserError
-from maect_jax.evals import protocols
+from maect_jax.evals import finetuned
 from maect_jax.report import page
 from maect_jax.stages import build
 
@@ -34,9 +35,10 @@ _FREE_KEYS = ("log_level", "eval.")  # of the config, which may differ when a ru
 
 # Of a run with several stages, where each stage starts.
 _PREFERRED = {
-    "head": ("mae", "head", "ct"),
-    "ct": ("head", "ct", "mae"),
-    "eval": ("ct", "head", "mae"),
+    "head": ("mae", "head", "ct", "finetune"),
+    "ct": ("head", "ct", "mae", "finetune"),
+    "finetune": ("ct", "head", "mae", "finetune"),
+    "eval": ("ct", "head", "mae", "finetune"),
 }
 
 
@@ -59,7 +61,7 @@ class Origin:
 def prepare(config: ConfigDict) -> Origin | None:
     """Checks a config against the machine and the run that it starts from.
 
-    An evaluation without a model of its own gets that of the run.
+    A page without a model of its own gets that of the run.
 
     Returns:
       Where the first stage starts, `None` for nowhere.
@@ -69,8 +71,9 @@ def prepare(config: ConfigDict) -> Origin | None:
     """
     validate.stages(config)
     origin, first = None, config.stages[0]
-    if first != "mae" and (config.init_from != RANDOM or first == "eval"):
-        origin = find(config.init_from, first)
+    needs_run = first == "eval" or "model" not in config
+    if first != "mae" and (config.init_from != RANDOM or needs_run):
+        origin = find(config.init_from, first, needs_run)
         before = origin.config()
         if "model" not in config:
             with config.unlocked():
@@ -82,14 +85,16 @@ def prepare(config: ConfigDict) -> Origin | None:
     return origin
 
 
-def find(init_from: str, stage: str) -> Origin:
+def find(init_from: str, stage: str, needs_run: bool = True) -> Origin:
     """The trained stage of run `init_from` that `stage` starts from.
+
+    `needs_run` says that it cannot start from random weights.
 
     Raises:
       UserError: there is no such run, or nothing in it yet.
     """
     where = f"config.init_from={init_from!r}: "
-    allowed = "the folder of a run" + ("" if stage == "eval" else f", or {RANDOM!r} weights")
+    allowed = "the folder of a run" + ("" if needs_run else f", or {RANDOM!r} weights")
     if not init_from:
         raise UserError(f"{where}stage {stage} must start from something: {allowed}")
     run = Path(init_from)
@@ -108,59 +113,6 @@ def _finished(origin: Origin) -> None:
         raise UserError(
             f"config.init_from={str(origin.run)!r}: its stage {origin.stage} is at step {step} of "
             f"{steps}; finish that run first"
-        )
-
-
-def open_sources(config: ConfigDict, workdir: Path) -> dict[str, sources.Source]:
-    """The images that the stages need, by split; the run's folder may hold their index.
-
-    Raises:
-      UserError: they are not there, or are fewer than a batch.
-    """
-    evaluated = "eval" in config.stages
-    both = evaluated or config.monitor.every
-    try:
-        needed = sources.SPLITS if both else sources.SPLITS[:1]
-        found = sources.splits(config.data, needed, config.model.channels, workdir)
-    except UserError:
-        # Without labels, or to train alone, images to hold out need not be there.
-        found = sources.splits(config.data, sources.SPLITS[:1], config.model.channels, workdir)
-        if evaluated and found["train"].labelled:
-            raise
-    _enough(config, len(found["train"]))
-    if evaluated:
-        _clusterable(config, found)
-    return found
-
-
-def _clusterable(config: ConfigDict, found: dict[str, sources.Source]) -> None:
-    """k-means must know how many clusters are wanted, and have an image for each."""
-    section, split = config.eval.cluster, protocols.cluster_split(config, found)
-    images = len(found[split])
-    if "cluster" not in config.eval.protocols:
-        return
-    if not section.clusters and not found[split].labelled:
-        raise UserError(
-            f"config.eval.cluster.clusters=0: the {split} images have no labels to count; say how "
-            "many clusters to find"
-        )
-    if section.clusters > images:
-        raise UserError(
-            f"config.eval.cluster.clusters={section.clusters}: must be at most the {images} "
-            f"{split} images"
-        )
-
-
-def _enough(config: ConfigDict, images: int) -> None:
-    for name in config.stages:
-        size = config[name].batch_size
-        if name != "eval" and size > images:
-            raise UserError(
-                f"config.{name}.batch_size={size}: must be at most the {images} training images"
-            )
-    if "eval" in config.stages and max(config.eval.knn.k) > images:
-        raise UserError(
-            f"config.eval.knn.k={config.eval.knn.k}: must be at most the {images} training images"
         )
 
 
@@ -213,18 +165,19 @@ def dry_run(config: ConfigDict) -> None:
     """Prints what `run` would do. The images and the run to start from need not be there."""
     validate.stages(config)
     if "model" not in config:
-        print(f"{config.name}: k-NN, linear probes and k-means of {config.init_from}")
+        done = {"finetune": ("fine-tuning",), "eval": config.get("eval", {}).get("protocols", ())}
+        what = ", ".join(part for name in config.stages for part in done[name])
+        print(f"{config.name}: {what} of {config.init_from}")
         return
     validate.settings(config, jax.device_count())
     mesh = sharding.make_mesh(**config.mesh)
     images, whose = plan.training_images(config)
-    records = len(images)
-    _enough(config, records)
-    print(f"{config.name}: {' -> '.join(config.stages)}; {records:,} training images ({whose})")
+    inputs.enough(config, images)
+    print(f"{config.name}: {' -> '.join(config.stages)}; {len(images):,} training images ({whose})")
     print(f"on {mesh.size} {mesh.devices.flat[0].device_kind} ({sharding.sizes(mesh.shape)})")
     if config.stages[0] != "mae":
         print(f"from {_start(config)}")
-    print("\n".join(plan.describe(config, records)))
+    print("\n".join(plan.describe(config, images)))
 
 
 def _start(config: ConfigDict) -> str:
@@ -232,7 +185,7 @@ def _start(config: ConfigDict) -> str:
     if config.init_from == RANDOM:
         return "random weights"
     try:
-        origin = find(config.init_from, config.stages[0])
+        origin = find(config.init_from, config.stages[0], config.stages[0] == "eval")
         _finished(origin)
     except UserError as error:
         return f"nothing yet: {error}"
@@ -253,7 +206,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     with _together():
         origin = prepare(config)
         mesh = sharding.make_mesh(**config.mesh)
-        images = open_sources(config, workdir)
+        images = inputs.open_sources(config, workdir)
         _claim(workdir, config)
     with _together():
         if not (workdir / "config.json").exists():
@@ -286,8 +239,14 @@ def run(config: ConfigDict, workdir: Path) -> None:
                 return build.handover(origin.stage, saved, name)
 
             measure = monitor.monitor(config, name, images, mesh)
-            own = images["train"], broken["train"], watched, measure
-            train.run(config, name, *own, workdir, mesh, start)
+            seen, lost = build.training_images(config, name, images["train"]), broken["train"]
+            if seen is not images["train"]:
+                lost = damage.Damage(seen, config.model.channels, config.data.max_bad_fraction)
+            train.run(config, name, seen, lost, watched, measure, workdir, mesh, start)
             origin = Origin(workdir, name)
+            if name == "finetune":
+                found = finetuned.classify(config, images, broken["val"], workdir, mesh)
+                if shown:
+                    print(finetuned.text(found), flush=True)
     if shown:
         print(f"\n{page.build(workdir, images)}")

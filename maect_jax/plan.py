@@ -13,8 +13,8 @@ from maect_jax.errors import UserError
 from maect_jax.stages import build
 
 IMAGENET_TRAIN = 1_281_167
-# Training images, and the shape that all have, of sets that need not be at hand.
-_KNOWN = {"imagenet2012": (IMAGENET_TRAIN, None), "cifar10": (50_000, (32, 32, 3))}
+# Training images, the shape that all have, and classes, of sets that need not be at hand.
+_KNOWN = {"imagenet2012": (IMAGENET_TRAIN, None, 1000), "cifar10": (50_000, (32, 32, 3), 10)}
 
 
 def training_images(config: ConfigDict) -> tuple[sources.Source, str]:
@@ -35,7 +35,7 @@ def training_images(config: ConfigDict) -> tuple[sources.Source, str]:
             raise
     where = f"there is no {data.path!r}" if data.source == "folder" else "it is not prepared"
     whose = data.name if data.source == "tfds" else "ImageNet-1k"
-    return sources.Blank(known[0], channels, known[1]), f"{whose}'s, as {where}"
+    return sources.Blank(known[0], channels, *known[1:]), f"{whose}'s, as {where}"
 
 
 def count(tree) -> int:
@@ -47,29 +47,31 @@ def _bytes(tree) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def describe(config: ConfigDict, records: int) -> Iterator[str]:
+def describe(config: ConfigDict, images: sources.Source) -> Iterator[str]:
     """A paragraph for each stage: steps, images seen, parameters, memory, FLOPs.
 
     Args:
       config: a valid config.
-      records: number of training images.
+      images: the training images.
     """
     for name in config.stages:
         if name == "eval":
             yield "eval: k-NN, linear probe and k-means on frozen features"
             continue
-        stage = build.stage(config, name, records)
-        section = config[name]
+        section, views = config[name], build.views(name)
+        own = build.training_images(config, name, images)
+        stage = build.stage_for(config, name, own)
         state = jax.eval_shape(stage.init, jax.random.key(0), {})
-        seen = stage.steps * section.batch_size
-        cost = flops.per_step(stage, section.batch_size, build.VIEWS)
+        seen, epochs = stage.steps * section.batch_size, section.epochs
+        per_image = f"{views} view{'s' * (views > 1)}"
+        cost = flops.per_step(stage, section.batch_size, views)
         yield "\n".join(
             (
                 f"{name}:",
-                f"  steps                 {stage.steps:,} ({section.epochs} epochs of {records:,} "
+                f"  steps                 {stage.steps:,} ({epochs} epochs of {len(own):,} "
                 f"images, warm-up {stage.warmup:,})",
-                f"  batch                 {section.batch_size:,} images x {build.VIEWS} views",
-                f"  images seen           {seen:,} ({seen * build.VIEWS:,} views)",
+                f"  batch                 {section.batch_size:,} images x {per_image}",
+                f"  images seen           {seen:,} ({seen * views:,} views)",
                 f"  parameters trained    {count(state.params):,}",
                 f"  parameters frozen     {count(state.frozen):,}",
                 f"  memory of the state   {_bytes(state) / 2**20:,.0f} MiB, before sharding",

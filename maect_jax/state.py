@@ -51,7 +51,7 @@ def create(stage, key: jax.Array, start, mesh) -> TrainState:
     """Makes a stage's first state, every array born where it will stay.
 
     Args:
-      stage: a `stages.mae.Mae` or `stages.contrast.Contrast`.
+      stage: a `stages.mae.Mae`, `stages.contrast.Contrast` or `stages.finetune.Finetune`.
       key: typed key of the run's seed.
       start: what the stage takes over from the one before, a dict of trees (may be empty).
       mesh: the device mesh.

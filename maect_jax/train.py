@@ -20,11 +20,12 @@ _LOGGER = logging.getLogger(__name__)
 def record(config: ConfigDict, name: str, source: sources.Source) -> loader.TrainRecord:
     """What makes the training examples of stage `name`."""
     seed = (config.seed, build.TRAINING.index(name))  # no stage repeats another's crops
-    scales = (config[name].crop_scale,) * build.VIEWS
-    model = config.model
-    return loader.TrainRecord(
-        source, model.channels, model.image_size, scales, seed, config.data.scaled_jpeg
-    )
+    section, model, data = config[name], config.model, config.data
+    scales = (section.crop_scale,) * build.views(name)
+    settings = (source, model.channels, model.image_size, scales, seed, data.scaled_jpeg)
+    if name == "finetune":
+        return loader.FinetuneRecord(*settings, data.mean if section.randaugment else None)
+    return loader.TrainRecord(*settings)
 
 
 def batches(config: ConfigDict, name: str, source: sources.Source, steps: int, mesh):
@@ -61,8 +62,8 @@ def run(
 
     Args:
       config: a whole config.
-      name: "mae", "head" or "ct".
-      source: the training images.
+      name: one of `build.TRAINING`.
+      source: the stage's training images (`build.training_images`).
       broken: counts those that cannot be read.
       watched: images to write down at each checkpoint what the stage makes of them.
       measure: what `monitor.monitor` returns.
@@ -75,7 +76,7 @@ def run(
         many images cannot be read.
     """
     section = config[name]
-    stage = build.stage(config, name, len(source))
+    stage = build.stage_for(config, name, source)
     checkpoints = Checkpoints(stage_folder(workdir, name))
     done = checkpoints.latest() or 0
     if done == stage.steps:

@@ -1,49 +1,18 @@
 """Checks a config before anything is made. Each complaint names the key, its value, what goes."""
 
-import importlib.util
-import math
-
 from ml_collections import ConfigDict
 
-from maect_jax import config as pages
+from maect_jax import checks
+from maect_jax.checks import Checker
 from maect_jax.data import arrays, sources
 from maect_jax.errors import UserError
-from maect_jax.evals import cluster, export, maps, protocols
 from maect_jax.models import vit
 from maect_jax.stages import build
 
 _STAGES = (*build.TRAINING, "eval")
-_DTYPES = ("float32", "bfloat16")
 _HEAD_KEYS = ("projector_hidden", "projector_out", "predictor_hidden", "queue_size")
 # Two stages must agree on the encoder; the image size may differ.
 _ENCODER_KEYS = ("patch_size", "channels", "ln_eps")
-
-
-class _Checker:
-    """Reads keys of one config and complains in one form."""
-
-    def __init__(self, config: ConfigDict):
-        self.values = pages.flat(config)
-
-    def need(self, key: str, allowed: str, holds) -> None:
-        value = self.values[key]
-        if not holds(value):
-            raise UserError(f"config.{key}={value!r}: must be {allowed}")
-
-    def one_of(self, key: str, options) -> None:
-        self.need(key, "one of " + ", ".join(map(repr, options)), lambda v: v in options)
-
-    def positive(self, *keys: str) -> None:
-        for key in keys:
-            self.need(key, "above 0", lambda v: 0 < v < math.inf)
-
-    def not_negative(self, *keys: str) -> None:
-        for key in keys:
-            self.need(key, "0 or more", lambda v: 0 <= v < math.inf)
-
-    def share(self, *keys: str) -> None:
-        for key in keys:
-            self.need(key, "from 0 to below 1", lambda v: 0 <= v < 1)
 
 
 def stages(config: ConfigDict) -> None:
@@ -52,7 +21,7 @@ def stages(config: ConfigDict) -> None:
     Raises:
       UserError: it is empty, out of order, or names a stage that the page has no section for.
     """
-    _Checker(config).need(
+    Checker(config).need(
         "stages", f"some of {_STAGES}, in that order and at least one",
         lambda v: v and [s for s in _STAGES if s in v] == list(v),
     )  # fmt: skip
@@ -61,6 +30,19 @@ def stages(config: ConfigDict) -> None:
             raise UserError(f"config.stages={config.stages!r}: this page has no section {name!r}")
     if config.stages[:1] == ("mae",) and "ct" in config.stages and "head" not in config.stages:
         raise UserError(f"config.stages={config.stages!r}: ct needs head before it")
+
+
+def has_model(config: ConfigDict) -> None:
+    """Checks that a page describes its model, for what runs without another run.
+
+    Raises:
+      UserError: it takes the model from a run.
+    """
+    if "model" not in config:
+        raise UserError(
+            f"config.init_from={config.init_from!r}: this page has no section 'model', which it "
+            "takes from a run when it runs; name a page that has one"
+        )
 
 
 def settings(config: ConfigDict, devices: int) -> None:
@@ -73,7 +55,7 @@ def settings(config: ConfigDict, devices: int) -> None:
     Raises:
       UserError: a value is not allowed.
     """
-    check = _Checker(config)
+    check = Checker(config)
     check.need("seed", "from 0 to 2^32 - 1", lambda v: 0 <= v < 2**32)
     check.positive("log_every", "checkpoint_every", "monitor.images")
     check.not_negative("monitor.every")
@@ -92,32 +74,35 @@ def settings(config: ConfigDict, devices: int) -> None:
                 f"as they do {near}"
             )
         if name == "eval":
-            _eval(check)
+            checks.evaluation(check)
         else:
             _microbatches(config.encoder_microbatches, name, batch_size, devices)
             _training(check, name)
             if name == "mae":
                 _mae(check, config)
+            elif name == "finetune":
+                checks.finetune(check)
             else:
                 _contrast(check, config, name)
 
 
 def _microbatches(parts: int, name: str, batch_size: int, devices: int) -> None:
-    crops = batch_size * build.VIEWS // devices
+    views = build.views(name)
+    crops = batch_size * views // devices
     if crops % parts:
         raise UserError(
             f"config.encoder_microbatches={parts}: must divide the {crops} crops of a device "
-            f"(config.{name}.batch_size={batch_size}, {build.VIEWS} views, {devices} devices)"
+            f"(config.{name}.batch_size={batch_size}, views: {views}, devices: {devices})"
         )
 
 
-def _model(check: _Checker) -> None:
+def _model(check: Checker) -> None:
     check.one_of("model.variant", tuple(vit.VARIANTS))
     for key in vit.Size._fields:
         check.need(f"model.{key}", "above 0, or None", lambda v: v is None or v > 0)
     check.positive("model.patch_size", "model.channels", "model.ln_eps")
     check.one_of("model.pool", ("cls", "mean"))
-    check.one_of("model.dtype", _DTYPES)
+    check.one_of("model.dtype", checks.DTYPES)
     patch = check.values["model.patch_size"]
     check.need(
         "model.image_size", f"(height, width), each a multiple of the patch size {patch}",
@@ -130,13 +115,13 @@ def _model(check: _Checker) -> None:
         )
 
 
-def _size(check: _Checker) -> vit.Size:
+def _size(check: Checker) -> vit.Size:
     own = {k: check.values[f"model.{k}"] for k in vit.Size._fields}
     named = vit.VARIANTS[check.values["model.variant"]]
     return named._replace(**{k: v for k, v in own.items() if v is not None})
 
 
-def _data(check: _Checker) -> None:
+def _data(check: Checker) -> None:
     check.one_of("data.source", sources.KINDS)
     if check.values["data.source"] == "fashion_mnist":
         check.need(
@@ -158,31 +143,17 @@ def _data(check: _Checker) -> None:
     )  # fmt: skip
 
 
-def _training(check: _Checker, name: str) -> None:
+def _training(check: Checker, name: str) -> None:
     check.positive(f"{name}.epochs", f"{name}.base_lr")
     check.not_negative(f"{name}.weight_decay")
-    _crop_scale(check, name)
-    colours = f"{name}.photometric"
-    check.not_negative(f"{colours}.solarize_threshold")
-    for key, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
-        check.need(f"{colours}.{key}", f"from 0 to {most}", lambda v, most=most: 0 <= v <= most)
-    check.need(
-        f"{colours}.blur_sigma", "(low, high) with 0 < low <= high <= 2",
-        lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 2,
-    )  # fmt: skip
-    for key in ("jitter", "blur", "grayscale", "solarize"):
-        check.need(
-            f"{colours}.{key}", f"{build.VIEWS} probabilities, one a view",
-            lambda v: len(v) == build.VIEWS and all(0 <= p <= 1 for p in v),
-        )  # fmt: skip
+    checks.crop_scale(check, name)
+    if name != "finetune":
+        checks.photometric(check, f"{name}.photometric")
 
 
-def _mae(check: _Checker, config: ConfigDict) -> None:
+def _mae(check: Checker, config: ConfigDict) -> None:
     check.share("mae.mask_ratio")
-    check.need(
-        "mae.warmup_epochs", f"from 0 to the {config.mae.epochs} epochs",
-        lambda v: 0 <= v <= config.mae.epochs,
-    )  # fmt: skip
+    checks.warmup(check, "mae")
     width, heads = config.mae.decoder.width, config.mae.decoder.heads
     check.positive("mae.decoder.width", "mae.decoder.depth", "mae.decoder.heads")
     check.need("mae.decoder.width", f"a multiple of 4 and of the {heads} heads",
@@ -191,7 +162,7 @@ def _mae(check: _Checker, config: ConfigDict) -> None:
         raise UserError(f"config.init_from={config.init_from!r}: stage mae starts from nothing")
 
 
-def _contrast(check: _Checker, config: ConfigDict, name: str) -> None:
+def _contrast(check: Checker, config: ConfigDict, name: str) -> None:
     check.positive(*(f"{name}.{key}" for key in (*_HEAD_KEYS, "temperature", "top_k")))
     check.share(f"{name}.warmup_fraction")
     size = config[name].queue_size
@@ -205,36 +176,6 @@ def _contrast(check: _Checker, config: ConfigDict, name: str) -> None:
         check.not_negative("ct.head_weight_decay")
         if "head" in config.stages:
             _same_head(config.head, config.ct, "config.head")
-
-
-def _eval(check: _Checker) -> None:
-    known = tuple(protocols.PROTOCOLS)
-    check.need("eval.protocols", f"some of {known}", lambda v: set(v) <= set(known))
-    check.one_of("eval.pool", ("", "cls", "mean", "cls+mean"))
-    check.one_of("eval.dtype", ("", *_DTYPES))
-    check.one_of("eval.map", tuple(maps.NAMES))
-    if check.values["eval.map"] == "umap" and not importlib.util.find_spec("umap"):
-        raise UserError("config.eval.map='umap': install the extra, pip install -e '.[umap]'")
-    check.one_of("eval.export", ("", *export.KINDS))
-    check.positive("eval.memory_mb", "eval.knn.temperature", "eval.lowshot.splits")
-    check.positive("eval.probe.epochs", "eval.probe.batch_size", "eval.cluster.runs")
-    check.share("eval.probe.held_out")
-    _crop_scale(check, "eval.probe")
-    for key in ("knn.k", "probe.base_lrs", "lowshot.weight_decays"):
-        check.need(f"eval.{key}", "numbers above 0, at least one", lambda v: v and min(v) > 0)
-    check.need("eval.lowshot.images", "numbers above 0", lambda v: all(n > 0 for n in v))
-    check.need("eval.lowshot.shares", "from above 0 to 1", lambda v: all(0 < s <= 1 for s in v))
-    check.one_of("eval.cluster.split", sources.SPLITS)
-    check.not_negative(*(f"eval.cluster.{key}" for key in ("clusters", "pca", "minibatch")))
-    parts = tuple(cluster.SUBSETS)
-    check.need("eval.cluster.subsets", f"some of {parts}", lambda v: set(v) <= set(parts))
-
-
-def _crop_scale(check: _Checker, section: str) -> None:
-    check.need(
-        f"{section}.crop_scale", "(low, high) with 0 < low <= high <= 1",
-        lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1,
-    )  # fmt: skip
 
 
 def _same_head(before: ConfigDict, now: ConfigDict, where: str) -> None:
@@ -270,6 +211,6 @@ def succession(before: ConfigDict, saved: str, config: ConfigDict, first: str) -
         if old != new:
             raise UserError(f"{where}: its config.data.{key} is {old!r}, not {new!r}")
     if first == "ct":
-        if saved == "mae":
+        if saved in ("mae", "finetune"):
             raise UserError(f"{where}: stage ct starts from a run with a head, this one has none")
         _same_head(before[saved], config.ct, f"{where}: that run")

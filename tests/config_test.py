@@ -14,6 +14,7 @@ from maect_jax.stages.step import step
 from tests.conftest import CONFIGS, ROOT
 
 PIPELINES = ("cifar10", "quickstart")
+OF_A_RUN = ("eval", "finetune")  # which take their model from a run
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "common")
 
 # The paper's hyper-parameters (arXiv 2304.10520) as its authors published them.
@@ -45,7 +46,7 @@ def load(name, *overrides):
 def test_every_row_of_the_tables_has_its_page():
     expected = {f"mae_vit{size}" for size in ("b16", "l16", "h16")}
     expected |= {f"{kind}_vit{size}" for size in SIZES for kind in ("head", "head_aug")}
-    assert set(NAMES) == expected | set(TUNING) | {"eval", *PIPELINES}
+    assert set(NAMES) == expected | set(TUNING) | {*OF_A_RUN, *PIPELINES}
 
 
 def test_long_is_the_quickstart_on_more_epochs():
@@ -57,7 +58,7 @@ def test_long_is_the_quickstart_on_more_epochs():
         load("quickstart:lung")
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("eval", *PIPELINES)])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in (*OF_A_RUN, *PIPELINES)])
 def test_page_has_the_papers_numbers(name):
     config = load(name)
     kind, _, size = name.rpartition("_vit")
@@ -129,7 +130,7 @@ def batch_of(config, stage):
     return {key: jax.ShapeDtypeStruct(*value) for key, value in shapes.items()}
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "eval"])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in OF_A_RUN])
 @pytest.mark.parametrize("variant", ["", ":test"])
 def test_page_builds_locks_and_its_full_state_has_a_shape(name, variant):
     config = load(name + variant)

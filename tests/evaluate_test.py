@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from maect_jax import config as pages
-from maect_jax import evaluate, files, metrics, pipeline
+from maect_jax import evaluate, files, inputs, metrics
 from maect_jax.data import arrays, sources
 from maect_jax.errors import UserError
 from maect_jax.evals import export, features, protocols
@@ -225,10 +225,10 @@ def test_images_without_labels_are_clustered_and_the_rest_is_said_to_be_skipped(
 
 def test_images_without_labels_want_a_number_of_clusters(photos):
     with pytest.raises(UserError, match=r"clusters=0: the train images have no labels to count"):
-        pipeline.open_sources(of_photos(photos), photos / "run")
+        inputs.open_sources(of_photos(photos), photos / "run")
     with pytest.raises(UserError, match=r"clusters=99: must be at most the 60 train images"):
-        pipeline.open_sources(of_photos(photos, "eval.cluster.clusters=99"), photos / "run")
-    pipeline.open_sources(of_photos(photos, "eval.protocols=('knn',)"), photos / "run")
+        inputs.open_sources(of_photos(photos, "eval.cluster.clusters=99"), photos / "run")
+    inputs.open_sources(of_photos(photos, "eval.protocols=('knn',)"), photos / "run")
 
 
 @pytest.mark.usefixtures("in_root")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from maect_jax import config as pages
-from maect_jax import evaluate, files, paper, pipeline, table
+from maect_jax import evaluate, files, inputs, paper, table
 from maect_jax.errors import UserError
 from maect_jax.evals import features, maps
 from maect_jax.report import page, plots, sheets, words
@@ -135,7 +135,7 @@ def test_page_of_an_unfinished_run_has_what_there_is(run, tmp_path):
     shutil.rmtree(copy / "watch" / "ct")
     lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
     (copy / "metrics.jsonl").write_text("".join(x for x in lines if '"mae"' in x) + '{"stage": "he')
-    images = pipeline.open_sources(page.read_config(copy), copy)
+    images = inputs.open_sources(page.read_config(copy), copy)
     html = page.build(copy, images).read_text()
     assert html.count("<figure") == 2  # the loss, and what is filled in
     assert "Results" not in html
@@ -353,9 +353,9 @@ def folder_run(tmp_path):
 def test_page_of_many_photographs(folder_run, monkeypatch):
     mapped = {}
     monkeypatch.setattr(maps, "points", lambda x, how: mapped.update(x=x) or x[:, :2])
-    monkeypatch.setattr(pipeline, "_enough", lambda config, images: None)  # to train on
+    monkeypatch.setattr(inputs, "enough", lambda config, images: None)  # to train on
     config = page.read_config(folder_run)
-    html = page.build(folder_run, pipeline.open_sources(config, folder_run)).read_text()
+    html = page.build(folder_run, inputs.open_sources(config, folder_run)).read_text()
     assert {path.stem for path in (folder_run / "pictures").iterdir()} == {
         "map_ct", "clusters", "confusion", "retrieval",
     }  # fmt: skip

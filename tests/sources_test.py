@@ -11,12 +11,11 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from maect_jax import config as pages
-from maect_jax import files, pipeline
+from maect_jax import files
 from maect_jax.data import arrays, decode, folder, sources
 from maect_jax.data.folder import Folder
 from maect_jax.errors import UserError
-from tests.conftest import CONFIGS, save
+from tests.conftest import save
 
 
 def data_section(**changes):
@@ -175,22 +174,6 @@ def test_where_images_can_only_be_read_the_run_keeps_the_index(images, looked, m
     assert len(looked) == 1
     assert [path.name for path in run.iterdir()] == ["train.index.npz"]
     assert not beside.exists()
-
-
-@pytest.mark.parametrize("bare", ["train", "val"])
-def test_an_evaluation_needs_labels_of_both_splits(images, bare):
-    for name in ("ant", "bee"):
-        save(images / "val" / name / "1.png")
-    path = images / "flat"
-    path.mkdir()
-    for split in sources.SPLITS:
-        where = images / split / "ant" if split == bare else images / split
-        os.symlink(where, path / split)
-    settings = ["data.source=folder", f"data.path={path}", "model.channels=3"]
-    settings += [f"{stage}.batch_size=8" for stage in ("mae", "head", "ct")]
-    config = pages.load(str(CONFIGS / "quickstart.py:test"), settings)
-    with pytest.raises(UserError, match=rf"the images of {bare} have no labels"):
-        pipeline.open_sources(config, images / "run")
 
 
 def test_a_bucket_is_read_through_etils(images, looked, monkeypatch):

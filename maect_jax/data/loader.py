@@ -15,7 +15,9 @@ import numpy as np
 
 from maect_jax.data import decode, transforms
 from maect_jax.data.arrays import Arrays
+from maect_jax.data.randaugment import randaugment
 from maect_jax.data.sources import Source
+from maect_jax.data.subsets import Subset
 from maect_jax.errors import BadImageError, RunFailedError
 
 _AHEAD = 4  # batches made ahead of the step
@@ -29,6 +31,11 @@ def _stream(dataset: grain.MapDataset, rows: int, workers: int):
         return iter(dataset.to_iter_dataset(grain.ReadOptions(_AHEAD, _AHEAD)))
     processes = grain.MultiprocessingOptions(workers, per_worker_buffer_size=1)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(processes))
+
+
+def _in_memory(source: Source) -> bool:
+    """Whether the images are in memory: each worker process would hold all of them."""
+    return isinstance(source.source if isinstance(source, Subset) else source, Arrays)
 
 
 @lru_cache(maxsize=4)
@@ -103,17 +110,22 @@ class TrainRecord:
 
     def __call__(self, where: tuple[int, int]) -> dict[str, np.ndarray]:
         epoch, record = where
-        make = self._views if self.source.shape is None else self._whole
-        image, label, found = _readable(self.source, record, partial(make, where))
+        image, label, found = _readable(self.source, record, partial(self._make, where))
         numbers = {"index": found, "label": label, "bad": -1 if found == record else record}
         seed = np.array([_epoch_seed(self.seed, epoch), record], np.uint32)
         return {"image": image, "seed": seed, **{k: np.int32(v) for k, v in numbers.items()}}
 
-    def _whole(self, where: tuple[int, int], image) -> np.ndarray:
-        return decode.pixels(image, self.channels)
+    @property
+    def whole(self) -> bool:
+        """Whether images travel whole."""
+        return self.source.shape is not None
 
-    def _views(self, where: tuple[int, int], image) -> np.ndarray:
-        rng = np.random.default_rng((*self.seed, *where))
+    def _make(self, where: tuple[int, int], image) -> np.ndarray:
+        if self.whole:
+            return decode.pixels(image, self.channels)
+        return self._views(np.random.default_rng((*self.seed, *where)), image)
+
+    def _views(self, rng: np.random.Generator, image) -> np.ndarray:
         if not self.scaled_jpeg:
             image = decode.pixels(image, self.channels)
         shape = decode.shape(image)  # before the image is decoded, where it may come out smaller
@@ -122,6 +134,28 @@ class TrainRecord:
         image = decode.pixels(image, self.channels, transforms.smallest_scale(boxes, self.size))
         views = [transforms.crop_resize_shrunk(image, shape, box, self.size) for box in boxes]
         return np.stack([v[:, ::-1] if flip else v for v, flip in zip(views, flips, strict=True)])
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneRecord(TrainRecord):
+    """`TrainRecord` for fine-tuning: every image is cut here, also one of those of one shape, as
+    RandAugment, which works on the crop, needs Pillow.
+
+    `mean` is the data set's, in [0, 1], for RandAugment to fill in; `None` for no RandAugment.
+    """
+
+    mean: tuple[float, ...] | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Never."""
+        return False
+
+    def _views(self, rng: np.random.Generator, image) -> np.ndarray:
+        views = super()._views(rng, image)
+        if self.mean is None:
+            return views
+        return np.stack([randaugment(rng, view, self.mean) for view in views])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,15 +183,15 @@ def train_batches(order: Order, make_example: TrainRecord, workers: int):
 
     Its `get_state()` (plain JSON) and `set_state()` hold the position. With `workers` > 0 the
     examples are made in that many processes, else in threads; those of images that are in memory
-    in one thread.
+    in threads, or in one where they travel whole.
     """
     source = make_example.source
-    if isinstance(source, Arrays):
+    if isinstance(source, Arrays) and make_example.whole:
         batch = ArrayBatch(order, source, make_example.seed)
         dataset = grain.MapDataset.range(order.steps).map(batch)
         return iter(dataset.to_iter_dataset(grain.ReadOptions(1, _AHEAD)))
     dataset = grain.MapDataset.source(order).map(make_example)
-    return _stream(dataset, len(order.rows), workers)
+    return _stream(dataset, len(order.rows), 0 if _in_memory(source) else workers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +237,4 @@ def eval_batches(
     steps = -(-len(make_example.source) // batch_size)
     records = np.arange(steps * batch_size).reshape(steps, batch_size)[first:, rows]
     dataset = grain.MapDataset.source(records.ravel()).map(make_example)
-    # Each process would hold all of the images that are in memory.
-    in_memory = isinstance(make_example.source, Arrays)
-    return _stream(dataset, len(rows), 0 if in_memory else workers)
+    return _stream(dataset, len(rows), 0 if _in_memory(make_example.source) else workers)

@@ -2,7 +2,7 @@
 
     python -m maect_jax.data.show --config=configs/ct_aug_vith16.py --out=views.png
 
-One block a stage, one row an image: the raw image, then both views of three epochs, as the step
+One block a stage, one row an image: the raw image, then the views of three epochs, as the step
 sees them.
 """
 
@@ -42,9 +42,11 @@ def rows(config: ConfigDict, name: str, source: sources.Source) -> list[list[np.
     """For some images, spread over all: the raw one and its views, uint8 `[H, W, C]`.
 
     Raises:
+      UserError: the stage names images that are not there.
       RunFailedError: no image can be read.
     """
-    stage = build.stage(config, name, len(source))
+    source = build.training_images(config, name, source)
+    stage = build.stage_for(config, name, source)
     make = train.record(config, name, source)
     chosen = sheets.spread(len(source), _IMAGES)
     see = jax.jit(lambda batch: augment.views(batch, stage.recipe))
@@ -63,19 +65,21 @@ def rows(config: ConfigDict, name: str, source: sources.Source) -> list[list[np.
 def sheet(blocks: dict[str, list[list[np.ndarray]]]) -> Image.Image:
     """A contact sheet of the `rows` of each stage."""
     font = ImageFont.load_default(size=15)
-    columns = 1 + build.VIEWS * _EPOCHS
+    columns = max(len(block[0]) for block in blocks.values())
     step = _TILE + _GAP
     height = sum(2 * _HEAD + step * len(block) for block in blocks.values()) + _GAP
     drawn = Image.new("RGB", (columns * step + (_EPOCHS + 1) * 2 * _GAP, height), "white")
     ink, top = ImageDraw.Draw(drawn), _GAP
 
-    def left(column):  # more room between epochs
-        return _GAP + column * step + (column + 1) // build.VIEWS * 2 * _GAP
-
     for name, block in blocks.items():
+        views = build.views(name)
+
+        def left(column, views=views):  # more room between epochs
+            return _GAP + column * step + (column + views - 1) // views * 2 * _GAP
+
         ink.text((left(0), top), f"stage {name}", "black", font)
-        for column in range(columns):
-            epoch, view = divmod(column - 1, build.VIEWS)
+        for column in range(len(block[0])):
+            epoch, view = divmod(column - 1, views)
             title = f"epoch {epoch}, view {view}" if column else "image"
             ink.text((left(column), top + _HEAD), title, "#555555", font)
         top += 2 * _HEAD
@@ -93,6 +97,7 @@ def main(argv: list[str]) -> None:
         names = [name for name in config.stages if name != "eval"]
         if not names:
             raise UserError(f"config.stages={config.stages!r}: no training stage, and so no views")
+        validate.has_model(config)
         validate.settings(config, 1)
         source = sources.make(config.data, "train", config.model.channels)
         drawn = sheet({name: rows(config, name, source) for name in names})

@@ -8,6 +8,7 @@ none.
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -44,11 +45,21 @@ def class_name(classes: Sequence[str], label: int) -> str:
 
 
 class Blank:
-    """Stands for `records` images that are not at hand, all of one shape or of various."""
+    """Stands for `records` images that are not at hand, all of one shape or of various.
 
-    def __init__(self, records: int, channels: int, shape: tuple[int, int, int] | None = None):
+    Nothing is known of their labels but how many `classes` there are.
+    """
+
+    def __init__(
+        self,
+        records: int,
+        channels: int,
+        shape: tuple[int, int, int] | None = None,
+        classes: int = 0,
+    ):
         self.records, self.channels, self.shape = records, channels, shape
-        self.classes: list[str] = []
+        self.classes = [str(label) for label in range(classes)]
+        self.labels = np.full(records, -1)
         self.labelled = False
 
     def __len__(self) -> int:
@@ -100,6 +111,11 @@ class Tfds:
     def __getitem__(self, record: int) -> tuple[bytes, int]:
         example = self.records[record]
         return example["image"], int(example["label"])
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Of all images, int32 `[N]`; to know them every record is read, once."""
+        return np.array([int(record["label"]) for record in self.records], np.int32)
 
     def name(self, record: int) -> str:
         """The file that a record was made from, where the set knows it; else its number."""

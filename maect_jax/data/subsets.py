@@ -87,3 +87,34 @@ def listed(path: str, names: Sequence[str]) -> np.ndarray:
             f"{len(names)} training images, such as {absent[0]!r}"
         )
     return np.array([records[name.parts] for name in wanted])
+
+
+def chosen(source: Source, images: str, seed: int) -> Source:
+    """Those images of a source that `config.finetune.images` asks for.
+
+    Args:
+      source: labelled images.
+      images: "all"; a share of each class, such as "1%"; or the path of a list (`listed`).
+      seed: of the draw of a share.
+
+    Raises:
+      UserError: there is no such list, or an image of it.
+    """
+    if images == "all":
+        return source
+    if images.endswith("%"):
+        return Subset(source, share(labels_of(source), percent(images) / 100, seed))
+    try:
+        return Subset(source, listed(images, [source.name(i) for i in range(len(source))]))
+    except UserError as error:
+        raise UserError(f"config.finetune.images={images!r}: {error}") from error
+
+
+def percent(text: str) -> float:
+    """The number before a percent sign. Raises `ValueError` where it is none."""
+    return float(text.removesuffix("%"))
+
+
+def classes_of(source: Source) -> int:
+    """How many classes the images have: those that have a name, else up to the highest label."""
+    return len(source.classes) or int(labels_of(source).max()) + 1

@@ -101,22 +101,44 @@ class Attention(nn.Module):
         return Linear(width, self.dtype, name="proj")(x)
 
 
+def drop_paths(key: jax.Array, rate: float, batch: int, depth: int) -> jax.Array:
+    """Stochastic depth (Huang et al., 2016): factors of what each block adds to each image.
+
+    A branch of a block is left out, factor 0, with a probability that rises linearly over the depth
+    from 0 to `rate`; the factor of one that stays makes up for it in the mean.
+
+    Returns:
+      fp32 `[B, L, 2]`, of the attention and of the MLP.
+    """
+    kept = 1 - jnp.linspace(0, rate, depth)[:, None]
+    return jax.random.bernoulli(key, kept, (batch, depth, 2)) / kept
+
+
+def _residual(x: jax.Array, y: jax.Array, factor: jax.Array | None) -> jax.Array:
+    """`x + y`, `[B, N, D]`; with `factor [B]`, fp32, of `y` so much, rounded once."""
+    return x + y if factor is None else (x + factor[:, None, None] * y).astype(x.dtype)
+
+
 class Block(nn.Module):
-    """Pre-norm transformer block; returns `(x, None)`, the signature that a scan asks for."""
+    """Pre-norm transformer block; returns `(x, None)`, the signature that a scan asks for.
+
+    `paths [2, B]`, if given, are the factors of its two branches (`drop_paths`).
+    """
 
     heads: int
     ln_eps: float = 1e-6
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, _=None) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, paths: jax.Array | None = None) -> tuple[jax.Array, None]:
         width = x.shape[-1]
+        attention, mlp = (None, None) if paths is None else paths
         norm = dict(epsilon=self.ln_eps, dtype=self.dtype, use_fast_variance=False)
         y = nn.LayerNorm(name="norm1", **norm)(x)
-        x = x + Attention(self.heads, self.dtype, name="attn")(y)
+        x = _residual(x, Attention(self.heads, self.dtype, name="attn")(y), attention)
         y = nn.LayerNorm(name="norm2", **norm)(x)
         y = nn.gelu(Linear(4 * width, self.dtype, name="fc1")(y), approximate=False)
-        x = x + Linear(width, self.dtype, name="fc2")(y)
+        x = _residual(x, Linear(width, self.dtype, name="fc2")(y), mlp)
         # Unpinned, the compiler may trade the batch sharding of the residual stream
         # for that of the weights, at several times the memory.
         return sharding.constrain_batch(x), None
@@ -167,8 +189,13 @@ class ViT(nn.Module):
     final_norm: bool = True
 
     @nn.compact
-    def __call__(self, images: jax.Array, keep: jax.Array | None = None) -> jax.Array:
-        """`keep [B, K]`, if given, are the patches to encode, in that order (MAE)."""
+    def __call__(
+        self, images: jax.Array, keep: jax.Array | None = None, paths: jax.Array | None = None
+    ) -> jax.Array:
+        """`keep [B, K]`, if given, are the patches to encode, in that order (MAE).
+
+        `paths [B, L, 2]`, if given, are the factors of the branches in `blocks` (`drop_paths`).
+        """
         grid = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
         patches = patchify(images, self.patch_size)
         if self.has_variable("params", "pos_embed"):
@@ -192,7 +219,8 @@ class ViT(nn.Module):
             x = checkpoint_name(x, FROZEN)
         if self.depth > self.frozen_blocks:
             rest = self.depth - self.frozen_blocks
-            x, _ = scanned_blocks(rest, "blocks", self.remat, **block)(x)
+            layers = None if paths is None else jnp.moveaxis(paths, 0, -1)
+            x, _ = scanned_blocks(rest, "blocks", self.remat, **block)(x, layers)
         norm = nn.LayerNorm(self.ln_eps, dtype=self.dtype, use_fast_variance=False, name="norm")
         return norm(x) if self.final_norm else x
 

@@ -6,7 +6,7 @@ With several runs it also prints their results as mean +- deviation over the run
 import sys
 from pathlib import Path
 
-from maect_jax import pipeline, table
+from maect_jax import inputs, table
 from maect_jax.errors import UserError
 from maect_jax.report import page
 
@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> None:
     runs = [Path(argument) for argument in arguments]
     try:
         for run in runs:
-            images = pipeline.open_sources(page.read_config(run), run)
+            images = inputs.open_sources(page.read_config(run), run)
             print(page.build(run, images), flush=True)
         if len(runs) > 1:
             results = {str(run): page.read_results(run) for run in runs}

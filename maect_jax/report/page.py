@@ -33,7 +33,7 @@ def build(run: Path, images: dict[str, sources.Source]) -> Path:
 
     Args:
       run: the folder of a run.
-      images: those that the run's stages use, by split (`pipeline.open_sources`).
+      images: those that the run's stages use, by split (`inputs.open_sources`).
 
     Returns:
       The path of the page.

@@ -14,7 +14,9 @@ from PIL import Image
 
 INK = "#0b0c0d"  # lines and text; the page gives them the text colour of its theme
 FAINT = "#7a828b"  # readable on light and on dark
-COLOURS = {"pixels": FAINT, "mae": "#2f7ed8", "head": "#8e5bd6", "ct": "#e0662b"}
+COLOURS = {
+    "pixels": FAINT, "mae": "#2f7ed8", "head": "#8e5bd6", "ct": "#e0662b", "finetune": "#2a9d6f",
+}  # fmt: skip
 HIDDEN = (122, 130, 139)  # of masked patches: FAINT as red, green, blue
 WIDTH = 4.4  # inches; narrow enough to be read on a phone
 CLASSES = 20  # with more of them, a picture of all is no picture

@@ -13,12 +13,14 @@ _DID = {
     "mae": "masked pre-training",
     "head": "a contrastive head on the frozen encoder",
     "ct": "contrastive tuning of the upper {} blocks",
+    "finetune": "fine-tuning with labels",
 }
 _ROWS = {
     "pixels": "raw pixels",
     "mae": "the encoder after stage 1",
     "head": "the encoder under the head",
     "ct": "the average of the tuned encoder",
+    "finetune": "the fine-tuned encoder",
 }
 
 
@@ -43,7 +45,8 @@ def sentence(config: ConfigDict, images: dict[str, int], history: list[dict], re
         section = config[row["name"]]
         upper = size.depth - section.get("frozen_blocks", 0)
         done.append(f"{_DID[row['name']].format(upper)} ({_counted(section.epochs, 'epoch')})")
-    whose = f"{images['train']:,} training images of {data}, without labels"
+    whose = f"{images['train']:,} training images of {data}"
+    whose += "" if stages[-1]["name"] == "finetune" else ", without labels"
     took = f"{_duration(sum(row['seconds'] for row in stages))} of training"
     left = [s for s in config.stages if s in _DID and s not in [row["name"] for row in stages]]
     so_far = " so far" if left else ""
@@ -149,11 +152,11 @@ def _kmeans(found: dict) -> str:
 
 def protocols(config: ConfigDict, results: dict) -> list[str]:
     """How the figures of the table were measured, and what was skipped."""
-    first = next(iter(results.values()), None)
-    if not first:
-        return []
+    first = next((r for r in results.values() if "features" in r), {})
     rows = ", ".join(f"{name}: {_ROWS[name]}" for name in results if name in _ROWS)
-    features = [r["features"] for name, r in results.items() if name != "pixels"]
+    features = [
+        r["features"] for name, r in results.items() if name != "pixels" and "features" in r
+    ]
     told = [f"{rows}." if rows else ""]
     told += [f"Features: {features[0]}."] if features and features[0] else []
     if table.there(first, "knn"):
@@ -166,6 +169,12 @@ def protocols(config: ConfigDict, results: dict) -> list[str]:
         told.append(_lowshot(first["lowshot"]))
     if table.there(first, "cluster"):
         told.append(_kmeans(first["cluster"]))
+    tuned = results.get("finetune", {}).get("finetune")
+    if tuned:
+        told.append(
+            f"Fine-tuned: encoder and classifier on {tuned['training_images']:,} labelled images; "
+            f"top-5 {100 * tuned['top5']:.1f} of {tuned['images']:,} held-out images."
+        )
     for name in config.eval.protocols if "eval" in config else ():
         if "skipped" in first.get(name, {}):
             told.append(f"{name} was skipped: {first[name]['skipped']}.")

@@ -3,19 +3,23 @@
 from ml_collections import ConfigDict
 
 from maect_jax import optim
+from maect_jax.data import subsets
 from maect_jax.data.augment import Photometric, Recipe
+from maect_jax.data.sources import Source
 from maect_jax.models import mae, nnclr, vit
 from maect_jax.stages.contrast import Contrast
+from maect_jax.stages.finetune import Finetune
 from maect_jax.stages.mae import Mae
 
-VIEWS = 2
-TRAINING = ("mae", "head", "ct")
+VIEWS = 2  # of an image, but for fine-tuning
+TRAINING = ("mae", "head", "ct", "finetune")
 
 # What a later stage or an evaluation needs of a saved state; never the optimiser's moments.
 SAVED_PARTS = {
     "mae": ("params",),
     "head": ("params", "frozen", "batch_stats", "queue"),
     "ct": ("params", "frozen", "batch_stats", "queue", "ema"),
+    "finetune": ("params", "frozen"),
 }
 
 
@@ -44,6 +48,22 @@ def image_shape(model: ConfigDict) -> tuple[int, int, int]:
     return (*model.image_size, model.channels)
 
 
+def views(name: str) -> int:
+    """How many views of an image a batch of stage `name` has."""
+    return 1 if name == "finetune" else VIEWS
+
+
+def training_images(config: ConfigDict, name: str, source: Source) -> Source:
+    """Those of the training images that stage `name` sees: for finetune, what it names.
+
+    Raises:
+      UserError: it names images that are not there.
+    """
+    if name != "finetune":
+        return source
+    return subsets.chosen(source, config.finetune.images, config.seed)
+
+
 def updates_per_epoch(records: int, batch_size: int) -> int:
     """Whole batches in an epoch; the rest of the images waits for the next shuffle."""
     return records // batch_size
@@ -54,31 +74,47 @@ def warmup_updates(fraction: float, steps: int) -> int:
     return int(round(fraction * steps, 6))
 
 
-def _recipe(config: ConfigDict, section: ConfigDict) -> Recipe:
-    colours = section.photometric.to_dict()
+def _recipe(config: ConfigDict, name: str) -> Recipe:
+    section, data = config[name], config.data
+    # Fine-tuning changes colours on the host.
+    colours = section.photometric.to_dict() if "photometric" in section else {}
     per_view = ("jitter", "blur", "grayscale", "solarize")
     photometric = tuple(
         Photometric(**{k: v[view] if k in per_view else v for k, v in colours.items()})
-        for view in range(VIEWS)
+        for view in range(views(name))
     )
-    data = config.data
     return Recipe(config.model.image_size, section.crop_scale, data.mean, data.std, photometric)
 
 
-def stage(config: ConfigDict, name: str, records: int) -> Mae | Contrast:
-    """The stage `name` ("mae", "head" or "ct") of a config, for `records` training images."""
+def stage_for(config: ConfigDict, name: str, source: Source) -> Mae | Contrast | Finetune:
+    """The stage `name` of a config, to be trained on the images of `source`."""
+    classes = subsets.classes_of(source) if name == "finetune" else 0
+    return stage(config, name, len(source), classes)
+
+
+def stage(
+    config: ConfigDict, name: str, records: int, classes: int = 0
+) -> Mae | Contrast | Finetune:
+    """The stage `name` (one of `TRAINING`) of a config.
+
+    Args:
+      config: a config with a section of that name.
+      name: of the stage.
+      records: number of training images.
+      classes: of their labels, which finetune alone needs.
+    """
     section = config[name]
     per_epoch = updates_per_epoch(records, section.batch_size)
     steps = section.epochs * per_epoch
     model = config.model
 
     def group(base_lr, weight_decay, layer_decay=1.0, depth=0):
-        lr = optim.scaled_lr(base_lr, section.batch_size, VIEWS)
+        lr = optim.scaled_lr(base_lr, section.batch_size, views(name))
         return optim.Group(lr, weight_decay, layer_decay, depth)
 
     common = dict(
         image_shape=image_shape(model),
-        recipe=_recipe(config, section),
+        recipe=_recipe(config, name),
         steps=steps,
         microbatches=config.encoder_microbatches,
     )
@@ -99,10 +135,28 @@ def stage(config: ConfigDict, name: str, records: int) -> Mae | Contrast:
             warmup=section.warmup_epochs * per_epoch,
             **common,
         )
+    depth = encoder_size(model).depth
+    if name == "finetune":
+        tuned = group(section.base_lr, section.weight_decay, section.layer_decay, depth)
+        return Finetune(
+            encoder=encoder(model, remat=config.remat),
+            pool=model.pool,
+            classes=classes,
+            drop_path=section.drop_path,
+            label_smoothing=section.label_smoothing,
+            mixup_alpha=section.mixup_alpha,
+            cutmix_alpha=section.cutmix_alpha,
+            erasing=section.erasing,
+            groups={
+                "encoder": tuned,
+                "classifier": group(section.base_lr, section.weight_decay),
+            },
+            warmup=section.warmup_epochs * per_epoch,
+            **common,
+        )
     tunes = name == "ct"
     if tunes:
         head = group(section.head_base_lr, section.head_weight_decay)
-        depth = encoder_size(model).depth
         tuned = group(section.base_lr, section.weight_decay, section.layer_decay, depth)
         groups = {"encoder": tuned, "projector": head, "predictor": head}
     else:
@@ -130,7 +184,8 @@ def evaluated_encoder(name: str, parts: dict) -> dict:
     if name == "mae":
         return parts["params"]["encoder"]
     frozen = parts["frozen"]["encoder"]
-    trained = parts["ema"]["encoder"] if name == "ct" else {}
+    whose = {"ct": "ema", "finetune": "params"}
+    trained = parts[whose[name]]["encoder"] if name in whose else {}
     return vit.merge_blocks({**frozen, **trained})
 
 

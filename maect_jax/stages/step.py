@@ -19,7 +19,7 @@ def gradients(stage, state: TrainState, batch: dict):
 
 
 def step(stage, state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Pure: `(state, batch) -> (state, metrics)` for a stage (`Mae` or `Contrast`).
+    """Pure: `(state, batch) -> (state, metrics)` for a stage (`Mae`, `Contrast`, `Finetune`).
 
     A step whose loss or gradients are not finite counts as a step and changes nothing else:
     not the parameters, moments, averages, statistics, nor the queue. Metrics are scalars;

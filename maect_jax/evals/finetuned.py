@@ -1,0 +1,85 @@
+"""The accuracy of a fine-tuned classifier on the held-out images."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from maect_jax import checkpoint, files, sharding
+from maect_jax.data import damage, loader, sources
+from maect_jax.stages import build
+from maect_jax.stages.finetune import Finetune
+
+_NAME = "finetune"
+
+
+def classify(
+    config: ConfigDict, images: dict[str, sources.Source], broken: damage.Damage, run: Path, mesh
+) -> dict:
+    """Classifies every held-out image once and writes the result into the run's `results.json`.
+
+    What is there already is not computed again.
+
+    Args:
+      config: the run's config, with a `finetune` section.
+      images: "train", by which the labels are numbered, and "val".
+      broken: counts the held-out images that cannot be read, which are left out.
+      run: the run's folder, with a checkpoint of stage finetune.
+      mesh: the device mesh, which must be the current one.
+
+    Returns:
+      `top1` and `top5` (shares), `images` and `training_images` (numbers), `settings`.
+    """
+    path = run / "results.json"
+    results = files.read_json(path)
+    if _NAME not in results.get(_NAME, {}):
+        trained = build.training_images(config, _NAME, images["train"])
+        stage = build.stage_for(config, _NAME, trained)
+        ranked, labels = _ranked(config, stage, images["val"], broken, run, mesh)
+        top1, top5 = accuracies(ranked, labels)
+        found = {
+            "top1": top1,
+            "top5": top5,
+            "images": len(labels),
+            "training_images": len(trained),
+            "settings": config[_NAME].to_dict(),
+        }
+        results[_NAME] = results.get(_NAME, {}) | {_NAME: found}
+        if jax.process_index() == 0:
+            files.write_json(path, results)
+    return results[_NAME][_NAME]
+
+
+def accuracies(ranked: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy of ranked classes `[N, K]`, the most likely first, K at most 5."""
+    hits = ranked == labels[:, None]
+    return float(hits[:, 0].mean()), float(hits.any(1).mean())
+
+
+def text(found: dict) -> str:
+    """What `classify` returns, in one line."""
+    top1, top5 = (f"{100 * found[key]:.1f} %" for key in ("top1", "top5"))
+    return f"finetune: top-1 {top1}, top-5 {top5} of {found['images']:,} held-out images"
+
+
+def _ranked(config: ConfigDict, stage: Finetune, source, broken, run: Path, mesh):
+    """The ranked classes `[N, K]` and labels `[N]` of the images that can be read."""
+    model, data, size = config.model, config.data, config[_NAME].batch_size
+    folder = checkpoint.stage_folder(run, _NAME)
+    parts = checkpoint.read_parts(folder, build.SAVED_PARTS[_NAME], mesh)
+
+    @partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    def look(params, frozen, batch):
+        return stage.ranked(params, frozen, batch["image"]), batch["label"], batch["valid"]
+
+    record = loader.EvalRecord(source, model.channels, model.image_size, data.short_side)
+    rows = sharding.local_rows(size, mesh)
+    kept = []
+    for local in loader.eval_batches(record, size, data.workers, rows):
+        batch = sharding.put_batch(broken.take(local), mesh)
+        kept.append(jax.device_get(look(parts["params"], parts["frozen"], batch)))
+    broken.check()
+    ranked, labels, valid = (np.concatenate(arrays) for arrays in zip(*kept, strict=True))
+    return ranked[valid], labels[valid]
