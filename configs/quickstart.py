@@ -36,6 +36,7 @@ def get_config(argument=""):
 
     evaluation = common.add_eval(config)
     evaluation.pixels = True
+    evaluation.map = "tsne"
     evaluation.knn.update(k=(1, 10, 20), standardise=True)
 
     if argument == "long":

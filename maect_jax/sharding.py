@@ -187,10 +187,13 @@ def put_whole(x, mesh: Mesh) -> jax.Array:
 
 
 def fetch(tree):
-    """Global arrays as NumPy arrays, whole on every process; each must ask."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
+    """Arrays as NumPy arrays, whole on every process; each must ask."""
+
+    def whole(x):
+        spread = isinstance(x, jax.Array) and not x.is_fully_addressable
+        return multihost_utils.process_allgather(x, tiled=True) if spread else x
+
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def _places(rows: np.ndarray, wanted: range) -> slice:

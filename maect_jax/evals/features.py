@@ -70,7 +70,12 @@ def _checksum(tree) -> jax.Array:
 
 def fingerprint(params: dict) -> str:
     """A name of these very weights, equal on any mesh."""
-    return digest({"names": str(jax.tree.structure(params)), "sums": _checksum(params).tolist()})
+    return digest(
+        {
+            "names": str(jax.tree.structure(params)),
+            "sums": sharding.fetch(_checksum(params)).tolist(),
+        }
+    )
 
 
 def digest(values: dict) -> str:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maect_jax import sharding
 from maect_jax.data import subsets
 from maect_jax.evals import features, logistic
 from maect_jax.evals.features import Features
@@ -33,11 +34,8 @@ def _accuracies(train: Features, records: np.ndarray, test: Features, decays, me
     hits = 0
     for x, truths in features.parts(test, mesh, logistic.prepare):
         hits = hits + _hits(found.weights, x, truths)
-    return {
-        "accuracy": np.asarray(hits) / len(test.labels),
-        "gradient_norm": np.asarray(found.gradient_norm),
-        "steps": np.asarray(found.steps),
-    }
+    hits, norm, steps = sharding.fetch((hits, found.gradient_norm, found.steps))
+    return {"accuracy": hits / len(test.labels), "gradient_norm": norm, "steps": steps}
 
 
 def _entry(splits: Sequence[dict], decays: Sequence[float]) -> dict:
