@@ -26,7 +26,7 @@ def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -
     config.log_every = 50  # steps between two lines of metrics.jsonl
     config.checkpoint_every = 5  # epochs; the last step is always saved
     # While training, k-NN on the held-out images, where there are such and all have labels, which
-    # serve nothing else. `images` is how many of the training images they are compared with.
+    # serve nothing else. `images` is how many training and held-out images are taken at most.
     config.monitor = ConfigDict({"every": 10, "images": 10_000})  # epochs; 0: never
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # -1: the rest of the devices

@@ -83,7 +83,7 @@ def _is_share(text: str) -> bool:
 
 
 def evaluation(check: Checker) -> None:
-    known = tuple(protocols.PROTOCOLS)
+    known = protocols.NAMES
     check.need("eval.protocols", f"some of {known}", lambda v: set(v) <= set(known))
     check.one_of("eval.pool", ("", "cls", "mean", "cls+mean"))
     check.one_of("eval.dtype", ("", *DTYPES))

@@ -17,6 +17,7 @@ from maect_jax.evals import export, features, protocols
 from maect_jax.stages import build
 
 PIXELS = "pixels"
+_RETRIEVAL, _CLUSTERS = "retrieval", "cluster"
 
 
 def encoders(run: Path) -> dict[str, Path]:
@@ -98,7 +99,7 @@ def _row(config: ConfigDict, name, folder, splits, broken, workdir: Path, mesh):
             "data": shown | {"split": data[f"{split}_split"]},
             "size": list(config.model.image_size),
             "images": len(source),
-            "classes": len(source.classes),
+            "labels": sources.labels_digest(source),
         }
 
         size, place = config.eval.batch_size, folder_of(workdir, name) / split
@@ -108,6 +109,10 @@ def _row(config: ConfigDict, name, folder, splits, broken, workdir: Path, mesh):
             return extracted(config, encode, source, broken[split], size, mesh, title, first)
 
         found[split] = features.stored(place, settings[split], len(source), size, batches)
+        # Also those that were found bad when an earlier call extracted them.
+        absent = np.setdiff1d(np.arange(len(source)), found[split].index)
+        broken[split].take({"bad": absent})
+        broken[split].check()
     return protocols.Row(config, encode, found, splits, broken, mesh), settings
 
 
@@ -143,27 +148,18 @@ def run(
         bar.set_postfix_str(f"{name} features")
         start = time.monotonic()
         row, settings = _row(config, name, folder, splits, broken, workdir, mesh)
-        entry = results.setdefault(name, {})
-        kind = settings["train"]["kind"]
-        if entry.get("features") != kind or "seconds" not in entry:
-            entry |= {"features": kind, "seconds": {}, "made_with": {}}
+        entry = results[name] = _entry(results.get(name, {}), settings)
         entry["seconds"].setdefault("features", round(time.monotonic() - start, 1))
         bar.update()
-        _retrieve(row, settings, workdir / "features" / name, entry)
-        for protocol in section.protocols:
-            bar.set_postfix_str(f"{name} {protocol}")
-            _evaluate(row, protocol, settings, entry)
+        for task in (_RETRIEVAL, *section.protocols):
+            bar.set_postfix_str(f"{name} {task}")
+            _evaluate(row, task, settings, entry, folder_of(workdir, name))
             if shown:
                 files.write_json(workdir / "results.json", results)
-                if row.clusters:
-                    files.write_arrays(_clusters_file(workdir, name), **row.clusters)
-                    row.clusters = {}
-            bar.update()
+            bar.update(task in section.protocols)
         if shown and section.export:
-            for split, found in row.features.items():
-                names = [splits[split].name(int(i)) for i in found.index]
-                path = workdir / "export" / f"{name}_{split}.{section.export}"
-                export.write(path, found, names)
+            _export(row, entry, settings, workdir / "export", name)
+            files.write_json(workdir / "results.json", results)
     bar.close()
     if shown and "cluster" in section.protocols:
         source = splits[protocols.cluster_split(config, splits)]
@@ -171,53 +167,71 @@ def run(
     return results
 
 
-def _evaluate(row: protocols.Row, protocol: str, settings: dict, entry: dict) -> None:
-    """Notes the results of a protocol and what they were made with, unless they are there."""
-    function, keys = protocols.PROTOCOLS[protocol]
-    own = row.config.eval[keys].to_dict()
-    made_with = features.digest({"features": settings, "seed": row.config.seed, keys: own})
-    if entry["made_with"].get(protocol) == made_with:
+def _entry(entry: dict, settings: dict) -> dict:
+    """A row of the results, without what was measured on other features."""
+    made_of = features.digest(settings)
+    if entry.get("made_of") == made_of:
+        return entry
+    told = {key: settings["train"].get(key) for key in ("kind", "dtype")}
+    kept = {key: entry[key] for key in ("finetune",) if key in entry}
+    fresh = {"features": told["kind"], "dtype": told["dtype"], "made_of": made_of}
+    return kept | fresh | {"seconds": {}, "made_with": {}}
+
+
+def _evaluate(row: protocols.Row, task: str, settings: dict, entry: dict, folder: Path) -> None:
+    """Notes the results of a protocol and what they were made with, unless they are there; or
+    writes the nearest neighbours, and with k-means the clusters, into the features' folder."""
+    made_with = features.digest({"features": settings} | protocols.settings(row.config, task))
+    arrays = folder / f"{task}.npz" if task in (_RETRIEVAL, _CLUSTERS) else None
+    there = arrays is None or arrays.exists() or "skipped" in entry.get(task, {})
+    if entry["made_with"].get(task) == made_with and sharding.on_all_hosts(there):
         return
     start = time.monotonic()
-    reason = protocols.skipped(protocol, row.features)
-    entry[protocol] = {"skipped": reason} if reason else function(row)
-    entry["made_with"][protocol] = made_with
-    entry["seconds"][protocol] = round(time.monotonic() - start, 1)
+    reason = protocols.skipped(task, row.features)
+    found = {"skipped": reason} if reason else protocols.PROTOCOLS[task](row)
+    if arrays:
+        found, written = found
+        # Before the results, which say that it is there.
+        if jax.process_index() == 0:
+            files.write_arrays(arrays, **written)
+    if found:
+        entry[task] = found
+    entry["made_with"][task] = made_with
+    entry["seconds"][task] = round(time.monotonic() - start, 1)
 
 
-def _retrieve(row: protocols.Row, settings: dict, folder: Path, entry: dict) -> None:
-    """Writes down the nearest training images of some images, for the page."""
-    made_with = features.digest(settings)
-    if entry["made_with"].get("retrieval") == made_with:
+def _export(row: protocols.Row, entry: dict, settings: dict, folder: Path, name: str) -> None:
+    kind = row.config.eval.export
+    paths = {split: folder / f"{name}_{split}.{kind}" for split in row.features}
+    made_with = features.digest({"features": settings, "kind": kind})
+    if entry["made_with"].get("export") == made_with and all(p.exists() for p in paths.values()):
         return
-    found = protocols.retrieved(row)
-    if jax.process_index() == 0:
-        files.write_arrays(folder / "retrieval.npz", **found)
-    entry["made_with"]["retrieval"] = made_with
+    for split, path in paths.items():
+        found, source = row.features[split], row.splits[split]
+        export.write(path, found, [source.name(int(i)) for i in found.index])
+    entry["made_with"]["export"] = made_with
 
 
 def read_retrieval(workdir: Path, name: str) -> dict[str, np.ndarray]:
     """Of a row of the results `index` `[Q]`, the numbers of some images (held-out, where there are
     such), and `neighbours` `[Q, k]`, those of the nearest training images; nothing where there is
     no such row."""
-    path = folder_of(workdir, name) / "retrieval.npz"
+    return _read(folder_of(workdir, name) / f"{_RETRIEVAL}.npz")
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
     return files.read_arrays(path) if path.exists() else {}
-
-
-def _clusters_file(workdir: Path, name: str) -> Path:
-    return folder_of(workdir, name) / "clusters.npz"
 
 
 def read_clusters(workdir: Path, name: str) -> dict[str, np.ndarray]:
     """Of a row of the results `index`, `labels`, `clusters` and `distance` `[N]` of the images that
     were clustered; nothing where they were not."""
-    path = _clusters_file(workdir, name)
-    return files.read_arrays(path) if path.exists() else {}
+    return _read(folder_of(workdir, name) / f"{_CLUSTERS}.npz")
 
 
 def _table(workdir: Path, names: list[str], source: sources.Source) -> str:
     """Each image with its label and its cluster in every row of the results, as CSV."""
-    found = {name: read_clusters(workdir, name) for name in names}
+    found = {name: arrays for name in names if (arrays := read_clusters(workdir, name))}
     labels, clusters = {}, {}
     for name, arrays in found.items():
         index, own, known = (arrays[key].tolist() for key in ("index", "clusters", "labels"))
@@ -225,7 +239,7 @@ def _table(workdir: Path, names: list[str], source: sources.Source) -> str:
         labels |= zip(index, known, strict=True)
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["image", "label", *names])
+    table.writerow(["image", "label", *clusters])
     for record, label in sorted(labels.items()):
         called = sources.class_name(source.classes, label) if label >= 0 else ""
         own = (numbers.get(record, "") for numbers in clusters.values())

@@ -1,5 +1,6 @@
 """The images that the stages of a config need, opened, and whether they will do."""
 
+import logging
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -8,6 +9,8 @@ from maect_jax.data import sources
 from maect_jax.errors import UserError
 from maect_jax.evals import protocols
 from maect_jax.stages import build
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def open_sources(config: ConfigDict, workdir: Path) -> dict[str, sources.Source]:
@@ -24,7 +27,8 @@ def open_sources(config: ConfigDict, workdir: Path) -> dict[str, sources.Source]
     try:
         needed = sources.SPLITS if both else sources.SPLITS[:1]
         found = sources.splits(config.data, needed, config.model.channels, workdir)
-    except UserError:
+    except UserError as error:
+        _LOGGER.info("no images to hold out: %s", error)
         # Without labels, or to train alone, images to hold out need not be there.
         found = sources.splits(config.data, sources.SPLITS[:1], config.model.channels, workdir)
         if measured and found["train"].labelled:
@@ -52,7 +56,7 @@ def enough(config: ConfigDict, source: sources.Source) -> None:
             raise UserError(
                 f"config.{name}.batch_size={size}: must be at most the {seen} training images"
             )
-    measured = "eval" in config.stages and "knn" in config.eval.protocols
+    measured = "eval" in config.stages and "knn" in config.eval.protocols and source.labelled
     if measured and max(config.eval.knn.k) > images:
         raise UserError(
             f"config.eval.knn.k={config.eval.knn.k}: must be at most the {images} training images"
@@ -67,6 +71,10 @@ def _clusterable(config: ConfigDict, found: dict[str, sources.Source]) -> None:
         raise UserError(
             f"config.eval.cluster.clusters=0: the {split} images have no labels to count; say how "
             "many clusters to find"
+        )
+    if section.pca > images:
+        raise UserError(
+            f"config.eval.cluster.pca={section.pca}: must be at most the {images} {split} images"
         )
     if section.clusters > images:
         raise UserError(

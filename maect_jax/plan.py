@@ -56,7 +56,7 @@ def describe(config: ConfigDict, images: sources.Source) -> Iterator[str]:
     """
     for name in config.stages:
         if name == "eval":
-            yield "eval: k-NN, linear probe and k-means on frozen features"
+            yield f"eval: {', '.join(config.eval.protocols)} on frozen features"
             continue
         section, views = config[name], build.views(name)
         own = build.training_images(config, name, images)

@@ -26,7 +26,7 @@ def shot(entry: dict) -> str:
     if "images_per_class" in entry:
         number = entry["images_per_class"]
         return f"{number} image{'' if number == 1 else 's'}"
-    return f"{100 * entry['share']:g} %" if "share" in entry else entry["list"]
+    return f"{100 * entry['share']:g} %"
 
 
 def _clusters(found: dict, name: str = "") -> dict[str, float]:

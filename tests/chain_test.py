@@ -159,6 +159,7 @@ def test_ct_takes_over_head_and_queue_and_freezes_the_lower_half(finished):
     assert (ct["queue"].ids >= 0).all()
 
 
+@pytest.mark.slow
 def test_the_cifar_page_runs_on_a_file_of_arrays(tmp_path, rng):
     labels = np.arange(400) % 10
     images = rng.integers(100, 120, (400, 32, 32, 3), dtype=np.uint8)

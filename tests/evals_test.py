@@ -44,6 +44,9 @@ def test_knn_equals_sklearn_neighbours_and_a_weighted_vote(blobs, mesh, standard
         bank, queries = (bank - mean) / deviation, (queries - mean) / deviation
     search = NearestNeighbors(n_neighbors=20, metric="cosine", algorithm="brute").fit(bank)
     distance, rows = search.kneighbors(queries)
+    cold = knn.knn(*arrays, (20,), mesh, memory_mb, 0.005, standardised)[0]["accuracy"]
+    nearest_alone = (train.labels[rows[:, 0]] == test.labels).mean()
+    assert cold == pytest.approx(nearest_alone, abs=0.02)  # not all votes are infinite
     cosines, found = knn.nearest(train.x, test.x, 20, mesh, memory_mb, standardised)
     np.testing.assert_allclose(cosines, 1 - distance, atol=2e-6)
     assert (found == rows).mean() > 0.999  # but for two that are as near as rounding tells
@@ -82,6 +85,9 @@ def test_knn_keeps_to_its_memory():
         lowered = knn._merge.lower(best, queries, bank, number, number, *moments, block=block)
     memory = lowered.compile().memory_analysis()
     used = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+    # Wide rows, few at a time.
+    wide = knn.plan(10**5, 10**4, 150_528, k, 1, 1024)
+    assert wide.block <= wide.queries < 300
     # One more tile comes meanwhile, and the queries as they came.
     waiting = 4 * width * (tile + size)
     assert used + waiting <= memory_mb * 2**20
@@ -243,6 +249,8 @@ def test_lowshot_takes_lists_of_names(blobs, mesh, tmp_path):
     drawn = lowshot.lowshot(train, test, list, mesh, (5,), (), 2, (), (2.5e-4,), seed=0)[0]
     assert entry["accuracies"] == pytest.approx(drawn["accuracies"], abs=0.002)
     assert (entry["list"], entry["splits"], entry["images"]) == ("5imgs.txt", 2, 35)
+    assert entry["images_per_class"] == 5
+    assert lowshot._size(train.labels, subsets.share(train.labels, 0.1, 0)) == {"share": 0.1}
     assert entry["drawn"] == paths
     with pytest.raises(UserError, match=r"list '.*absent'"):
         lowshot.lowshot(
@@ -255,6 +263,20 @@ def test_matched_accuracy_by_hand():
     assert cluster.matched_accuracy(labels, np.array([2, 2, 2, 0, 0, 1])) == 1
     assert cluster.matched_accuracy(labels, np.array([1, 1, 0, 0, 0, 0])) == pytest.approx(4 / 6)
     assert cluster.matched_accuracy(labels, np.zeros(6, int)) == pytest.approx(3 / 6)
+
+
+def test_nmi_ami_and_ari_by_hand():
+    labels, clusters = np.array([0, 0, 1, 1]), np.array([0, 0, 1, 2])
+    found = cluster.agreement(labels, clusters)
+    # Entropies ln 2 and 1.5 ln 2, mutual information ln 2.
+    assert found["nmi"] == pytest.approx(1 / 1.25)
+    # By chance, over all ways to hand out the clusters, the information is 2/3 ln 2: of the six
+    # pairs that cluster 0 may be, two are a class, which leaves ln 2; four leave 1/2 ln 2.
+    chance = (2 * 1 + 4 * 0.5) / 6
+    assert found["ami"] == pytest.approx((1 - chance) / (1.25 - chance))
+    # Of six pairs: together in both 1, in labels 2, in clusters 1.
+    assert found["ari"] == pytest.approx((1 - 2 / 6) / (1.5 - 2 / 6))
+    assert found["acc"] == 0.75
 
 
 def test_agreement_does_not_depend_on_names_and_knows_chance(rng):
@@ -326,3 +348,5 @@ def test_silhouette_of_many_images_is_sampled(rng, monkeypatch):
 
 def test_known_subsets_are_those_of_the_literature():
     assert [len(set(wnids)) for wnids in cluster.SUBSETS.values()] == [15, 10]
+    sums = {name: sum(int(w[1:]) for w in wnids) for name, wnids in cluster.SUBSETS.items()}
+    assert sums == {"imagenet_dogs15": 31_500_699, "imagenet10": 35_505_172}

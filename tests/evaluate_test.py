@@ -13,11 +13,12 @@ from PIL import Image
 from maect_jax import config as pages
 from maect_jax import evaluate, files, inputs, metrics
 from maect_jax.data import arrays, sources
-from maect_jax.errors import UserError
+from maect_jax.errors import RunFailedError, UserError
 from maect_jax.evals import export, features, protocols
+from maect_jax.report import page
 from tests.conftest import CONFIGS, SMALL, mesh_of, run_on
 
-ALL = tuple(protocols.PROTOCOLS)
+ALL = protocols.NAMES
 QUICK = str(CONFIGS / "quickstart.py:test")
 SHORT = ("stages=('mae','eval')", "mae.epochs=2", SMALL, "eval.cluster.runs=2")
 
@@ -65,6 +66,12 @@ def test_the_same_command_computes_nothing_again(evaluated, tmp_path, monkeypatc
     before = (workdir / "results.json").read_bytes()
     run_on(monkeypatch, (1, 2), pages.load(QUICK, evaluated[1]), workdir)
     assert (workdir / "results.json").read_bytes() == before
+    # What was lost is made again, on the same features.
+    lost = evaluate.folder_of(workdir, "mae") / "cluster.npz"
+    clusters = evaluate.read_clusters(workdir, "mae")["clusters"]
+    lost.unlink()
+    run_on(monkeypatch, (1, 2), pages.load(QUICK, evaluated[1]), workdir)
+    assert (evaluate.read_clusters(workdir, "mae")["clusters"] == clusters).all()
     # Another setting of one protocol: that one alone is run, on the same features.
     other = pages.load(QUICK, [*evaluated[1], "eval.knn.temperature=0.5"])
     run_on(monkeypatch, (1, 2), other, workdir)
@@ -85,6 +92,10 @@ def test_features_are_made_anew_where_what_makes_them_has_changed(evaluated, tmp
     mean = np.array(features.load(place).x)
     assert both.shape == (2000, 64)
     np.testing.assert_allclose(mean, both[:, 32:], atol=1e-5)
+    # Nothing is left of what was measured on others.
+    result = results_of(workdir)["mae"]
+    assert {"knn"} == set(ALL) & set(result)
+    assert result["features"] == "mean, after the final norm"
     kept = json.loads((place / "settings.json").read_text())
     assert kept["settings"]["kind"] == "mean, after the final norm"
     run_on(monkeypatch, (1, 2), pages.load(QUICK, [*other, "eval.final_norm=False"]), workdir)
@@ -222,6 +233,25 @@ def test_images_without_labels_are_clustered_and_the_rest_is_said_to_be_skipped(
     assert (near["index"] % 2 == near["neighbours"].T % 2).all()  # of their colour
     assert not (near["index"] == near["neighbours"].T).any()
 
+    # A new call knows of the torn one, which it does not read again.
+    strict = of_photos(photos, "eval.cluster.clusters=2", "data.max_bad_fraction=0.01")
+    files.write_json(workdir / "config.json", strict.to_dict())
+    with pytest.raises(RunFailedError, match=r"1 of 60 images cannot be read"):
+        run_on(monkeypatch, (1, 1), strict, workdir)
+
+
+def test_a_page_of_an_evaluation_that_was_stopped_has_what_is_whole(evaluated, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(evaluated[0], workdir)
+    path = evaluate.folder_of(workdir, "mae") / "val" / "settings.json"
+    files.write_json(path, json.loads(path.read_text()) | {"done": 256})
+    evaluate.folder_of(workdir, "pixels").joinpath("cluster.npz").unlink()
+    config = page.read_config(workdir)
+    page.build(workdir, inputs.open_sources(config, workdir))
+    pictures = {path.stem for path in (workdir / "pictures").iterdir()}
+    assert "map_mae" not in pictures
+    assert "clusters" in pictures
+
 
 def test_images_without_labels_want_a_number_of_clusters(photos):
     with pytest.raises(UserError, match=r"clusters=0: the train images have no labels to count"):
@@ -245,7 +275,7 @@ def test_well_known_subsets_are_clustered_by_their_wordnet_ids(rng, monkeypatch)
     mesh = mesh_of(1, 1)
     row = protocols.Row(config, None, {"val": found}, {"val": source}, {}, mesh)
     with jax.set_mesh(mesh):
-        own = protocols.clustered(row)["subsets"]
+        own = protocols.clustered(row)[0]["subsets"]
     assert (own["imagenet10"]["clusters"], own["imagenet10"]["images"]) == (2, 60)
     assert own["imagenet10"]["best"]["acc"] == 1
     assert own["imagenet_dogs15"] == {"skipped": "the images have no class n02085936"}

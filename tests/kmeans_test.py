@@ -18,6 +18,10 @@ def overlapping(rng, rows=3001, width=16, k=20):
     return x.astype(np.float32)
 
 
+def placed(x, mesh):
+    return kmeans.place(x, mesh, kmeans.layout(np.arange(len(x)), mesh.size, 100))
+
+
 def test_lloyd_from_the_same_centres_ends_where_sklearn_does(rng):
     x, k = overlapping(rng), 20
     x -= x.mean(0)
@@ -25,7 +29,7 @@ def test_lloyd_from_the_same_centres_ends_where_sklearn_does(rng):
     peer = KMeans(k, init=start, n_init=1, algorithm="lloyd").fit(x)
     mesh = mesh_of(2, 2)
     with jax.set_mesh(mesh):
-        rows = kmeans.place(x, mesh)
+        rows = placed(x, mesh)
         limit = np.float32(1e-4 * x.var(0).mean())
         centres, passes = kmeans.lloyd(rows, jnp.asarray(start)[None], limit)
         nearest, loss = kmeans._judged(rows, centres)
@@ -53,15 +57,16 @@ def test_restarts_reach_sklearns_inertia(rng, k, minibatch):
         assert (squares.argmin(1) == found.clusters[run][::50]).mean() > 0.98
 
 
-def test_clusters_do_not_depend_on_devices_or_on_restarts_side_by_side(rng, monkeypatch):
+@pytest.mark.parametrize("minibatch", [0, 96])
+def test_clusters_do_not_depend_on_devices_or_on_restarts_side_by_side(rng, monkeypatch, minibatch):
     x, together = overlapping(rng, 1000, 8, 10), []
     several = []
     for shape, columns in (((1, 1), 1024), ((2, 2), 1024), ((4, 2), 10)):
         monkeypatch.setattr(kmeans, "_COLUMNS", columns)
-        together.append(kmeans.restarts_at_a_time(*x.shape, 10, 1, 64))
+        together.append(kmeans.restarts_at_a_time(*x.shape, 10, 512, 1, 64))
         mesh = mesh_of(*shape)
         with jax.set_mesh(mesh):
-            several.append(kmeans.kmeans(x, 10, 4, 7, mesh, 64))
+            several.append(kmeans.kmeans(x, 10, 4, 7, mesh, 64, minibatch))
     assert together == [103, 103, 1]
     for other in several[1:]:
         np.testing.assert_allclose(other.loss, several[0].loss, rtol=1e-5)
@@ -85,7 +90,7 @@ def test_plus_plus_takes_distinct_far_rows(rng):
     mesh = mesh_of(2, 1)
     with jax.set_mesh(mesh):
         keys = jax.random.split(jax.random.key(0), 8)
-        centres = kmeans.plus_plus(kmeans.place(x, mesh), keys, k=6)
+        centres = kmeans.plus_plus(placed(x, mesh), keys, k=6)
     assert (np.sort(np.asarray(centres).argmax(-1), 1) == np.arange(6)).all()
 
 
@@ -109,3 +114,24 @@ def test_sums_are_the_same_both_ways(rng):
     other, number = kmeans._multiplied(x, weight, jnp.asarray(nearest, jnp.int32), 5)
     np.testing.assert_allclose(sums, other, atol=1e-5)
     np.testing.assert_allclose(counts, number)
+
+
+def test_restarts_side_by_side_keep_to_their_memory():
+    """By XLA's own account of the passes over wide rows, and of what starts them."""
+    mesh, width, k, tile, memory_mb = mesh_of(1, 1), 512, 10, 2048, 64
+    together = kmeans.restarts_at_a_time(4096, width, k, tile, 1, memory_mb)
+    assert 1 < together < 103
+    shape = jax.ShapeDtypeStruct
+    rows = kmeans.Rows(shape((2, tile, width), np.float32), shape((2, tile), np.float32))
+    centres = shape((together, k, width), np.float32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), together))
+    with jax.set_mesh(mesh):
+        lowered = (
+            kmeans.lloyd.lower(rows, centres, shape((), np.float32)),
+            kmeans.plus_plus.lower(rows, keys, k=k),
+            kmeans._judged.lower(rows, centres),
+        )
+    for one in lowered:
+        memory = one.compile().memory_analysis()
+        used = memory.temp_size_in_bytes + memory.output_size_in_bytes
+        assert used <= memory_mb * 2**20

@@ -328,7 +328,7 @@ def folder_run(tmp_path):
     batches = [(x.astype(np.float32), labels, np.ones(len(x), bool))]
     features.stored(place / "val", {}, len(x), len(x), lambda first: iter(batches))
     arrays = dict(labels=labels, clusters=labels, index=np.arange(len(x)))
-    files.write_arrays(place / "clusters.npz", distance=np.zeros(len(x)), **arrays)
+    files.write_arrays(place / "cluster.npz", distance=np.zeros(len(x)), **arrays)
     found = dict(index=np.array([0, 50]), neighbours=np.array([[0, 1], [2, 3]]))
     files.write_arrays(place / "retrieval.npz", **found)
     settings = [f"data.path={tmp_path}", "data.source=folder", "data.train_split=train"]

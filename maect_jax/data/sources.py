@@ -6,6 +6,7 @@ A source has a length, gives `(image, label)` for a record number, and knows `sh
 none.
 """
 
+import hashlib
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -42,6 +43,14 @@ def class_name(classes: Sequence[str], label: int) -> str:
     if label < 0:
         return "unlabelled"
     return classes[label] if label < len(classes) else str(label)
+
+
+def labels_digest(source: Source) -> str:
+    """A name of the classes and labels of a source; nothing of those that would have to be read."""
+    if isinstance(source, Tfds):
+        return ""
+    text = "\n".join(source.classes).encode() + np.asarray(source.labels).tobytes()
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 class Blank:

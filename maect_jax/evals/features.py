@@ -15,7 +15,7 @@ from maect_jax import files, sharding
 from maect_jax.data import augment
 from maect_jax.models import vit
 
-_PART = 8192  # images whose features are on the devices at a time
+_PART = 8192  # images whose features come to the devices at a time
 _KEEP_EVERY = 20  # batches, after which what is on disk counts as done
 
 Encode = Callable[[jax.Array], jax.Array]  # normalised images fp32 [B, H, W, C] -> fp32 [B, D]
@@ -172,10 +172,12 @@ def _write(folder: Path, settings: dict, images: int, done: int, batches) -> Non
     if shown and not done:  # it tells of other features, which are about to go
         (folder / "settings.json").unlink(missing_ok=True)
 
+    kept = {"settings": settings, "images": images}
+
     def note():
         for part in parts.values():
             part.keep()
-        files.write_json(folder / "settings.json", {"settings": settings, "done": done})
+        files.write_json(folder / "settings.json", {**kept, "done": done})
 
     try:
         for number, found in enumerate(batches, start=1):
@@ -196,6 +198,12 @@ def _write(folder: Path, settings: dict, images: int, done: int, batches) -> Non
     finally:
         for part in parts.values():
             part.close()
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether `stored` has come to its end in a folder."""
+    kept = files.read_json(folder / "settings.json")
+    return bool(kept) and kept["done"] == kept["images"]
 
 
 def load(folder: Path) -> Features:

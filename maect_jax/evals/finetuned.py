@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from maect_jax import checkpoint, files, sharding
 from maect_jax.data import damage, loader, sources
+from maect_jax.evals import features
 from maect_jax.stages import build
 from maect_jax.stages.finetune import Finetune
 
@@ -20,7 +21,7 @@ def classify(
 ) -> dict:
     """Classifies every held-out image once and writes the result into the run's `results.json`.
 
-    What is there already is not computed again.
+    What is there already, of the same weights, is not computed again.
 
     Args:
       config: the run's config, with a `finetune` section.
@@ -34,10 +35,13 @@ def classify(
     """
     path = run / "results.json"
     results = files.read_json(path)
-    if _NAME not in results.get(_NAME, {}):
+    folder = checkpoint.stage_folder(run, _NAME)
+    parts = checkpoint.read_parts(folder, build.SAVED_PARTS[_NAME], mesh)
+    weights = features.fingerprint(parts["params"])
+    if results.get(_NAME, {}).get(_NAME, {}).get("weights") != weights:
         trained = build.training_images(config, _NAME, images["train"])
         stage = build.stage_for(config, _NAME, trained)
-        ranked, labels = _ranked(config, stage, images["val"], broken, run, mesh)
+        ranked, labels = _ranked(config, stage, parts, images["val"], broken, mesh)
         top1, top5 = accuracies(ranked, labels)
         found = {
             "top1": top1,
@@ -45,6 +49,7 @@ def classify(
             "images": len(labels),
             "training_images": len(trained),
             "settings": config[_NAME].to_dict(),
+            "weights": weights,
         }
         results[_NAME] = results.get(_NAME, {}) | {_NAME: found}
         if jax.process_index() == 0:
@@ -64,11 +69,9 @@ def text(found: dict) -> str:
     return f"finetune: top-1 {top1}, top-5 {top5} of {found['images']:,} held-out images"
 
 
-def _ranked(config: ConfigDict, stage: Finetune, source, broken, run: Path, mesh):
+def _ranked(config: ConfigDict, stage: Finetune, parts: dict, source, broken, mesh):
     """The ranked classes `[N, K]` and labels `[N]` of the images that can be read."""
     model, data, size = config.model, config.data, config[_NAME].batch_size
-    folder = checkpoint.stage_folder(run, _NAME)
-    parts = checkpoint.read_parts(folder, build.SAVED_PARTS[_NAME], mesh)
 
     @partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def look(params, frozen, batch):

@@ -19,6 +19,7 @@ from maect_jax import sharding
 _TILE = 512  # rows
 _COLUMNS = 1024  # centres of all restarts side by side that fill a matrix unit
 _PASSES = 300
+_SAMPLED = 10  # rows a cluster, at least, that mini-batches start from
 _TOLERANCE = 1e-4  # of the mean variance: how far all centres together may still move (squared)
 
 
@@ -39,16 +40,25 @@ class Clustering(NamedTuple):
     passes: np.ndarray
 
 
-def place(x: np.ndarray, mesh, tile: int = _TILE) -> Rows:
-    """Rows `[N, D]` on the devices, in tiles of at most so many."""
-    tile = min(tile, -(-len(x) // mesh.size))
-    tiles = -(-len(x) // (tile * mesh.size)) * mesh.size
-    more = tiles * tile - len(x)
-    shape = (tiles, tile)
-    padded = np.pad(np.asarray(x, np.float32), ((0, more), (0, 0)))
-    weight = np.pad(np.ones(len(x), np.float32), (0, more))
+def layout(order: np.ndarray, devices: int, tile: int, in_turns: bool = False) -> np.ndarray:
+    """Numbers of rows `[G, T]`, -1 where filled up, of which each device has a part of G.
+
+    The devices take the order's parts one after the other; `in_turns` they take one tile each, and
+    again, so that their tiles of one place are neighbours in the order, however many they are.
+    """
+    tile = min(tile, -(-len(order) // devices))
+    steps = -(-len(order) // (tile * devices))
+    numbers = np.pad(order, (0, steps * devices * tile - len(order)), constant_values=-1)
+    if in_turns:
+        numbers = numbers.reshape(steps, devices, tile).swapaxes(0, 1)
+    return numbers.reshape(-1, tile)
+
+
+def place(x: np.ndarray, mesh, numbers: np.ndarray) -> Rows:
+    """Rows `[N, D]` on the devices, in a `layout`."""
+    weight = (numbers >= 0).astype(np.float32)
     put = partial(sharding.put_rows, mesh=mesh)
-    return Rows(put(padded.reshape(*shape, -1)), put(weight.reshape(shape)))
+    return Rows(put(np.asarray(x, np.float32)[np.maximum(numbers, 0)]), put(weight))
 
 
 def _nearest(x, centres):
@@ -225,12 +235,13 @@ def _judged(rows: Rows, centres: jax.Array):
     return nearest, loss.sum(0)
 
 
-def restarts_at_a_time(rows: int, width: int, k: int, devices: int, memory_mb: int) -> int:
+def restarts_at_a_time(
+    rows: int, width: int, k: int, tile: int, devices: int, memory_mb: int
+) -> int:
     """How many restarts run side by side: what `memory_mb` MiB a device allow, and no more than
     fill the matrix unit: beyond that, those that have settled would only wait for others."""
     distances = -(-rows // devices) * (candidates(k) + 3)
-    tile = _TILE * k * 3
-    floats = distances + tile + 5 * k * (width + 1)
+    floats = distances + tile * (3 * k + 2 * width) + 5 * k * (width + 1)
     return max(1, min(memory_mb * 2**20 // (4 * floats), -(-_COLUMNS // k)))
 
 
@@ -253,25 +264,29 @@ def kmeans(
       seed: restart r draws from (seed, r), whichever run beside it.
       mesh: the device mesh, which must be the current one.
       memory_mb: MiB that each device may use beside its rows.
-      batch_size: of mini-batch k-means; 0 for Lloyd's algorithm, which ends when the centres move
-        less than scikit-learn asks them to, or after 300 passes.
+      batch_size: of mini-batch k-means, which starts from a sample; 0 for Lloyd's algorithm, which
+        ends when the centres move less than scikit-learn asks them to, or after 300 passes.
       epochs: of mini-batch k-means.
     """
-    middle = np.asarray(x).mean(0, dtype=np.float64)
-    centred = np.float32(x - middle)  # far from the origin, distances would lose their digits
+    middle = np.float32(np.asarray(x).mean(0, dtype=np.float64))
+    # Far from the origin, distances would lose their digits.
+    centred = np.asarray(x, np.float32) - middle
     limit = np.float32(_TOLERANCE * centred.var(0).mean())
-    order = np.arange(len(x))
     if batch_size:
         order = np.random.default_rng(seed).permutation(len(x))
-        rows = place(centred[order], mesh, -(-batch_size // mesh.size))
+        numbers = layout(order, mesh.size, -(-batch_size // mesh.size), in_turns=True)
+        rows = place(centred, mesh, numbers)
+        sample = order[: max(3 * batch_size, _SAMPLED * k)]
+        first_rows = place(centred, mesh, layout(sample, mesh.size, _TILE))
     else:
-        rows = place(centred, mesh)
-    together = restarts_at_a_time(*x.shape, k, mesh.size, memory_mb)
+        numbers = layout(np.arange(len(x)), mesh.size, _TILE)
+        rows = first_rows = place(centred, mesh, numbers)
+    together = restarts_at_a_time(*x.shape, k, numbers.shape[1], mesh.size, memory_mb)
     found = []
     for first in range(0, runs, together):
         own = jnp.arange(first, min(first + together, runs))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), own)
-        centres = plus_plus(rows, keys, k=k)
+        centres = plus_plus(first_rows, keys, k=k)
         if batch_size:
             centres = mini_batch(rows, centres, epochs=epochs)
             passes = np.full(len(own), epochs, np.int32)
@@ -280,6 +295,6 @@ def kmeans(
         nearest, loss = _judged(rows, centres)
         centres, nearest, loss, passes = sharding.fetch((centres, nearest, loss, passes))
         clusters = np.empty((len(own), len(x)), np.int32)
-        clusters[:, order] = np.moveaxis(nearest, 1, 0).reshape(len(own), -1)[:, : len(x)]
-        found.append(Clustering(centres + np.float32(middle), clusters, loss, passes))
+        clusters[:, numbers[numbers >= 0]] = np.moveaxis(nearest, 1, 0)[:, numbers >= 0]
+        found.append(Clustering(centres + middle, clusters, loss, passes))
     return Clustering(*map(np.concatenate, zip(*found, strict=True)))

@@ -38,8 +38,7 @@ def plan(rows: int, queries: int, width: int, k: int, devices: int, memory_mb: i
     floats = memory_mb * 2**20 // 4
     tile = min(rows, max(floats // 2 // (3 * width), 1))
     block = min(_BLOCK, max(floats // 4 // (5 * (tile + k)), 1))
-    own = max(floats // 4 // (2 * width + 4 * k), block)
-    own = min(own, -(-queries // devices))
+    own = min(max(floats // 4 // (2 * width + 4 * k), 1), -(-queries // devices))
     block = min(block, own)
     return _Plan(-(-own // block) * block * devices, block, tile)
 
@@ -141,7 +140,8 @@ def nearest(
 def _vote(scores, labels, temperature, ks: tuple[int, ...], classes: int):
     """Predicted classes `[len(ks), Q]` from neighbours in order, `[Q, k]`."""
     query = jnp.arange(len(scores))[:, None]
-    weights = jnp.exp(scores / temperature)
+    # Less the highest, which changes no vote, and lets none of them overflow.
+    weights = jnp.exp((scores - scores[:, :1]) / temperature)
 
     def winner(k):
         return jnp.zeros((len(scores), classes)).at[query, labels[:, :k]].add(weights[:, :k])

@@ -56,6 +56,14 @@ def _entry(splits: Sequence[dict], decays: Sequence[float]) -> dict:
     return {"splits": len(splits), **several[0], "weight_decays": several}
 
 
+def _size(labels: np.ndarray, part: np.ndarray) -> dict:
+    """What a list of images is: so many of each class, or a share of all."""
+    counts = np.bincount(labels[part], minlength=labels.max() + 1)
+    if counts.min() == counts.max():
+        return {"images_per_class": int(counts[0])}
+    return {"share": float(f"{len(part) / len(labels):.1g}")}
+
+
 def lowshot(
     train: Features,
     test: Features,
@@ -106,7 +114,8 @@ def lowshot(
         for name, paths in by_name.items():
             records = [subsets.listed(path, known).tolist() for path in paths]
             parts = [np.array([place[r] for r in part if r in place]) for part in records]
-            entries.append({"list": name, "drawn": list(paths), **tested(parts)})
+            size = _size(train.labels, parts[0])
+            entries.append({"list": name, **size, "drawn": list(paths), **tested(parts)})
         return entries
     entries = []
     for number in images:

@@ -1,7 +1,8 @@
 """From features and a config to the results of each protocol."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ _QUERIES, _NEIGHBOURS = 8, 5  # of the page's sheet of neighbours
 _PROBE_SEED = 100  # no training stage has this number: the probe's crops are its own
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
     """One row of the results: an encoder, and what is at hand to evaluate it.
 
@@ -26,8 +27,6 @@ class Row:
       features: by split, "train" and "val"; an evaluation without labels may have "train" alone.
       splits, broken: by split, the images, and what counts those that cannot be read.
       mesh: the device mesh, which must be the current one.
-      clusters: of the split that was clustered, in the order of its features: what
-        `cluster.cluster` returns of each image. Filled by `clustered`.
     """
 
     config: ConfigDict
@@ -36,7 +35,6 @@ class Row:
     splits: Mapping[str, sources.Source]
     broken: Mapping[str, damage.Damage]
     mesh: object
-    clusters: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def memory_mb(self) -> int:
@@ -58,9 +56,10 @@ def neighbours(row: Row) -> list[dict]:
     )  # fmt: skip
 
 
-def retrieved(row: Row) -> dict[str, np.ndarray]:
-    """The nearest training images of some images: `index` `[Q]` and `neighbours` `[Q, k]`, record
-    numbers. The images are held-out ones, where there are such, and never their own neighbours."""
+def retrieved(row: Row) -> tuple[dict, dict[str, np.ndarray]]:
+    """No results, but the nearest training images of some images: `index` `[Q]` and `neighbours`
+    `[Q, k]`, record numbers. The images are held-out ones, where there are such, and never their
+    own neighbours."""
     train, test = row.features["train"], row.features.get("val", row.features["train"])
     places = np.unique(np.linspace(0, len(test.x) - 1, _QUERIES).astype(int))
     k = min(_NEIGHBOURS + 1, len(train.x))
@@ -69,7 +68,7 @@ def retrieved(row: Row) -> dict[str, np.ndarray]:
     # Stable: what is not the image itself moves up.
     order = np.argsort(found == own, axis=1, kind="stable")[:, :_NEIGHBOURS]
     neighbours = train.index[np.take_along_axis(found, order, 1)]
-    return {"index": test.index[places], "neighbours": neighbours}
+    return {}, {"index": test.index[places], "neighbours": neighbours}
 
 
 def held_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -120,19 +119,21 @@ def probed_augmented(row: Row) -> dict:
     recipe = augment.Recipe(size, scale, data.mean, data.std, (augment.Photometric(),))
 
     def batches(train: Features, batch_size: int, steps: int) -> probe.Batches:
-        whole = len(train.index) == len(source)
-        images = source if whole else subsets.Subset(source, train.index)
+        images, lost = source, broken
+        if len(train.index) < len(source):
+            images = subsets.Subset(source, train.index)
+            lost = damage.Damage(images, config.model.channels, data.max_bad_fraction)
         make = loader.TrainRecord(
             images, config.model.channels, size, (scale,), seed, data.scaled_jpeg
         )
         rows = sharding.local_rows(batch_size, row.mesh)
         order = loader.Order(len(images), batch_size, steps, seed, rows)
         for batch in loader.train_batches(order, make, data.workers):
-            placed = sharding.put_batch(broken.take(batch), row.mesh)
+            placed = sharding.put_batch(lost.take(batch), row.mesh)
             yield row.encode(_views(placed, recipe)[:, 0]), placed["label"]
+        lost.check()
 
     found = _probed(row, row.features["train"], batches, "augmented in each epoch")
-    broken.check()
     return found | {"crop_scale": list(scale)}
 
 
@@ -158,6 +159,8 @@ def _subset(row: Row, name: str, split: str) -> dict:
         return {"skipped": f"the images have {reason}"}
     wanted = [known.index(wnid) for wnid in cluster.SUBSETS[name]]
     own = np.isin(found.labels, wanted)
+    if own.sum() < max(len(wanted), row.config.eval.cluster.pca):
+        return {"skipped": f"there are only {own.sum()} images of its classes"}
     return _clustered(row, found.x[own], found.labels[own], 0)[0]
 
 
@@ -169,19 +172,17 @@ def _clustered(row: Row, x, labels, clusters: int):
     )  # fmt: skip
 
 
-def clustered(row: Row) -> dict:
+def clustered(row: Row) -> tuple[dict, dict[str, np.ndarray]]:
     """k-means of the held-out images, or of the training images where there are no others, and of
-    the subsets that were asked for."""
+    the subsets that were asked for; and what `cluster.cluster` returns of each image."""
     section = row.config.eval.cluster
     split = cluster_split(row.config, row.splits)
     found = row.features[split]
     labels = found.labels if found.labelled else None
     results, own, distance = _clustered(row, found.x, labels, section.clusters)
-    row.clusters = {
-        "index": found.index, "labels": found.labels, "clusters": own, "distance": distance,
-    }  # fmt: skip
     parts = {name: _subset(row, name, split) for name in section.subsets}
-    return {"split": split, **results} | ({"subsets": parts} if parts else {})
+    arrays = {"clusters": own, "distance": distance, "index": found.index, "labels": found.labels}
+    return {"split": split, **results} | ({"subsets": parts} if parts else {}), arrays
 
 
 def cluster_split(config: ConfigDict, splits: Mapping[str, object]) -> str:
@@ -189,18 +190,30 @@ def cluster_split(config: ConfigDict, splits: Mapping[str, object]) -> str:
     return config.eval.cluster.split if "val" in splits else "train"
 
 
-# By name: what runs it, and the sections of `eval` that it is set by.
+# By the name of the protocol. The first is not one, but for the page.
 PROTOCOLS = {
-    "knn": (neighbours, "knn"),
-    "probe": (probed_cached, "probe"),
-    "probe_augmented": (probed_augmented, "probe"),
-    "lowshot": (few_labels, "lowshot"),
-    "cluster": (clustered, "cluster"),
+    "retrieval": retrieved,
+    "knn": neighbours,
+    "probe": probed_cached,
+    "probe_augmented": probed_augmented,
+    "lowshot": few_labels,
+    "cluster": clustered,
 }
+NAMES = tuple(PROTOCOLS)[1:]
+
+
+def settings(config: ConfigDict, task: str) -> dict:
+    """What one of `PROTOCOLS` is set by, in plain JSON, with the content of the files it reads."""
+    section = config.eval.get(task.removesuffix("_augmented"), ConfigDict()).to_dict()
+    lists = [Path(path) for path in section.get("lists", ())]
+    texts = [path.read_text() if path.is_file() else "" for path in lists]
+    return {"seed": config.seed, "texts": texts, task: section}
 
 
 def skipped(protocol: str, found: Mapping[str, Features]) -> str:
     """Why a protocol cannot be run on these features; nothing where it can."""
-    if protocol == "cluster" or ("val" in found and all(f.labelled for f in found.values())):
+    if protocol in ("retrieval", "cluster") or (
+        "val" in found and all(f.labelled for f in found.values())
+    ):
         return ""
     return "the images have no labels"

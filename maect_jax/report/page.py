@@ -57,7 +57,7 @@ def build(run: Path, images: dict[str, sources.Source]) -> Path:
     page = _template().render(
         name=config.name,
         sentence=words.sentence(config, counts, history, results),
-        columns=table.columns(rows),
+        columns=table.columns(rows | beside),
         rows=rows | beside,
         differences=list(filter(table.is_difference, rows)),
         how=how,
@@ -147,7 +147,7 @@ def _features(run: Path, config: ConfigDict, images: dict) -> dict[str, Figure]:
     drawn = {}
     for name in rows:
         place = evaluate.folder_of(run, name) / split
-        if name in (*_MAPPED, rows[0]) and (place / "settings.json").exists():
+        if name in (*_MAPPED, rows[0]) and features.is_whole(place):
             drawn[f"map_{name}"] = _map(run, name, split, features.load(place), config, images)
     moments = {name: evaluate.read_retrieval(run, name) for name in reversed(rows)}
     moments = {name: found for name, found in moments.items() if found}

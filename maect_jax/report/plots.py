@@ -11,6 +11,7 @@ from maect_jax.data import sources
 from maect_jax.report import style
 
 MAP_IMAGES = 1_000  # a map of more is a cloud, and t-SNE takes its time
+_FEW = 10  # points in a curve, which are marked: one alone has no line
 _SMOOTHED = 20  # windows in a curve
 _LEGEND = 55  # characters that fit into a row of the legend
 _MARKS = "osD^vP*Xph"  # with ten colours: classes are told apart without colour, too
@@ -46,7 +47,8 @@ def curves(metrics: Sequence[dict], key: str, label: str) -> Figure | None:
     panels = drawn.subplots(1, len(stages), squeeze=False, sharey=key != "loss")[0]
     for panel, (stage, (steps, values)) in zip(panels, stages.items(), strict=True):
         colour, window = style.COLOURS[stage], len(values) // _SMOOTHED
-        panel.plot(steps, values, color=colour, linewidth=1.0, alpha=0.4 if window > 1 else 1.0)
+        alpha, mark = 0.4 if window > 1 else 1.0, "o" if len(values) <= _FEW else None
+        panel.plot(steps, values, color=colour, linewidth=1.0, alpha=alpha, marker=mark)
         if window > 1:
             panel.plot(*_running_mean(steps, values, window), color=colour, linewidth=1.8)
         panel.set_title(stage)

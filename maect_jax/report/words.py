@@ -186,11 +186,11 @@ def captions(config: ConfigDict, images: dict[str, int], results: dict) -> dict[
     kind = "Held-out" if "val" in images else "Training"
     mapped = min(images.get("val", images["train"]), plots.MAP_IMAGES)
     projection = maps.NAMES[config.eval.map] if "eval" in config else ""
-    labelled = any(table.there(result, "knn") for result in results.values())
+    found = [r["cluster"] for r in results.values() if table.there(r, "cluster")]
+    labelled = any("acc" in f["best"] for f in found) or not found
     colours = "labels, which training has not seen" if labelled else "clusters"
     drawn = f"{projection} of the features of {mapped:,} {kind.lower()} images, coloured by their "
     drawn += colours
-    found = [r["cluster"] for r in results.values() if table.there(r, "cluster")]
     clusters = found[0]["clusters"] if found else 0
     which = f"{style.CLASSES} of the {clusters}" if clusters > style.CLASSES else "The"
     tuned = "the tuned encoder's features" if "ct" in results else "the encoder's features"
