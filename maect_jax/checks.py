@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -99,6 +100,10 @@ def evaluation(check: Checker) -> None:
         check.need(f"eval.{key}", "numbers above 0, at least one", lambda v: v and min(v) > 0)
     check.need("eval.lowshot.images", "numbers above 0", lambda v: all(n > 0 for n in v))
     check.need("eval.lowshot.shares", "from above 0 to 1", lambda v: all(0 < s <= 1 for s in v))
+    check.need(
+        "eval.lowshot.lists", "paths of text files that are there",
+        lambda v: all(Path(path).is_file() for path in v),
+    )  # fmt: skip
     check.one_of("eval.cluster.split", sources.SPLITS)
     check.not_negative(*(f"eval.cluster.{key}" for key in ("clusters", "pca", "minibatch")))
     parts = tuple(cluster.SUBSETS)

@@ -10,7 +10,7 @@ _CLASSES = 1000
 _WNID = re.compile(r"n\d{8}")
 
 _PROBE, _KNN = "linear probe", "k-NN"
-_SHOTS = ("1 image", "2 images", "5 images", "1 %", "10 %")
+_SHOTS = tuple(f"low-shot, {part}" for part in ("1 image", "2 images", "5 images", "1 %", "10 %"))
 _FIGURES = {
     ("B/16", "MAE"): {_KNN: 51.1, _PROBE: 66.7},
     ("L/16", "MAE"): {_KNN: 60.6, _PROBE: 75.9},

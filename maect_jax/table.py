@@ -25,8 +25,8 @@ def shot(entry: dict) -> str:
     """What an entry of the low-shot results is called."""
     if "images_per_class" in entry:
         number = entry["images_per_class"]
-        return f"{number} image{'' if number == 1 else 's'}"
-    return f"{100 * entry['share']:g} %"
+        return f"low-shot, {number} image{'' if number == 1 else 's'}"
+    return f"low-shot, {100 * entry['share']:g} %"
 
 
 def _clusters(found: dict, name: str = "") -> dict[str, float]:

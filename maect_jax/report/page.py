@@ -44,7 +44,11 @@ def build(run: Path, images: dict[str, sources.Source]) -> Path:
     config, environment = read_config(run), files.read_json(run / "environment.json")
     results = read_results(run)
     history = metrics.read(run / "metrics.jsonl")
-    drawn = _curves(history) | _watched(run, config, images) | _features(run, config, images)
+    drawn = (
+        _curves(history, images["train"].labelled)
+        | _watched(run, config, images)
+        | _features(run, config, images)
+    )
     drawn |= {"probes": figure} if (figure := plots.probes(results)) else {}
     pictures = _save(drawn, run / "pictures")
     rows = table.cells(results)
@@ -52,7 +56,7 @@ def build(run: Path, images: dict[str, sources.Source]) -> Path:
     how = words.protocols(config, results) + ([paper.NOTE] if beside else [])
     if rows:
         told = [table.markdown(rows | beside), *how]
-        files.write_text(run / "results.md", "\n\n".join(told) + "\n")
+        files.write_text(run / "results.md", "\n\n".join(map(str.strip, told)) + "\n")
     counts = {split: len(source) for split, source in images.items()}
     page = _template().render(
         name=config.name,
@@ -102,12 +106,14 @@ def read_results(run: Path) -> dict:
     return files.read_json(run / "results.json")
 
 
-def _curves(history: list[dict]) -> dict[str, Figure]:
+def _curves(history: list[dict], labelled: bool) -> dict[str, Figure]:
     labels = {
         "loss": "loss",
         "nn_accuracy": "neighbour accuracy",
         "knn_accuracy": "k-NN accuracy",
     }
+    if not labelled:  # a share of nothing
+        del labels["nn_accuracy"]
     drawn = {key: plots.curves(history, key, label) for key, label in labels.items()}
     return {key: figure for key, figure in drawn.items() if figure}
 

@@ -92,7 +92,8 @@ def timings(history: list[dict], results: dict) -> list[dict[str, str]]:
     ]
     if results:
         took = sum(sum(r["seconds"].values()) for r in results.values() if "seconds" in r)
-        rows.append(dict(name="eval", steps="", rate="", seconds=f"{took:,.0f}"))
+        if took:
+            rows.append(dict(name="eval", steps="", rate="", seconds=f"{took:,.0f}"))
     return rows
 
 
@@ -115,13 +116,15 @@ def _knn(result: dict) -> str:
     )
 
 
-def _probe(result: dict, title: str) -> str:
-    best, chosen_on = result["best_last_epoch"], result["chosen_on"]
-    whose = "the test images" if chosen_on == "test" else chosen_on
+def _probe(results: dict, protocol: str, title: str) -> str:
+    found = {name: r[protocol] for name, r in results.items() if table.there(r, protocol)}
+    first = next(iter(found.values()))
+    whose = "the test images" if first["chosen_on"] == "test" else first["chosen_on"]
+    top5 = [f"{name} {100 * r['best_last_epoch']['top5']:.1f}" for name, r in found.items()]
     return (
-        f"{title}: crops are {result['crops']}; of {len(result['probes'])} learning rates the best "
-        f"at the last of {_counted(result['epochs'], 'epoch')}, chosen on {whose}; top-5 "
-        f"{100 * best['top5']:.1f}."
+        f"{title}: crops are {first['crops']}; of {len(first['probes'])} learning rates the best "
+        f"at the last of {_counted(first['epochs'], 'epoch')}, chosen on {whose}. Top-5: "
+        f"{', '.join(top5)}."
     )
 
 
@@ -132,7 +135,7 @@ def _lowshot(entries: list[dict]) -> str:
     splits = max(entry["splits"] for entry in done)
     drawn = done[0]["drawn"] if isinstance(done[0]["drawn"], str) else "from the lists"
     return (
-        f"Low-shot (1 image: one of each class, and so on): logistic regression; the parts are "
+        f"Low-shot, 1 image of each class and so on: logistic regression; the images are "
         f"{drawn}, mean over {_counted(splits, 'split')} where there are several."
     )
 
@@ -143,8 +146,13 @@ def _kmeans(found: dict) -> str:
     how += f", mini-batches of {found['minibatch']}" if found["minibatch"] else ""
     text = (
         f"k-means of the {found['split']} images: {found['clusters']} clusters ({how}), the run of "
-        f"the lowest loss among {found['runs']}; mean of runs is the accuracy over all of them."
+        f"the lowest loss among {found['runs']}"
+        + ("; mean of runs is the accuracy over all of them." if "acc" in best else ".")
+        + ("" if "acc" in best else " Without labels there is no accuracy, NMI, AMI or ARI.")
     )
+    for name, part in found.get("subsets", {}).items():
+        if "skipped" in part:
+            text += f" {name} was skipped: {part['skipped']}."
     if best.get("silhouette_images", found["images"]) < found["images"]:
         text += f" Silhouette: of {best['silhouette_images']:,} images drawn at random."
     return text
@@ -162,9 +170,9 @@ def protocols(config: ConfigDict, results: dict) -> list[str]:
     if table.there(first, "knn"):
         told.append(_knn(first))
     if table.there(first, "probe_augmented"):
-        told.append(_probe(first["probe_augmented"], "Linear probe"))
+        told.append(_probe(results, "probe_augmented", "Linear probe"))
     if table.there(first, "probe"):
-        told.append(_probe(first["probe"], "Probe, centre crops (the fast variant)"))
+        told.append(_probe(results, "probe", "Probe, centre crops (the fast variant)"))
     if table.there(first, "lowshot"):
         told.append(_lowshot(first["lowshot"]))
     if table.there(first, "cluster"):
@@ -191,29 +199,31 @@ def captions(config: ConfigDict, images: dict[str, int], results: dict) -> dict[
     colours = "labels, which training has not seen" if labelled else "clusters"
     drawn = f"{projection} of the features of {mapped:,} {kind.lower()} images, coloured by their "
     drawn += colours
+    framed = " Framed: one that has the image's own label." if labelled else ""
+    matched = ", each with the label that it is matched with, and that label's share"
     clusters = found[0]["clusters"] if found else 0
     which = f"{style.CLASSES} of the {clusters}" if clusters > style.CLASSES else "The"
     tuned = "the tuned encoder's features" if "ct" in results else "the encoder's features"
     return {
-        "loss": "The loss of each stage, and its running mean. mae reconstructs, head and ct "
-        "contrast: their losses cannot be compared.",
+        "loss": "The loss of each stage, and its running mean. Losses of several stages, which "
+        "reconstruct, contrast or classify, cannot be compared.",
         "nn_accuracy": "Neighbour accuracy: the share of images whose neighbour in the queue has "
         "their label. Labels serve this curve only.",
         "reconstructions": f"{kind} images; grey patches were removed. The decoder predicts "
         "patches less their mean, over their deviation; both are the original's here.",
         "neighbours": f"{kind} images and their nearest rows of the queue, nearest first, after "
-        "so many steps of a stage. Framed: a neighbour that has the image's own label.",
+        f"so many steps of a stage; a dash stands for a row of no image.{framed}",
         "knn_accuracy": "k-NN accuracy of held-out images while training: 10 neighbours among "
         "training images. Labels serve this curve only.",
         "map_mae": f"Before tuning: {drawn}.",
         "map_ct": f"After tuning: {drawn}.",
         "map_head": f"Before tuning: {drawn}.",
         "retrieval": f"{kind} images and the training images that are nearest to them by cosine, "
-        "nearest first, in the features of each encoder. Framed: one of the image's own label.",
+        f"nearest first, in the features of each encoder.{framed}",
         "probes": "Test accuracy of the probes by epoch, a line for each learning rate; the higher "
         "the rate, the stronger the line.",
         "clusters": f"{which} k-means clusters of {tuned}, from the centre (left) to the rim "
-        "(right), each with the label that it is matched with, and that label's share.",
+        f"(right){matched if labelled else ''}.",
         "confusion": "The same clusters (rows) and the labels (columns), in images; the diagonal "
         "is what the accuracy counts.",
     }
