@@ -75,5 +75,5 @@ def load_config(argv: list[str]) -> ConfigDict:
 
 def stop(error: Exception | str, status: int = 2) -> None:
     """Ends the program with one line on stderr."""
-    print(f"error: {error}", file=sys.stderr)
+    sys.stderr.write(f"error: {error}\n")  # at once, lest another host's line come between
     sys.exit(status)

@@ -12,7 +12,7 @@ from maect_jax import convert, optim
 from maect_jax.evals import knn
 from maect_jax.models import mae, vit
 from tests import figures
-from tests.conftest import assert_trees_equal
+from tests.conftest import assert_trees_equal, mesh_of
 from tests.contrast_run import assert_parameters, run, started, trained_to_torch, trained_tree
 from tests.figures import FORWARD, GRADIENT, TINY, assert_close, norm, optimiser_bound
 from tests.gradient_bounds import assert_gradients, grad_parts
@@ -199,7 +199,9 @@ def test_the_step_applies_its_optimiser_to_its_gradients(case, given):
 def test_knn(case, standardised):
     train, test = ((case[f"{s}_features"], case[f"{s}_labels"]) for s in ("train", "test"))
     ks, temperature = tuple(case.meta["k"]), case.meta["temperature"]
-    got = knn.knn(*train, *test, ks, temperature, standardised)
+    mesh = mesh_of(1, 1)
+    with jax.set_mesh(mesh):
+        got = knn.knn(*train, *test, ks, mesh, 64, temperature, standardised)
     want = case["accuracy/standardised" if standardised else "accuracy/raw"]
     assert [entry["k"] for entry in got] == list(ks)
     # As counts: the reference keeps the share in fp32.
