@@ -48,8 +48,7 @@ def monitor(
         encode = features.encoder(build.encoder(model), params, model.pool)
         for split, source in chosen.items():
             batches = evaluate.extracted(config, encode, source, broken[split], size, mesh)
-            x, labels, valid = (np.concatenate(part) for part in zip(*batches, strict=True))
-            found[split] = x[valid], labels[valid]
+            found[split] = features.collected(batches)
         ks = (1, min(_K, len(found["train"][0])))
         nearest, several = knn.knn(*found["train"], *found["val"], ks, mesh, _MEMORY_MB)
         values = {

@@ -271,7 +271,9 @@ def test_training_learns_to_tell_images_apart(settings):
 
     def accuracy(now):
         batches = [batch_of(1000 + seed) for seed in range(4)]
-        found = [rank(now.params, now.frozen, batch["image"][:, 0]) for batch in batches]
+        moments = stage.recipe.mean, stage.recipe.std
+        seen = [augment.normalise_pixels(batch["image"][:, 0], *moments) for batch in batches]
+        found = [rank(now.params, now.frozen, images) for images in seen]
         labels = np.concatenate([batch["label"] for batch in batches])
         return finetuned.accuracies(np.concatenate(found), labels)
 

@@ -1,6 +1,7 @@
 """Parts of labelled images: a few of each class, a share of each, or those that a file lists."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -89,6 +90,7 @@ def listed(path: str, names: Sequence[str]) -> np.ndarray:
     return np.array([records[name.parts] for name in wanted])
 
 
+@lru_cache(maxsize=1)  # a run asks several times, and names may take a pass over a prepared set
 def chosen(source: Source, images: str, seed: int) -> Source:
     """Those images of a source that `config.finetune.images` asks for.
 

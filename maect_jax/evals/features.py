@@ -108,6 +108,12 @@ def extract(
         yield sharding.fetch(pending)
 
 
+def collected(batches: Iterator[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, np.ndarray]:
+    """What `extract` yields, together: features and labels of the images that could be read."""
+    x, labels, valid = (np.concatenate(part) for part in zip(*batches, strict=True))
+    return x[valid], labels[valid]
+
+
 _normalise = jax.jit(augment.normalise_pixels, static_argnums=(1, 2))
 
 

@@ -7,11 +7,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from maect_jax import checkpoint, files, sharding
-from maect_jax.data import damage, loader, sources
+from maect_jax import checkpoint, evaluate, files
+from maect_jax.data import damage, sources
 from maect_jax.evals import features
 from maect_jax.stages import build
-from maect_jax.stages.finetune import Finetune
 
 _NAME = "finetune"
 
@@ -41,7 +40,10 @@ def classify(
     if results.get(_NAME, {}).get(_NAME, {}).get("weights") != weights:
         trained = build.training_images(config, _NAME, images["train"])
         stage = build.stage_for(config, _NAME, trained)
-        ranked, labels = _ranked(config, stage, parts, images["val"], broken, mesh)
+        rank = partial(jax.jit(stage.ranked), parts["params"], parts["frozen"])
+        size = config[_NAME].batch_size
+        batches = evaluate.extracted(config, rank, images["val"], broken, size, mesh)
+        ranked, labels = features.collected(batches)
         top1, top5 = accuracies(ranked, labels)
         found = {
             "top1": top1,
@@ -67,22 +69,3 @@ def text(found: dict) -> str:
     """What `classify` returns, in one line."""
     top1, top5 = (f"{100 * found[key]:.1f} %" for key in ("top1", "top5"))
     return f"finetune: top-1 {top1}, top-5 {top5} of {found['images']:,} held-out images"
-
-
-def _ranked(config: ConfigDict, stage: Finetune, parts: dict, source, broken, mesh):
-    """The ranked classes `[N, K]` and labels `[N]` of the images that can be read."""
-    model, data, size = config.model, config.data, config[_NAME].batch_size
-
-    @partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    def look(params, frozen, batch):
-        return stage.ranked(params, frozen, batch["image"]), batch["label"], batch["valid"]
-
-    record = loader.EvalRecord(source, model.channels, model.image_size, data.short_side)
-    rows = sharding.local_rows(size, mesh)
-    kept = []
-    for local in loader.eval_batches(record, size, data.workers, rows):
-        batch = sharding.put_batch(broken.take(local), mesh)
-        kept.append(jax.device_get(look(parts["params"], parts["frozen"], batch)))
-    broken.check()
-    ranked, labels, valid = (np.concatenate(arrays) for arrays in zip(*kept, strict=True))
-    return ranked[valid], labels[valid]

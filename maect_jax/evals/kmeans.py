@@ -19,6 +19,7 @@ from maect_jax import sharding
 _TILE = 512  # rows
 _COLUMNS = 1024  # centres of all restarts side by side that fill a matrix unit
 _PASSES = 300
+_EPOCHS = 10  # of mini-batches
 _SAMPLED = 10  # rows a cluster, at least, that mini-batches start from
 _TOLERANCE = 1e-4  # of the mean variance: how far all centres together may still move (squared)
 
@@ -194,8 +195,8 @@ def lloyd(rows: Rows, centres: jax.Array, limit: jax.Array):
     return centres, passes
 
 
-@partial(jax.jit, static_argnames="epochs")
-def mini_batch(rows: Rows, centres: jax.Array, *, epochs: int):
+@jax.jit
+def mini_batch(rows: Rows, centres: jax.Array):
     """Mini-batch k-means: each tile of all devices is a batch; a centre is the mean of all the rows
     that it has had. The rows must be in random order."""
 
@@ -213,7 +214,7 @@ def mini_batch(rows: Rows, centres: jax.Array, *, epochs: int):
             return jax.lax.scan(learn, state, (x, weight))[0]
 
         start = centres, jnp.zeros(centres.shape[:2])
-        return jax.lax.fori_loop(0, epochs, epoch, start)[0]
+        return jax.lax.fori_loop(0, _EPOCHS, epoch, start)[0]
 
     return sharding.on_own_rows(own, shared=1, whole=True)(*rows, centres)
 
@@ -253,7 +254,6 @@ def kmeans(
     mesh,
     memory_mb: int,
     batch_size: int = 0,
-    epochs: int = 10,
 ) -> Clustering:
     """k-means with many seeded restarts.
 
@@ -266,7 +266,6 @@ def kmeans(
       memory_mb: MiB that each device may use beside its rows.
       batch_size: of mini-batch k-means, which starts from a sample; 0 for Lloyd's algorithm, which
         ends when the centres move less than scikit-learn asks them to, or after 300 passes.
-      epochs: of mini-batch k-means.
     """
     middle = np.float32(np.asarray(x).mean(0, dtype=np.float64))
     # Far from the origin, distances would lose their digits.
@@ -288,8 +287,8 @@ def kmeans(
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), own)
         centres = plus_plus(first_rows, keys, k=k)
         if batch_size:
-            centres = mini_batch(rows, centres, epochs=epochs)
-            passes = np.full(len(own), epochs, np.int32)
+            centres = mini_batch(rows, centres)
+            passes = np.full(len(own), _EPOCHS, np.int32)
         else:
             centres, passes = lloyd(rows, centres, limit)
         nearest, loss = _judged(rows, centres)

@@ -48,14 +48,15 @@ def curves(metrics: Sequence[dict], key: str, label: str) -> Figure | None:
     for panel, (stage, (steps, values)) in zip(panels, stages.items(), strict=True):
         colour, window = style.COLOURS[stage], len(values) // _SMOOTHED
         alpha, mark = 0.4 if window > 1 else 1.0, "o" if len(values) <= _FEW else None
-        panel.plot(steps, values, color=colour, linewidth=1.0, alpha=alpha, marker=mark)
+        look = dict(marker=mark, markersize=3, clip_on=False)  # nor cut a mark at the edge
+        panel.plot(steps, values, color=colour, linewidth=1.0, alpha=alpha, **look)
         if window > 1:
             panel.plot(*_running_mean(steps, values, window), color=colour, linewidth=1.8)
         panel.set_title(stage)
         panel.set_xlabel("step")
         panel.margins(x=0.02)
         panel.grid(axis="y", color=style.FAINT, alpha=0.3, linewidth=0.6)
-        panel.locator_params(axis="x", nbins=3)
+        panel.locator_params(axis="x", nbins=3, integer=True)
         panel.locator_params(axis="y", nbins=5)
     panels[0].set_ylabel(label)
     return drawn

@@ -166,7 +166,7 @@ def protocols(config: ConfigDict, results: dict) -> list[str]:
         r["features"] for name, r in results.items() if name != "pixels" and "features" in r
     ]
     told = [f"{rows}." if rows else ""]
-    told += [f"Features: {features[0]}."] if features and features[0] else []
+    told += [f"Features: {features[0]}."] if features else []
     if table.there(first, "knn"):
         told.append(_knn(first))
     if table.there(first, "probe_augmented"):

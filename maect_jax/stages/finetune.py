@@ -114,16 +114,16 @@ class Finetune:
         return optax.softmax_cross_entropy(logits, targets).mean(), ({}, {})
 
     def ranked(self, params: dict, frozen: dict, images: jax.Array) -> jax.Array:
-        """The most likely classes of images uint8 `[B, H, W, C]`, the first one first: int32
+        """The most likely classes of normalised images `[B, H, W, C]`, the first one first: int32
         `[B, 5]`, fewer where there are not five."""
-        x = augment.normalise_pixels(images, self.recipe.mean, self.recipe.std)
-        scores = self.logits(params, frozen, x)
+        scores = self.logits(params, frozen, images)
         return jax.lax.top_k(scores, min(_RANKED, self.classes))[1]
 
     def watch(self, state: TrainState, images: jax.Array, ids: jax.Array) -> dict:
         """`ranked` of some images uint8 `[Q, H, W, C]`."""
         del ids
-        return {"ranked": self.ranked(state.params, state.frozen, images)}
+        x = augment.normalise_pixels(images, self.recipe.mean, self.recipe.std)
+        return {"ranked": self.ranked(state.params, state.frozen, x)}
 
     def advance(self, state: TrainState, carried: dict, finite: jax.Array) -> TrainState:
         """Nothing but the parameters moves."""
