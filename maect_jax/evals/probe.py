@@ -110,9 +110,13 @@ def fit(
     width = next(iter(tests.values())).x.shape[1]
     probes = _init(jax.random.key(seed), len(lrs), width, classes)
     curves = {name: [] for name in tests}
+    before = None
     for _ in range(epochs):
         for _ in range(per_epoch):
-            probes = _update(probes, *next(batches), rates, steps=per_epoch * epochs)
+            x, labels = next(batches)
+            probes = _update(probes, x, labels, rates, steps=per_epoch * epochs)
+            jax.block_until_ready(before)  # no more than one batch waits for its turn
+            before = x
         for name, parts in places.items():
             curves[name].append(sum(_hits(probes, *part) for part in parts))
     return {

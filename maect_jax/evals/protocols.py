@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -108,7 +109,9 @@ def probed_cached(row: Row) -> dict:
     return _probed(row, row.features["train"], batches, "centre crops, extracted once")
 
 
-_views = jax.jit(augment.views, static_argnums=1)
+@partial(jax.jit, static_argnums=1)
+def _only_view(batch: dict, recipe: augment.Recipe) -> jax.Array:
+    return augment.views(batch, recipe)[:, 0]
 
 
 def probed_augmented(row: Row) -> dict:
@@ -130,7 +133,7 @@ def probed_augmented(row: Row) -> dict:
         order = loader.Order(len(images), batch_size, steps, seed, rows)
         for batch in loader.train_batches(order, make, data.workers):
             placed = sharding.put_batch(lost.take(batch), row.mesh)
-            yield row.encode(_views(placed, recipe)[:, 0]), placed["label"]
+            yield row.encode(_only_view(placed, recipe)), placed["label"]
         lost.check()
 
     found = _probed(row, row.features["train"], batches, "augmented in each epoch")
