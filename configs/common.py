@@ -62,7 +62,9 @@ def _model(variant: str, patch_size: int, pool: str) -> ConfigDict:
     model.patch_size = patch_size
     model.image_size = (224, 224)  # height, width
     model.channels = 3
-    model.pool = pool  # feature: the class token (cls) or the mean of the patch tokens (mean)
+    # Feature: the class token (cls), the mean of the patch tokens (mean), or that mean before the
+    # final norm, then the norm (fc_norm).
+    model.pool = pool
     model.ln_eps = 1e-6
     model.dtype = "bfloat16"  # of activations; parameters and losses are float32
     return model
@@ -200,7 +202,7 @@ def add_eval(config: ConfigDict) -> ConfigDict:
             "protocols": ("knn", "probe", "cluster"),
             "pixels": False,  # also evaluate raw pixels, the floor
             "batch_size": 256,
-            "pool": "",  # cls, mean or cls+mean; empty: as the model pools
+            "pool": "",  # cls, mean, fc_norm or cls+mean; empty: as the model pools
             "final_norm": True,  # features after the final norm, or before it
             "dtype": "",  # that the encoder computes in; empty: the model's
             "memory_mb": 1024,  # that k-NN and k-means may use on each device

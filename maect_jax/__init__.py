@@ -1,3 +1,13 @@
 """MAE-CT in JAX: masked autoencoders, tuned by nearest-neighbour contrastive learning."""
 
 __version__ = "0.1.0"
+__all__ = ["load_encoder"]
+
+
+def __getattr__(name: str):
+    """`load_encoder`, imported when it is asked for: the commands set up JAX before it is there."""
+    if name != "load_encoder":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from maect_jax.encoder import load_encoder
+
+    return load_encoder

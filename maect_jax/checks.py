@@ -10,6 +10,7 @@ from maect_jax import config as pages
 from maect_jax.data import sources, subsets
 from maect_jax.errors import UserError
 from maect_jax.evals import cluster, export, maps, protocols
+from maect_jax.models import vit
 from maect_jax.stages import build
 
 DTYPES = ("float32", "bfloat16")
@@ -86,7 +87,7 @@ def _is_share(text: str) -> bool:
 def evaluation(check: Checker) -> None:
     known = protocols.NAMES
     check.need("eval.protocols", f"some of {known}", lambda v: set(v) <= set(known))
-    check.one_of("eval.pool", ("", "cls", "mean", "cls+mean"))
+    check.one_of("eval.pool", ("", *vit.POOLS, "cls+mean"))
     check.one_of("eval.dtype", ("", *DTYPES))
     check.one_of("eval.map", tuple(maps.NAMES))
     if check.values["eval.map"] == "umap" and not importlib.util.find_spec("umap"):

@@ -4,6 +4,7 @@ import csv
 import io
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -11,23 +12,13 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from maect_jax import checkpoint, files, sharding
+from maect_jax import files, origin, sharding
 from maect_jax.data import damage, loader, sources
 from maect_jax.evals import export, features, protocols
 from maect_jax.stages import build
 
 PIXELS = "pixels"
 _RETRIEVAL, _CLUSTERS = "retrieval", "cluster"
-
-
-def encoders(run: Path) -> dict[str, Path]:
-    """The stages of a run whose encoder can be evaluated, and the folders of their checkpoints.
-
-    A head's encoder is the MAE's; it counts only where the run has no MAE of its own.
-    """
-    found = checkpoint.trained_stages(run, build.TRAINING)
-    own = [name for name in found if name != "head" or "mae" not in found]
-    return {name: checkpoint.stage_folder(run, name) for name in own}
 
 
 def record(config: ConfigDict, source: sources.Source) -> loader.EvalRecord:
@@ -64,13 +55,14 @@ def extracted(
     broken.check()
 
 
-def _encoder(config: ConfigDict, name: str, folder: Path | None, mesh):
-    """How a row of the results encodes, and what it encodes with, in plain JSON."""
+def _encoder(config: ConfigDict, saved: origin.Saved | None, mesh):
+    """How a row of the results encodes, by default pixels; what with, in plain JSON; and the
+    classifier of its features, if there is one."""
     data, section, model = config.data, config.eval, config.model
-    if name == PIXELS:
-        return features.pixels(data.mean, data.std), {"kind": "raw pixels"}
-    parts = checkpoint.read_parts(folder, build.SAVED_PARTS[name], mesh)
-    params = build.evaluated_encoder(name, parts)
+    if saved is None:
+        return features.pixels(data.mean, data.std), {"kind": "raw pixels"}, None
+    parts = saved.read(mesh)
+    params = build.evaluated_encoder(saved.stage, parts)
     pool, dtype = section.pool or model.pool, section.dtype or model.dtype
     module = build.encoder(model).clone(dtype=dtype, final_norm=section.final_norm)
     norm = "after" if section.final_norm else "before"
@@ -80,7 +72,12 @@ def _encoder(config: ConfigDict, name: str, folder: Path | None, mesh):
         "weights": features.fingerprint(params),
         "model": model.to_dict(),
     }
-    return features.encoder(module, params, pool), made_of
+    classifier = None
+    if pool == model.pool and section.final_norm:  # the features that it was trained on
+        classifier = build.classifier(saved.stage, sharding.fetch(parts), saved.config)
+    if classifier:
+        made_of["classifier"] = features.fingerprint(dict(enumerate(classifier)))
+    return features.encoder(module, params, pool), made_of, classifier
 
 
 def folder_of(workdir: Path, name: str) -> Path:
@@ -88,9 +85,9 @@ def folder_of(workdir: Path, name: str) -> Path:
     return workdir / "features" / name
 
 
-def _row(config: ConfigDict, name, folder, splits, broken, workdir: Path, mesh):
+def _row(config: ConfigDict, name, saved, splits, broken, workdir: Path, mesh):
     """A row with its features, and what they are made of."""
-    encode, made_of = _encoder(config, name, folder, mesh)
+    encode, made_of, classifier = _encoder(config, saved, mesh)
     data = config.data.to_dict()
     shown = {key: data[key] for key in ("source", "path", "name", "mean", "std", "short_side")}
     found, settings = {}, {}
@@ -113,18 +110,18 @@ def _row(config: ConfigDict, name, folder, splits, broken, workdir: Path, mesh):
         absent = np.setdiff1d(np.arange(len(source)), found[split].index)
         broken[split].take({"bad": absent})
         broken[split].check()
-    return protocols.Row(config, encode, found, splits, broken, mesh), settings
+    return protocols.Row(config, encode, found, splits, broken, mesh, classifier), settings
 
 
 def run(
     config: ConfigDict,
     splits: dict[str, sources.Source],
     broken: dict[str, damage.Damage],
-    run_folder: Path,
+    rows: Mapping[str, origin.Saved],
     workdir: Path,
     mesh,
 ) -> dict:
-    """Evaluates the encoders of `run_folder`; writes `results.json` and `features/` into `workdir`.
+    """Evaluates the encoders of `rows`; writes `results.json` and `features/` into `workdir`.
 
     What is there already, made of the same features by the same settings, is not computed again.
 
@@ -132,7 +129,7 @@ def run(
       config: a config with an `eval` section whose `model` describes the encoders.
       splits: the images, "train" and "val"; without labels "train" alone may do.
       broken: by split, counts those that cannot be read.
-      run_folder: the run whose checkpoints are evaluated.
+      rows: what is evaluated, by its name in the results.
       workdir: where the results go.
       mesh: the device mesh, which must be the current one.
 
@@ -140,18 +137,19 @@ def run(
       The content of `results.json`: `{name: {protocol: results}}`.
     """
     section, shown = config.eval, jax.process_index() == 0
-    folders = ({PIXELS: None} if section.pixels else {}) | encoders(run_folder)
+    rows = ({PIXELS: None} if section.pixels else {}) | rows
     results = files.read_json(workdir / "results.json")
-    steps = len(folders) * (1 + len(section.protocols))
+    steps = len(rows) * (1 + len(section.protocols))
     bar = tqdm(total=steps, desc="eval", unit="step", disable=not shown)
-    for name, folder in folders.items():
+    for name, saved in rows.items():
         bar.set_postfix_str(f"{name} features")
         start = time.monotonic()
-        row, settings = _row(config, name, folder, splits, broken, workdir, mesh)
+        row, settings = _row(config, name, saved, splits, broken, workdir, mesh)
         entry = results[name] = _entry(results.get(name, {}), settings)
         entry["seconds"].setdefault("features", round(time.monotonic() - start, 1))
         bar.update()
-        for task in (_RETRIEVAL, *section.protocols):
+        own = ("classifier",) if row.classifier else ()
+        for task in (_RETRIEVAL, *own, *section.protocols):
             bar.set_postfix_str(f"{name} {task}")
             _evaluate(row, task, settings, entry, folder_of(workdir, name))
             if shown:
@@ -163,7 +161,7 @@ def run(
     bar.close()
     if shown and "cluster" in section.protocols:
         source = splits[protocols.cluster_split(config, splits)]
-        files.write_text(workdir / "clusters.csv", _table(workdir, list(folders), source))
+        files.write_text(workdir / "clusters.csv", _table(workdir, list(rows), source))
     return results
 
 

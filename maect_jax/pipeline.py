@@ -1,6 +1,5 @@
 """Runs the stages of a config in order, each starting from the one before."""
 
-import dataclasses
 import os
 import platform
 from contextlib import contextmanager
@@ -11,11 +10,11 @@ from ml_collections import ConfigDict
 
 from maect_jax import (
     __version__,
-    checkpoint,
     evaluate,
     files,
     inputs,
     monitor,
+    origin,
     plan,
     sharding,
     table,
@@ -30,36 +29,11 @@ from maect_jax.evals import finetuned
 from maect_jax.report import page
 from maect_jax.stages import build
 
-RANDOM = "random"
 _FREE_KEYS = ("log_level", "eval.")  # of the config, which may differ when a run goes on
 
-# Of a run with several stages, where each stage starts.
-_PREFERRED = {
-    "head": ("mae", "head", "ct", "finetune"),
-    "ct": ("head", "ct", "mae", "finetune"),
-    "finetune": ("ct", "head", "mae", "finetune"),
-    "eval": ("ct", "head", "mae", "finetune"),
-}
 
-
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """A trained stage of a run: where a later stage starts."""
-
-    run: Path
-    stage: str
-
-    @property
-    def folder(self) -> Path:
-        return checkpoint.stage_folder(self.run, self.stage)
-
-    def config(self) -> ConfigDict:
-        """The config that the run was made with."""
-        return pages.read(self.run / "config.json")
-
-
-def prepare(config: ConfigDict) -> Origin | None:
-    """Checks a config against the machine and the run that it starts from.
+def prepare(config: ConfigDict) -> origin.Origin | None:
+    """Checks a config against the machine and what it starts from.
 
     A page without a model of its own gets that of the run.
 
@@ -67,53 +41,20 @@ def prepare(config: ConfigDict) -> Origin | None:
       Where the first stage starts, `None` for nowhere.
 
     Raises:
-      UserError: a value is not allowed, or there is no such run.
+      UserError: a value is not allowed, or there is nothing such to start from.
     """
     validate.stages(config)
-    origin, first = None, config.stages[0]
+    found, first = None, config.stages[0]
     needs_run = first == "eval" or "model" not in config
-    if first != "mae" and (config.init_from != RANDOM or needs_run):
-        origin = find(config.init_from, first, needs_run)
-        before = origin.config()
+    if first != "mae" and (config.init_from != origin.RANDOM or needs_run):
+        found = origin.find(config.init_from, first, needs_run)
         if "model" not in config:
             with config.unlocked():
-                config.model = before.model
+                config.model = found.saved.config.model
     validate.settings(config, jax.device_count())
-    if origin:
-        validate.succession(before, origin.stage, config, first)
-        _finished(origin)
-    return origin
-
-
-def find(init_from: str, stage: str, needs_run: bool = True) -> Origin:
-    """The trained stage of run `init_from` that `stage` starts from.
-
-    `needs_run` says that it cannot start from random weights.
-
-    Raises:
-      UserError: there is no such run, or nothing in it yet.
-    """
-    where = f"config.init_from={init_from!r}: "
-    allowed = "the folder of a run" + ("" if needs_run else f", or {RANDOM!r} weights")
-    if not init_from:
-        raise UserError(f"{where}stage {stage} must start from something: {allowed}")
-    run = Path(init_from)
-    if not (run / "config.json").is_file():
-        raise UserError(f"{where}there is no run; must be {allowed}")
-    trained = checkpoint.trained_stages(run, build.TRAINING)
-    if not trained:
-        raise UserError(f"{where}the run has no checkpoint yet; must be {allowed}")
-    return Origin(run, next(name for name in _PREFERRED[stage] if name in trained))
-
-
-def _finished(origin: Origin) -> None:
-    step = checkpoint.last_step(origin.folder)
-    steps = checkpoint.read_position(origin.folder)["steps"]
-    if step != steps:
-        raise UserError(
-            f"config.init_from={str(origin.run)!r}: its stage {origin.stage} is at step {step} of "
-            f"{steps}; finish that run first"
-        )
+    if found:
+        validate.succession(found.saved.config, found.saved.stage, config, first)
+    return found
 
 
 @contextmanager
@@ -128,8 +69,9 @@ def _together():
         raise failed or UserError("another host has stopped, and says why")
 
 
-def _claim(workdir: Path, config: ConfigDict) -> None:
-    """Writes the config into the run's folder, which must be this run's or new."""
+def _claim(workdir: Path, config: ConfigDict, lineage: list[dict]) -> None:
+    """Writes the config into the run's folder, which must be this run's or new, and where its
+    weights are from."""
     path = workdir / "config.json"
     if path.exists():
         differing = pages.differing(pages.read(path), config)
@@ -144,6 +86,7 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
         if jax.process_index() == 0:
             files.write_json(workdir / "environment.json", _environment())
             files.write_json(path, config.to_dict())
+            origin.write_lineage(workdir, lineage)
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot write there: {error}") from error
 
@@ -182,14 +125,12 @@ def dry_run(config: ConfigDict) -> None:
 
 def _start(config: ConfigDict) -> str:
     """Where the first stage starts, and whether it could."""
-    if config.init_from == RANDOM:
+    if config.init_from == origin.RANDOM:
         return "random weights"
     try:
-        origin = find(config.init_from, config.stages[0], config.stages[0] == "eval")
-        _finished(origin)
+        return origin.find(config.init_from, config.stages[0], config.stages[0] == "eval").name
     except UserError as error:
         return f"nothing yet: {error}"
-    return f"{origin.run}, stage {origin.stage}"
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -204,10 +145,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
       RunFailedError: training cannot go on.
     """
     with _together():
-        origin = prepare(config)
+        before = prepare(config)
         mesh = sharding.make_mesh(**config.mesh)
         images = inputs.open_sources(config, workdir)
-        _claim(workdir, config)
+        _claim(workdir, config, before.lineage() if before else [])
     with _together():
         if not (workdir / "config.json").exists():
             raise UserError(
@@ -225,25 +166,21 @@ def run(config: ConfigDict, workdir: Path) -> None:
     with jax.set_mesh(mesh):
         for name in config.stages:
             if name == "eval":
-                evaluated = workdir if len(config.stages) > 1 else origin.run
-                results = evaluate.run(config, images, broken, evaluated, workdir, mesh)
+                rows = origin.encoders(workdir) if len(config.stages) > 1 else before.rows
+                results = evaluate.run(config, images, broken, rows, workdir, mesh)
                 if shown:
                     print(f"\n{table.text(table.cells(results))}", flush=True)
                 continue
 
-            def start(origin=origin, name=name):
-                if origin is None:
-                    return {}
-                parts = build.SAVED_PARTS[origin.stage]
-                saved = checkpoint.read_parts(origin.folder, parts, mesh)
-                return build.handover(origin.stage, saved, name)
+            def start(before=before, name=name):
+                return before.start(config.model, name, mesh) if before else {}
 
             measure = monitor.monitor(config, name, images, mesh)
             seen, lost = build.training_images(config, name, images["train"]), broken["train"]
             if seen is not images["train"]:
                 lost = damage.Damage(seen, config.model.channels, config.data.max_bad_fraction)
             train.run(config, name, seen, lost, watched, measure, workdir, mesh, start)
-            origin = Origin(workdir, name)
+            before = origin.of_run(workdir, name)
             if name == "finetune":
                 found = finetuned.classify(config, images, broken["val"], workdir, mesh)
                 if shown:

@@ -186,6 +186,15 @@ def put_whole(x, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback(x.shape, replicated(mesh), lambda index: x[index])
 
 
+def place(tree, mesh: Mesh):
+    """Arrays that every process has whole, placed by `RULES`."""
+
+    def put(x, sharding):
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree, tree_shardings(tree, mesh))
+
+
 def fetch(tree):
     """Arrays as NumPy arrays, whole on every process; each must ask."""
 

@@ -51,6 +51,8 @@ def _shares(result: dict) -> dict[str, float]:
         own["probe, centre crops"] = result["probe"]["best_last_epoch"]["top1"]
     if there(result, "lowshot"):
         own |= {shot(e): e["accuracy"] for e in result["lowshot"] if "accuracy" in e}
+    if there(result, "classifier"):
+        own["its classifier"] = result["classifier"]["top1"]
     if there(result, "finetune"):
         own["fine-tuned"] = result["finetune"]["top1"]
     if there(result, "cluster"):

@@ -101,7 +101,7 @@ def _model(check: Checker) -> None:
     for key in vit.Size._fields:
         check.need(f"model.{key}", "above 0, or None", lambda v: v is None or v > 0)
     check.positive("model.patch_size", "model.channels", "model.ln_eps")
-    check.one_of("model.pool", ("cls", "mean"))
+    check.one_of("model.pool", vit.POOLS)
     check.one_of("model.dtype", checks.DTYPES)
     patch = check.values["model.patch_size"]
     check.need(
@@ -169,7 +169,10 @@ def _contrast(check: Checker, config: ConfigDict, name: str) -> None:
     check.need(f"{name}.top_k", f"at most the queue size, {size}", lambda v: v <= size)
     if name == "ct":
         depth = _size(check).depth
-        check.need("ct.frozen_blocks", f"from 0 to the depth, {depth}", lambda v: 0 <= v <= depth)
+        check.need(
+            "ct.frozen_blocks", f"from 0 to the depth, {depth}, or None, half of it",
+            lambda v: v is None or 0 <= v <= depth,
+        )  # fmt: skip
         check.need("ct.target_factor", "from 0 to 1", lambda v: 0 <= v <= 1)
         check.need("ct.ema_decay", "from 0 to 1", lambda v: 0 <= v <= 1)
         check.positive("ct.layer_decay", "ct.head_base_lr")
@@ -185,7 +188,7 @@ def _same_head(before: ConfigDict, now: ConfigDict, where: str) -> None:
 
 
 def succession(before: ConfigDict, saved: str, config: ConfigDict, first: str) -> None:
-    """Checks that the first stage can take over a saved stage of another run.
+    """Checks that the first stage can take over a saved stage of another run, or of files.
 
     Args:
       before: the config of that run.
@@ -206,11 +209,17 @@ def succession(before: ConfigDict, saved: str, config: ConfigDict, first: str) -
         old, new = before.model[key], config.model[key]
         if old != new:
             raise UserError(f"{where}: its config.model.{key} is {old!r}, not {new!r}")
+    pooled = [c.model.pool == "fc_norm" for c in (before, config)]
+    if pooled == [True, False]:
+        raise UserError(
+            f"{where}: its final norm is that of the pooled feature; set config.model.pool=fc_norm"
+        )
     for key in ("mean", "std"):
-        old, new = before.data[key], config.data[key]
+        new = config.data[key]
+        old = before.data.get(key, new)  # files do not always tell
         if old != new:
             raise UserError(f"{where}: its config.data.{key} is {old!r}, not {new!r}")
     if first == "ct":
-        if saved in ("mae", "finetune"):
+        if saved not in ("head", "ct"):
             raise UserError(f"{where}: stage ct starts from a run with a head, this one has none")
         _same_head(before[saved], config.ct, f"{where}: that run")

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from maect_jax import convert, support_queue
+from maect_jax import support_queue
+from maect_jax.convert import head_names
+from maect_jax.convert import names as convert
 from maect_jax.stages.step import gradients
 from tests import figures
 from tests.conftest import mesh_of
@@ -91,7 +93,7 @@ def test_ct_forward_and_gradients(case):
         return carried, rounded(grads, scale)
 
     def quantities(carried, grads):
-        stats = convert.head_to_torch({"batch_stats": carried["batch_stats"]})
+        stats = head_names.head_to_torch({"batch_stats": carried["batch_stats"]})
         return {
             **{name: carried[name] for name in ("projected", "predicted")},
             **{f"running statistics/{name}": x for name, x in stats.items()},

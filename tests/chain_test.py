@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from maect_jax import checkpoint, config, metrics, pipeline
+from maect_jax import checkpoint, config, metrics, origin
 from maect_jax.stages import build
 from tests.conftest import CONFIGS, SMALL, assert_trees_equal, mesh_of, run_on
 from tests.main_test import run_main
@@ -244,7 +244,7 @@ def test_pages_chain_from_run_to_run(finished, tmp_path):
     assert list(results) == ["ct"]
     # Of a run with all stages, each takes what it is made to follow.
     for stage, before in (("head", "mae"), ("ct", "head"), ("eval", "ct")):
-        assert pipeline.find(str(finished[0]), stage).stage == before
+        assert origin.find(str(finished[0]), stage).saved.stage == before
     # What does not fit together is refused.
     for arguments, message in (
         (("ct_vith14", f"init_from={finished[0]}", "ct.queue_size=256"), "queue_size"),

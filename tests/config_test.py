@@ -14,7 +14,7 @@ from maect_jax.stages.step import step
 from tests.conftest import CONFIGS, ROOT
 
 PIPELINES = ("cifar10", "quickstart")
-OF_A_RUN = ("eval", "finetune")  # which take their model from a run
+OF_A_RUN = ("eval", "finetune", "tune_my_images")  # which take their model from a run
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "common")
 
 # The paper's hyper-parameters (arXiv 2304.10520) as its authors published them.

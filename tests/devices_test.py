@@ -9,7 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from maect_jax import config, convert, optim, sharding, state
+from maect_jax import config, optim, sharding, state
+from maect_jax.convert import head_names
+from maect_jax.convert import names as convert
 from maect_jax.evals import cluster, features, knn
 from maect_jax.stages import build
 from maect_jax.stages.step import gradients, step
@@ -53,7 +55,7 @@ def _to_torch(params):
     if "decoder" in params:
         parts["decoder"] = convert.decoder_to_torch(params["decoder"])
     if "projector" in params:
-        parts["head"] = convert.head_to_torch({"params": params})
+        parts["head"] = head_names.head_to_torch({"params": params})
     return grad_parts(figures.prefixed(**parts))
 
 

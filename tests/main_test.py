@@ -64,8 +64,8 @@ BAD = {
     ),
     "no start": (
         ("--config=configs/head_vith14.py",),
-        "config.init_from='': stage head must start from something: the folder of a run, or "
-        "'random' weights",
+        "config.init_from='': stage head must start from something: the folder of a run, "
+        "a file of weights, or 'random' weights",
     ),
     "no images": (
         ("--config=configs/mae_vitb16.py", "--config.data.path=absent"),
@@ -116,7 +116,7 @@ def test_dry_run_tells_what_would_run(tmp_path):
     assert done.stdout.splitlines()[1:3] == [
         "on 1 cpu (data 1 x fsdp 1)",
         "from nothing yet: config.init_from='runs/head_vith16': there is no run; must be the "
-        "folder of a run, or 'random' weights",
+        "folder of a run, a file of weights, or 'random' weights",
     ]
     lines = {line.split("  ")[1]: line for line in done.stdout.splitlines() if line[:2] == "  "}
     assert "75,060 (30 epochs of 1,281,167 images, warm-up 15,012)" in lines["steps"]

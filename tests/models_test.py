@@ -7,7 +7,7 @@ import pytest
 from scipy.special import erf
 
 from maect_jax import losses, optim
-from maect_jax.models import mae, nnclr, vit
+from maect_jax.models import mae, nnclr, positions, vit
 from maect_jax.stages.mae import Mae
 from tests.conftest import assert_trees_equal
 
@@ -67,7 +67,7 @@ def test_encoder_equals_numpy(rng, shape, patch, eps):
     params = model.init(jax.random.key(0), images)["params"]
     # Random norms and biases, lest a forgotten one go unseen.
     params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
-    position = vit.sincos_position((shape[0] // patch, shape[1] // patch), 16)
+    position = positions.sincos((shape[0] // patch, shape[1] // patch), 16)
     expected = np_vit(float64(params), images, patch, eps, position)
     np.testing.assert_allclose(model.apply({"params": params}, images), expected, atol=2e-5)
     # A learned position embedding takes the fixed one's place.
@@ -78,7 +78,7 @@ def test_encoder_equals_numpy(rng, shape, patch, eps):
 
 
 def test_position_embedding_by_hand():
-    table = vit.sincos_position((2, 3), 8)
+    table = positions.sincos((2, 3), 8)
     row, col = 1, 2
     angles = [col, col / 100, row, row / 100]
     expected = [*np.sin(angles[:2]), *np.cos(angles[:2]), *np.sin(angles[2:]), *np.cos(angles[2:])]
@@ -158,7 +158,7 @@ def test_mae_forward_equals_numpy(rng):
     p = float64(params)
     kept = np.argsort(noise, 1)[:, :3]
     patches = np.asarray(vit.patchify(images, 2), np.float64)
-    x = np_linear(patches, p["encoder"]["patch_embed"]) + vit.sincos_position((3, 4), 16)
+    x = np_linear(patches, p["encoder"]["patch_embed"]) + positions.sincos((3, 4), 16)
     x = np.stack([row[keep] for row, keep in zip(x, kept, strict=True)])
     latent = np.concatenate([np.repeat(p["encoder"]["cls_token"], 2, 0), x], 1)
     latent = np_layer_norm(np_blocks(latent, p["encoder"], 1e-6), p["encoder"]["norm"], 1e-6)
@@ -168,7 +168,7 @@ def test_mae_forward_equals_numpy(rng):
     full = np.repeat(d["mask_token"], 2, 0).repeat(12, 1)
     for i, keep in enumerate(kept):
         full[i, keep] = y[i, 1:]
-    full = np.concatenate([y[:, :1], full + vit.sincos_position((3, 4), 8)], 1)
+    full = np.concatenate([y[:, :1], full + positions.sincos((3, 4), 8)], 1)
     full = np_layer_norm(np_blocks(full, d, 1e-6), d["norm"], 1e-6)
     prediction = np_linear(full[:, 1:], d["pred"])
     np.testing.assert_allclose(got["prediction"], prediction, atol=5e-5)

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from maect_jax import convert, optim
-from maect_jax.models import mae, vit
+from maect_jax import optim
+from maect_jax.convert import names as convert
+from maect_jax.models import mae, positions, vit
 from maect_jax.stages.mae import Mae
 from tests.figures import FORWARD, GRADIENT, assert_close, under
 from tests.gradient_bounds import assert_gradients
@@ -96,7 +97,7 @@ def test_vit_mae_of_transformers(rng, side, patch, eps, ratio):
         for p in peer.vit.embeddings.parameters():
             p *= 0.01  # so small that the first norm's eps is seen
     # A fresh decoder has no positions there; one that was trained has MAE's.
-    position = vit.sincos_position((side // patch,) * 2, 16)
+    position = positions.sincos((side // patch,) * 2, 16)
     peer.decoder.decoder_pos_embed[0, 1:] = torch.tensor(position)
     images = rng.normal(size=(3, side, side, 3)).astype(np.float32)
     grid = (side // patch,) * 2

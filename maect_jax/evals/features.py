@@ -43,7 +43,7 @@ def encoder(model: vit.ViT, params: dict, pool: str) -> Encode:
 
 @partial(jax.jit, static_argnames=("model", "pool"))
 def _encode(params, images, *, model: vit.ViT, pool: str) -> jax.Array:
-    return vit.pool(model.apply({"params": params}, images), pool)
+    return vit.features(model, params, images, pool)
 
 
 def pixels(mean: tuple[float, ...], std: tuple[float, ...]) -> Encode:

@@ -14,6 +14,7 @@ from maect_jax.data import augment, damage, loader, sources, subsets
 from maect_jax.evals import cluster, features, knn, lowshot, probe
 from maect_jax.evals.features import Features
 
+_PART = 8192  # images that are classified at a time
 _QUERIES, _NEIGHBOURS = 8, 5  # of the page's sheet of neighbours
 _PROBE_SEED = 100  # no training stage has this number: the probe's crops are its own
 
@@ -28,6 +29,7 @@ class Row:
       features: by split, "train" and "val"; an evaluation without labels may have "train" alone.
       splits, broken: by split, the images, and what counts those that cannot be read.
       mesh: the device mesh, which must be the current one.
+      classifier: of the features, kernel `[D, C]` and bias `[C]`, if the encoder came with one.
     """
 
     config: ConfigDict
@@ -36,6 +38,7 @@ class Row:
     splits: Mapping[str, sources.Source]
     broken: Mapping[str, damage.Damage]
     mesh: object
+    classifier: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def memory_mb(self) -> int:
@@ -70,6 +73,21 @@ def retrieved(row: Row) -> tuple[dict, dict[str, np.ndarray]]:
     order = np.argsort(found == own, axis=1, kind="stable")[:, :_NEIGHBOURS]
     neighbours = train.index[np.take_along_axis(found, order, 1)]
     return {}, {"index": test.index[places], "neighbours": neighbours}
+
+
+def classified(row: Row) -> dict:
+    """The accuracy of the classifier that the encoder came with."""
+    test, (kernel, bias) = row.features["val"], row.classifier
+    if row.classes > len(bias):
+        return {"skipped": f"the classifier knows {len(bias)} classes, the labels {row.classes}"}
+    top1, top5 = 0, 0
+    for start in range(0, len(test.x), _PART):
+        scores = test.x[start : start + _PART] @ kernel + bias
+        ranked = np.argsort(-scores, axis=1, kind="stable")[:, :5]
+        hits = ranked == test.labels[start : start + _PART, None]
+        top1, top5 = top1 + hits[:, 0].sum(), top5 + hits.any(1).sum()
+    images = len(test.labels)
+    return {"top1": top1 / images, "top5": top5 / images, "classes": len(bias), "images": images}
 
 
 def held_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -193,16 +211,18 @@ def cluster_split(config: ConfigDict, splits: Mapping[str, object]) -> str:
     return config.eval.cluster.split if "val" in splits else "train"
 
 
-# By the name of the protocol. The first is not one, but for the page.
+# By the name of the protocol. The first two are not asked for: one is for the page, one for an
+# encoder that comes with a classifier.
 PROTOCOLS = {
     "retrieval": retrieved,
+    "classifier": classified,
     "knn": neighbours,
     "probe": probed_cached,
     "probe_augmented": probed_augmented,
     "lowshot": few_labels,
     "cluster": clustered,
 }
-NAMES = tuple(PROTOCOLS)[1:]
+NAMES = tuple(PROTOCOLS)[2:]
 
 
 def settings(config: ConfigDict, task: str) -> dict:

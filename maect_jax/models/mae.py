@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maect_jax.models import vit
+from maect_jax.models import positions, vit
 
 
 def kept_patches(patches: int, mask_ratio: float) -> int:
@@ -33,7 +33,10 @@ def random_mask(noise: jax.Array, mask_ratio: float) -> tuple[jax.Array, jax.Arr
 
 
 class Decoder(nn.Module):
-    """Predicts the pixels of all patches from the encoded visible ones."""
+    """Predicts the pixels of all patches from the encoded visible ones.
+
+    A parameter `pos_embed [N, D]`, where given, takes the place of the fixed position embedding.
+    """
 
     width: int
     depth: int
@@ -54,7 +57,11 @@ class Decoder(nn.Module):
         filler = jnp.broadcast_to(mask_token, (len(x), removed, self.width)).astype(self.dtype)
         patches = jnp.concatenate([x[:, 1:], filler], axis=1)
         patches = jnp.take_along_axis(patches, restore[..., None], axis=1)
-        patches = patches + jnp.asarray(vit.sincos_position(grid, self.width), self.dtype)
+        if self.has_variable("params", "pos_embed"):
+            position = self.get_variable("params", "pos_embed")
+        else:
+            position = positions.sincos(grid, self.width)
+        patches = patches + jnp.asarray(position, self.dtype)
         x = jnp.concatenate([x[:, :1], patches], axis=1)
         block = dict(heads=self.heads, ln_eps=self.ln_eps, dtype=self.dtype)
         x, _ = vit.scanned_blocks(self.depth, "blocks", self.remat, **block)(x)

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from maect_jax import sharding
+from maect_jax.models import positions
 
 
 class Size(NamedTuple):
@@ -50,18 +50,6 @@ def unpatchify(patches: jax.Array, patch_size: int, grid: tuple[int, int]) -> ja
     batch, (rows, cols) = patches.shape[0], grid
     x = patches.reshape(batch, rows, cols, patch_size, patch_size, -1).swapaxes(2, 3)
     return x.reshape(batch, rows * patch_size, cols * patch_size, -1)
-
-
-def sincos_position(grid: tuple[int, int], width: int) -> np.ndarray:
-    """Fixed 2-D sine-cosine position embedding, fp32 `[N, D]` (MAE, appendix A.1).
-
-    The first half of the channels codes the column, the second the row; each half is the
-    sines, then the cosines, at frequencies `10000^(-i / (D/4))`. D must be a multiple of 4.
-    """
-    frequencies = 10000.0 ** (-np.arange(width // 4) / (width / 4))
-    row, col = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
-    angles = [index.reshape(-1, 1) * frequencies for index in (col, row)]
-    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], 1).astype(np.float32)
 
 
 class Linear(nn.Module):
@@ -196,12 +184,12 @@ class ViT(nn.Module):
 
         `paths [B, L, 2]`, if given, are the factors of the branches in `blocks` (`drop_paths`).
         """
-        grid = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
+        grid = positions.grid(images.shape[1:3], self.patch_size)
         patches = patchify(images, self.patch_size)
         if self.has_variable("params", "pos_embed"):
             position = self.get_variable("params", "pos_embed")[None]
         else:
-            position = jnp.asarray(sincos_position(grid, self.width))[None]
+            position = jnp.asarray(positions.sincos(grid, self.width))[None]
         if keep is not None:
             # Gathering pixels instead of embedded patches embeds a quarter of them.
             patches = jnp.take_along_axis(patches, keep[..., None], axis=1)
@@ -260,3 +248,19 @@ def pool(tokens: jax.Array, how: str) -> jax.Array:
     tokens = tokens.astype(jnp.float32)
     parts = {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(1)}
     return jnp.concatenate([parts[part] for part in how.split("+")], axis=1)
+
+
+POOLS = ("cls", "mean", "fc_norm")  # of a model
+
+
+def features(model: ViT, params: dict, images: jax.Array, how: str, **inputs) -> jax.Array:
+    """Pooled features fp32 `[B, D]` of normalised images `[B, H, W, C]` (`pool`).
+
+    For "fc_norm" not each token goes through the final norm, but the patches' mean, as in MAE's
+    fine-tuning. `inputs` are further ones of the model.
+    """
+    if how != "fc_norm":
+        return pool(model.apply({"params": params}, images, **inputs), how)
+    x = pool(model.clone(final_norm=False).apply({"params": params}, images, **inputs), "mean")
+    norm = nn.LayerNorm(model.ln_eps, use_fast_variance=False)
+    return norm.apply({"params": params["norm"]}, x) if model.final_norm else x

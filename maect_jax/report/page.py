@@ -149,7 +149,10 @@ def _paper(config: ConfigDict, images: dict) -> dict[str, dict[str, str]]:
 def _features(run: Path, config: ConfigDict, images: dict) -> dict[str, Figure]:
     """Maps of the features, their nearest training images, and the clusters found in them."""
     split = "val" if "val" in images else "train"
-    rows = [name for name in _TUNED if evaluate.folder_of(run, name).is_dir()]
+    there = [name for name in read_results(run) if evaluate.folder_of(run, name).is_dir()]
+    # An imported encoder's row has a name of its own.
+    others = [name for name in there if name not in (*_TUNED, evaluate.PIXELS)]
+    rows = [name for name in _TUNED if name in there] + others
     drawn = {}
     for name in rows:
         place = evaluate.folder_of(run, name) / split

@@ -21,6 +21,8 @@ _ROWS = {
     "head": "the encoder under the head",
     "ct": "the average of the tuned encoder",
     "finetune": "the fine-tuned encoder",
+    "encoder": "the imported encoder",
+    "probe": "the imported encoder of a probe",
 }
 
 
@@ -43,7 +45,7 @@ def sentence(config: ConfigDict, images: dict[str, int], history: list[dict], re
     done = []
     for row in stages:
         section = config[row["name"]]
-        upper = size.depth - section.get("frozen_blocks", 0)
+        upper = size.depth - build.frozen_blocks(config.model, section)
         done.append(f"{_DID[row['name']].format(upper)} ({_counted(section.epochs, 'epoch')})")
     whose = f"{images['train']:,} training images of {data}"
     whose += "" if stages[-1]["name"] == "finetune" else ", without labels"

@@ -1,5 +1,6 @@
 """From a config to a stage, and from one stage to the next."""
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from maect_jax import optim
@@ -14,12 +15,15 @@ from maect_jax.stages.mae import Mae
 VIEWS = 2  # of an image, but for fine-tuning
 TRAINING = ("mae", "head", "ct", "finetune")
 
-# What a later stage or an evaluation needs of a saved state; never the optimiser's moments.
+# What a later stage or an evaluation needs of a saved state; never the optimiser's moments. An
+# encoder alone, and one with a linear probe, are not trained here but imported.
 SAVED_PARTS = {
     "mae": ("params",),
     "head": ("params", "frozen", "batch_stats", "queue"),
     "ct": ("params", "frozen", "batch_stats", "queue", "ema"),
     "finetune": ("params", "frozen"),
+    "encoder": ("params",),
+    "probe": ("params", "frozen", "batch_stats"),
 }
 
 
@@ -41,6 +45,14 @@ def encoder_size(model: ConfigDict) -> vit.Size:
     size = vit.VARIANTS[model.variant]
     own = {key: model[key] for key in vit.Size._fields if model[key] is not None}
     return size._replace(**own)
+
+
+def frozen_blocks(model: ConfigDict, section: ConfigDict) -> int:
+    """How many of the first blocks a stage leaves as they are: for `None`, half."""
+    if "frozen_blocks" not in section:
+        return 0
+    half = encoder_size(model).depth // 2
+    return half if section.frozen_blocks is None else section.frozen_blocks
 
 
 def image_shape(model: ConfigDict) -> tuple[int, int, int]:
@@ -163,7 +175,7 @@ def stage(
         head = group(section.base_lr, section.weight_decay)
         groups = {"projector": head, "predictor": head}
     return Contrast(
-        encoder=encoder(model, section.frozen_blocks if tunes else 0, config.remat),
+        encoder=encoder(model, frozen_blocks(model, section), config.remat),
         projector=nnclr.Projector(section.projector_hidden, section.projector_out, model.dtype),
         predictor=nnclr.Predictor(section.predictor_hidden, section.projector_out, model.dtype),
         pool=model.pool,
@@ -181,12 +193,27 @@ def stage(
 
 def evaluated_encoder(name: str, parts: dict) -> dict:
     """The encoder parameters, one stack, that stand for a saved stage: for ct the average."""
-    if name == "mae":
+    if name in ("mae", "encoder"):
         return parts["params"]["encoder"]
     frozen = parts["frozen"]["encoder"]
     whose = {"ct": "ema", "finetune": "params"}
     trained = parts[whose[name]]["encoder"] if name in whose else {}
     return vit.merge_blocks({**frozen, **trained})
+
+
+def classifier(name: str, parts: dict, config: ConfigDict) -> tuple[np.ndarray, np.ndarray] | None:
+    """Of a saved stage with a linear classifier its kernel fp32 `[D, C]` and bias `[C]`, with a
+    probe's batch normalisation in them; else nothing."""
+    own = parts["params"].get("classifier")
+    if own is None:
+        return None
+    kernel, bias = (np.asarray(own[key], np.float64) for key in ("kernel", "bias"))
+    if name == "probe":
+        found = parts["batch_stats"]["classifier"]
+        mean, var = (np.asarray(found[key], np.float64) for key in ("mean", "var"))
+        kernel = kernel / np.sqrt(var + config.probe.bn_eps)[:, None]
+        bias = bias - mean @ kernel
+    return kernel.astype(np.float32), bias.astype(np.float32)
 
 
 def handover(saved: str, parts: dict, name: str) -> dict:

@@ -111,7 +111,7 @@ class Contrast:
         encoder = {**frozen["encoder"], **params.get("encoder", {})}
 
         def encode(images):
-            return vit.pool(self.encoder.apply({"params": encoder}, images), self.pool)
+            return vit.features(self.encoder, encoder, images, self.pool)
 
         images = views.reshape(-1, *views.shape[2:])
         return over_microbatches(encode, microbatches, images).reshape(*views.shape[:2], -1)

@@ -81,8 +81,7 @@ class Finetune:
     def _features(
         self, encoder: dict, images: jax.Array, paths: jax.Array | None = None
     ) -> jax.Array:
-        tokens = self.encoder.apply({"params": encoder}, images, paths=paths)
-        return vit.pool(tokens, self.pool)
+        return vit.features(self.encoder, encoder, images, self.pool, paths=paths)
 
     def logits(
         self, params: dict, frozen: dict, *rows: jax.Array, microbatches: int = 1

@@ -1,0 +1,1 @@
+"""In and out of the PyTorch world: its files become runs, and runs its files."""

@@ -1,0 +1,114 @@
+"""In and out of the PyTorch world.
+
+python -m maect_jax.convert import FILE [FILE] OUT_RUN
+python -m maect_jax.convert export RUN FILE --format={timm,hf,maect,mae}
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from maect_jax import checkpoint, files, origin
+from maect_jax.convert import exporting, importing
+from maect_jax.convert.recognise import Given
+from maect_jax.errors import UserError
+from maect_jax.models import vit
+
+_IMPORT = """
+Makes a run of files from elsewhere, for --config.init_from=OUT_RUN. FILE is MAE's .pth, an encoder
+of MAE-CT's authors (.th), a HuggingFace folder (ViTMAE*, ViT*), or a timm ViT (.safetensors, .pth);
+a second one may be what the authors trained on their encoder, a contrastive head or a linear probe.
+Prints what it recognised and how every tensor is used.
+"""
+_EXPORT = """
+Writes the encoder of a run for others, with a model card beside it. timm: for
+timm.create_model(checkpoint_path=FILE). hf: FILE is a folder for transformers' from_pretrained.
+mae: MAE's names, with the decoder. maect: the names of MAE-CT's authors, the head (or the probe) in
+a second file. timm is safetensors, mae and maect what the ending of FILE says (.safetensors; .pth
+needs PyTorch).
+"""
+
+
+def _size(text: str) -> tuple[int, int]:
+    sides = tuple(int(side) for side in text.split(","))
+    if len(sides) != 2 or min(sides) < 1:
+        raise ValueError
+    return sides
+
+
+_size.__name__ = "HEIGHT,WIDTH"  # by which argparse calls it
+
+
+def _parser() -> argparse.ArgumentParser:
+    def formatted(prog):
+        return argparse.RawDescriptionHelpFormatter(prog, width=100)
+
+    parser = argparse.ArgumentParser(
+        prog="python -m maect_jax.convert", formatter_class=formatted, description=__doc__
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    take = commands.add_parser("import", formatter_class=formatted, description=_IMPORT)
+    take.add_argument("file", nargs="+", type=Path, metavar="FILE")
+    take.add_argument("run", type=Path, metavar="OUT_RUN", help="a new folder")
+    take.add_argument("--heads", type=int, help="attention heads, where the file does not tell")
+    take.add_argument("--decoder_heads", type=int, help="of MAE's decoder, likewise")
+    take.add_argument("--ln_eps", type=float, help="epsilon of LayerNorm, likewise")
+    take.add_argument(
+        "--image_size", type=_size, metavar="H,W",
+        help="of the images to come; the position grid is resized (bicubic) where it differs",
+    )  # fmt: skip
+    take.add_argument(
+        "--pool", choices=vit.POOLS,
+        help="the feature: the class token, or the patches' mean (by default for ViT-B, as in the "
+        "paper), or that mean before the final norm",
+    )  # fmt: skip
+    take.add_argument("--dtype", choices=("float32", "bfloat16"), help="of activations (bfloat16)")
+    give = commands.add_parser("export", formatter_class=formatted, description=_EXPORT)
+    give.add_argument("run", type=Path, metavar="RUN")
+    give.add_argument("file", type=Path, metavar="FILE")
+    give.add_argument("--format", required=True, choices=exporting.FORMATS)
+    give.add_argument("--stage", help="of a run with several; by default its last")
+    give.add_argument(
+        "--weights", choices=("ema", "trained"), default="ema",
+        help="of stage ct: the average of the encoder, which is what is evaluated, or the last one",
+    )  # fmt: skip
+    return parser
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    run = arguments.run
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise UserError(f"{run}: is there already; name a new folder")
+    keys = ("heads", "decoder_heads", "ln_eps", "image_size", "pool", "dtype")
+    given = Given(**{key: getattr(arguments, key) for key in keys})
+    found = importing.recognised(arguments.file, given)
+    print("\n".join(found.described), flush=True)
+    lineage = found.origin()
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        checkpoint.write(checkpoint.stage_folder(run, found.kind), found.read())
+        origin.write_lineage(run, lineage)
+        # Last: without it the folder is no run.
+        files.write_json(run / "config.json", found.config.to_dict())
+    except OSError as error:
+        raise UserError(f"{run}: cannot write there: {error}") from error
+    print(f"\n{run}: start from it with --config.init_from={run}")
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    try:
+        if arguments.command == "import":
+            _import(arguments)
+        else:
+            written = exporting.export(
+                arguments.run, arguments.file, arguments.format, arguments.stage, arguments.weights
+            )
+            print("\n".join(map(str, written)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""Files of named tensors, read one tensor at a time and without running anything that they hold.
+
+A safetensors file needs no PyTorch. A pickle is read by `torch.load(weights_only=True)` alone,
+which builds tensors and plain containers, refuses all else, and maps the file.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from functools import reduce
+from operator import getitem
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from maect_jax.errors import UserError
+
+SAFETENSORS, PICKLES = (".safetensors",), (".pth", ".pt", ".th", ".bin", ".ckpt")
+_WRAPPERS = ("model", "state_dict")
+_INDEX = "model.safetensors.index.json"
+_WEIGHTS = ("model.safetensors", _INDEX, "pytorch_model.bin")
+_NO_TORCH = "reading and writing it needs PyTorch, the extra [torch]: pip install torch"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor of a file: NumPy reads it when it is asked for its numbers.
+
+    Attributes:
+      names: what the file calls it; several where it is put together from several.
+      shape: as PyTorch has it.
+      read: its numbers.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    def __array__(self, dtype=None, copy=None):
+        del copy
+        x = self.read()
+        # Parameters are float32, whatever the file keeps them in.
+        own = x.dtype if x.dtype.kind in "iub" else np.float32
+        return x.astype(own if dtype is None else dtype, copy=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What a file or a folder holds: its tensors by name, and what is written beside them."""
+
+    path: Path
+    container: str
+    tensors: Mapping[str, Stored]
+    config: Mapping  # of a HuggingFace folder; else empty
+    preprocessor: Mapping
+
+
+def read(path: Path) -> Content:
+    """The tensors of a file, or of a HuggingFace folder.
+
+    Raises:
+      UserError: it is not there, damaged, or something else.
+    """
+    if path.is_dir():
+        found = weights_in(path)
+        if found is None:
+            raise UserError(f"{path}: the folder holds none of {', '.join(_WEIGHTS)}")
+        folder = path
+    elif path.is_file():
+        found, folder = path, path.parent
+    else:
+        raise UserError(f"{path}: there is no such file")
+    if found.name == _INDEX:
+        container, tensors = "safetensors, in parts", _parts(found)
+    elif found.suffix in SAFETENSORS:
+        container, tensors = "safetensors", _safetensors(found)
+    elif found.suffix in PICKLES:
+        container, tensors = _pickle(found)
+    else:
+        allowed = ", ".join(SAFETENSORS + PICKLES)
+        raise UserError(f"{path}: not a file of tensors by its name; must end in one of {allowed}")
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors")
+    beside = (_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
+    return Content(path, container, tensors, *beside)
+
+
+def weights_in(folder: Path) -> Path | None:
+    """The file with a HuggingFace folder's weights, or with the list of those; else nothing."""
+    return next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+
+
+def sha256(path: Path) -> str:
+    """Of a file, or of the one file with a folder's weights."""
+    with (weights_in(path) or path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _json(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must hold keys and values")
+    return values
+
+
+def _safetensors(path: Path) -> dict[str, Stored]:
+    def read(name):
+        # Opened for each tensor, so that what was read is let go and never adds up.
+        with safe_open(path, "numpy") as file:
+            return file.get_tensor(name)
+
+    try:
+        with safe_open(path, "numpy") as file:
+            names = file.keys()
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file: {error}") from error
+    return {
+        name: Stored((name,), shape, lambda name=name: read(name)) for name, shape in shapes.items()
+    }
+
+
+def _parts(index: Path) -> dict[str, Stored]:
+    places = _json(index).get("weight_map")
+    if not isinstance(places, dict):
+        raise UserError(f"{index}: has no weight_map")
+    tensors = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise UserError(f"{index}: its part {name!r} is not beside it")
+        tensors |= _safetensors(index.parent / name)
+    absent = set(places) - set(tensors)
+    if absent:
+        raise UserError(f"{index}: no part holds the tensor {min(absent)!r}")
+    return tensors
+
+
+def _torch(path: Path):
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"{path}: {_NO_TORCH}") from error
+    return torch
+
+
+def _load(torch, path: Path, mapped: bool):
+    """What `torch.save` wrote: tensors in plain containers."""
+    # MAE's own checkpoints carry their command line, which is a bag of names and values.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def _pickle(path: Path) -> tuple[str, dict[str, Stored]]:
+    torch = _torch(path)
+    mapped = zipfile.is_zipfile(path)  # a file from before 2020 is no archive, and is read whole
+    try:
+        saved = _load(torch, path, mapped)
+    except pickle.UnpicklingError as error:
+        first = str(error).splitlines()[0]
+        raise UserError(
+            f"{path}: refused, as it holds more than tensors and plain values, or is damaged; "
+            f"nothing of it was run ({first})"
+        ) from error
+    # PyTorch has one for each way in which a file can be wrong.
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a whole PyTorch file: {first}") from error
+    keys = []
+    while isinstance(saved, Mapping) and (
+        inner := next((k for k in _WRAPPERS if isinstance(saved.get(k), Mapping)), None)
+    ):
+        keys.append(inner)
+        saved = saved[inner]
+    if not isinstance(saved, Mapping):
+        raise UserError(f"{path}: holds {type(saved).__name__}, not tensors by name")
+    odd = [k for k, x in saved.items() if not isinstance(k, str) or not torch.is_tensor(x)]
+    if odd:
+        raise UserError(f"{path}: {odd[0]!r} is not a tensor; is this a whole training state?")
+
+    def numbers(name):
+        # Mapped anew for each tensor, for the same reason as above.
+        content = reduce(getitem, keys, _load(torch, path, mapped)) if mapped else saved
+        x = content[name]
+        return (x.float() if x.dtype == torch.bfloat16 else x).contiguous().numpy().copy()
+
+    tensors = {
+        name: Stored((name,), tuple(x.shape), lambda name=name: numbers(name))
+        for name, x in saved.items()
+    }
+    inside = "".join(f"[{key!r}]" for key in keys)
+    return f"PyTorch {inside}".strip(), tensors
+
+
+def write(
+    path: Path,
+    tensors: Mapping[str, np.ndarray],
+    wrapper: str = "",
+    about: Mapping[str, str] | None = None,
+) -> None:
+    """Writes tensors, whole or not at all: safetensors, or by the path's ending a pickle of tensors
+    and nothing else, `{wrapper: tensors}`. `about` goes into the header of safetensors.
+
+    Raises:
+      UserError: the place cannot be written, or PyTorch is needed and not there.
+    """
+    arrays = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    draft = path.with_name(path.name + ".tmp")
+    torch = None if path.suffix in SAFETENSORS else _torch(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if torch is None:
+            save_file(arrays, draft, metadata={"format": "pt", **(about or {})})
+        else:
+            content = {name: torch.tensor(x) for name, x in arrays.items()}
+            torch.save({wrapper: content} if wrapper else content, draft)
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot write there: {error}") from error

@@ -1,0 +1,116 @@
+"""Features for people who want nothing else: `load_encoder`."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maect_jax import origin, sharding
+from maect_jax.convert import importing
+from maect_jax.convert.recognise import Given
+from maect_jax.data import augment
+from maect_jax.errors import UserError
+from maect_jax.models import positions, vit
+from maect_jax.stages import build
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std
+
+
+class Encoder:
+    """A trained encoder: call it with images, it gives features.
+
+    Attributes:
+      image_size: (H, W) of the images it takes.
+      channels: C.
+      mean, std: of each channel, of pixels from 0 to 1; by these it normalises what it is given.
+      pool: what the feature is, "cls", "mean" or "fc_norm" (`vit.features`).
+      width: D of a feature.
+    """
+
+    def __init__(self, model: vit.ViT, params, image_size, channels, pool, mean, std):
+        self.image_size, self.channels, self.pool = tuple(image_size), channels, pool
+        self.mean, self.std = tuple(mean), tuple(std)
+        self._params = params
+        self._run = jax.jit(partial(_features, model, pool, self.mean, self.std))
+        wanted = jax.ShapeDtypeStruct((1, *self.image_size, channels), np.uint8)
+        self.width = jax.eval_shape(self._run, params, wanted).shape[1]
+
+    def __call__(self, images) -> jax.Array:
+        """Features fp32 `[B, D]` of images `[B, H, W, C]`, jitted for each B.
+
+        Args:
+          images: uint8, 0 to 255, or floating point, 0 to 1; not normalised, which is done here.
+
+        Raises:
+          ValueError: they have another shape or dtype.
+        """
+        images = images if hasattr(images, "dtype") else np.asarray(images)
+        wanted = (*self.image_size, self.channels)
+        if images.shape[1:] != wanted:
+            raise ValueError(
+                f"images of shape {images.shape}: must be (B, {', '.join(map(str, wanted))})"
+            )
+        dtype = images.dtype
+        if dtype != np.uint8 and not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"images of {dtype}: must be uint8, 0 to 255, or floating point, 0 to 1"
+            )
+        return self._run(self._params, images)
+
+
+def _features(model: vit.ViT, pool: str, mean, std, params, images) -> jax.Array:
+    normalise = augment.normalise_pixels if images.dtype == jnp.uint8 else augment.normalise
+    return vit.features(model, params, normalise(images, mean, std), pool)
+
+
+def load_encoder(
+    where: str | Path,
+    *,
+    image_size: tuple[int, int] | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    pool: str | None = None,
+    dtype: str = "float32",
+    heads: int | None = None,
+    ln_eps: float | None = None,
+) -> Encoder:
+    """The encoder of a run (of its last stage; of ct the average), or of a file from elsewhere.
+
+    It lives on the first device.
+
+    Args:
+      where: the folder of a run, or what `python -m maect_jax.convert import` takes.
+      image_size: (H, W) of the images to come, by default those it was trained for; else its
+        positions are resized.
+      mean, std: of each channel of pixels from 0 to 1; by default the run's, the folder's, or
+        ImageNet's where a file does not tell.
+      pool: "cls", "mean" or "fc_norm"; by default the model's own.
+      dtype: of the activations, "float32" or "bfloat16".
+      heads, ln_eps: what a file does not tell of an unusual width.
+
+    Raises:
+      UserError: there is no such run or file, or it cannot be read.
+    """
+    if importing.is_file(str(where)):
+        given = Given(heads=heads, ln_eps=ln_eps, image_size=image_size)
+        found = origin.of_files(importing.recognised(importing.paths_of(str(where)), given))
+    else:
+        found = origin.find(str(where), "eval")
+    model, data = found.saved.config.model, found.saved.config.get("data", {})
+    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+    params = build.evaluated_encoder(found.saved.stage, found.saved.read(mesh))
+    size = image_size or model.image_size
+    if any(side % model.patch_size for side in size):
+        raise UserError(
+            f"image_size={size}: both must be multiples of the patch, {model.patch_size}"
+        )
+    old, new = (positions.grid(s, model.patch_size) for s in (model.image_size, size))
+    params = jax.device_put(positions.fitted(params, old, new), jax.local_devices()[0])
+    module = build.encoder(model).clone(dtype=dtype)
+    mean = mean or data.get("mean", _IMAGENET[0])
+    std = std or data.get("std", _IMAGENET[1])
+    if not len(mean) == len(std) == model.channels:
+        raise UserError(f"{where}: name the mean and std of its {model.channels} channels")
+    return Encoder(module, params, size, model.channels, pool or model.pool, mean, std)

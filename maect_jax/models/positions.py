@@ -1,0 +1,60 @@
+"""Position embeddings of a grid of patches: MAE's fixed one, and another grid for a given one."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+# Of the cubic kernel (Keys, 1981): PyTorch's, by which MAE's and the authors' code resize.
+_A = -0.75
+
+
+def grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """(rows, columns) of patches."""
+    return image_size[0] // patch_size, image_size[1] // patch_size
+
+
+def sincos(grid: tuple[int, int], width: int) -> np.ndarray:
+    """Fixed 2-D sine-cosine position embedding, fp32 `[N, D]` (MAE, appendix A.1).
+
+    The first half of the channels codes the column, the second the row; each half is the
+    sines, then the cosines, at frequencies `10000^(-i / (D/4))`. D must be a multiple of 4.
+    """
+    frequencies = 10000.0 ** (-np.arange(width // 4) / (width / 4))
+    row, col = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    angles = [index.reshape(-1, 1) * frequencies for index in (col, row)]
+    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], 1).astype(np.float32)
+
+
+def _cubic(old: int, new: int) -> np.ndarray:
+    """The matrix `[new, old]` that resizes an axis, as PyTorch's bicubic interpolation does with
+    `align_corners=False` and no antialiasing; `jax.image.resize` has another kernel (a = -0.5)."""
+    x = (np.arange(new) + 0.5) * old / new - 0.5
+    first = np.floor(x)
+    matrix = np.zeros((new, old))
+    for tap in (-1, 0, 1, 2):
+        t = np.abs(x - first - tap)
+        near = ((_A + 2) * t - (_A + 3)) * t**2 + 1
+        far = _A * (((t - 5) * t + 8) * t - 4)
+        place = np.clip(first + tap, 0, old - 1).astype(int)
+        np.add.at(matrix, (np.arange(new), place), np.where(t <= 1, near, far))
+    return matrix
+
+
+def resize(table: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
+    """A position embedding fp32 `[N, D]` of the patch grid `old` for the grid `new`, bicubic."""
+    rows, cols = (_cubic(a, b) for a, b in zip(old, new, strict=True))
+    grid = np.asarray(table, np.float64).reshape(*old, -1)
+    out = np.einsum("ar,bc,rcd->abd", rows, cols, grid, optimize=True)
+    return out.reshape(new[0] * new[1], -1).astype(np.float32)
+
+
+def fitted(encoder: Mapping, old: tuple[int, int], new: tuple[int, int]) -> dict:
+    """Encoder parameters that were trained on the patch grid `old`, for images of the grid `new`.
+
+    Where they differ, what the encoder knows as positions, learned or fixed, is resized.
+    """
+    if old == new:
+        return dict(encoder)
+    width = encoder["cls_token"].shape[-1]
+    table = encoder["pos_embed"] if "pos_embed" in encoder else sincos(old, width)
+    return {**encoder, "pos_embed": resize(np.asarray(table), old, new)}

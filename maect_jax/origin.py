@@ -1,0 +1,146 @@
+"""Where a run starts: a trained stage of another run, or files from elsewhere."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from maect_jax import checkpoint, files, sharding
+from maect_jax import config as pages
+from maect_jax.convert import importing
+from maect_jax.errors import UserError
+from maect_jax.models import positions
+from maect_jax.stages import build
+
+RANDOM = "random"
+_LINEAGE = "origin.json"
+
+# Of a run with several stages, where each stage starts.
+_PREFERRED = {
+    "head": ("mae", "head", "ct", "finetune"),
+    "ct": ("head", "ct", "mae", "finetune"),
+    "finetune": ("ct", "head", "mae", "finetune"),
+    "eval": ("ct", "head", "mae", "finetune"),
+}
+_ALONE = ("encoder", "probe")  # what an imported run may have, and nothing else
+
+
+class Saved(NamedTuple):
+    """A stage that something has saved.
+
+    Attributes:
+      stage: its name.
+      config: that it was made with; of files, what is known of it.
+      read: `build.SAVED_PARTS` of it, each array placed by the rules of the mesh that it is given.
+    """
+
+    stage: str
+    config: ConfigDict
+    read: Callable[..., dict]
+
+
+def saved(run: Path, stage: str) -> Saved:
+    """A stage of a run."""
+    folder = checkpoint.stage_folder(run, stage)
+    parts = build.SAVED_PARTS[stage]
+    config = pages.read(run / "config.json")
+    return Saved(stage, config, lambda mesh: checkpoint.read_parts(folder, parts, mesh))
+
+
+def encoders(run: Path) -> dict[str, Saved]:
+    """The stages of a run whose encoder can be evaluated.
+
+    A head's encoder is the MAE's; it counts only where the run has no MAE of its own.
+    """
+    found = checkpoint.trained_stages(run, tuple(build.SAVED_PARTS))
+    return {name: saved(run, name) for name in found if name != "head" or "mae" not in found}
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a stage starts.
+
+    Attributes:
+      name: what people call it.
+      saved: the stage that is taken over.
+      rows: by name, all that an evaluation of it measures.
+      lineage: where its weights are from, the last first.
+    """
+
+    name: str
+    saved: Saved
+    rows: Mapping[str, Saved]
+    lineage: Callable[[], list[dict]]
+
+    def start(self, model: ConfigDict, stage: str, mesh) -> dict:
+        """What `stage` takes over, fitted to the image size of its `model` section."""
+        start = build.handover(self.saved.stage, self.saved.read(mesh), stage)
+        both = (self.saved.config.model, model)
+        old, new = (positions.grid(m.image_size, m.patch_size) for m in both)
+        return start | {"encoder": positions.fitted(start["encoder"], old, new)}
+
+
+def of_run(run: Path, stage: str) -> Origin:
+    """A trained stage of a run."""
+
+    def lineage():
+        return [{"run": str(run), "stage": stage}, *read_lineage(run)]
+
+    return Origin(f"{run}, stage {stage}", saved(run, stage), encoders(run), lineage)
+
+
+def of_files(imported: importing.Imported) -> Origin:
+    """Files from elsewhere."""
+
+    def read(mesh):
+        return sharding.place(imported.read(), mesh)
+
+    one = Saved(imported.kind, imported.config, read)
+    name = ", ".join(map(str, imported.files))
+    return Origin(name, one, {imported.config.name: one}, imported.origin)
+
+
+def find(init_from: str, stage: str, needs_run: bool = True) -> Origin:
+    """What `stage` starts from: the trained stage of run `init_from`, or files.
+
+    `needs_run` says that it cannot start from random weights.
+
+    Raises:
+      UserError: there is no such thing, it cannot be read, or it is a run that is not finished.
+    """
+    where = f"config.init_from={init_from!r}: "
+    allowed = "the folder of a run or a file of weights"
+    if not needs_run:
+        allowed = f"the folder of a run, a file of weights, or {RANDOM!r} weights"
+    if not init_from:
+        raise UserError(f"{where}stage {stage} must start from something: {allowed}")
+    if importing.is_file(init_from):
+        return of_files(importing.recognised(importing.paths_of(init_from)))
+    run = Path(init_from)
+    if not (run / "config.json").is_file():
+        raise UserError(f"{where}there is no run; must be {allowed}")
+    trained = checkpoint.trained_stages(run, tuple(build.SAVED_PARTS))
+    if not trained:
+        raise UserError(f"{where}the run has no checkpoint yet; must be {allowed}")
+    preferred = (*_PREFERRED[stage], *_ALONE)
+    name = next(name for name in preferred if name in trained)
+    folder = checkpoint.stage_folder(run, name)
+    step, steps = checkpoint.last_step(folder), checkpoint.read_position(folder)["steps"]
+    if step != steps:
+        raise UserError(
+            f"{where}its stage {name} is at step {step} of {steps}; finish that run first"
+        )
+    return of_run(run, name)
+
+
+def read_lineage(run: Path) -> list[dict]:
+    """Where the weights that a run started from are from, the last first; nothing where it started
+    from random ones."""
+    return files.read_json(run / _LINEAGE).get("from", [])
+
+
+def write_lineage(run: Path, lineage: list[dict]) -> None:
+    """Notes in a run's folder where its weights are from."""
+    files.write_json(run / _LINEAGE, {"from": lineage})
