@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -45,10 +46,23 @@ class Checkpoints:
 
 
 def write(folder: Path, parts: dict) -> None:
-    """Makes the folder of a stage that is at its end, with some fields of a state."""
-    made = Checkpoints(folder)
-    made.save(0, parts, {"steps": 0})
-    made.close()
+    """Makes the folder of a stage that is at its end, of some fields of a state, NumPy arrays.
+
+    They are written as they lie in memory: a copy, which orbax makes lest they change, or their
+    compression would each take as much again.
+    """
+    arrays = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    known = ocp.type_handlers.create_type_handler_registry((np.ndarray, arrays))
+    handlers = {
+        "state": ocp.PyTreeCheckpointHandler(type_handler_registry=known, use_compression=False),
+        "position": ocp.JsonCheckpointHandler(),
+    }
+    options = ocp.CheckpointManagerOptions(create=True)
+    path = epath.Path(folder.absolute())
+    with ocp.CheckpointManager(path, item_handlers=handlers, options=options) as manager:
+        state = ocp.args.PyTreeSave(jax.tree.map(np.asarray, parts))
+        items = dict(state=state, position=ocp.args.JsonSave({"steps": 0}))
+        manager.save(0, args=ocp.args.Composite(**items))
 
 
 def last_step(folder: Path) -> int | None:

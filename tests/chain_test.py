@@ -48,7 +48,7 @@ def test_run_leaves_its_files_and_a_table(finished):
     workdir, done = finished
     names = {path.name for path in workdir.iterdir()}
     assert names == {
-        "config.json", "environment.json", "metrics.jsonl", "checkpoints", "watch",
+        "config.json", "environment.json", "origin.json", "metrics.jsonl", "checkpoints", "watch",
         "results.json", "results.md", "features", "clusters.csv", "report.html", "pictures",
     }  # fmt: skip
     # The table and where the page is, and nothing else.

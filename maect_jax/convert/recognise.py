@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from maect_jax.convert import layouts, names
+from maect_jax.convert import head_names, layouts, names
 from maect_jax.convert.layouts import CLASSIFIER, DECODER, ENCODER, HEAD, Parts
 from maect_jax.errors import UserError
 from maect_jax.models import mae, nnclr, positions, vit
@@ -52,10 +52,12 @@ def model(found: layouts.Sorted, config: Mapping, given: Given, where: str) -> C
             "patch, patch] with square patches"
         )
     known = next((name for name, size in vit.VARIANTS.items() if size.width == width), None)
-    heads = given.heads or config.get("num_attention_heads")
+    heads = given.heads or _told(config, "num_attention_heads", int, where)
     if heads is None and known:
         heads = vit.VARIANTS[known].heads
-    ln_eps = given.ln_eps or config.get("layer_norm_eps") or (LN_EPS if known else None)
+    ln_eps = (
+        given.ln_eps or _told(config, "layer_norm_eps", float, where) or (LN_EPS if known else None)
+    )
     asked = [f"--{key}" for key, x in (("heads", heads), ("ln_eps", ln_eps)) if x is None]
     if asked:
         raise UserError(
@@ -63,10 +65,10 @@ def model(found: layouts.Sorted, config: Mapping, given: Given, where: str) -> C
             f"({', '.join(str(size.width) for size in vit.VARIANTS.values())}), and the file does "
             f"not tell all of it: import it with {' and '.join(asked)}"
         )
-    if width % int(heads) or width % 4:
+    if width % heads or width % 4:
         raise UserError(f"{where}: its width {width} must be a multiple of 4 and of {heads} heads")
     variant = known or "B"
-    size = vit.Size(width, names.depth(tensors), int(heads))
+    size = vit.Size(width, names.depth(tensors), heads)
     own = {
         key: None if value == getattr(vit.VARIANTS[variant], key) else value
         for key, value in size._asdict().items()
@@ -81,7 +83,7 @@ def model(found: layouts.Sorted, config: Mapping, given: Given, where: str) -> C
             "image_size": given.image_size or tuple(side * patch[0] for side in grid),
             "channels": channels,
             "pool": given.pool or pool,
-            "ln_eps": float(ln_eps),
+            "ln_eps": ln_eps,
             "dtype": given.dtype or "bfloat16",
         }
     )
@@ -129,7 +131,7 @@ def decoder(tensors, config: Mapping, section: ConfigDict, given: Given, where: 
     width = _need(tensors, "embed.weight", where).shape[0]
     heads = (
         given.decoder_heads
-        or config.get("decoder_num_attention_heads")
+        or _told(config, "decoder_num_attention_heads", int, where)
         or _DECODER_HEADS.get(width)
     )
     if heads is None:
@@ -137,7 +139,7 @@ def decoder(tensors, config: Mapping, section: ConfigDict, given: Given, where: 
             f"{where}: a decoder of width {width} is not MAE's; import it with --decoder_heads"
         )
     return mae.Decoder(
-        width, names.depth(tensors), int(heads), section.patch_size, section.channels,
+        width, names.depth(tensors), heads, section.patch_size, section.channels,
         section.ln_eps,
     )  # fmt: skip
 
@@ -151,6 +153,19 @@ def head(tensors, where: str) -> dict[str, int]:
         "queue_size": "queue",
     }
     return {key: _need(tensors, name, where).shape[0] for key, name in sizes.items()}
+
+
+def _told(config: Mapping, key: str, kind: type, where: str):
+    """A positive number that stands beside the tensors, or `None`."""
+    if key not in config:
+        return None
+    try:
+        value = kind(config[key])
+    except (TypeError, ValueError):
+        value = 0
+    if value <= 0:
+        raise UserError(f"{where}: its {key} is {config[key]!r}, must be a number above 0")
+    return value
 
 
 def _need(tensors, name: str, where: str):
@@ -199,7 +214,7 @@ def expected(
         }
         if any(name.startswith("target_projector.") for name in parts[HEAD]):
             trees["target"] = {"projector": trees["params"]["projector"]}
-        shapes[HEAD] = _shapes(names.head_to_torch(trees)) | {
+        shapes[HEAD] = _shapes(head_names.head_to_torch(trees)) | {
             "queue": (queue, out), "queue_id": (queue,), "queue_y": (queue,), "queue_ptr": (1,),
         }  # fmt: skip
     if CLASSIFIER in parts:

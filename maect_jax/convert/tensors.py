@@ -57,7 +57,7 @@ class Content:
     path: Path
     container: str
     tensors: Mapping[str, Stored]
-    config: Mapping  # of a HuggingFace folder; else empty
+    config: Mapping  # of a HuggingFace folder, or of a safetensors header; may be empty
     preprocessor: Mapping
 
 
@@ -76,10 +76,11 @@ def read(path: Path) -> Content:
         found, folder = path, path.parent
     else:
         raise UserError(f"{path}: there is no such file")
+    about = {}
     if found.name == _INDEX:
         container, tensors = "safetensors, in parts", _parts(found)
     elif found.suffix in SAFETENSORS:
-        container, tensors = "safetensors", _safetensors(found)
+        container, (tensors, about) = "safetensors", _safetensors(found)
     elif found.suffix in PICKLES:
         container, tensors = _pickle(found)
     else:
@@ -87,8 +88,10 @@ def read(path: Path) -> Content:
         raise UserError(f"{path}: not a file of tensors by its name; must end in one of {allowed}")
     if not tensors:
         raise UserError(f"{path}: holds no tensors")
-    beside = (_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
-    return Content(path, container, tensors, *beside)
+    config, preprocessor = (
+        _json(folder / name) for name in ("config.json", "preprocessor_config.json")
+    )
+    return Content(path, container, tensors, about | config, preprocessor)
 
 
 def weights_in(folder: Path) -> Path | None:
@@ -114,7 +117,9 @@ def _json(path: Path) -> dict:
     return values
 
 
-def _safetensors(path: Path) -> dict[str, Stored]:
+def _safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors, and what the header says besides."""
+
     def read(name):
         # Opened for each tensor, so that what was read is let go and never adds up.
         with safe_open(path, "numpy") as file:
@@ -124,11 +129,13 @@ def _safetensors(path: Path) -> dict[str, Stored]:
         with safe_open(path, "numpy") as file:
             names = file.keys()
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            about = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file: {error}") from error
-    return {
+    found = {
         name: Stored((name,), shape, lambda name=name: read(name)) for name, shape in shapes.items()
     }
+    return found, about
 
 
 def _parts(index: Path) -> dict[str, Stored]:
@@ -139,7 +146,7 @@ def _parts(index: Path) -> dict[str, Stored]:
     for name in sorted(set(places.values())):
         if Path(name).name != name or not (index.parent / name).is_file():
             raise UserError(f"{index}: its part {name!r} is not beside it")
-        tensors |= _safetensors(index.parent / name)
+        tensors |= _safetensors(index.parent / name)[0]
     absent = set(places) - set(tensors)
     if absent:
         raise UserError(f"{index}: no part holds the tensor {min(absent)!r}")
@@ -219,11 +226,14 @@ def write(
     torch = None if path.suffix in SAFETENSORS else _torch(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        draft.touch()  # safetensors makes files that no one else may read
+        mode = draft.stat().st_mode
         if torch is None:
             save_file(arrays, draft, metadata={"format": "pt", **(about or {})})
         else:
             content = {name: torch.tensor(x) for name, x in arrays.items()}
             torch.save({wrapper: content} if wrapper else content, draft)
+        draft.chmod(mode)
         draft.replace(path)
     except OSError as error:
         draft.unlink(missing_ok=True)

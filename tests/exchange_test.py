@@ -1,0 +1,248 @@
+"""Real models of timm and HuggingFace's transformers (extra `[peers]`): what they write is read,
+and what is written they read."""
+
+import argparse
+import pickle
+import warnings
+from functools import partial
+
+import numpy as np
+import pytest
+
+from maect_jax import load_encoder
+from maect_jax.convert import importing
+from maect_jax.convert.recognise import Given
+from maect_jax.errors import UserError
+from maect_jax.models import positions, vit
+from maect_jax.stages import build
+from tests.figures import FORWARD, assert_close
+from tests.import_test import assert_same, run_convert
+from tests.peers_test import arrays, perturbed
+
+reason = "the extra [peers] is not installed"
+torch = pytest.importorskip("torch", reason=reason)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what the peers warn of when they are imported
+    timm = pytest.importorskip("timm", reason=reason)
+    transformers = pytest.importorskip("transformers", reason=reason)
+    from safetensors.torch import save_file
+    from transformers import AutoModel
+
+SMALL = dict(embed_dim=24, depth=2, num_heads=3)
+# By name, the arguments of timm's Vision Transformer, and the feature that is its own.
+TIMM = {
+    "class token": (dict(num_classes=0), "cls"),
+    "classifier": (dict(num_classes=7), "cls"),
+    "mean": (dict(num_classes=0, global_pool="avg", fc_norm=False), "mean"),
+    "fc_norm": (dict(num_classes=5, global_pool="avg"), "fc_norm"),
+    "grey": (dict(num_classes=0, in_chans=1), "cls"),
+    "no class position": (dict(num_classes=0, no_embed_class=True), "cls"),
+    "not square": (dict(num_classes=0, img_size=(16, 24)), "cls"),
+    "other eps": (dict(num_classes=0, norm_layer=partial(torch.nn.LayerNorm, eps=1e-3)), "cls"),
+}
+
+
+def timm_model(**own):
+    sizes = SMALL | dict(img_size=16, patch_size=4) | own
+    return perturbed(timm.models.vision_transformer.VisionTransformer(**sizes))
+
+
+def images_for(model, rng):
+    height, width = model.patch_embed.img_size
+    channels = model.patch_embed.proj.weight.shape[1]
+    return rng.normal(size=(3, height, width, channels)).astype(np.float32)
+
+
+def pixels(images):
+    return torch.tensor(images.transpose(0, 3, 1, 2))
+
+
+def features(found, images):
+    """What an import makes of normalised images."""
+    model = found.config.model
+    module = build.encoder(model).clone(dtype="float32")
+    params = build.evaluated_encoder(found.kind, found.read())
+    return np.asarray(vit.features(module, params, images, model.pool))
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+@pytest.mark.parametrize(("own", "pool"), TIMM.values(), ids=list(TIMM))
+def test_timm_there_and_back(tmp_path, monkeypatch, rng, own, pool, ending):
+    peer = timm_model(**own)
+    path, run, out = tmp_path / f"peer.{ending}", tmp_path / "run", tmp_path / "out.safetensors"
+    if ending == "pth":
+        torch.save({"state_dict": peer.state_dict()}, path)
+    else:
+        save_file(peer.state_dict(), path)
+    images, size = images_for(peer, rng), peer.patch_embed.img_size
+    with torch.no_grad():
+        want = peer.forward_head(peer.forward_features(pixels(images)), pre_logits=True).numpy()
+    told = Given(3, None, peer.norm.eps if pool != "fc_norm" else 1e-6, size, pool)
+    found = importing.recognised([path], told)
+    assert_close("timm features", features(found, images), want, FORWARD)
+    flags = [f"--heads={told.heads}", f"--ln_eps={told.ln_eps}", f"--pool={pool}"]
+    run_convert(monkeypatch, "import", path, run, *flags, f"--image_size={size[0]},{size[1]}")
+    run_convert(monkeypatch, "export", run, out, "--format=timm")
+    # As the card says: timm refuses what is missing or left over.
+    card = (tmp_path / "out.md").read_text()
+    call = next(line for line in card.splitlines() if line.startswith("model = "))
+    names = {"timm": timm, "torch": torch, "partial": partial}
+    monkeypatch.chdir(tmp_path)
+    exec(call, names)
+    again = names["model"]
+    with torch.no_grad():
+        got = again.forward_head(again.forward_features(pixels(images)), pre_logits=True)
+    assert_close("timm features, exported", got.numpy(), want, FORWARD)
+    before, after = arrays(peer.state_dict().items()), arrays(again.state_dict().items())
+    token = before["cls_token"]
+    if before["pos_embed"].shape == after["pos_embed"].shape:
+        token = token + before["pos_embed"][:, :1]
+    np.testing.assert_array_equal(after.pop("cls_token"), token)
+    patches = -before["patch_embed.proj.weight"].shape[0] and after["pos_embed"].shape[1] - 1
+    np.testing.assert_array_equal(after.pop("pos_embed")[:, 1:], before["pos_embed"][:, -patches:])
+    assert_same(after, {n: x for n, x in before.items() if n not in ("cls_token", "pos_embed")})
+
+
+def hf_config(kind, **own):
+    return kind(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96,
+        image_size=16, patch_size=4, **own,
+    )  # fmt: skip
+
+
+DECODER = dict(
+    decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+    decoder_intermediate_size=64,
+)  # fmt: skip
+HF = {
+    "ViTModel": (transformers.ViTModel, hf_config(transformers.ViTConfig)),
+    "ViTForImageClassification": (
+        transformers.ViTForImageClassification,
+        hf_config(transformers.ViTConfig, num_labels=4),
+    ),
+    "ViTMAEModel": (
+        transformers.ViTMAEModel,
+        hf_config(transformers.ViTMAEConfig, mask_ratio=0.0, **DECODER),
+    ),
+    "ViTMAEForPreTraining": (
+        transformers.ViTMAEForPreTraining,
+        hf_config(transformers.ViTMAEConfig, mask_ratio=0.0, **DECODER),
+    ),
+}
+
+
+@pytest.mark.parametrize("binary", [False, True], ids=["safetensors", "bin"])
+@pytest.mark.parametrize(("kind", "config"), HF.values(), ids=list(HF))
+def test_transformers_there_and_back(tmp_path, monkeypatch, rng, kind, config, binary):
+    peer = perturbed(kind(config))
+    folder, run, out = tmp_path / "peer", tmp_path / "run", tmp_path / "out"
+    peer.save_pretrained(folder)
+    if binary:
+        (folder / "model.safetensors").unlink()
+        torch.save(peer.state_dict(), folder / "pytorch_model.bin")
+    images = rng.normal(size=(3, 16, 16, 3)).astype(np.float32)
+    inner = getattr(peer, "vit", peer)
+    with torch.no_grad():
+        want = inner(pixel_values=pixels(images)).last_hidden_state[:, 0].numpy()
+    found = importing.recognised([folder])
+    assert_close("transformers features", features(found, images), want, FORWARD)
+    run_convert(monkeypatch, "import", folder, run)
+    run_convert(monkeypatch, "export", run, out, "--format=hf")
+    classifies = kind is transformers.ViTForImageClassification
+    loader = transformers.AutoModelForImageClassification if classifies else AutoModel
+    again, told = loader.from_pretrained(out, output_loading_info=True)
+    for trouble in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        assert not told[trouble], trouble
+    again = again.eval()
+    with torch.no_grad():
+        got = getattr(again, "vit", again)(pixel_values=pixels(images))
+        if classifies:
+            np.testing.assert_array_equal(again.classifier.weight, peer.classifier.weight)
+        else:
+            np.testing.assert_array_equal(got.pooler_output, got.last_hidden_state[:, 0])
+    assert_close("transformers features, exported", got.last_hidden_state[:, 0], want, FORWARD)
+    # Every tensor of the encoder, bit for bit, but the class token and its position.
+    before = arrays(inner.state_dict().items())
+    after = arrays(getattr(again, "vit", again).state_dict().items())
+    token, position = "embeddings.cls_token", "embeddings.position_embeddings"
+    np.testing.assert_array_equal(after[token], before[token] + before[position][:, :1])
+    np.testing.assert_array_equal(after[position][:, 1:], before[position][:, 1:])
+    assert not after[position][:, 0].any()
+    rest = {n for n in before if n not in (token, position) and not n.startswith("pooler")}
+    assert_same({n: after[n] for n in rest}, {n: before[n] for n in rest})
+
+
+def test_half_precision_and_old_pickles_are_read(tmp_path, rng):
+    peer = timm_model(num_classes=0).half()
+    images = images_for(peer, rng)
+    given = Given(3, None, 1e-6)
+    found = {}
+    for name, saved in (
+        ("new.pth", dict(_use_new_zipfile_serialization=True)),
+        ("old.pth", dict(_use_new_zipfile_serialization=False)),
+    ):
+        # As MAE's own training writes it: with its command line beside the weights.
+        content = {"model": peer.state_dict(), "args": argparse.Namespace(lr=1e-3), "epoch": 3}
+        torch.save(content, tmp_path / name, **saved)
+        found[name] = features(importing.recognised([tmp_path / name], given), images)
+    with torch.no_grad():
+        want = peer.float().forward_head(peer.forward_features(pixels(images)), pre_logits=True)
+    for got in found.values():
+        assert_close("half precision", got, want.numpy(), FORWARD)
+
+
+class Malicious:
+    """Runs a command where a careless reader unpickles it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        import os
+
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("how", ["torch", "pickle"])
+def test_a_malicious_pickle_runs_nothing(tmp_path, monkeypatch, capsys, how):
+    trap, path = tmp_path / "ran", tmp_path / "weights.pth"
+    content = {"model": {"cls_token": torch.zeros(1)}, "extra": Malicious(trap)}
+    if how == "torch":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="2"):
+            run_convert(monkeypatch, "import", path, tmp_path / "run")
+        message = capsys.readouterr().err
+        assert message.startswith(f"error: {path}: refused, as it holds more than tensors")
+        assert message.count("\n") == 1
+        with pytest.raises(UserError, match="refused"):
+            load_encoder(path)
+    assert not trap.exists()
+    assert not (tmp_path / "run").exists()
+    # The trap works where it is sprung.
+    if how == "pickle":
+        pickle.loads(path.read_bytes())
+        assert trap.exists()
+
+
+def test_a_pickle_cut_short_is_one_clear_line(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save({"model": timm_model().state_dict()}, path)
+    whole = path.read_bytes()
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError) as error:
+            importing.recognised([path], Given(3, None, 1e-6)).read()
+        assert str(error.value).startswith(f"{path}: ")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("old", "new"), [((14, 14), (24, 24)), ((7, 5), (4, 9)), ((3, 3), (1, 2))])
+def test_positions_are_resized_as_pytorch_does(rng, old, new):
+    table = rng.normal(size=(old[0] * old[1], 8)).astype(np.float32)
+    grid = torch.tensor(table.reshape(1, *old, 8).transpose(0, 3, 1, 2))
+    want = torch.nn.functional.interpolate(grid, new, mode="bicubic", align_corners=False)
+    want = want.numpy().transpose(0, 2, 3, 1).reshape(-1, 8)
+    assert_close("resized positions", positions.resize(table, old, new), want, 1e-6)
