@@ -2,9 +2,14 @@
 and what is written they read."""
 
 import argparse
+import os
 import pickle
+import re
+import subprocess
+import sys
 import warnings
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +20,7 @@ from maect_jax.convert.recognise import Given
 from maect_jax.errors import UserError
 from maect_jax.models import positions, vit
 from maect_jax.stages import build
+from tests.conftest import CONFIGS, FAST_RUN, ROOT
 from tests.figures import FORWARD, assert_close
 from tests.import_test import assert_same, run_convert
 from tests.peers_test import arrays, perturbed
@@ -198,8 +204,6 @@ class Malicious:
         self.path = path
 
     def __reduce__(self):
-        import os
-
         return os.system, (f"touch {self.path}",)
 
 
@@ -246,3 +250,29 @@ def test_positions_are_resized_as_pytorch_does(rng, old, new):
     want = torch.nn.functional.interpolate(grid, new, mode="bicubic", align_corners=False)
     want = want.numpy().transpose(0, 2, 3, 1).reshape(-1, 8)
     assert_close("resized positions", positions.resize(table, old, new), want, 1e-6)
+
+
+def test_the_readmes_commands_go_all_the_way(tmp_path):
+    """From an MAE to timm, as they stand in the README; then the features of its example."""
+    readme = (ROOT / "README.md").read_text()
+    commands, example = (
+        re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```", readme, re.DOTALL)[1]
+        for name in ("exchange commands", "features")
+    )
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for script in (["bash", "-euo", "pipefail", "-c", commands], [sys.executable, "-c", example]):
+        done = subprocess.run(
+            script, cwd=tmp_path, capture_output=True, text=True, timeout=900,
+            env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "XLA_FLAGS": FAST_RUN},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("(8, 32) (28, 28) (0.286,) (0.353,)")
+    card = (tmp_path / "tuned.md").read_text()
+    for text in (
+        "the moving average of its weights",
+        "`mae.safetensors`",
+        "k-means ACC",
+        "img_size",
+    ):
+        assert text in card

@@ -1,4 +1,4 @@
-"""Crops, colours and boxes against torchvision (extra [torch]); skipped without it.
+"""Crops, colours and boxes against torchvision (extra [peers]); skipped without it.
 
 Its float tensors have the same definitions, its Pillow images lose what whole values lose.
 """
