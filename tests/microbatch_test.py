@@ -38,11 +38,9 @@ def gradients_of(name, shape=(1, 1), microbatches=1, remat="none"):
 @pytest.mark.parametrize(
     "how",
     [
-        dict(microbatches=2),
-        dict(microbatches=4, remat="blocks"),
+        dict(microbatches=2, remat="blocks"),
         dict(microbatches=4, shape=(2, 2)),
         dict(remat="dots"),
-        dict(remat="blocks"),
     ],
     ids=str,
 )
