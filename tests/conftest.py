@@ -34,13 +34,19 @@ def mesh_of(data: int, fsdp: int) -> Mesh:
     return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
-def run_on(monkeypatch, shape: tuple[int, int], config, workdir) -> None:
-    """Runs a config in this process as if the devices of a mesh of that shape were all."""
+def run_on(monkeypatch, shape: tuple[int, int], config, workdir, page=True) -> None:
+    """Runs a config in this process as if the devices of a mesh of that shape were all.
+
+    Without `page`, which a test that does not look at it should leave out, none is drawn: that
+    takes seconds.
+    """
     from maect_jax import pipeline
 
     with monkeypatch.context() as patch:
         patch.setattr(jax, "device_count", lambda: shape[0] * shape[1])
         patch.setattr(pipeline.sharding, "make_mesh", lambda **_: mesh_of(*shape))
+        if not page:
+            patch.setattr(pipeline.page, "build", lambda run, images: run / "report.html")
         pipeline.run(config, workdir)
 
 

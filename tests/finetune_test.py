@@ -489,5 +489,5 @@ def test_a_chain_ends_with_the_accuracy_of_the_classifier(tmp_path, monkeypatch,
     hits = np.asarray(logits).argmax(1) == held_out.labels
     assert abs(hits.mean() - found["top1"]) < 0.002
     # Called again, it trains no more, and says the same.
-    run_on(monkeypatch, (2, 1), config, run)
+    run_on(monkeypatch, (2, 1), config, run, page=False)
     assert capsys.readouterr().out.splitlines() == told
