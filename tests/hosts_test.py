@@ -31,7 +31,8 @@ SETTINGS = (
     "mae.batch_size=512", "head.batch_size=512", "ct.batch_size=512",
     "head.queue_size=1024", "ct.queue_size=1024", "ct.top_k=1", "eval.batch_size=512",
     "eval.protocols=('knn','probe','probe_augmented','lowshot','cluster')",
-    "eval.lowshot.images=(5,)", "eval.lowshot.shares=()", "eval.probe.epochs=1",
+    "eval.lowshot.images=(5,)", "eval.lowshot.shares=()", "eval.lowshot.splits=1",
+    "eval.probe.epochs=1", "eval.cluster.runs=2", "eval.map=pca",
     "mae.base_lr=1e-5", "head.base_lr=1e-7", "ct.base_lr=1e-5", "ct.head_base_lr=1e-7",
 )  # fmt: skip
 PAGE = "configs/quickstart.py:test"
@@ -86,7 +87,7 @@ def pod_run(tmp_path_factory):
 def alone(monkeypatch, workdir, *settings):
     """The same in this process, on four devices."""
     page = config.load(str(CONFIGS / "quickstart.py:test"), [*SETTINGS, *settings])
-    run_on(monkeypatch, (2, 2), page, workdir)
+    run_on(monkeypatch, (2, 2), page, workdir, page=False)
     return workdir
 
 
