@@ -1,6 +1,7 @@
 """The whole chain through the real `main`: its files, its results, stop and resume."""
 
 import json
+import re
 import shutil
 import time
 
@@ -8,12 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from maect_jax import checkpoint, config, metrics, origin
+from maect_jax import checkpoint, config, metrics, origin, pipeline
+from maect_jax.errors import UserError
 from maect_jax.stages import build
 from tests.conftest import CONFIGS, SMALL, assert_trees_equal, mesh_of, run_on
 from tests.main_test import run_main
 
 QUICK = "configs/quickstart.py:test"
+MAP = "--config.eval.map=pca"  # t-SNE, which `report_test` draws, takes seconds
 STAGES = ("mae", "head", "ct")
 
 
@@ -33,6 +36,7 @@ def finished(tmp_path_factory):
     done = run_main(
         f"--config={QUICK}",
         f"--workdir={workdir}",
+        MAP,
         python=("-c", WITHOUT_TENSORFLOW),
     )
     assert done.returncode == 0, done.stderr
@@ -72,7 +76,11 @@ def test_debug_tells_everything_and_may_be_switched_on_later(finished, tmp_path)
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)
     shutil.rmtree(checkpoint.stage_folder(workdir, "ct"))
-    done = run_main(f"--config={QUICK}", f"--workdir={workdir}", "--config.log_level=debug")
+    # Of the evaluation, which is told in the same way, a part is enough.
+    short = (MAP, "--config.eval.protocols=('knn',)", "--config.eval.pixels=False")
+    done = run_main(
+        f"--config={QUICK}", f"--workdir={workdir}", "--config.log_level=debug", *short
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "stage ct: 31 steps" in done.stderr
     assert "encoder/blocks/attn/qkv/kernel" in done.stderr
@@ -186,7 +194,7 @@ def test_stopped_in_ct_it_goes_on_and_ends_bit_equal(tmp_path, monkeypatch):
     settings = ("stages=('mae','head','ct')", SMALL, "mae.epochs=1", "ct.epochs=2")
     quick = config.load(str(CONFIGS / "quickstart.py:test"), [*settings, "log_every=1"])
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    run_on(monkeypatch, (1, 1), quick, whole)
+    run_on(monkeypatch, (1, 1), quick, whole, page=False)
     shutil.copytree(whole, stopped)
     shutil.rmtree(checkpoint.stage_folder(stopped, "ct"))
     add = metrics.Log.add
@@ -199,10 +207,10 @@ def test_stopped_in_ct_it_goes_on_and_ends_bit_equal(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(metrics.Log, "add", add_until_9)
         with pytest.raises(StoppedError):
-            run_on(monkeypatch, (1, 1), quick, stopped)
+            run_on(monkeypatch, (1, 1), quick, stopped, page=False)
     assert metrics_of(stopped)[-1]["step"] == 7  # read one step late
     assert checkpoint.last_step(checkpoint.stage_folder(stopped, "ct")) == 6
-    run_on(monkeypatch, (1, 1), quick, stopped)
+    run_on(monkeypatch, (1, 1), quick, stopped, page=False)
     assert_trees_equal(last_state(whole, "ct"), last_state(stopped, "ct"))
     told = [
         [(entry["stage"], entry["step"], entry["loss"]) for entry in metrics_of(run)]
@@ -214,10 +222,10 @@ def test_stopped_in_ct_it_goes_on_and_ends_bit_equal(tmp_path, monkeypatch):
 def test_finished_run_is_not_run_again_and_another_is_refused(finished):
     workdir, first = finished
     before = (workdir / "metrics.jsonl").read_bytes(), (workdir / "results.json").read_bytes()
-    again = run_main(f"--config={QUICK}", f"--workdir={workdir}")
+    again = run_main(f"--config={QUICK}", f"--workdir={workdir}", MAP)
     assert again.returncode == 0
     assert again.stdout.splitlines() == first.stdout.splitlines()
-    other = run_main(f"--config={QUICK}", f"--workdir={workdir}", "--config.seed=1")
+    other = run_main(f"--config={QUICK}", f"--workdir={workdir}", MAP, "--config.seed=1")
     assert other.returncode == 2
     assert other.stderr.startswith(f"error: --workdir={workdir}: holds another run (seed: 0 -> 1)")
     assert before == (
@@ -225,7 +233,7 @@ def test_finished_run_is_not_run_again_and_another_is_refused(finished):
     )  # fmt: skip
 
 
-def test_pages_chain_from_run_to_run(finished, tmp_path):
+def test_pages_chain_from_run_to_run(finished, tmp_path, monkeypatch):
     """head -> ct -> eval, MAE-CT_aug in bf16, each a run of its own, on 4 x 2 devices."""
     head, ct, evaluated = (tmp_path / name for name in ("head", "ct", "eval"))
     steps = (
@@ -252,10 +260,7 @@ def test_pages_chain_from_run_to_run(finished, tmp_path):
         (("eval", f"init_from={head}", "data.std=(0.5,)"), "config.data.std is (0.353,)"),
     ):
         name, *overrides = arguments
-        done = run_main(
-            f"--config=configs/{name}.py:test", f"--workdir={tmp_path / 'bad'}",
-            *(f"--config.{override}" for override in overrides),
-        )  # fmt: skip
-        assert done.returncode == 2
-        assert message in done.stderr
+        page = config.load(str(CONFIGS / f"{name}.py:test"), overrides)
+        with pytest.raises(UserError, match=re.escape(message)):
+            run_on(monkeypatch, (1, 1), page, tmp_path / "bad")
         assert not (tmp_path / "bad").exists()
