@@ -64,7 +64,7 @@ def float64(tree):
 def test_encoder_equals_numpy(rng, shape, patch, eps):
     model = vit.ViT(16, 3, 2, patch, ln_eps=eps)
     images = rng.normal(size=(2, *shape)).astype(np.float32)
-    params = model.init(jax.random.key(0), images)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
     # Random norms and biases, lest a forgotten one go unseen.
     params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
     position = positions.sincos((shape[0] // patch, shape[1] // patch), 16)
@@ -89,7 +89,7 @@ def test_position_embedding_by_hand():
 def test_split_encoder_is_the_same_function_and_merges_back(rng, frozen):
     images = rng.normal(size=(2, 8, 8, 3)).astype(np.float32)
     whole = vit.ViT(16, 3, 2, 4)
-    params = whole.init(jax.random.key(0), images)["params"]
+    params = jax.jit(whole.init)(jax.random.key(0), images)["params"]
     trained, kept = vit.split_blocks(params, frozen)
     assert not set(trained) & set(kept)
     split = whole.clone(frozen_blocks=frozen)
@@ -137,7 +137,7 @@ def test_mask_keeps_the_smallest_noise(rng, ratio, kept):
 def test_encoder_sees_only_the_kept_patches(rng):
     model = vit.ViT(16, 2, 2, 4)
     images = rng.normal(size=(1, 8, 8, 1)).astype(np.float32)
-    params = model.init(jax.random.key(0), images)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
     keep = jnp.array([[2, 1]])
     seen = model.apply({"params": params}, images, keep)
     assert seen.shape == (1, 3, 16)
