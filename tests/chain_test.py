@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from maect_jax import checkpoint, config, metrics, origin, pipeline
+from maect_jax import checkpoint, config, metrics, origin
 from maect_jax.errors import UserError
 from maect_jax.stages import build
 from tests.conftest import CONFIGS, SMALL, assert_trees_equal, mesh_of, run_on
