@@ -52,7 +52,9 @@ def write(folder: Path, parts: dict) -> None:
     compression would each take as much again.
     """
     arrays = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
-    known = ocp.type_handlers.create_type_handler_registry((np.ndarray, arrays))
+    known = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, arrays), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
     handlers = {
         "state": ocp.PyTreeCheckpointHandler(type_handler_registry=known, use_compression=False),
         "position": ocp.JsonCheckpointHandler(),

@@ -81,7 +81,7 @@ def test_an_mae_goes_in_and_out_bit_equal(file, tmp_path, monkeypatch, capsys):
     want, run = mae_file(MAE), tmp_path / "run"
     run_convert(monkeypatch, "import", file(want), run, *flags(MAE))
     said = capsys.readouterr().out
-    assert "MAE's, with its decoder" in said
+    assert "MAE's (with decoder) names" in said
     assert "kind       mae: encoder + decoder" in said
     assert "blocks.*.mlp.fc1 -> encoder blocks.*.mlp.fc1 (bias, weight)" in said
     run_convert(monkeypatch, "export", run, tmp_path / "again.safetensors", "--format=mae")

@@ -5,6 +5,7 @@ python -m maect_jax.convert export RUN FILE --format={timm,hf,maect,mae}
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -83,15 +84,18 @@ def _import(arguments: argparse.Namespace) -> None:
     given = Given(**{key: getattr(arguments, key) for key in keys})
     found = importing.recognised(arguments.file, given)
     print("\n".join(found.described), flush=True)
-    lineage = found.origin()
+    draft = run.with_name(f"{run.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        checkpoint.write(checkpoint.stage_folder(run, found.kind), found.read())
-        origin.write_lineage(run, lineage)
-        # Last: without it the folder is no run.
-        files.write_json(run / "config.json", found.config.to_dict())
+        draft.mkdir(parents=True)
+        checkpoint.write(checkpoint.stage_folder(draft, found.kind), found.read())
+        origin.write_lineage(draft, found.origin())
+        files.write_json(draft / "config.json", found.config.to_dict())
+        draft.replace(run)
     except OSError as error:
         raise UserError(f"{run}: cannot write there: {error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)  # what did not become a run
     print(f"\n{run}: start from it with --config.init_from={run}")
 
 

@@ -97,6 +97,7 @@ def _about(model: Model) -> dict[str, str]:
     told = {
         "num_attention_heads": build.encoder_size(section).heads,
         "layer_norm_eps": section.ln_eps,
+        "image_size": list(section.image_size),
     }
     if model.stage == "mae" and "decoder" in model.parts["params"]:
         told["decoder_num_attention_heads"] = model.config.mae.decoder.heads

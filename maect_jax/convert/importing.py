@@ -88,11 +88,15 @@ class Imported:
 def is_file(init_from: str) -> bool:
     """Whether `init_from` names foreign files, and not a run."""
     paths = paths_of(init_from)
-    return len(paths) > 1 or any(path.is_file() or tensors.weights_in(path) for path in paths)
+    if len(paths) == 1 and paths[0].is_dir():
+        return not (paths[0] / "checkpoints").exists() and bool(tensors.weights_in(paths[0]))
+    return len(paths) > 1 or any(path.is_file() for path in paths)
 
 
 def paths_of(text: str) -> tuple[Path, ...]:
     """The paths in `ENCODER` or `ENCODER,HEAD`."""
+    if Path(text).exists():
+        return (Path(text),)
     return tuple(Path(part) for part in text.split(",") if part)
 
 
@@ -125,7 +129,7 @@ def recognised(files: Sequence[Path], given: Given = _NOTHING) -> Imported:
     own = next(i for i, one in enumerate(found) if ENCODER in one.parts)
     main, about = found[own], contents[own].config
     section = recognise.model(main, about, given, str(files[own]))
-    grid = recognise.stored_grid(main, given, section.patch_size, str(files[own]))
+    grid = recognise.stored_grid(main, about, given, section.patch_size, str(files[own]))
     _place_class_position(parts, grid, files[own])
     decoding = None
     if DECODER in parts:
@@ -182,6 +186,7 @@ def _place_class_position(parts: Parts, grid: tuple[int, int], path: Path) -> No
                 token.names + stored.names,
                 token.shape,
                 lambda token=token, stored=stored: np.asarray(token) + np.asarray(stored)[:, :1],
+                path,
             )
         elif part == DECODER and np.asarray(stored)[:, 0].any():
             raise UserError(
@@ -192,4 +197,5 @@ def _place_class_position(parts: Parts, grid: tuple[int, int], path: Path) -> No
             stored.names,
             (stored.shape[0], patches, *stored.shape[2:]),
             lambda stored=stored: np.asarray(stored)[:, 1:],
+            path,
         )

@@ -104,7 +104,7 @@ _LAYOUTS = (
     (r"(vit\.)?embeddings\.patch_embeddings\..*", "HuggingFace's", _HF),
     (r"projector\.0\.weight", "a contrastive head of MAE-CT's authors", _HEAD),
     (r"layer\.[23]\.weight", "a linear probe of MAE-CT's authors", _PROBE),
-    (r"decoder_embed\.weight", "MAE's, with its decoder", _PLAIN),
+    (r"decoder_embed\.weight", "MAE's (with decoder)", _PLAIN),
     (r"patch_embed\.proj\.weight", "MAE's, timm's or MAE-CT's", _PLAIN),
 )
 
@@ -182,7 +182,8 @@ def _joined(found: dict[str, Stored], where: str) -> Stored:
     names = tuple(name for x in three for name in x.names)
     (shape,) = shapes
     whole = (3 * shape[0], *shape[1:])
-    return Stored(names, whole, lambda: np.concatenate([np.asarray(x) for x in three]))
+    read = lambda: np.concatenate([np.asarray(x) for x in three])  # noqa: E731
+    return Stored(names, whole, read, three[0].where)
 
 
 def mae_decoder_name(name: str) -> str:

@@ -1,6 +1,7 @@
 """What model the tensors of a file belong to, by their shapes; and whether all are there."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 
@@ -73,7 +74,9 @@ def model(found: layouts.Sorted, config: Mapping, given: Given, where: str) -> C
         key: None if value == getattr(vit.VARIANTS[variant], key) else value
         for key, value in size._asdict().items()
     }
-    grid = stored_grid(found, given, patch[0], where)
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise UserError(f"{where}: its hidden_act is {config['hidden_act']!r}, must be 'gelu'")
+    grid = stored_grid(found, config, given, patch[0], where)
     pool = "fc_norm" if found.fc_norm else "mean" if known in _MEANS else "cls"
     return ConfigDict(
         {
@@ -89,7 +92,9 @@ def model(found: layouts.Sorted, config: Mapping, given: Given, where: str) -> C
     )
 
 
-def stored_grid(found: layouts.Sorted, given: Given, patch: int, where: str) -> tuple[int, int]:
+def stored_grid(
+    found: layouts.Sorted, config: Mapping, given: Given, patch: int, where: str
+) -> tuple[int, int]:
     """The patch grid (rows, columns) of the position embedding in the file.
 
     Raises:
@@ -113,9 +118,9 @@ def stored_grid(found: layouts.Sorted, given: Given, patch: int, where: str) -> 
         return asked
     rows = stored.shape[1] if len(stored.shape) == 3 else 0
     # The class token may have a row of its own.
-    for count in (rows, rows - 1):
-        if asked and math.prod(asked) == count:
-            return asked
+    for named in (asked, _told_grid(config, patch)):
+        if named and math.prod(named) in (rows, rows - 1):
+            return named
     for count in (rows, rows - 1):
         side = math.isqrt(max(count, 0))
         if side and side * side == count:
@@ -124,6 +129,17 @@ def stored_grid(found: layouts.Sorted, given: Given, patch: int, where: str) -> 
         f"{where}: {stored.names[0]!r} has shape {stored.shape}, which is not that of a square "
         "image; import it with the --image_size=HEIGHT,WIDTH that it was made for"
     )
+
+
+def _told_grid(config: Mapping, patch: int) -> tuple[int, int] | None:
+    """The grid of the image size that stands beside the tensors: one number, or (height, width)."""
+    told = config.get("image_size")
+    try:
+        sides = json.loads(told) if isinstance(told, str) else told
+        height, width = sides if isinstance(sides, list) else (sides, sides)
+        return int(height) // patch, int(width) // patch
+    except (TypeError, ValueError):
+        return None
 
 
 def decoder(tensors, config: Mapping, section: ConfigDict, given: Given, where: str) -> mae.Decoder:

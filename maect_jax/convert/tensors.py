@@ -25,6 +25,7 @@ SAFETENSORS, PICKLES = (".safetensors",), (".pth", ".pt", ".th", ".bin", ".ckpt"
 _WRAPPERS = ("model", "state_dict")
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = ("model.safetensors", _INDEX, "pytorch_model.bin")
+_BESIDE = ("config", "preprocessor_config")
 _NO_TORCH = "reading and writing it needs PyTorch, the extra [torch]: pip install torch"
 
 
@@ -36,15 +37,19 @@ class Stored:
       names: what the file calls it; several where it is put together from several.
       shape: as PyTorch has it.
       read: its numbers.
+      where: the file.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    where: Path
 
     def __array__(self, dtype=None, copy=None):
         del copy
         x = self.read()
+        if x.dtype.kind not in "iub" and not np.isfinite(x).all():
+            raise UserError(f"{self.where}: {self.names[0]!r} holds numbers that are not finite")
         # Parameters are float32, whatever the file keeps them in.
         own = x.dtype if x.dtype.kind in "iub" else np.float32
         return x.astype(own if dtype is None else dtype, copy=False)
@@ -71,9 +76,8 @@ def read(path: Path) -> Content:
         found = weights_in(path)
         if found is None:
             raise UserError(f"{path}: the folder holds none of {', '.join(_WEIGHTS)}")
-        folder = path
     elif path.is_file():
-        found, folder = path, path.parent
+        found = path
     else:
         raise UserError(f"{path}: there is no such file")
     about = {}
@@ -88,9 +92,9 @@ def read(path: Path) -> Content:
         raise UserError(f"{path}: not a file of tensors by its name; must end in one of {allowed}")
     if not tensors:
         raise UserError(f"{path}: holds no tensors")
-    config, preprocessor = (
-        _json(folder / name) for name in ("config.json", "preprocessor_config.json")
-    )
+    config, preprocessor = {}, {}
+    if found.name in _WEIGHTS:  # what lies beside a file of another name may be of another model
+        config, preprocessor = (_json(found.with_name(f"{name}.json")) for name in _BESIDE)
     return Content(path, container, tensors, about | config, preprocessor)
 
 
@@ -133,7 +137,8 @@ def _safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file: {error}") from error
     found = {
-        name: Stored((name,), shape, lambda name=name: read(name)) for name, shape in shapes.items()
+        name: Stored((name,), shape, lambda name=name: read(name), path)
+        for name, shape in shapes.items()
     }
     return found, about
 
@@ -202,7 +207,7 @@ def _pickle(path: Path) -> tuple[str, dict[str, Stored]]:
         return (x.float() if x.dtype == torch.bfloat16 else x).contiguous().numpy().copy()
 
     tensors = {
-        name: Stored((name,), tuple(x.shape), lambda name=name: numbers(name))
+        name: Stored((name,), tuple(x.shape), lambda name=name: numbers(name), path)
         for name, x in saved.items()
     }
     inside = "".join(f"[{key!r}]" for key in keys)

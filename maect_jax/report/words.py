@@ -163,7 +163,7 @@ def _kmeans(found: dict) -> str:
 def protocols(config: ConfigDict, results: dict) -> list[str]:
     """How the figures of the table were measured, and what was skipped."""
     first = next((r for r in results.values() if "features" in r), {})
-    rows = ", ".join(f"{name}: {_ROWS[name]}" for name in results if name in _ROWS)
+    rows = ", ".join(f"{name}: {_ROWS.get(name, 'the encoder of that file')}" for name in results)
     features = [
         r["features"] for name, r in results.items() if name != "pixels" and "features" in r
     ]
