@@ -21,7 +21,7 @@ from maect_jax.convert.recognise import Given
 from maect_jax.errors import UserError
 from maect_jax.models import positions, vit
 from tests import figures
-from tests.conftest import CONFIGS, ROOT, run_on
+from tests.conftest import CONFIGS, ROOT, SMALL, assert_trees_equal, run_on
 
 MAE, CT = figures.cases("mae")[0], figures.cases("ct")[0]
 
@@ -302,7 +302,26 @@ def test_an_import_takes_less_memory_than_twice_the_file(tmp_path, rng):
     assert done.returncode == 0, done.stderr
     before, peak = map(int, done.stdout.splitlines()[-1].split())
     assert peak - before < 2 * size
-    found = exporting.load(tmp_path / "run").encoder
-    np.testing.assert_array_equal(
-        found["blocks"]["fc1"]["kernel"], params["blocks"]["fc1"]["kernel"]
-    )
+    assert_trees_equal(exporting.load(tmp_path / "run").encoder, params)
+
+
+def test_a_stage_starts_from_a_file_at_another_image_size(tmp_path, monkeypatch):
+    """`init_from=FILE` in a training page; the encoder is the file's, its positions resized."""
+    module = vit.ViT(width=32, depth=4, heads=2, patch_size=7)
+    params = jax.jit(module.init)(jax.random.key(1), np.zeros((1, 14, 14, 1)))["params"]
+    about = {"num_attention_heads": "2", "layer_norm_eps": "1e-6"}
+    path = tmp_path / "small.safetensors"
+    tensors.write(path, names.encoder_to_torch(jax.device_get(params), 7, (2, 2)), about=about)
+    page, workdir = str(CONFIGS / "head_vith14.py:test"), tmp_path / "head"
+    run_on(monkeypatch, (1, 2), pages.load(page, [f"init_from={path}", SMALL]), workdir)
+    found = exporting.load(workdir)
+    assert found.stage == "head"
+    want = positions.resize(positions.sincos((2, 2), 32), (2, 2), (4, 4))
+    np.testing.assert_array_equal(found.encoder.pop("pos_embed"), want)
+    assert_trees_equal(found.encoder, jax.device_get(params))
+    # What the page says of its model must be the file's.
+    for override, message in (("model.heads=4", "heads 2"), ("model.patch_size=14", "patch_size")):
+        config = pages.load(page, [f"init_from={path}", override])
+        with pytest.raises(UserError, match=message):
+            run_on(monkeypatch, (1, 2), config, tmp_path / "other")
+    assert not (tmp_path / "other").exists()

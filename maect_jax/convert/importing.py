@@ -42,14 +42,14 @@ class Imported:
     def read(self) -> dict:
         """The variables, NumPy arrays: what `build.SAVED_PARTS` names and, for ct, `target`."""
         model = self.config.model
+        grids = self._grid, positions.grid(model.image_size, model.patch_size)
         encoder = names.encoder_from_torch(self._parts[ENCODER], self._grid)
-        encoder = positions.fitted(
-            encoder, self._grid, positions.grid(model.image_size, model.patch_size)
-        )
+        encoder = positions.fitted(encoder, *grids)
         if self.kind == "encoder":
             return {"params": {"encoder": encoder}}
         if self.kind == "mae":
             decoder = names.decoder_from_torch(self._parts[DECODER], self._grid)
+            decoder = positions.fitted(decoder, *grids)
             return {"params": {"encoder": encoder, "decoder": decoder}}
         if self.kind in ("finetune", "probe"):
             own = self._parts[CLASSIFIER]

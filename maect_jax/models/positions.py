@@ -48,13 +48,13 @@ def resize(table: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.
     return out.reshape(new[0] * new[1], -1).astype(np.float32)
 
 
-def fitted(encoder: Mapping, old: tuple[int, int], new: tuple[int, int]) -> dict:
-    """Encoder parameters that were trained on the patch grid `old`, for images of the grid `new`.
+def fitted(params: Mapping, old: tuple[int, int], new: tuple[int, int]) -> dict:
+    """Parameters of an encoder or a decoder, trained on the patch grid `old`, for the grid `new`.
 
-    Where they differ, what the encoder knows as positions, learned or fixed, is resized.
+    Where they differ, what the network knows as positions, learned or fixed, is resized.
     """
     if old == new:
-        return dict(encoder)
-    width = encoder["cls_token"].shape[-1]
-    table = encoder["pos_embed"] if "pos_embed" in encoder else sincos(old, width)
-    return {**encoder, "pos_embed": resize(np.asarray(table), old, new)}
+        return dict(params)
+    token = params["cls_token"] if "cls_token" in params else params["mask_token"]
+    table = params["pos_embed"] if "pos_embed" in params else sincos(old, token.shape[-1])
+    return {**params, "pos_embed": resize(np.asarray(table), old, new)}
