@@ -19,26 +19,34 @@ from configs import common
 def get_config(argument=""):
     config = common.base("tune_my_images")
     config.init_from = "runs/mae"
-    config.data.path = "data/my_images"
-    config.data.scaled_jpeg = True  # photographs come large; this decodes no more than is needed
-    # A quarter of the batch at a time goes through the encoder: a quarter of the memory, and the
-    # same gradient. The head sees the whole batch, which its negatives and statistics are.
+    config.data.path = "my_images"
+    # Photographs are large: no more of a JPEG is decoded than the crops need.
+    config.data.scaled_jpeg = True
+    # A quarter of the batch at a time goes through the encoder, which saves memory and leaves the
+    # gradient as it is. The head sees the whole batch, for its negatives and its statistics.
     config.encoder_microbatches = 4
-    # 256 images, half or a quarter of the paper's: learning rates follow the batch by themselves.
+    # Half or a quarter of the paper's, for one device. Learning rates follow the batch.
     batch = 256
     head = common.add_head(config, batch)
-    # Half of the encoder's blocks, as in the paper, whatever its depth.
+    # None: half of the encoder's blocks, as in the paper, whatever its depth.
     tuning = common.add_ct(config, batch, placeholder(int))
-    # The paper's 65,536 neighbours are a twentieth of ImageNet. Of some thousand images a queue of
-    # that size holds each several times; this one is 32 batches long.
+    # The paper's, for ImageNet's 1.3 million images. Fewer images have fewer updates in an epoch:
+    # raise these in turn.
+    head.epochs = tuning.epochs = 20
+    # The paper's for ViT-B; it tunes L with 0.2 and H with 0.3.
+    head.temperature = tuning.temperature = 0.15
+    # 32 batches of neighbours. The paper's 65,536 are a twentieth of its images; a queue that is
+    # longer than an epoch would hold images twice.
     head.queue_size = tuning.queue_size = 8192
-    # 0.9999 looks back over 10,000 updates, which ImageNet takes in 8 epochs of such batches, and
-    # your images may not in all: over 1,000.
+    # The neighbour is drawn among the 20 nearest, the paper's number.
+    tuning.top_k = 20
+    # The average of the encoder, which is the result, looks back over 1,000 updates. The paper's
+    # 0.9999 looks back over 10,000, more than a small set has.
     tuning.ema_decay = 0.999
     evaluation = common.add_eval(config)
-    # k-NN and the probe speak where there are labels, k-means always.
+    # k-NN and the probe tell something where there are labels, k-means always.
     evaluation.protocols = ("knn", "probe", "cluster")
-    # 0: as many clusters as classes. Without labels nobody knows: say what you expect.
+    # 0: as many as classes. Without labels nobody knows: say what you expect.
     evaluation.cluster.clusters = 0
-    evaluation.cluster.runs = 20
+    evaluation.cluster.runs = 20  # the paper's are 100
     return common.finish(config, argument)
