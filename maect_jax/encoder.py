@@ -9,12 +9,13 @@ import numpy as np
 
 from maect_jax import origin, sharding
 from maect_jax.convert import importing
-from maect_jax.convert.recognise import Given
+from maect_jax.convert.told import Given
 from maect_jax.data import augment
 from maect_jax.errors import UserError
 from maect_jax.models import positions, vit
 from maect_jax.stages import build
 
+_DTYPES = ("float32", "bfloat16")
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std
 
 
@@ -46,7 +47,7 @@ class Encoder:
         Raises:
           ValueError: they have another shape or dtype.
         """
-        images = images if hasattr(images, "dtype") else np.asarray(images)
+        images = images if isinstance(images, jax.Array) else np.asarray(images)
         wanted = (*self.image_size, self.channels)
         if images.shape[1:] != wanted:
             raise ValueError(
@@ -93,24 +94,33 @@ def load_encoder(
     Raises:
       UserError: there is no such run or file, or it cannot be read.
     """
+    if image_size is not None:
+        image_size = tuple(int(side) for side in np.ravel(image_size))
+        if len(image_size) != 2:
+            raise UserError(f"image_size={image_size}: must be (height, width)")
+    for key, value, allowed in (("pool", pool, vit.POOLS), ("dtype", dtype, _DTYPES)):
+        if value not in (None, *allowed):
+            raise UserError(f"{key}={value!r}: must be one of {', '.join(allowed)}")
     if importing.is_file(str(where)):
         given = Given(heads=heads, ln_eps=ln_eps, image_size=image_size)
         found = origin.of_files(importing.recognised(importing.paths_of(str(where)), given))
+    elif heads or ln_eps:
+        raise UserError(f"{where}: heads and ln_eps are for files; a run tells its own")
     else:
         found = origin.find(str(where), "eval")
     model, data = found.saved.config.model, found.saved.config.get("data", {})
+    size = image_size or model.image_size
+    if any(side < 1 or side % model.patch_size for side in size):
+        raise UserError(f"image_size={size}: must be multiples of the patch, {model.patch_size}")
+    mean, std = (
+        tuple(float(x) for x in np.ravel(data.get(key, default) if own is None else own))
+        for own, key, default in ((mean, "mean", _IMAGENET[0]), (std, "std", _IMAGENET[1]))
+    )
+    if not len(mean) == len(std) == model.channels:
+        raise UserError(f"{where}: name the mean and std of its {model.channels} channels")
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     params = build.evaluated_encoder(found.saved.stage, found.saved.read(mesh))
-    size = image_size or model.image_size
-    if any(side % model.patch_size for side in size):
-        raise UserError(
-            f"image_size={size}: both must be multiples of the patch, {model.patch_size}"
-        )
     old, new = (positions.grid(s, model.patch_size) for s in (model.image_size, size))
     params = jax.device_put(positions.fitted(params, old, new), jax.local_devices()[0])
     module = build.encoder(model).clone(dtype=dtype)
-    mean = mean or data.get("mean", _IMAGENET[0])
-    std = std or data.get("std", _IMAGENET[1])
-    if not len(mean) == len(std) == model.channels:
-        raise UserError(f"{where}: name the mean and std of its {model.channels} channels")
     return Encoder(module, params, size, model.channels, pool or model.pool, mean, std)

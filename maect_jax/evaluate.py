@@ -72,10 +72,11 @@ def _encoder(config: ConfigDict, saved: origin.Saved | None, mesh):
         "weights": features.fingerprint(params),
         "model": model.to_dict(),
     }
+    own = {k: tree["classifier"] for k, tree in parts.items() if "classifier" in (tree or ())}
     classifier = None
-    if pool == model.pool and section.final_norm:  # the features that it was trained on
-        classifier = build.classifier(saved.stage, sharding.fetch(parts), saved.config)
-    if classifier:
+    if own and pool == model.pool and section.final_norm:  # the features that it was trained on
+        eps = saved.config[saved.stage].get("bn_eps", 0.0)
+        classifier = build.classifier(sharding.fetch(own), eps)
         made_of["classifier"] = features.fingerprint(dict(enumerate(classifier)))
     return features.encoder(module, params, pool), made_of, classifier
 

@@ -22,8 +22,7 @@ _PREFERRED = {
     "head": ("mae", "head", "ct", "finetune"),
     "ct": ("head", "ct", "mae", "finetune"),
     "finetune": ("ct", "head", "mae", "finetune"),
-    "eval": ("ct", "head", "mae", "finetune"),
-}
+}  # and an evaluation from its last
 _ALONE = ("encoder", "probe")  # what an imported run may have, and nothing else
 
 
@@ -86,7 +85,7 @@ def of_run(run: Path, stage: str) -> Origin:
     """A trained stage of a run."""
 
     def lineage():
-        return [{"run": str(run), "stage": stage}, *read_lineage(run)]
+        return [{"run": str(run), "stage": stage}, *(read_lineage(run) or ())]
 
     return Origin(f"{run}, stage {stage}", saved(run, stage), encoders(run), lineage)
 
@@ -124,23 +123,44 @@ def find(init_from: str, stage: str, needs_run: bool = True) -> Origin:
     trained = checkpoint.trained_stages(run, tuple(build.SAVED_PARTS))
     if not trained:
         raise UserError(f"{where}the run has no checkpoint yet; must be {allowed}")
-    preferred = (*_PREFERRED[stage], *_ALONE)
+    preferred = (*_PREFERRED[stage], *_ALONE) if stage in _PREFERRED else reversed(trained)
     name = next(name for name in preferred if name in trained)
-    folder = checkpoint.stage_folder(run, name)
-    step, steps = checkpoint.last_step(folder), checkpoint.read_position(folder)["steps"]
-    if step != steps:
-        raise UserError(
-            f"{where}its stage {name} is at step {step} of {steps}; finish that run first"
-        )
+    finished(run, name, where)
     return of_run(run, name)
 
 
-def read_lineage(run: Path) -> list[dict]:
-    """Where the weights that a run started from are from, the last first; nothing where it started
-    from random ones."""
-    return files.read_json(run / _LINEAGE).get("from", [])
+def last_stage(run: Path) -> str | None:
+    """The last of a run's stages that has a checkpoint."""
+    trained = checkpoint.trained_stages(run, tuple(build.SAVED_PARTS))
+    return trained[-1] if trained else None
+
+
+def finished(run: Path, stage: str, where: str) -> None:
+    """Raises `UserError` where a stage of a run is not at its end."""
+    folder = checkpoint.stage_folder(run, stage)
+    step, steps = checkpoint.last_step(folder), checkpoint.read_position(folder)["steps"]
+    if step != steps:
+        raise UserError(
+            f"{where}its stage {stage} is at step {step} of {steps}; finish that run first"
+        )
+
+
+def read_lineage(run: Path) -> list[dict] | None:
+    """Where the weights that a run started from are from, the last first; empty where it started
+    from random ones, `None` where it does not tell."""
+    return files.read_json(run / _LINEAGE).get("from")
 
 
 def write_lineage(run: Path, lineage: list[dict]) -> None:
-    """Notes in a run's folder where its weights are from."""
+    """Notes in a run's folder where its weights are from.
+
+    Raises:
+      UserError: it is noted already, and a file is no longer what it was.
+    """
+    before = {e["file"]: e["sha256"] for e in read_lineage(run) or () if "file" in e}
+    for entry in lineage:
+        if before.get(entry.get("file"), entry.get("sha256")) != entry.get("sha256"):
+            raise UserError(
+                f"{entry['file']}: is another file than {run} started from (by its SHA-256)"
+            )
     files.write_json(run / _LINEAGE, {"from": lineage})

@@ -69,7 +69,7 @@ def _together():
         raise failed or UserError("another host has stopped, and says why")
 
 
-def _claim(workdir: Path, config: ConfigDict, lineage: list[dict]) -> None:
+def _claim(workdir: Path, config: ConfigDict, before: origin.Origin | None) -> None:
     """Writes the config into the run's folder, which must be this run's or new, and where its
     weights are from."""
     path = workdir / "config.json"
@@ -86,7 +86,7 @@ def _claim(workdir: Path, config: ConfigDict, lineage: list[dict]) -> None:
         if jax.process_index() == 0:
             files.write_json(workdir / "environment.json", _environment())
             files.write_json(path, config.to_dict())
-            origin.write_lineage(workdir, lineage)
+            origin.write_lineage(workdir, before.lineage() if before else [])
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot write there: {error}") from error
 
@@ -148,7 +148,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         before = prepare(config)
         mesh = sharding.make_mesh(**config.mesh)
         images = inputs.open_sources(config, workdir)
-        _claim(workdir, config, before.lineage() if before else [])
+        _claim(workdir, config, before)
     with _together():
         if not (workdir / "config.json").exists():
             raise UserError(

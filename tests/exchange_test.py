@@ -16,12 +16,13 @@ import pytest
 
 from maect_jax import load_encoder
 from maect_jax.convert import importing
-from maect_jax.convert.recognise import Given
+from maect_jax.convert.told import Given
 from maect_jax.errors import UserError
 from maect_jax.models import positions, vit
 from maect_jax.stages import build
 from tests.conftest import CONFIGS, FAST_RUN, ROOT
 from tests.figures import FORWARD, assert_close
+from tests.import_run_test import assert_peak_of_import_below
 from tests.import_test import assert_same, run_convert
 from tests.peers_test import arrays, perturbed
 
@@ -90,7 +91,7 @@ def test_timm_there_and_back(tmp_path, monkeypatch, rng, own, pool, ending):
     run_convert(monkeypatch, "import", path, run, *flags, f"--image_size={size[0]},{size[1]}")
     run_convert(monkeypatch, "export", run, out, "--format=timm")
     # As the card says: timm refuses what is missing or left over.
-    card = (tmp_path / "out.md").read_text()
+    card = (tmp_path / "out.safetensors.md").read_text()
     call = next(line for line in card.splitlines() if line.startswith("model = "))
     names = {"timm": timm, "torch": torch, "partial": partial}
     monkeypatch.chdir(tmp_path)
@@ -243,6 +244,36 @@ def test_a_pickle_cut_short_is_one_clear_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_odd_pickles_are_one_clear_line(tmp_path):
+    path, tensors = tmp_path / "odd.pth", timm_model().state_dict()
+    itself = {}
+    itself["model"] = itself
+    eighth = tensors | {"norm.bias": torch.zeros(24, dtype=torch.float8_e4m3fn)}
+    for content, message in (
+        (itself, "is not a tensor"),
+        ({"model": [1, 2]}, "is not a tensor"),
+        ([1, 2], "holds list, not tensors by name"),
+        (eighth, "'norm.bias' must hold floats of 16, 32 or 64 bits"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(UserError, match=message):
+            importing.recognised([path], Given(3, None, 1e-6))
+    # Parameters, not only tensors: what named_parameters() gives.
+    torch.save(dict(timm_model(num_classes=0).named_parameters()), path)
+    importing.recognised([path], Given(3, None, 1e-6)).read()
+
+
+def test_an_import_of_a_pickle_takes_less_memory_than_twice_the_file(tmp_path):
+    path, width = tmp_path / "large.pth", 640
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=32, embed_dim=width, depth=11, num_heads=10, num_classes=0
+    )
+    torch.save(model.state_dict(), path)
+    size = path.stat().st_size / 1024
+    assert size > 200_000
+    assert_peak_of_import_below(2 * size, path, tmp_path / "run")
+
+
 @pytest.mark.parametrize(("old", "new"), [((14, 14), (24, 24)), ((7, 5), (4, 9)), ((3, 3), (1, 2))])
 def test_positions_are_resized_as_pytorch_does(rng, old, new):
     table = rng.normal(size=(old[0] * old[1], 8)).astype(np.float32)
@@ -268,7 +299,7 @@ def test_the_readmes_commands_go_all_the_way(tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("(8, 32) (28, 28) (0.286,) (0.353,)")
-    card = (tmp_path / "tuned.md").read_text()
+    card = (tmp_path / "tuned.safetensors.md").read_text()
     for text in (
         "the moving average of its weights",
         "`mae.safetensors`",

@@ -1,27 +1,22 @@
 """Files from elsewhere: recognised, checked, read as runs, and written again. Without PyTorch."""
 
-import contextlib
 import json
-import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-import maect_jax
-from maect_jax import config as pages
-from maect_jax import origin, sharding
-from maect_jax.convert import exporting, importing, names, tensors
+from maect_jax import checkpoint, origin, sharding
+from maect_jax.convert import exporting, importing, layouts, names, tensors
 from maect_jax.convert.__main__ import main as convert
-from maect_jax.convert.recognise import Given
+from maect_jax.convert.told import Given
 from maect_jax.errors import UserError
 from maect_jax.models import positions, vit
 from tests import figures
-from tests.conftest import CONFIGS, ROOT, SMALL, assert_trees_equal, run_on
+from tests.conftest import assert_trees_equal
 
 MAE, CT = figures.cases("mae")[0], figures.cases("ct")[0]
 
@@ -86,7 +81,7 @@ def test_an_mae_goes_in_and_out_bit_equal(file, tmp_path, monkeypatch, capsys):
     assert "blocks.*.mlp.fc1 -> encoder blocks.*.mlp.fc1 (bias, weight)" in said
     run_convert(monkeypatch, "export", run, tmp_path / "again.safetensors", "--format=mae")
     assert_same(load_file(tmp_path / "again.safetensors"), want)
-    card = (tmp_path / "again.md").read_text()
+    card = (tmp_path / "again.safetensors.md").read_text()
     assert "weights.safetensors" in card
     assert "CC BY-NC 4.0" in card
     # What is written tells of itself what tensors do not.
@@ -131,86 +126,94 @@ def test_an_authors_encoder_and_head_go_in_and_out_bit_equal(file, tmp_path, mon
     np.testing.assert_array_equal(np.sort(start["queue"].ids, None), np.sort(head["queue_id"]))
 
 
-def broken(change):
-    found = CT.under("init/encoder/")
-    change(found)
-    return found
+@pytest.mark.parametrize(
+    ("change", "pool"),
+    [
+        (lambda t: None, "mean"),
+        (lambda t: t.update({"pos_embed": t["pos_embed"] + np.float32(0.1)}), "cls"),
+        (lambda t: t.update({"head.weight": np.zeros((3, 768), np.float32),
+                             "head.bias": np.zeros(3, np.float32)}), "cls"),
+        (lambda t: t.update({f"fc_norm.{k}": t.pop(f"norm.{k}") for k in ("weight", "bias")}),
+         "fc_norm"),
+    ],
+    ids=["MAE", "learned positions", "classifier", "fc_norm"],
+)  # fmt: skip
+def test_the_feature_of_a_vit_b_is_the_papers_for_an_mae_alone(file, change, pool):
+    module = vit.ViT(width=768, depth=1, heads=12, patch_size=2)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 4, 4, 3)))["params"]
+    params = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), shapes)
+    own = names.encoder_to_torch(params, 2, (2, 2))
+    change(own)
+    assert importing.recognised([file(own)]).config.model.pool == pool
 
 
-def reshaped(found):
-    found["blocks.1.mlp.fc2.bias"] = np.zeros(5, np.float32)
+def test_weights_in_parts_are_one_model_and_nothing_outside_their_folder(tmp_path):
+    folder, own = tmp_path / "hf", CT.under("init/encoder/")
+    hf = layouts.to_hf(own | {"pos_embed": with_class_row(own["pos_embed"])}, "vit.")
+    halves = [dict(list(hf.items())[i::2]) for i in (0, 1)]
+    for i, half in enumerate(halves):
+        tensors.write(folder / f"model-{i}.safetensors", half)
+    places = {n: f"model-{i}.safetensors" for i, half in enumerate(halves) for n in half}
+    index = folder / "model.safetensors.index.json"
+    config = {"num_attention_heads": CT.meta["heads"], "layer_norm_eps": 1e-6}
+    (folder / "config.json").write_text(json.dumps(config))
+    index.write_text(json.dumps({"weight_map": places}))
+    found = importing.recognised([folder])
+    assert_trees_equal(
+        found.read()["params"]["encoder"],
+        importing.recognised([folder], told(CT)).read()["params"]["encoder"],
+    )
+    before = found.origin()[0]["sha256"]
+    changed = {n: x + 1 for n, x in halves[1].items()}
+    tensors.write(folder / "model-1.safetensors", changed)
+    assert importing.recognised([folder]).origin()[0]["sha256"] != before
+    for bad in ({"x": "../hf/model-0.safetensors"}, {"x": 3}, ["x"], {"x": "absent.safetensors"}):
+        index.write_text(json.dumps({"weight_map": bad}))
+        with pytest.raises(UserError, match=r"weight_map|is not beside it"):
+            importing.recognised([folder])
 
 
-# What is wrong with a file, by what the error says.
-WRONG = {
-    "the encoder's tensor 'blocks.1.attn.qkv.bias' is missing": broken(
-        lambda t: t.pop("blocks.1.attn.qkv.bias")
-    ),
-    "'blocks.1.mlp.fc2.bias' has shape (5,), must be": broken(reshaped),
-    "no place for the tensor 'blocks.0.ls1.gamma'": broken(
-        lambda t: t.update({"blocks.0.ls1.gamma": np.zeros(3, np.float32)})
-    ),
-    "none of the kinds that can be read": {"conv1.weight": np.zeros((3, 3), np.float32)},
-    "holds a contrastive head of MAE-CT's authors, and no encoder; name the encoder with it": (
-        CT.under("init/head/")
-    ),
-    "the tensor 'patch_embed.proj.weight' is missing": broken(
-        lambda t: [t.pop("patch_embed.proj.weight"), t.update(
-            {"decoder_embed.weight": np.zeros((4, 4), np.float32)})]
-    ),
-}  # fmt: skip
+def test_exports_replace_nothing_and_leave_nothing_half(file, tmp_path, monkeypatch, capsys):
+    run, out = tmp_path / "run", tmp_path / "out"
+    run_convert(monkeypatch, "import", file(mae_file(MAE)), run, *flags(MAE))
+    out.mkdir()
+    (out / "mine.safetensors.md").write_text("my notes")
+    monkeypatch.setattr(exporting.tensors, "save_file", full_disk)
+    for name, form in (("mine.safetensors", "mae"), ("new.safetensors", "timm"), ("hf", "hf")):
+        with pytest.raises(SystemExit, match="2"):
+            run_convert(monkeypatch, "export", run, out / name, f"--format={form}")
+    errors = capsys.readouterr().err.splitlines()
+    assert "is there already" in errors[0]
+    assert all("cannot write there: No space left" in line for line in errors[1:])
+    assert [path.name for path in out.iterdir()] == ["mine.safetensors.md"]
+    assert (out / "mine.safetensors.md").read_text() == "my notes"
 
 
-@pytest.mark.parametrize(("message", "found"), WRONG.items(), ids=list(WRONG))
-def test_what_is_no_whole_model_is_one_clear_line(file, message, found):
-    with pytest.raises(UserError) as error:
-        importing.recognised([file(found)], told(CT))
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
+def full_disk(*_, **__):
+    raise SafetensorError("No space left on device\nand more")
 
 
-def test_what_a_file_does_not_tell_is_asked_for(file, tmp_path):
-    path = file(CT.under("init/encoder/"))
-    with pytest.raises(UserError, match=r"none of the known ones .* with --heads and --ln_eps"):
-        importing.recognised([path])
-    with pytest.raises(UserError, match=r"patch size, .*, which cannot be changed"):
-        importing.recognised([path], told(CT, image_size=(17, 17)))
-    with pytest.raises(UserError, match="another encoder; one file of each"):
-        importing.recognised([path, path], told(CT))
-    without = CT.under("init/encoder/")
-    del without["pos_embed"]
-    with pytest.raises(UserError, match=r"no position embedding.*--image_size=HEIGHT,WIDTH"):
-        importing.recognised([file(without)], told(CT, image_size=None))
-    with pytest.raises(UserError, match="there is no such file"):
-        importing.recognised([tmp_path / "absent.safetensors"])
-    (tmp_path / "notes.txt").write_text("weights")
-    with pytest.raises(UserError, match="not a file of tensors by its name"):
-        importing.recognised([tmp_path / "notes.txt"])
-
-
-def test_nothing_is_written_of_what_cannot_be_read(file, tmp_path, monkeypatch, capsys):
-    path = file(CT.under("init/encoder/"))
-    path.write_bytes(path.read_bytes()[:-100])  # a download that was cut short
-    run = tmp_path / "run"
+def test_an_import_touches_no_folder_but_its_own(file, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run.tmp").mkdir()
+    (tmp_path / "run.tmp" / "mine").write_text("mine")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").write_text("mine")
+    path = file(mae_file(MAE))
     with pytest.raises(SystemExit, match="2"):
-        run_convert(monkeypatch, "import", path, run, *flags(CT))
-    assert "not a whole safetensors file" in capsys.readouterr().err
-    assert not run.exists()
+        run_convert(monkeypatch, "import", path, tmp_path / "taken", *flags(MAE))
+    assert "taken: is there already; name a new folder" in capsys.readouterr().err
 
+    def fail(*_):
+        raise OSError(28, "No space left on device")
 
-@settings(deadline=None, max_examples=60)
-@given(data=st.data())
-def test_damaged_files_never_end_in_a_traceback(tmp_path_factory, data):
-    path = tmp_path_factory.mktemp("fuzz") / "weights.safetensors"
-    save_file({n: np.ascontiguousarray(x) for n, x in CT.under("init/encoder/").items()}, path)
-    raw = bytearray(path.read_bytes())
-    header = 8 + int.from_bytes(raw[:8], "little")
-    for _ in range(data.draw(st.integers(1, 4))):
-        raw[data.draw(st.integers(0, header - 1))] = data.draw(st.integers(0, 255))
-    path.write_bytes(raw[: data.draw(st.integers(0, len(raw)))])
-    # Whole tensors may still be there, whatever their numbers.
-    with contextlib.suppress(UserError):
-        importing.recognised([path], told(CT)).read()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", fail)
+        with pytest.raises(SystemExit, match="2"):
+            run_convert(patch, "import", path, tmp_path / "run", *flags(MAE))
+    names_of = {one.name for one in tmp_path.iterdir()}
+    assert names_of == {"run.tmp", "taken", path.name}
+    run_convert(monkeypatch, "import", path, tmp_path / "run", *flags(MAE))
+    assert (tmp_path / "run.tmp" / "mine").exists()
 
 
 def test_another_image_size_resizes_the_positions(file):
@@ -224,104 +227,11 @@ def test_another_image_size_resizes_the_positions(file):
     np.testing.assert_array_equal(found.read()["params"]["encoder"]["pos_embed"], want)
 
 
-def test_a_file_is_evaluated_under_its_name_with_its_classifier(file, tmp_path, monkeypatch, rng):
-    """`init_from=FILE` on the evaluation's page: an encoder and a probe of the packaged images."""
-    width, model = 32, dict(width=32, depth=2, heads=2, patch_size=7)
-    params = vit.ViT(**model).init(jax.random.key(0), np.zeros((1, 28, 28, 1)))["params"]
-    encoder = names.encoder_to_torch(jax.device_get(params), 7, (4, 4))
-    probe = {
-        "layer.1.running_mean": rng.normal(size=width).astype(np.float32),
-        "layer.1.running_var": rng.uniform(0.5, 2, width).astype(np.float32),
-        "layer.1.num_batches_tracked": np.int64(5)[None],
-        "layer.2.weight": rng.normal(size=(12, width)).astype(np.float32),
-        "layer.2.bias": rng.normal(size=12).astype(np.float32),
-    }
-    tensors.write(tmp_path / "vit7.safetensors", encoder, about={
-        "num_attention_heads": "2", "layer_norm_eps": "1e-6"})  # fmt: skip
-    both = f"{tmp_path / 'vit7.safetensors'},{file(probe, 'probe.safetensors')}"
-    settings = (f"init_from={both}", "eval.protocols=('knn',)", "data.train_split=train[80%:]",
-                "monitor.every=0", "eval.dtype=float32")  # fmt: skip
-    workdir = tmp_path / "eval"
-    run_on(monkeypatch, (1, 2), pages.load(str(CONFIGS / "eval.py:test"), settings), workdir)
-    results = json.loads((workdir / "results.json").read_text())
-    assert list(results) == ["vit7"]
-    x, labels = (np.load(workdir / f"features/vit7/val/{n}.npy") for n in ("x", "labels"))
-    normal = (x - probe["layer.1.running_mean"]) / np.sqrt(probe["layer.1.running_var"] + 1e-5)
-    scores = normal @ probe["layer.2.weight"].T + probe["layer.2.bias"]
-    found = results["vit7"]["classifier"]
-    assert found["top1"] == pytest.approx((scores.argmax(1) == labels).mean(), abs=1e-3)
-    assert (found["classes"], found["images"]) == (12, len(labels))
-    origins = json.loads((workdir / "origin.json").read_text())["from"]
-    assert [entry["file"] for entry in origins] == ["vit7.safetensors", "probe.safetensors"]
-    assert len(origins[0]["sha256"]) == 64
-
-
-def test_load_encoder_takes_pixels_as_they_come(file, tmp_path, rng):
-    path = tmp_path / "encoder.safetensors"
-    about = {"num_attention_heads": str(CT.meta["heads"]), "layer_norm_eps": "1e-6"}
-    tensors.write(path, CT.under("init/encoder/"), about=about)
-    encoder = maect_jax.load_encoder(path, image_size=CT.image_size, pool="mean")
-    pixels = rng.integers(0, 256, (3, *CT.image_size, 3), dtype=np.uint8)
-    got = encoder(pixels)
-    assert got.shape == (3, encoder.width) == (3, CT.meta["width"])
-    np.testing.assert_allclose(encoder(pixels / np.float32(255)), got, rtol=1e-5, atol=1e-5)
-    params = importing.recognised([path], told(CT)).read()["params"]["encoder"]
-    module = vit.ViT(CT.meta["width"], CT.meta["depth"], CT.meta["heads"], CT.meta["patch_size"])
-    x = (pixels / 255 - np.array(encoder.mean)) / np.array(encoder.std)
-    want = vit.pool(module.apply({"params": params}, x.astype(np.float32)), "mean")
-    figures.assert_close("load_encoder", got, want, figures.FORWARD)
-    with pytest.raises(ValueError, match=r"images of shape \(3, 5, 5, 3\): must be \(B, "):
-        encoder(np.zeros((3, 5, 5, 3), np.uint8))
-    with pytest.raises(ValueError, match="images of int64: must be uint8"):
-        encoder(np.zeros((3, *CT.image_size, 3), int))
-
-
-PEAK = """
-import resource, sys
-from maect_jax.convert import __main__, exporting
-import jax; jax.devices()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-sys.argv = ["convert", *sys.argv[1:]]
-__main__.main()
-print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-
-
-def test_an_import_takes_less_memory_than_twice_the_file(tmp_path, rng):
-    """An encoder of 225 MB, random and of no known width."""
-    path, model = tmp_path / "large.safetensors", dict(width=640, depth=11, heads=10, patch_size=16)
-    shapes = jax.eval_shape(vit.ViT(**model).init, jax.random.key(0), np.zeros((1, 64, 64, 3)))
-    params = jax.tree.map(lambda s: rng.random(s.shape, np.float32), shapes["params"])
-    tensors.write(path, names.encoder_to_torch(params, 16, (4, 4)))
-    size = path.stat().st_size / 1024
-    assert size > 200_000
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, "import", str(path), str(tmp_path / "run"), "--heads=10",
-         "--ln_eps=1e-6"], capture_output=True, text=True, cwd=ROOT, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    before, peak = map(int, done.stdout.splitlines()[-1].split())
-    assert peak - before < 2 * size
-    assert_trees_equal(exporting.load(tmp_path / "run").encoder, params)
-
-
-def test_a_stage_starts_from_a_file_at_another_image_size(tmp_path, monkeypatch):
-    """`init_from=FILE` in a training page; the encoder is the file's, its positions resized."""
-    module = vit.ViT(width=32, depth=4, heads=2, patch_size=7)
-    params = jax.jit(module.init)(jax.random.key(1), np.zeros((1, 14, 14, 1)))["params"]
-    about = {"num_attention_heads": "2", "layer_norm_eps": "1e-6"}
-    path = tmp_path / "small.safetensors"
-    tensors.write(path, names.encoder_to_torch(jax.device_get(params), 7, (2, 2)), about=about)
-    page, workdir = str(CONFIGS / "head_vith14.py:test"), tmp_path / "head"
-    run_on(monkeypatch, (1, 2), pages.load(page, [f"init_from={path}", SMALL]), workdir)
-    found = exporting.load(workdir)
-    assert found.stage == "head"
-    want = positions.resize(positions.sincos((2, 2), 32), (2, 2), (4, 4))
-    np.testing.assert_array_equal(found.encoder.pop("pos_embed"), want)
-    assert_trees_equal(found.encoder, jax.device_get(params))
-    # What the page says of its model must be the file's.
-    for override, message in (("model.heads=4", "heads 2"), ("model.patch_size=14", "patch_size")):
-        config = pages.load(page, [f"init_from={path}", override])
-        with pytest.raises(UserError, match=message):
-            run_on(monkeypatch, (1, 2), config, tmp_path / "other")
-    assert not (tmp_path / "other").exists()
+def test_the_grid_in_a_file_is_not_the_one_that_is_asked_for(file):
+    """Images of another shape with as many patches: the fixed positions tell the file's grid."""
+    height, width = CT.image_size
+    asked = (height // 2, width * 2)
+    found = importing.recognised([file(CT.under("init/encoder/"))], told(CT, image_size=asked))
+    grid = CT.grid[0] // 2, CT.grid[1] * 2
+    want = positions.resize(CT["init/encoder/pos_embed"][0], CT.grid, grid)
+    np.testing.assert_array_equal(found.read()["params"]["encoder"]["pos_embed"], want)

@@ -5,13 +5,14 @@ python -m maect_jax.convert export RUN FILE --format={timm,hf,maect,mae}
 """
 
 import argparse
-import shutil
+import math
 import sys
+import tempfile
 from pathlib import Path
 
 from maect_jax import checkpoint, files, origin
 from maect_jax.convert import exporting, importing
-from maect_jax.convert.recognise import Given
+from maect_jax.convert.told import Given
 from maect_jax.errors import UserError
 from maect_jax.models import vit
 
@@ -28,6 +29,19 @@ mae: MAE's names, with the decoder. maect: the names of MAE-CT's authors, the he
 a second file. timm is safetensors, mae and maect what the ending of FILE says (.safetensors; .pth
 needs PyTorch).
 """
+
+
+def _positive(kind: type):
+    """A number above 0, for argparse."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError
+        return value
+
+    parse.__name__ = "number above 0"  # by which argparse calls it
+    return parse
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -51,9 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     take = commands.add_parser("import", formatter_class=formatted, description=_IMPORT)
     take.add_argument("file", nargs="+", type=Path, metavar="FILE")
     take.add_argument("run", type=Path, metavar="OUT_RUN", help="a new folder")
-    take.add_argument("--heads", type=int, help="attention heads, where the file does not tell")
-    take.add_argument("--decoder_heads", type=int, help="of MAE's decoder, likewise")
-    take.add_argument("--ln_eps", type=float, help="epsilon of LayerNorm, likewise")
+    take.add_argument(
+        "--heads", type=_positive(int), help="attention heads, where the file does not tell"
+    )
+    take.add_argument("--decoder_heads", type=_positive(int), help="of MAE's decoder, likewise")
+    take.add_argument("--ln_eps", type=_positive(float), help="epsilon of LayerNorm, likewise")
     take.add_argument(
         "--image_size", type=_size, metavar="H,W",
         help="of the images to come; the position grid is resized (bicubic) where it differs",
@@ -77,26 +93,26 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    run = arguments.run
+    run = arguments.run.absolute()
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UserError(f"{run}: is there already; name a new folder")
     keys = ("heads", "decoder_heads", "ln_eps", "image_size", "pool", "dtype")
     given = Given(**{key: getattr(arguments, key) for key in keys})
     found = importing.recognised(arguments.file, given)
     print("\n".join(found.described), flush=True)
-    draft = run.with_name(f"{run.name}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
     try:
-        draft.mkdir(parents=True)
-        checkpoint.write(checkpoint.stage_folder(draft, found.kind), found.read())
-        origin.write_lineage(draft, found.origin())
-        files.write_json(draft / "config.json", found.config.to_dict())
-        draft.replace(run)
-    except OSError as error:
-        raise UserError(f"{run}: cannot write there: {error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)  # what did not become a run
-    print(f"\n{run}: start from it with --config.init_from={run}")
+        run.parent.mkdir(parents=True, exist_ok=True)
+        # A folder of its own beside it, so that a run is there whole or not at all.
+        with tempfile.TemporaryDirectory(prefix=".import-", dir=run.parent) as scratch:
+            draft = Path(scratch) / "run"
+            checkpoint.write(checkpoint.stage_folder(draft, found.kind), found.read())
+            origin.write_lineage(draft, found.origin())
+            files.write_json(draft / "config.json", found.config.to_dict())
+            draft.replace(run)
+    # A full disk is an error of orbax's own.
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{run}: cannot write there: {str(error).splitlines()[0]}") from error
+    print(f"\n{arguments.run}: start from it with --config.init_from={arguments.run}")
 
 
 def main() -> None:
@@ -105,10 +121,10 @@ def main() -> None:
         if arguments.command == "import":
             _import(arguments)
         else:
-            written = exporting.export(
+            told = exporting.export(
                 arguments.run, arguments.file, arguments.format, arguments.stage, arguments.weights
             )
-            print("\n".join(map(str, written)))
+            print("\n".join(told))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

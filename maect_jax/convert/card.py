@@ -30,8 +30,7 @@ _STAGES = {
 }
 _LICENCE = (
     "The licence of the weights that training started from goes with these. Meta's public MAE "
-    "checkpoints are under CC BY-NC 4.0 (no commercial use): if one of them is named above, so are "
-    "these weights."
+    "checkpoints are under CC BY-NC 4.0 (no commercial use), and so is what started from them."
 )
 _SCRATCH = (
     "Trained from random weights; nobody else's licence goes with them but that of the images, "
@@ -71,7 +70,7 @@ def _use(model, file: Path, kind: str) -> str:
     if kind == "hf":
         return (
             "from transformers import AutoModel\n\n"
-            f"model = AutoModel.from_pretrained({file.parent.name!r})\n"
+            f"model = AutoModel.from_pretrained({file.name!r})\n"
             "found = model(pixel_values=images)\n"
             "tokens = found.last_hidden_state  # found.pooler_output is the class token"
         )
@@ -84,20 +83,21 @@ def _use(model, file: Path, kind: str) -> str:
 
 def _lineage(run: Path, model) -> str:
     found = origin.read_lineage(run)
-    if not found:
-        return _SCRATCH
-    lines = []
-    for step in found:
-        if "run" in step:
-            lines.append(f"- stage {step['stage']} of the run `{step['run']}`")
-        else:
-            lines.append(
-                f"- the file `{step['file']}` ({step['layout']} names; SHA-256 `{step['sha256']}`)"
-            )
-    imported = any("file" in step for step in found)
-    if model.stage in ("encoder", "probe") or imported:
-        return "\n".join([*lines, "", _LICENCE])
-    return "\n".join([*lines, "", _SCRATCH])
+    if found is None:
+        return f"{run.name} does not tell where its weights are from. {_LICENCE}"
+    lines = [
+        f"- stage {step['stage']} of the run `{step['run']}`"
+        if "run" in step
+        else f"- the file `{step['file']}` ({step['layout']} names; SHA-256 `{step['sha256']}`)"
+        for step in found
+    ]
+    # A run that another one started from may not have told.
+    scratch = not found and model.config.get("init_from", "") in ("", origin.RANDOM)
+    return _SCRATCH if scratch else "\n".join([*lines, "", _LICENCE])
+
+
+def _sentence(text: str) -> str:
+    return f"\n{text[0].upper()}{text[1:]}." if text else ""
 
 
 def _data(model) -> str:
@@ -120,7 +120,7 @@ def _measured(run: Path, model) -> str:
     )
 
 
-def text(run: Path, model, file: Path, kind: str, weights: str) -> str:
+def text(run: Path, model, file: Path, kind: str, weights: str, left: str) -> str:
     """The card, as Markdown.
 
     Args:
@@ -129,6 +129,7 @@ def text(run: Path, model, file: Path, kind: str, weights: str) -> str:
       file: the weights that were written.
       kind: the format, one of `exporting.FORMATS`.
       weights: "ema" or "trained".
+      left: what the format had no place for, if anything.
     """
     data, stage, section = model.config.get("data", {}), model.stage, model.config.model
     size, (height, width) = build.encoder_size(section), section.image_size
@@ -154,7 +155,7 @@ A Vision Transformer, exported by maect_jax: {shape}{average}.
 ```
 
 Images: {height} x {width}, channels: {section.channels}, {pixels}.
-Feature: {_FEATURES[section.pool]}.
+Feature: {_FEATURES[section.pool]}.{_sentence(left)}
 
 ## Training
 

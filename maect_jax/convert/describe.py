@@ -3,9 +3,9 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
 from ml_collections import ConfigDict
 
+from maect_jax.convert import recognise
 from maect_jax.convert.layouts import ENCODER, Parts, Sorted
 from maect_jax.convert.tensors import Content, Stored
 from maect_jax.models import positions
@@ -30,6 +30,7 @@ def lines(
     """
     for content, one in zip(contents, found, strict=True):
         yield f"{content.path}: {one.layout} names, {content.container}"
+    main = next(one for one in found if ENCODER in one.parts)
     model, size = config.model, build.encoder_size(config.model)
     height, width = model.image_size
     yield f"kind       {config.stages[0]}: {' + '.join(sorted(parts, key=ENCODER.__ne__))}"
@@ -38,7 +39,7 @@ def lines(
         f"{model.patch_size}, LayerNorm eps {model.ln_eps:g}, feature {model.pool}"
     )
     yield f"images     {height} x {width} x {model.channels}"
-    yield f"positions  {_positions(config, grid, parts)}"
+    yield f"positions  {_positions(config, grid, main)}"
     told = "told by the folder" if config.data else "not told; config.data.mean and .std count"
     yield f"mean, std  {told}"
     total = sum(len(one.left) for one in found) + len({n for x in _all(parts) for n in x.names})
@@ -55,16 +56,10 @@ def _all(parts: Parts) -> Iterator[Stored]:
         yield from own.values()
 
 
-def _positions(config: ConfigDict, grid: tuple[int, int], parts: Parts) -> str:
-    model, stored = config.model, parts[ENCODER].get("pos_embed")
-    fixed = positions.sincos(grid, build.encoder_size(model).width)
-    if stored is None:
-        text = "none in the file: the fixed sine-cosine ones"
-    elif np.array_equal(np.asarray(stored)[0], fixed):
-        text = "the fixed sine-cosine ones"
-    else:
-        text = "learned, kept as such"
-    if positions.grid(model.image_size, model.patch_size) != grid:
+def _positions(config: ConfigDict, grid: tuple[int, int], found: Sorted) -> str:
+    fixed = recognise.is_fixed(found.parts[ENCODER], grid)
+    text = "the fixed sine-cosine ones" if fixed else "learned, kept as such"
+    if positions.grid(config.model.image_size, config.model.patch_size) != grid:
         text += f", resized (bicubic) from {grid[0]} x {grid[1]} patches"
     return text
 

@@ -1,5 +1,6 @@
 """From a run to files for timm, HuggingFace's transformers, and MAE's and MAE-CT's PyTorch code."""
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from maect_jax import checkpoint, files, sharding
+from maect_jax import checkpoint, files, origin, sharding
 from maect_jax import config as pages
 from maect_jax.convert import card, head_names, layouts, names, tensors
 from maect_jax.errors import UserError
@@ -16,7 +17,6 @@ from maect_jax.models import positions, vit
 from maect_jax.stages import build
 
 FORMATS = ("timm", "hf", "maect", "mae")
-_STAGES = ("ct", "head", "mae", "finetune", "encoder", "probe")  # the first that a run has
 _ENDINGS = {"timm": (".safetensors",), "maect": (".safetensors", ".pth", ".th"),
             "mae": (".safetensors", ".pth")}  # fmt: skip
 
@@ -56,11 +56,12 @@ def load(run: Path, stage: str | None = None, weights: str = "ema") -> Model:
     if not (run / "config.json").is_file():
         raise UserError(f"{run}: there is no run (no config.json); name the folder of a run")
     config = pages.read(run / "config.json")
-    there = checkpoint.trained_stages(run, _STAGES)
+    there = checkpoint.trained_stages(run, tuple(build.SAVED_PARTS))
     if not there or stage not in (None, *there):
         has = f"it has {', '.join(there)}" if there else "it has no checkpoint yet"
         raise UserError(f"{run}: no stage {stage or 'to export'}; {has}")
-    stage = stage or there[0]
+    stage = stage or there[-1]
+    origin.finished(run, stage, f"{run}: ")
     wanted = build.SAVED_PARTS[stage] + (("target",) if stage == "ct" else ())
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     parts = checkpoint.read_parts(checkpoint.stage_folder(run, stage), wanted, mesh)
@@ -71,24 +72,48 @@ def load(run: Path, stage: str | None = None, weights: str = "ema") -> Model:
     return Model(stage, config, jax.device_get(params), jax.device_get(parts))
 
 
-def export(run: Path, file: Path, format: str, stage: str | None, weights: str) -> list[Path]:
-    """Writes a stage of a run in one of `FORMATS`, and a model card; returns what it wrote.
+def export(run: Path, file: Path, format: str, stage: str | None, weights: str) -> list[str]:
+    """Writes a stage of a run in one of `FORMATS`, and a model card.
+
+    Returns:
+      What was written, and what was left out, a line each.
 
     Raises:
-      UserError: there is no such run or stage, the format has no place for it, or it cannot be
-        written there.
+      UserError: there is no such run or stage, the format has no place for it, the file is there
+        already, or it cannot be written there.
     """
     endings = _ENDINGS.get(format)
     if endings and file.suffix not in endings:
         raise UserError(f"{file}: a file of format {format} must end in {' or '.join(endings)}")
     model = load(run, stage, weights)
-    written = _WRITERS[format](model, file)
-    place = file / "README.md" if format == "hf" else file.with_suffix(".md")
+    if model.config.model.pool == "fc_norm" and format in ("hf", "maect"):
+        raise UserError(f"{format}: has no norm behind the pooling (fc_norm); use timm or mae")
+    parent, card_name = file.absolute().parent, f"{file.name}.md"
+    _new(file, *([] if format == "hf" else [parent / card_name]))
     try:
-        files.write_text(place, card.text(run, model, written[0], format, weights))
+        parent.mkdir(parents=True, exist_ok=True)
+        # All is written aside, and then put in its place.
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=parent) as scratch:
+            draft = Path(scratch) / file.name
+            whole = _WRITERS[format](model, draft)
+            left = (
+                "" if whole else f"the run's classifier is left out: {format} has no place for it"
+            )
+            place = draft / "README.md" if format == "hf" else draft.with_name(card_name)
+            files.write_text(place, card.text(run, model, file, format, weights, left))
+            made = {one: file.parent / one.name for one in sorted(draft.parent.iterdir())}
+            _new(*made.values())
+            for one, there in made.items():
+                one.replace(there)
     except OSError as error:
-        raise UserError(f"{place}: cannot write there: {error}") from error
-    return [*written, place]
+        raise UserError(f"{file}: cannot write there: {error}") from error
+    return [*map(str, made.values()), *filter(None, [left])]
+
+
+def _new(*places: Path) -> None:
+    for place in places:
+        if place.exists():
+            raise UserError(f"{place}: is there already; name another file, or remove it")
 
 
 def _about(model: Model) -> dict[str, str]:
@@ -134,49 +159,42 @@ def _head(model: Model) -> dict[str, np.ndarray]:
     return running | {"head.1.weight": weight, "head.1.bias": bias}
 
 
-def _timm(model: Model, file: Path) -> list[Path]:
+def _timm(model: Model, file: Path) -> bool:
     found = _norm_of_pool(model, _with_class_row(_encoder(model)))
     # timm's models have no batch normalisation before the classifier.
     classifier = {} if model.stage == "probe" else _head(model)
     tensors.write(file, found | classifier, about=_about(model))
-    return [file]
+    return bool(classifier) or not model.classifier
 
 
-def _mae(model: Model, file: Path) -> list[Path]:
+def _mae(model: Model, file: Path) -> bool:
     found = _norm_of_pool(model, _with_class_row(_encoder(model))) | _head(model)
     decoder = model.parts["params"].get("decoder") if model.stage == "mae" else None
     if decoder:
         own = _with_class_row(names.decoder_to_torch(decoder, model.grid))
         found |= {layouts.mae_decoder_name(name): x for name, x in own.items()}
     tensors.write(file, found, "model", _about(model))
-    return [file]
+    return True
 
 
-def _maect(model: Model, file: Path) -> list[Path]:
-    if model.config.model.pool == "fc_norm":
-        raise UserError("maect: the authors' code has no norm behind the pooling; use timm or mae")
+def _maect(model: Model, file: Path) -> bool:
     tensors.write(file, _encoder(model), "state_dict", _about(model))
-    if model.stage == "head" or model.stage == "ct":
+    beside = {}
+    if model.stage in ("head", "ct"):
         size = model.config[model.stage].queue_size
-        found, kind = head_names.head_to_torch(model.parts, size), "head"
+        beside["head"] = head_names.head_to_torch(model.parts, size)
     elif model.classifier:
-        found, kind = layouts.probe(_head(model)), "probe"
-    else:
-        return [file]
-    beside = file.with_name(f"{file.stem}_{kind}{file.suffix}")
-    tensors.write(beside, found, "state_dict")
-    return [file, beside]
+        beside["probe"] = layouts.probe(_head(model))
+    for kind, found in beside.items():
+        tensors.write(file.with_name(f"{file.stem}_{kind}{file.suffix}"), found, "state_dict")
+    return True
 
 
-def _hf(model: Model, folder: Path) -> list[Path]:
+def _hf(model: Model, folder: Path) -> bool:
     section, size = model.config.model, build.encoder_size(model.config.model)
-    if section.pool == "fc_norm":
-        raise UserError("hf: HuggingFace's ViT has no norm behind the pooling; use timm or mae")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is there already; name a new folder")
     classifies = model.stage == "finetune" and section.pool == "cls"
-    prefix = "vit." if classifies else ""
-    found = layouts.to_hf(_with_class_row(_encoder(model)), prefix)
+    found = layouts.to_hf(_with_class_row(_encoder(model)), "vit." if classifies else "")
+    height, width = section.image_size
     config = {
         "architectures": ["ViTForImageClassification" if classifies else "ViTModel"],
         "model_type": "vit",
@@ -188,17 +206,15 @@ def _hf(model: Model, folder: Path) -> list[Path]:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": section.ln_eps,
-        "image_size": _square(section.image_size),
+        "image_size": height if height == width else [height, width],
         "patch_size": section.patch_size,
         "num_channels": section.channels,
         "qkv_bias": True,
     }
     if classifies:
-        found |= {
-            "classifier.weight": model.classifier["kernel"].T,
-            "classifier.bias": model.classifier["bias"],
-        }
-        classes = {str(i): f"class {i}" for i in range(len(model.classifier["bias"]))}
+        kernel, bias = model.classifier["kernel"], model.classifier["bias"]
+        found |= {"classifier.weight": kernel.T, "classifier.bias": bias}
+        classes = {str(i): f"class {i}" for i in range(len(bias))}
         config |= {"id2label": classes, "label2id": {c: int(i) for i, c in classes.items()}}
     else:
         # ViTModel has a pooler: one that hands on the class token as it is.
@@ -207,34 +223,24 @@ def _hf(model: Model, folder: Path) -> list[Path]:
             "pooler.dense.bias": np.zeros(size.width, np.float32),
         }
         config |= {"pooler_act": "linear", "pooler_output_size": size.width}
-    weights = folder / "model.safetensors"
-    tensors.write(weights, found)
+    tensors.write(folder / "model.safetensors", found)
     files.write_json(folder / "config.json", config)
-    beside = [folder / "config.json"]
     data = model.config.get("data", {})
     if "mean" in data:
-        height, width = section.image_size
-        files.write_json(
-            folder / "preprocessor_config.json",
-            {
-                "image_processor_type": "ViTImageProcessor",
-                "do_resize": True,
-                "size": {"height": height, "width": width},
-                "resample": 3,
-                "do_rescale": True,
-                "rescale_factor": 1 / 255,
-                "do_normalize": True,
-                "image_mean": list(data["mean"]),
-                "image_std": list(data["std"]),
-            },
-        )
-        beside.append(folder / "preprocessor_config.json")
-    return [weights, *beside]
+        processor = {
+            "image_processor_type": "ViTImageProcessor",
+            "do_resize": True,
+            "size": {"height": height, "width": width},
+            "resample": 3,  # bicubic
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(data["mean"]),
+            "image_std": list(data["std"]),
+        }
+        files.write_json(folder / "preprocessor_config.json", processor)
+    return classifies or not model.classifier
 
 
-def _square(image_size: tuple[int, int]) -> int | list[int]:
-    height, width = image_size
-    return height if height == width else [height, width]
-
-
+# Each writes a model to a place, and tells whether it has a place for its classifier.
 _WRITERS: Mapping = {"timm": _timm, "hf": _hf, "maect": _maect, "mae": _mae}

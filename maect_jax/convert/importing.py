@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from maect_jax.convert import describe, head_names, layouts, names, recognise, tensors
+from maect_jax.convert import describe, head_names, layouts, names, recognise, shapes, tensors, told
 from maect_jax.convert.layouts import CLASSIFIER, DECODER, ENCODER, HEAD, Parts
-from maect_jax.convert.recognise import Given
 from maect_jax.convert.tensors import Stored
+from maect_jax.convert.told import Given
 from maect_jax.errors import UserError
 from maect_jax.models import positions, vit
 from maect_jax.stages import build
@@ -127,20 +127,17 @@ def recognised(files: Sequence[Path], given: Given = _NOTHING) -> Imported:
             f"ENCODER,{files[0].name}"
         )
     own = next(i for i, one in enumerate(found) if ENCODER in one.parts)
-    main, about = found[own], contents[own].config
-    section = recognise.model(main, about, given, str(files[own]))
-    grid = recognise.stored_grid(main, about, given, section.patch_size, str(files[own]))
+    main, about, path = found[own], contents[own].config, str(files[own])
+    section, grid = recognise.model(main, about, given, path)
     _place_class_position(parts, grid, files[own])
     decoding = None
     if DECODER in parts:
-        decoding = recognise.decoder(parts[DECODER], about, section, given, where)
+        decoding = recognise.decoder(parts[DECODER], about, section, given, path)
     sizes = recognise.head(parts[HEAD], where) if HEAD in parts else {}
-    recognise.check(parts, recognise.expected(parts, section, sizes, decoding), where)
+    shapes.check(parts, shapes.expected(parts, section, sizes, decoding, grid), where)
     kind = _kind(parts, where)
-    config = {"name": files[own].stem, "stages": (kind,), "model": section, "data": {}}
-    mean, std = (contents[own].preprocessor.get(f"image_{key}") for key in ("mean", "std"))
-    if mean and std:
-        config["data"] = {"mean": tuple(mean), "std": tuple(std)}
+    config = {"name": files[own].stem, "stages": (kind,), "model": section}
+    config["data"] = told.normalisation(about, contents[own].preprocessor, section.channels, path)
     config[kind] = dict(sizes)
     if decoding:
         config[kind]["decoder"] = {k: getattr(decoding, k) for k in ("width", "depth", "heads")}
@@ -170,32 +167,26 @@ def _place_class_position(parts: Parts, grid: tuple[int, int], path: Path) -> No
     for part in (ENCODER, DECODER):
         own = parts.get(part, {})
         stored = own.get("pos_embed")
-        if stored is None:
+        if stored is None or len(stored.shape) != 3 or stored.shape[1] != patches + 1:
             continue
-        rows = stored.shape[1] if len(stored.shape) == 3 else 0
-        if rows == patches:
-            continue
-        if rows != patches + 1:
-            raise UserError(
-                f"{path}: {stored.names[0]!r} has shape {stored.shape}, the grid of {grid[0]} x "
-                f"{grid[1]} patches needs {patches} rows, and perhaps one for the class token"
-            )
-        if part == ENCODER and "cls_token" in own:
-            token = own["cls_token"]
+        if part == ENCODER:
+            token = recognise.need(own, "cls_token", str(path))
             own["cls_token"] = Stored(
                 token.names + stored.names,
                 token.shape,
                 lambda token=token, stored=stored: np.asarray(token) + np.asarray(stored)[:, :1],
                 path,
+                token.floating,
             )
-        elif part == DECODER and np.asarray(stored)[:, 0].any():
+        elif np.asarray(stored)[:, 0].any():
             raise UserError(
                 f"{path}: {stored.names[0]!r} has a row for the class token that is not zero, for "
                 "which there is no place in the decoder"
             )
         own["pos_embed"] = Stored(
             stored.names,
-            (stored.shape[0], patches, *stored.shape[2:]),
+            (stored.shape[0], patches, stored.shape[2]),
             lambda stored=stored: np.asarray(stored)[:, 1:],
             path,
+            stored.floating,
         )

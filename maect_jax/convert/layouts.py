@@ -181,9 +181,13 @@ def _joined(found: dict[str, Stored], where: str) -> Stored:
         raise UserError(f"{where}: {three[0].names[0]!r} and its key and value differ in shape")
     names = tuple(name for x in three for name in x.names)
     (shape,) = shapes
-    whole = (3 * shape[0], *shape[1:])
-    read = lambda: np.concatenate([np.asarray(x) for x in three])  # noqa: E731
-    return Stored(names, whole, read, three[0].where)
+    return Stored(
+        names,
+        (3 * shape[0], *shape[1:]) if shape else shape,
+        lambda: np.concatenate([np.asarray(x) for x in three]),
+        three[0].where,
+        all(x.floating for x in three),
+    )
 
 
 def mae_decoder_name(name: str) -> str:

@@ -25,7 +25,10 @@ SAFETENSORS, PICKLES = (".safetensors",), (".pth", ".pt", ".th", ".bin", ".ckpt"
 _WRAPPERS = ("model", "state_dict")
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = ("model.safetensors", _INDEX, "pytorch_model.bin")
+_FLOATS = ("F16", "BF16", "F32", "F64")
+_TORCH_FLOATS = ("float16", "bfloat16", "float32", "float64")
 _BESIDE = ("config", "preprocessor_config")
+_SAFE = (2, 6)  # before it, weights_only could be got around (CVE-2025-32434)
 _NO_TORCH = "reading and writing it needs PyTorch, the extra [torch]: pip install torch"
 
 
@@ -38,12 +41,14 @@ class Stored:
       shape: as PyTorch has it.
       read: its numbers.
       where: the file.
+      floating: whether they are floating-point numbers of 16 bits or more.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
     where: Path
+    floating: bool = True
 
     def __array__(self, dtype=None, copy=None):
         del copy
@@ -104,9 +109,19 @@ def weights_in(folder: Path) -> Path | None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file, or of the one file with a folder's weights."""
-    with (weights_in(path) or path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Of a file, or of the files with a folder's weights, one after the other."""
+    found = weights_in(path) or path
+    parts = (
+        sorted({found.with_name(x.where.name) for x in _parts(found).values()})
+        if (found.name == _INDEX)
+        else [found]
+    )
+    digest = hashlib.sha256()
+    for part in parts:
+        with part.open("rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _json(path: Path) -> dict:
@@ -132,21 +147,22 @@ def _safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     try:
         with safe_open(path, "numpy") as file:
             names = file.keys()
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            slices = {name: file.get_slice(name) for name in names}
+            headers = {n: (tuple(x.get_shape()), x.get_dtype()) for n, x in slices.items()}
             about = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file: {error}") from error
     found = {
-        name: Stored((name,), shape, lambda name=name: read(name), path)
-        for name, shape in shapes.items()
+        name: Stored((name,), shape, lambda name=name: read(name), path, kind in _FLOATS)
+        for name, (shape, kind) in headers.items()
     }
     return found, about
 
 
 def _parts(index: Path) -> dict[str, Stored]:
     places = _json(index).get("weight_map")
-    if not isinstance(places, dict):
-        raise UserError(f"{index}: has no weight_map")
+    if not isinstance(places, dict) or any(type(name) is not str for name in places.values()):
+        raise UserError(f"{index}: has no weight_map from names to files")
     tensors = {}
     for name in sorted(set(places.values())):
         if Path(name).name != name or not (index.parent / name).is_file():
@@ -163,6 +179,12 @@ def _torch(path: Path):
         import torch
     except ImportError as error:
         raise UserError(f"{path}: {_NO_TORCH}") from error
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < _SAFE:
+        raise UserError(
+            f"{path}: PyTorch {torch.__version__} is too old to read pickles without running them; "
+            f"{_SAFE[0]}.{_SAFE[1]} or later does"
+        )
     return torch
 
 
@@ -189,9 +211,10 @@ def _pickle(path: Path) -> tuple[str, dict[str, Stored]]:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a whole PyTorch file: {first}") from error
     keys = []
-    while isinstance(saved, Mapping) and (
-        inner := next((k for k in _WRAPPERS if isinstance(saved.get(k), Mapping)), None)
-    ):
+    for _ in _WRAPPERS:  # at most one in the other
+        inner = next((k for k in _WRAPPERS if isinstance(saved, Mapping) and k in saved), None)
+        if inner is None or not isinstance(saved[inner], Mapping):
+            break
         keys.append(inner)
         saved = saved[inner]
     if not isinstance(saved, Mapping):
@@ -200,14 +223,18 @@ def _pickle(path: Path) -> tuple[str, dict[str, Stored]]:
     if odd:
         raise UserError(f"{path}: {odd[0]!r} is not a tensor; is this a whole training state?")
 
+    def floats(x):
+        dense = x.layout == torch.strided and not x.is_quantized
+        return dense and str(x.dtype).removeprefix("torch.") in _TORCH_FLOATS
+
     def numbers(name):
         # Mapped anew for each tensor, for the same reason as above.
         content = reduce(getitem, keys, _load(torch, path, mapped)) if mapped else saved
-        x = content[name]
+        x = content[name].detach()
         return (x.float() if x.dtype == torch.bfloat16 else x).contiguous().numpy().copy()
 
     tensors = {
-        name: Stored((name,), tuple(x.shape), lambda name=name: numbers(name), path)
+        name: Stored((name,), tuple(x.shape), lambda name=name: numbers(name), path, floats(x))
         for name, x in saved.items()
     }
     inside = "".join(f"[{key!r}]" for key in keys)
@@ -240,6 +267,8 @@ def write(
             torch.save({wrapper: content} if wrapper else content, draft)
         draft.chmod(mode)
         draft.replace(path)
-    except OSError as error:
+    # A full disk is the libraries' own error.
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot write there: {str(error).splitlines()[0]}") from error
+    finally:
         draft.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot write there: {error}") from error

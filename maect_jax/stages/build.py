@@ -201,17 +201,18 @@ def evaluated_encoder(name: str, parts: dict) -> dict:
     return vit.merge_blocks({**frozen, **trained})
 
 
-def classifier(name: str, parts: dict, config: ConfigDict) -> tuple[np.ndarray, np.ndarray] | None:
-    """Of a saved stage with a linear classifier its kernel fp32 `[D, C]` and bias `[C]`, with a
-    probe's batch normalisation in them; else nothing."""
-    own = parts["params"].get("classifier")
-    if own is None:
-        return None
-    kernel, bias = (np.asarray(own[key], np.float64) for key in ("kernel", "bias"))
-    if name == "probe":
-        found = parts["batch_stats"]["classifier"]
-        mean, var = (np.asarray(found[key], np.float64) for key in ("mean", "var"))
-        kernel = kernel / np.sqrt(var + config.probe.bn_eps)[:, None]
+def classifier(parts: dict, bn_eps: float) -> tuple[np.ndarray, np.ndarray]:
+    """A linear classifier's kernel fp32 `[D, C]` and bias `[C]`, with the batch normalisation of a
+    probe in them.
+
+    Args:
+      parts: `params` and, of a probe, `batch_stats` of the classifier, NumPy arrays.
+      bn_eps: of a probe's batch normalisation.
+    """
+    kernel, bias = (np.asarray(parts["params"][key], np.float64) for key in ("kernel", "bias"))
+    if "batch_stats" in parts:
+        mean, var = (np.asarray(parts["batch_stats"][key], np.float64) for key in ("mean", "var"))
+        kernel = kernel / np.sqrt(var + bn_eps)[:, None]
         bias = bias - mean @ kernel
     return kernel.astype(np.float32), bias.astype(np.float32)
 
