@@ -129,12 +129,6 @@ def find(init_from: str, stage: str, needs_run: bool = True) -> Origin:
     return of_run(run, name)
 
 
-def last_stage(run: Path) -> str | None:
-    """The last of a run's stages that has a checkpoint."""
-    trained = checkpoint.trained_stages(run, tuple(build.SAVED_PARTS))
-    return trained[-1] if trained else None
-
-
 def finished(run: Path, stage: str, where: str) -> None:
     """Raises `UserError` where a stage of a run is not at its end."""
     folder = checkpoint.stage_folder(run, stage)

@@ -414,7 +414,7 @@ def test_setting_that_is_not_allowed_is_one_clear_line(override, message):
 
 
 def test_what_cannot_start_is_one_clear_line(tmp_path):
-    with pytest.raises(UserError, match=r"must be the folder of a run$"):
+    with pytest.raises(UserError, match=r"must be the folder of a run or a file of weights$"):
         pipeline.prepare(pages.load(f"{PAGE}:test", ["init_from=random"]))
     with pytest.raises(UserError, match=r"no section 'model', which it takes from a run"):
         validate.has_model(pages.load(PAGE))

@@ -251,7 +251,8 @@ def write(
     and nothing else, `{wrapper: tensors}`. `about` goes into the header of safetensors.
 
     Raises:
-      UserError: the place cannot be written, or PyTorch is needed and not there.
+      OSError: it cannot be written there.
+      UserError: PyTorch is needed and not there.
     """
     arrays = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
     draft = path.with_name(path.name + ".tmp")
@@ -267,8 +268,8 @@ def write(
             torch.save({wrapper: content} if wrapper else content, draft)
         draft.chmod(mode)
         draft.replace(path)
-    # A full disk is the libraries' own error.
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot write there: {str(error).splitlines()[0]}") from error
+    # A full disk is an error of the libraries' own.
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(str(error).splitlines()[0]) from error
     finally:
         draft.unlink(missing_ok=True)
