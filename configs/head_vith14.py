@@ -1,9 +1,9 @@
 """Stage 2: the contrastive head on the frozen ViT-H/14.
 
-    python -m maect_jax.main --config=configs/head_vith14.py --config.init_from=RUN
+    python -m maect_jax.main --config=configs/head_vith14.py --config.init_from=mae_pretrain_vit_huge.pth
 
-Starts from an MAE run that `--config.init_from` names. (The paper takes the public PyTorch
-checkpoint, which cannot be read yet.)
+Starts from what `--config.init_from` names: for the paper MAE's public checkpoint, which is under
+CC BY-NC 4.0.
 Images: data/imagenet/{train,val}/<class>/, or where `--config.data.path` points.
 Hardware: TPU or GPU; `--dry_run` prints steps, memory of the state and FLOPs.
 Duration: 20 epochs, 50,040 updates of 512 images x 2 views, encoder forward only.
