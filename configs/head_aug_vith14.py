@@ -1,6 +1,7 @@
 """Stage 2 of MAE-CT_aug: the contrastive head on the frozen ViT-H/14.
 
-    python -m maect_jax.main --config=configs/head_aug_vith14.py --config.init_from=mae_pretrain_vit_huge.pth
+    python -m maect_jax.main --config=configs/head_aug_vith14.py \\
+      --config.init_from=mae_pretrain_vit_huge.pth
 
 Starts from what `--config.init_from` names: for the paper MAE's public checkpoint, which is under
 CC BY-NC 4.0.
