@@ -40,9 +40,12 @@ def get_config(argument=""):
     head.queue_size = tuning.queue_size = 8192
     # The neighbour is drawn among the 20 nearest, the paper's number.
     tuning.top_k = 20
-    # The average of the encoder, which is the result, looks back over 1,000 updates. The paper's
-    # 0.9999 looks back over 10,000, more than a small set has.
-    tuning.ema_decay = 0.999
+    # The average of the encoder, which is the result. The paper's 0.9999 looks back over 10,000
+    # updates; in fewer it would stay where it starts, at the untuned encoder. None: over a tenth of
+    # them, whatever their number.
+    with config.unlocked():
+        tuning.ema_decay = placeholder(float)
+    config.lock()
     evaluation = common.add_eval(config)
     # k-NN and the probe tell something where there are labels, k-means always.
     evaluation.protocols = ("knn", "probe", "cluster")

@@ -18,6 +18,7 @@ from maect_jax.evals import export, features, protocols
 from maect_jax.stages import build
 
 PIXELS = "pixels"
+_CLASSIFIER = ("params", "batch_stats")  # where a saved stage keeps one
 _RETRIEVAL, _CLUSTERS = "retrieval", "cluster"
 
 
@@ -72,7 +73,7 @@ def _encoder(config: ConfigDict, saved: origin.Saved | None, mesh):
         "weights": features.fingerprint(params),
         "model": model.to_dict(),
     }
-    own = {k: tree["classifier"] for k, tree in parts.items() if "classifier" in (tree or ())}
+    own = {k: parts[k]["classifier"] for k in _CLASSIFIER if "classifier" in parts.get(k, ())}
     classifier = None
     if own and pool == model.pool and section.final_norm:  # the features that it was trained on
         eps = saved.config[saved.stage].get("bn_eps", 0.0)

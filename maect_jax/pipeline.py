@@ -108,10 +108,13 @@ def dry_run(config: ConfigDict) -> None:
     """Prints what `run` would do. The images and the run to start from need not be there."""
     validate.stages(config)
     if "model" not in config:
-        done = {"finetune": ("fine-tuning",), "eval": config.get("eval", {}).get("protocols", ())}
-        what = ", ".join(part for name in config.stages for part in done[name])
-        print(f"{config.name}: {what} of {config.init_from}")
-        return
+        try:
+            model = origin.find(config.init_from, config.stages[0]).saved.config.model
+        except UserError as error:
+            print(f"{config.name}: {' -> '.join(config.stages)}; its model is not known: {error}")
+            return
+        with config.unlocked():
+            config.model = model
     validate.settings(config, jax.device_count())
     mesh = sharding.make_mesh(**config.mesh)
     images, whose = plan.training_images(config)

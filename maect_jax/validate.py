@@ -174,7 +174,10 @@ def _contrast(check: Checker, config: ConfigDict, name: str) -> None:
             lambda v: v is None or 0 <= v <= depth,
         )  # fmt: skip
         check.need("ct.target_factor", "from 0 to 1", lambda v: 0 <= v <= 1)
-        check.need("ct.ema_decay", "from 0 to 1", lambda v: 0 <= v <= 1)
+        check.need(
+            "ct.ema_decay", "from 0 to 1, or None, which looks back over a tenth of the updates",
+            lambda v: v is None or 0 <= v <= 1,
+        )  # fmt: skip
         check.positive("ct.layer_decay", "ct.head_base_lr")
         check.not_negative("ct.head_weight_decay")
         if "head" in config.stages:

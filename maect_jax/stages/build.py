@@ -55,6 +55,11 @@ def frozen_blocks(model: ConfigDict, section: ConfigDict) -> int:
     return half if section.frozen_blocks is None else section.frozen_blocks
 
 
+def _ema_decay(section: ConfigDict, steps: int) -> float:
+    """Of the encoder's average: for `None` one that looks back over a tenth of the updates."""
+    return 1 - 1 / max(steps / 10, 1) if section.ema_decay is None else section.ema_decay
+
+
 def image_shape(model: ConfigDict) -> tuple[int, int, int]:
     """(H, W, C) of a view."""
     return (*model.image_size, model.channels)
@@ -184,7 +189,7 @@ def stage(
         top_k=section.top_k,
         temperature=section.temperature,
         target_factor=section.target_factor if tunes else None,
-        ema_decay=section.ema_decay if tunes else None,
+        ema_decay=_ema_decay(section, steps) if tunes else None,
         groups=groups,
         warmup=warmup_updates(section.warmup_fraction, steps),
         **common,
