@@ -45,7 +45,7 @@ class Encoder:
           images: uint8, 0 to 255, or floating point, 0 to 1; not normalised, which is done here.
 
         Raises:
-          ValueError: they have another shape or dtype.
+          ValueError: they have another shape, dtype or range, or are none.
         """
         images = images if isinstance(images, jax.Array) else np.asarray(images)
         wanted = (*self.image_size, self.channels)
@@ -58,6 +58,10 @@ class Encoder:
             raise ValueError(
                 f"images of {dtype}: must be uint8, 0 to 255, or floating point, 0 to 1"
             )
+        # Of arrays on a device it is not asked, which would have to wait for them.
+        floats = isinstance(images, np.ndarray) and dtype != np.uint8
+        if not len(images) or (floats and not (images.min() >= 0 and images.max() <= 1)):
+            raise ValueError("images must be there, and floats from 0 to 1")
         return self._run(self._params, images)
 
 
@@ -106,6 +110,8 @@ def load_encoder(
         found = origin.of_files(importing.recognised(importing.paths_of(str(where)), given))
     elif heads or ln_eps:
         raise UserError(f"{where}: heads and ln_eps are for files; a run tells its own")
+    elif not (Path(where) / "config.json").is_file():
+        raise UserError(f"{where}: there is no such run or file")
     else:
         found = origin.find(str(where), "eval")
     model, data = found.saved.config.model, found.saved.config.get("data", {})

@@ -15,6 +15,7 @@ from maect_jax.models import positions
 from maect_jax.stages import build
 
 RANDOM = "random"
+SCRATCH = {"start": "random weights"}  # the end of a lineage
 _LINEAGE = "origin.json"
 
 # Of a run with several stages, where each stage starts.
@@ -85,7 +86,7 @@ def of_run(run: Path, stage: str) -> Origin:
     """A trained stage of a run."""
 
     def lineage():
-        return [{"run": str(run), "stage": stage}, *(read_lineage(run) or ())]
+        return [{"run": str(run), "stage": stage}, *read_lineage(run)]
 
     return Origin(f"{run}, stage {stage}", saved(run, stage), encoders(run), lineage)
 
@@ -139,10 +140,10 @@ def finished(run: Path, stage: str, where: str) -> None:
         )
 
 
-def read_lineage(run: Path) -> list[dict] | None:
-    """Where the weights that a run started from are from, the last first; empty where it started
-    from random ones, `None` where it does not tell."""
-    return files.read_json(run / _LINEAGE).get("from")
+def read_lineage(run: Path) -> list[dict]:
+    """Where the weights that a run started from are from, the last first; empty where it does not
+    tell."""
+    return files.read_json(run / _LINEAGE).get("from", [])
 
 
 def write_lineage(run: Path, lineage: list[dict]) -> None:
@@ -151,7 +152,7 @@ def write_lineage(run: Path, lineage: list[dict]) -> None:
     Raises:
       UserError: it is noted already, and a file is no longer what it was.
     """
-    before = {e["file"]: e["sha256"] for e in read_lineage(run) or () if "file" in e}
+    before = {e["file"]: e["sha256"] for e in read_lineage(run) if "file" in e}
     for entry in lineage:
         if before.get(entry.get("file"), entry.get("sha256")) != entry.get("sha256"):
             raise UserError(

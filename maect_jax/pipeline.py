@@ -86,7 +86,7 @@ def _claim(workdir: Path, config: ConfigDict, before: origin.Origin | None) -> N
         if jax.process_index() == 0:
             files.write_json(workdir / "environment.json", _environment())
             files.write_json(path, config.to_dict())
-            origin.write_lineage(workdir, before.lineage() if before else [])
+            origin.write_lineage(workdir, before.lineage() if before else [origin.SCRATCH])
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot write there: {error}") from error
 

@@ -220,7 +220,7 @@ def test_a_malicious_pickle_runs_nothing(tmp_path, monkeypatch, capsys, how):
         with pytest.raises(SystemExit, match="2"):
             run_convert(monkeypatch, "import", path, tmp_path / "run")
         message = capsys.readouterr().err
-        assert message.startswith(f"error: {path}: refused, as it holds more than tensors")
+        assert message.startswith(f"error: {path}: refused: it is damaged, no file")
         assert message.count("\n") == 1
         with pytest.raises(UserError, match="refused"):
             load_encoder(path)
@@ -299,6 +299,7 @@ def test_the_readmes_commands_go_all_the_way(tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("(8, 32) (28, 28) (0.286,) (0.353,)")
+    assert "Trained from random weights" in (tmp_path / "mae.safetensors.md").read_text()
     card = (tmp_path / "tuned.safetensors.md").read_text()
     for text in (
         "the moving average of its weights",

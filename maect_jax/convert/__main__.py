@@ -51,7 +51,7 @@ def _size(text: str) -> tuple[int, int]:
     return sides
 
 
-_size.__name__ = "HEIGHT,WIDTH"  # by which argparse calls it
+_size.__name__ = "HEIGHT,WIDTH (such as 224,224)"  # by which argparse calls it
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     take = commands.add_parser("import", formatter_class=formatted, description=_IMPORT)
-    take.add_argument("file", nargs="+", type=Path, metavar="FILE")
+    take.add_argument("file", nargs="+", type=Path, metavar="FILE", help="of weights")
     take.add_argument("run", type=Path, metavar="OUT_RUN", help="a new folder")
     take.add_argument(
         "--heads", type=_positive(int), help="attention heads, where the file does not tell"
@@ -76,13 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     take.add_argument(
         "--pool", choices=vit.POOLS,
-        help="the feature: the class token, or the patches' mean (by default for ViT-B, as in the "
-        "paper), or that mean before the final norm",
+        help="the feature: the class token, or the patches' mean (by default for an MAE "
+        "of ViT-B, as in the paper), or that mean before the final norm",
     )  # fmt: skip
     take.add_argument("--dtype", choices=("float32", "bfloat16"), help="of activations (bfloat16)")
     give = commands.add_parser("export", formatter_class=formatted, description=_EXPORT)
-    give.add_argument("run", type=Path, metavar="RUN")
-    give.add_argument("file", type=Path, metavar="FILE")
+    give.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    give.add_argument("file", type=Path, metavar="FILE", help="a new file, for hf a folder")
     give.add_argument("--format", required=True, choices=exporting.FORMATS)
     give.add_argument("--stage", help="of a run with several; by default its last")
     give.add_argument(

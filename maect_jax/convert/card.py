@@ -15,6 +15,12 @@ _TIMM = {
     "L": ("vit_large_patch16_224", 16),
     "H": ("vit_huge_patch14_224", 14),
 }
+_HF_HEADER = """---
+library_name: transformers
+pipeline_tag: image-feature-extraction
+---
+
+"""
 _FEATURES = {
     "cls": "the class token after the final norm",
     "mean": "the mean of the patch tokens after the final norm",
@@ -66,7 +72,14 @@ def _use(model, file: Path, kind: str) -> str:
     if kind == "timm":
         call = timm_call(model, file.name)
         more = "from functools import partial\n\nimport torch\n" if "partial(" in call else ""
-        return f"{more}import timm\n\nmodel = {call}.eval()"
+        features = "features = model.forward_head(model.forward_features(images), pre_logits=True)"
+        return f"{more}import timm\n\nmodel = {call}.eval()\n{features}"
+    if kind == "hf" and model.classifies:
+        return (
+            "from transformers import AutoModelForImageClassification\n\n"
+            f"model = AutoModelForImageClassification.from_pretrained({file.name!r})\n"
+            "logits = model(pixel_values=images).logits"
+        )
     if kind == "hf":
         return (
             "from transformers import AutoModel\n\n"
@@ -74,26 +87,30 @@ def _use(model, file: Path, kind: str) -> str:
             "found = model(pixel_values=images)\n"
             "tokens = found.last_hidden_state  # found.pooler_output is the class token"
         )
-    names = {"mae": "MAE's", "maect": "MAE-CT's"}[kind]
-    return (
-        f"# {names} PyTorch code loads it as a state dict; maect_jax as well:\n"
-        f"from maect_jax import load_encoder\n\nencoder = load_encoder({file.name!r})"
-    )
+    read = f"from safetensors.torch import load_file\n\nstate_dict = load_file({file.name!r})"
+    if file.suffix != ".safetensors":
+        wrapper = {"mae": "model", "maect": "state_dict"}[kind]
+        call = f"torch.load({file.name!r}, weights_only=True)"
+        read = f"import torch\n\nstate_dict = {call}[{wrapper!r}]"
+    ours = f"from maect_jax import load_encoder\n\nencoder = load_encoder({file.name!r})"
+    return f"{read}\n\n# or in JAX:\n{ours}"
 
 
 def _lineage(run: Path, model) -> str:
     found = origin.read_lineage(run)
-    if found is None:
+    if not found:
         return f"{run.name} does not tell where its weights are from. {_LICENCE}"
-    lines = [
-        f"- stage {step['stage']} of the run `{step['run']}`"
-        if "run" in step
-        else f"- the file `{step['file']}` ({step['layout']} names; SHA-256 `{step['sha256']}`)"
-        for step in found
-    ]
-    # A run that another one started from may not have told.
-    scratch = not found and model.config.get("init_from", "") in ("", origin.RANDOM)
-    return _SCRATCH if scratch else "\n".join([*lines, "", _LICENCE])
+    if found == [origin.SCRATCH]:
+        return _SCRATCH
+    texts = {
+        "run": lambda step: f"stage {step['stage']} of the run `{step['run']}`",
+        "file": lambda step: (
+            f"the file `{step['file']}` ({step['layout']} names; SHA-256 `{step['sha256']}`)"
+        ),
+        "start": lambda step: step["start"],
+    }
+    lines = [f"- {texts[next(iter(step))](step)}" for step in found]
+    return "\n".join([*lines, "", _SCRATCH if found[-1] == origin.SCRATCH else _LICENCE])
 
 
 def _sentence(text: str) -> str:
@@ -108,16 +125,17 @@ def _data(model) -> str:
     return f"`{where}` ({data.source}), split `{data.train_split}`"
 
 
-def _measured(run: Path, model) -> str:
+def _measured(run: Path, model, weights: str) -> str:
     results = files.read_json(run / "results.json")
     name = model.stage
-    shares = table.percentages({name: results[name]})[name] if name in results else {}
-    if not shares:
+    found = table.percentages({name: results[name]})[name] if name in results else {}
+    if not found:
         return "Nothing was measured in this run."
-    rows = [f"| {key} | {value:.1f} |" for key, value in shares.items()]
-    return "\n".join(
-        ["On the held-out images of that set, percent:", "", "| | |", "|---|---|", *rows]
-    )
+    held_out = "k-NN" in found or results[name].get("cluster", {}).get("split") == "val"
+    where = "the held-out images of that set" if held_out else "these images themselves"
+    whose = " with the average of the weights" if name == "ct" and weights != "ema" else ""
+    rows = [f"| {key} | {value:.1f} |" for key, value in found.items()]
+    return "\n".join([f"On {where}{whose}, in percent:", "", "| | |", "|---|---|", *rows])
 
 
 def text(run: Path, model, file: Path, kind: str, weights: str, left: str) -> str:
@@ -140,11 +158,14 @@ def text(run: Path, model, file: Path, kind: str, weights: str, left: str) -> st
     pixels = (
         f"`(pixels / 255 - mean) / std` with mean {list(data['mean'])} and std {list(data['std'])}"
         if "mean" in data
-        else "normalised as the imported weights ask for"
+        else "normalised by the mean and deviation that the imported weights were trained with"
     )
     own = model.config.get(stage)
-    settings = {"model": section.to_dict()} | ({stage: own.to_dict()} if own else {})
-    return f"""# {model.config.name}: {_STAGES[stage]}
+    settings = {"model": section.to_dict() | size._asdict()} | (
+        {stage: own.to_dict()} if own else {}
+    )
+    header = _HF_HEADER if kind == "hf" else ""
+    return f"""{header}# {model.config.name}: {_STAGES[stage]}
 
 A Vision Transformer, exported by maect_jax: {shape}{average}.
 
@@ -168,7 +189,7 @@ Images: {_data(model)}.
 
 ## Measured
 
-{_measured(run, model)}
+{_measured(run, model, weights)}
 
 ## Where the weights are from
 

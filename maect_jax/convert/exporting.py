@@ -46,6 +46,11 @@ class Model(NamedTuple):
         """`kernel` `[D, C]` and `bias` `[C]`, if there is one."""
         return self.parts["params"].get("classifier", {})
 
+    @property
+    def classifies(self) -> bool:
+        """Whether HuggingFace's classifier, which is one of the class token, can be made of it."""
+        return self.stage == "finetune" and self.config.model.pool == "cls"
+
 
 def load(run: Path, stage: str | None = None, weights: str = "ema") -> Model:
     """Reads a stage of a run, by default the last; `weights` is "ema" or "trained".
@@ -54,7 +59,8 @@ def load(run: Path, stage: str | None = None, weights: str = "ema") -> Model:
       UserError: there is no such run or stage.
     """
     if not (run / "config.json").is_file():
-        raise UserError(f"{run}: there is no run (no config.json); name the folder of a run")
+        file = "; a file must be imported first" if run.is_file() else ""
+        raise UserError(f"{run}: there is no run (no config.json); name the folder of a run{file}")
     config = pages.read(run / "config.json")
     there = checkpoint.trained_stages(run, tuple(build.SAVED_PARTS))
     if not there or stage not in (None, *there):
@@ -192,11 +198,10 @@ def _maect(model: Model, file: Path) -> bool:
 
 def _hf(model: Model, folder: Path) -> bool:
     section, size = model.config.model, build.encoder_size(model.config.model)
-    classifies = model.stage == "finetune" and section.pool == "cls"
-    found = layouts.to_hf(_with_class_row(_encoder(model)), "vit." if classifies else "")
+    found = layouts.to_hf(_with_class_row(_encoder(model)), "vit." if model.classifies else "")
     height, width = section.image_size
     config = {
-        "architectures": ["ViTForImageClassification" if classifies else "ViTModel"],
+        "architectures": ["ViTForImageClassification" if model.classifies else "ViTModel"],
         "model_type": "vit",
         "hidden_size": size.width,
         "num_hidden_layers": size.depth,
@@ -211,7 +216,7 @@ def _hf(model: Model, folder: Path) -> bool:
         "num_channels": section.channels,
         "qkv_bias": True,
     }
-    if classifies:
+    if model.classifies:
         kernel, bias = model.classifier["kernel"], model.classifier["bias"]
         found |= {"classifier.weight": kernel.T, "classifier.bias": bias}
         classes = {str(i): f"class {i}" for i in range(len(bias))}
@@ -239,7 +244,7 @@ def _hf(model: Model, folder: Path) -> bool:
             "image_std": list(data["std"]),
         }
         files.write_json(folder / "preprocessor_config.json", processor)
-    return classifies or not model.classifier
+    return model.classifies or not model.classifier
 
 
 # Each writes a model to a place, and tells whether it has a place for its classifier.

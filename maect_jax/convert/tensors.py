@@ -80,7 +80,8 @@ def read(path: Path) -> Content:
     if path.is_dir():
         found = weights_in(path)
         if found is None:
-            raise UserError(f"{path}: the folder holds none of {', '.join(_WEIGHTS)}")
+            run = "; a run need not be imported" if (path / "checkpoints").is_dir() else ""
+            raise UserError(f"{path}: the folder holds none of {', '.join(_WEIGHTS)}{run}")
     elif path.is_file():
         found = path
     else:
@@ -201,10 +202,9 @@ def _pickle(path: Path) -> tuple[str, dict[str, Stored]]:
     try:
         saved = _load(torch, path, mapped)
     except pickle.UnpicklingError as error:
-        first = str(error).splitlines()[0]
         raise UserError(
-            f"{path}: refused, as it holds more than tensors and plain values, or is damaged; "
-            f"nothing of it was run ({first})"
+            f"{path}: refused: it is damaged, no file of PyTorch's, or holds more than tensors and "
+            "plain values; nothing in it was run"
         ) from error
     # PyTorch has one for each way in which a file can be wrong.
     except Exception as error:
