@@ -15,6 +15,7 @@ from maect_jax.errors import UserError
 from maect_jax.evals import protocols
 from maect_jax.evals.features import Features
 from maect_jax.models import positions, vit
+from maect_jax.stages import build
 from tests import figures
 from tests.conftest import CONFIGS, ROOT, SMALL, assert_trees_equal, run_on
 from tests.import_test import CT, told
@@ -45,6 +46,11 @@ def test_a_file_is_evaluated_under_its_name_with_its_classifier(tmp_path, monkey
     x, labels = (np.load(workdir / f"features/vit7/val/{n}.npy") for n in ("x", "labels"))
     normal = (x - probe["layer.1.running_mean"]) / np.sqrt(probe["layer.1.running_var"] + 1e-5)
     scores = normal @ probe["layer.2.weight"].T + probe["layer.2.bias"]
+    imported = importing.recognised(importing.paths_of(both))
+    parts = imported.read()
+    own = {key: parts[key]["classifier"] for key in ("params", "batch_stats")}
+    kernel, bias = build.classifier(own, imported.config.probe.bn_eps)
+    np.testing.assert_allclose(x @ kernel + bias, scores, rtol=1e-3, atol=1e-3)
     found = results["vit7"]["classifier"]
     assert found["top1"] == pytest.approx((scores.argmax(1) == labels).mean(), abs=1e-3)
     assert (found["classes"], found["images"]) == (10, len(labels))
@@ -100,14 +106,19 @@ def test_load_encoder_takes_pixels_as_they_come(tmp_path, rng):
             maect_jax.load_encoder(path, **settings)
 
 
+# The high-water mark of the process itself: that of getrusage is the parent's at the start.
 PEAK = """
-import resource, sys
-from maect_jax.convert import __main__, exporting
+import re, sys
+from maect_jax.convert import __main__
 import jax; jax.devices()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if sys.argv[2].endswith(".pth"):
+    import torch  # whose own memory is not the file's
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+before = peak()
 sys.argv = ["convert", *sys.argv[1:]]
 __main__.main()
-print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(before, peak())
 """
 
 
@@ -119,7 +130,7 @@ def assert_peak_of_import_below(kilobytes, path, run):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     before, peak = map(int, done.stdout.splitlines()[-1].split())
-    assert peak - before < kilobytes
+    assert kilobytes / 4 < peak - before < kilobytes
 
 
 def test_an_import_takes_less_memory_than_twice_the_file(tmp_path, rng):
