@@ -72,6 +72,7 @@ def test_run_leaves_its_files_and_a_table(finished):
     assert "nn_accuracy" in progress["ct"]
 
 
+@pytest.mark.slow
 def test_debug_tells_everything_and_may_be_switched_on_later(finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)
