@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maect_jax import origin, sharding
+from maect_jax import checks, origin, sharding
 from maect_jax.convert import importing
 from maect_jax.convert.told import Given
 from maect_jax.data import augment
@@ -15,7 +15,6 @@ from maect_jax.errors import UserError
 from maect_jax.models import positions, vit
 from maect_jax.stages import build
 
-_DTYPES = ("float32", "bfloat16")
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std
 
 
@@ -102,7 +101,7 @@ def load_encoder(
         image_size = tuple(int(side) for side in np.ravel(image_size))
         if len(image_size) != 2:
             raise UserError(f"image_size={image_size}: must be (height, width)")
-    for key, value, allowed in (("pool", pool, vit.POOLS), ("dtype", dtype, _DTYPES)):
+    for key, value, allowed in (("pool", pool, vit.POOLS), ("dtype", dtype, checks.DTYPES)):
         if value not in (None, *allowed):
             raise UserError(f"{key}={value!r}: must be one of {', '.join(allowed)}")
     if importing.is_file(str(where)):

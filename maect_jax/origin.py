@@ -1,7 +1,8 @@
 """Where a run starts: a trained stage of another run, or files from elsewhere."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,7 +72,7 @@ class Origin:
 
     name: str
     saved: Saved
-    rows: Mapping[str, Saved]
+    rows: Callable[[], dict[str, Saved]]
     lineage: Callable[[], list[dict]]
 
     def start(self, model: ConfigDict, stage: str, mesh) -> dict:
@@ -88,7 +89,7 @@ def of_run(run: Path, stage: str) -> Origin:
     def lineage():
         return [{"run": str(run), "stage": stage}, *read_lineage(run)]
 
-    return Origin(f"{run}, stage {stage}", saved(run, stage), encoders(run), lineage)
+    return Origin(f"{run}, stage {stage}", saved(run, stage), partial(encoders, run), lineage)
 
 
 def of_files(imported: importing.Imported) -> Origin:
@@ -99,7 +100,7 @@ def of_files(imported: importing.Imported) -> Origin:
 
     one = Saved(imported.kind, imported.config, read)
     name = ", ".join(map(str, imported.files))
-    return Origin(name, one, {imported.config.name: one}, imported.origin)
+    return Origin(name, one, lambda: {imported.config.name: one}, imported.origin)
 
 
 def find(init_from: str, stage: str, needs_run: bool = True) -> Origin:

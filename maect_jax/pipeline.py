@@ -169,7 +169,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     with jax.set_mesh(mesh):
         for name in config.stages:
             if name == "eval":
-                rows = origin.encoders(workdir) if len(config.stages) > 1 else before.rows
+                rows = origin.encoders(workdir) if len(config.stages) > 1 else before.rows()
                 results = evaluate.run(config, images, broken, rows, workdir, mesh)
                 if shown:
                     print(f"\n{table.text(table.cells(results))}", flush=True)

@@ -5,12 +5,12 @@ import os
 import re
 import subprocess
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from maect_jax.convert import importing
 from maect_jax.convert.told import Given
@@ -19,16 +19,9 @@ from maect_jax.stages import build
 from tests.conftest import CONFIGS, FAST_RUN, ROOT
 from tests.figures import FORWARD, assert_close
 from tests.import_test import assert_same, run_convert
-from tests.peers_test import arrays, perturbed
+from tests.peers_test import arrays, perturbed, reason, torch, transformers
 
-reason = "the extra [peers] is not installed"
-torch = pytest.importorskip("torch", reason=reason)
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # what the peers warn of when they are imported
-    timm = pytest.importorskip("timm", reason=reason)
-    transformers = pytest.importorskip("transformers", reason=reason)
-    from safetensors.torch import save_file
-    from transformers import AutoModel
+timm = pytest.importorskip("timm", reason=reason)
 
 SMALL = dict(embed_dim=24, depth=2, num_heads=3)
 # By name, the arguments of timm's Vision Transformer, and the feature that is its own.
@@ -75,7 +68,7 @@ def test_timm_there_and_back(tmp_path, monkeypatch, rng, own, pool, ending):
     if ending == "pth":
         torch.save({"state_dict": peer.state_dict()}, path)
     else:
-        save_file(peer.state_dict(), path)
+        save_file(arrays(peer.state_dict().items()), path)
     images, size = images_for(peer, rng), peer.patch_embed.img_size
     with torch.no_grad():
         want = peer.forward_head(peer.forward_features(pixels(images)), pre_logits=True).numpy()
@@ -151,7 +144,7 @@ def test_transformers_there_and_back(tmp_path, monkeypatch, rng, kind, config, b
     run_convert(monkeypatch, "import", folder, run)
     run_convert(monkeypatch, "export", run, out, "--format=hf")
     classifies = kind is transformers.ViTForImageClassification
-    loader = transformers.AutoModelForImageClassification if classifies else AutoModel
+    loader = transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
     again, told = loader.from_pretrained(out, output_loading_info=True)
     for trouble in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         assert not told[trouble], trouble

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from maect_jax import checkpoint, files, origin
+from maect_jax import checkpoint, checks, files, origin
 from maect_jax.convert import exporting, importing
 from maect_jax.convert.told import Given
 from maect_jax.errors import UserError
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the feature: the class token, or the patches' mean (by default for an MAE "
         "of ViT-B, as in the paper), or that mean before the final norm",
     )  # fmt: skip
-    take.add_argument("--dtype", choices=("float32", "bfloat16"), help="of activations (bfloat16)")
+    take.add_argument("--dtype", choices=checks.DTYPES, help="of activations (bfloat16)")
     give = commands.add_parser("export", formatter_class=formatted, description=_EXPORT)
     give.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
     give.add_argument("file", type=Path, metavar="FILE", help="a new file, for hf a folder")
