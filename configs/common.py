@@ -22,9 +22,18 @@ def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -
     config.stages = ()
     config.seed = 0
     config.init_from = ""  # a run to start from; "random" for seeded random weights
-    config.log_level = "info"  # debug: parameters, and what the libraries have to say
+    config.log_level = "info"  # debug: parameters, saves, and what the libraries have to say
     config.log_every = 50  # steps between two lines of metrics.jsonl
-    config.checkpoint_every = 5  # epochs; the last step is always saved
+    config.tensorboard = False  # writes them for TensorBoard, too (extra [tensorboard])
+    config.profile = ()  # (first, last) step of each stage that jax.profiler traces for XProf
+    config.debug_nans = False  # names the operation that makes the first NaN; slow
+    # A step whose loss or gradient is not finite changes nothing. stop: it ends the run; skip: it
+    # is left out, and nan_limit such steps of a stage at most.
+    config.nan_policy = "stop"
+    config.nan_limit = 10
+    # every: epochs (the last step is always saved); keep: how many of the last ones stay; best: the
+    # one with the highest knn_accuracy or neighbour_accuracy (see monitor) stays, too.
+    config.checkpoint = ConfigDict({"every": 5, "keep": 2, "best": ""})
     # While training, k-NN on the held-out images, where there are such and all have labels, which
     # serve nothing else. `images` is how many training and held-out images are taken at most.
     config.monitor = ConfigDict({"every": 10, "images": 10_000})  # epochs; 0: never
@@ -269,7 +278,7 @@ def _tiny(config: ConfigDict) -> ConfigDict:
     elif config.stages[0] != "mae":
         config.init_from = "random"  # the page leaves its start to the user
     config.log_every = 10
-    config.checkpoint_every = 1
+    config.checkpoint.every = 1
     if config.data.short_side > _SMALL:
         small_images(config)
         if "model" in config:

@@ -18,7 +18,7 @@ def get_config(argument=""):
     common.small_images(config)
     config.model.update(width=96, depth=6, heads=3)
     config.log_every = 20
-    config.checkpoint_every = 1
+    config.checkpoint.every = 1
 
     mae = common.add_mae(config, batch_size=32)
     mae.update(epochs=12, warmup_epochs=1, base_lr=4e-3, crop_scale=(0.6, 1.0))
@@ -41,6 +41,6 @@ def get_config(argument=""):
 
     if argument == "long":
         config.name += "_long"
-        config.checkpoint_every = 5
+        config.checkpoint.every = 5
         mae.epochs, head.epochs, ct.epochs = 72, 16, 78
     return common.finish(config, argument, variants=("long",))

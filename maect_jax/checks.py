@@ -2,18 +2,19 @@
 
 import importlib.util
 import math
-from pathlib import Path
+import os
 
 from ml_collections import ConfigDict
 
 from maect_jax import config as pages
 from maect_jax.data import sources, subsets
-from maect_jax.errors import UserError
+from maect_jax.errors import UserError, shown
 from maect_jax.evals import cluster, export, maps, protocols
 from maect_jax.models import vit
 from maect_jax.stages import build
 
 DTYPES = ("float32", "bfloat16")
+_INT32 = 2**31  # steps, record numbers and sizes of arrays stay below it
 
 
 class Checker:
@@ -23,20 +24,28 @@ class Checker:
         self.values = pages.flat(config)
 
     def need(self, key: str, allowed: str, holds) -> None:
-        value = self.values[key]
-        if not holds(value):
-            raise UserError(f"config.{key}={value!r}: must be {allowed}")
+        value = self.values.get(key)  # a section that another run has written may lack it
+        try:
+            allows = holds(value)
+        except TypeError:  # nor need its values be of these types
+            allows = False
+        if not allows:
+            raise UserError(f"config.{key}={shown(repr(value))}: must be {allowed}")
 
     def one_of(self, key: str, options) -> None:
         self.need(key, "one of " + ", ".join(map(repr, options)), lambda v: v in options)
 
     def positive(self, *keys: str) -> None:
         for key in keys:
-            self.need(key, "above 0", lambda v: 0 < v < math.inf)
+            self.need(key, "above 0, and below 2^31", lambda v: 0 < v < _INT32)
 
     def not_negative(self, *keys: str) -> None:
         for key in keys:
-            self.need(key, "0 or more", lambda v: 0 <= v < math.inf)
+            self.need(key, "0 or more, and below 2^31", lambda v: 0 <= v < _INT32)
+
+    def at_most(self, most: int, *keys: str) -> None:
+        for key in keys:
+            self.need(key, f"above 0, and at most {most:,}", lambda v: 0 < v <= most)
 
     def share(self, *keys: str) -> None:
         for key in keys:
@@ -71,7 +80,7 @@ def finetune(check: Checker) -> None:
         "names", lambda v: _is_share(v) if v.endswith("%") else v,
     )  # fmt: skip
     warmup(check, "finetune")
-    check.positive("finetune.layer_decay")
+    check.at_most(1, "finetune.layer_decay")
     check.share("finetune.drop_path", "finetune.label_smoothing")
     check.not_negative("finetune.mixup_alpha", "finetune.cutmix_alpha")
     check.need("finetune.erasing", "from 0 to 1", lambda v: 0 <= v <= 1)
@@ -98,17 +107,20 @@ def evaluation(check: Checker) -> None:
     check.share("eval.probe.held_out")
     crop_scale(check, "eval.probe")
     for key in ("knn.k", "probe.base_lrs", "lowshot.weight_decays"):
-        check.need(f"eval.{key}", "numbers above 0, at least one", lambda v: v and min(v) > 0)
+        check.need(
+            f"eval.{key}", "numbers above 0, at least one",
+            lambda v: v and all(0 < x < math.inf for x in v),
+        )  # fmt: skip
     check.need("eval.lowshot.images", "numbers above 0", lambda v: all(n > 0 for n in v))
     check.need("eval.lowshot.shares", "from above 0 to 1", lambda v: all(0 < s <= 1 for s in v))
     check.need(
         "eval.lowshot.lists", "paths of text files that are there",
-        lambda v: all(Path(path).is_file() for path in v),
+        lambda v: all(isinstance(path, str) and os.path.isfile(path) for path in v),
     )  # fmt: skip
     check.one_of("eval.cluster.split", sources.SPLITS)
     check.not_negative(*(f"eval.cluster.{key}" for key in ("clusters", "pca", "minibatch")))
     parts = tuple(cluster.SUBSETS)
-    check.need("eval.cluster.subsets", f"some of {parts}", lambda v: set(v) <= set(parts))
+    check.need("eval.cluster.subsets", f"some of {parts}", lambda v: all(p in parts for p in v))
 
 
 def crop_scale(check: Checker, section: str) -> None:

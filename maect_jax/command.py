@@ -3,8 +3,11 @@
 import ast
 import os
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from logging import CRITICAL, getLogger
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -57,7 +60,28 @@ def run(main: Callable[[list[str]], None], doc: str, *own: flags.FlagHolder) -> 
       doc: the text of --help.
       *own: the flags that `main` has of its own.
     """
-    app.run(main, flags_parser=partial(_parse, doc, own))
+    app.run(partial(_told, main), flags_parser=partial(_parse, doc, own))
+
+
+def _told(main: Callable[[list[str]], None], argv: list[str]) -> None:
+    """Calls `main`; what nobody foresaw is a traceback, and last a line that says what it is."""
+    try:
+        main(argv)
+    except FloatingPointError as error:  # what --config.debug_nans asks for
+        traceback.print_exc()
+        stop(f"debug_nans: {_first_line(error)}", status=1)
+    except Exception as error:
+        traceback.print_exc()
+        kind = type(error).__name__
+        stop(
+            f"unexpected {kind}: {_first_line(error)}; this is a fault of maect_jax: please report "
+            "the lines above",
+            status=1,
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 def load_config(argv: list[str]) -> ConfigDict:
@@ -69,11 +93,33 @@ def load_config(argv: list[str]) -> ConfigDict:
       UserError: there is no such page or key, or a value is not of its type.
     """
     config = pages.load(_CONFIG.value, argv[1:])
-    logging.set_verbosity(logging.DEBUG if config.log_level == "debug" else logging.WARNING)
+    debug = config.log_level == "debug"
+    logging.set_verbosity(logging.DEBUG if debug else logging.WARNING)
+    if not debug:
+        _quieten_saving()
     return config
+
+
+def _quieten_saving() -> None:
+    """Of a save that fails each of orbax's threads has a stack to show; `saving` has one line."""
+    logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+    getLogger("asyncio").setLevel(CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    told = sys.unraisablehook
+
+    def hook(found):
+        if str(found.exc_value) != "Event loop is closed":
+            told(found)
+
+    sys.unraisablehook = hook
 
 
 def stop(error: Exception | str, status: int = 2) -> None:
     """Ends the program with one line on stderr."""
-    sys.stderr.write(f"error: {error}\n")  # at once, lest another host's line come between
+    tell(error)
     sys.exit(status)
+
+
+def tell(error: Exception | str) -> None:
+    """Writes one line on stderr."""
+    sys.stderr.write(f"error: {error}\n")  # at once, lest another host's line come between

@@ -3,15 +3,23 @@
 import ast
 import difflib
 import importlib.util
-import json
 import sys
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from maect_jax.errors import UserError
+from maect_jax import files
+from maect_jax.errors import UserError, shown
+
+_LONGEST = 1000  # characters of a text: no name or path that people give has more
+# What every run's config has, also that of an imported encoder.
+_MODEL = (
+    "variant", "width", "depth", "heads", "patch_size", "image_size", "channels", "ln_eps", "pool",
+)  # fmt: skip
+_LARGEST = 2**63 - 1  # what an integer of 64 bits can be
 
 
 def load(page: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -69,8 +77,10 @@ def _override(config: ConfigDict, override: str) -> None:
         below = [name for name in values if name.startswith(f"{key}.")]
         if below:
             raise UserError(f"--config.{key} is a section; its keys are {', '.join(below)}")
-        near = difflib.get_close_matches(key, values, 1, 0)[0]
-        raise UserError(f"--config.{override}: there is no key {key!r}; did you mean {near!r}?")
+        near = difflib.get_close_matches(shown(key), values, 1, 0)[0]
+        raise UserError(
+            f"--config.{shown(override)}: there is no key {shown(key)!r}; did you mean {near!r}?"
+        )
     if not equals:
         raise UserError(f"--config.{key}: write --config.{key}=VALUE")
     *sections, leaf = key.split(".")
@@ -78,14 +88,22 @@ def _override(config: ConfigDict, override: str) -> None:
     kind = holder.get_type(leaf)
     try:
         holder[leaf] = _parse(text, kind, values[key])
-    except (ValueError, SyntaxError, TypeError) as error:
+    # MemoryError and RecursionError: the parser's, of what is nested too deep.
+    except (
+        ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError
+    ) as error:  # fmt: skip
+        what = f"str of at most {_LONGEST:,} characters" if kind is str else kind.__name__
         raise UserError(
-            f"--config.{override}: expected {kind.__name__}, such as {values[key]!r}"
+            f"--config.{shown(override)}: expected {what}, such as {values[key]!r}"
         ) from error
 
 
 def _parse(text: str, kind: type, before):
     if kind is str:
+        if len(text) > _LONGEST:
+            raise ValueError("too long")
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
+            raise ValueError("control characters, or bytes that are no text")
         return text
     value = ast.literal_eval(text.capitalize() if kind is bool else text)
     if kind is tuple and isinstance(value, tuple) and before:
@@ -98,11 +116,17 @@ def _typed(value, kind: type):
         return float(value)
     if type(value) is not kind:
         raise TypeError(f"{value!r} is not of {kind}")
+    if kind is int and abs(value) > _LARGEST:
+        raise OverflowError("more than 64 bits")
     return value
 
 
 def read(path: Path) -> ConfigDict:
-    """The config that a run wrote (`config.json`); JSON's lists are tuples again."""
+    """The config that a run wrote (`config.json`); JSON's lists are tuples again.
+
+    Raises:
+      UserError: there is none, or the file holds something else.
+    """
 
     def tuples(value):
         if isinstance(value, list):
@@ -111,10 +135,19 @@ def read(path: Path) -> ConfigDict:
             return {key: tuples(below) for key, below in value.items()}
         return value
 
-    try:
-        return ConfigDict(tuples(json.loads(path.read_text())))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not the config of a run: {error}") from error
+    content = files.read_json(path)
+    needs(path, content, "model", _MODEL)
+    needs(path, content, "data")
+    return ConfigDict(tuples(content))
+
+
+def needs(path: Path, content: Mapping, section: str, keys: Sequence[str] = ()) -> None:
+    """Raises `UserError` where a run's config, the content of `path`, lacks some keys."""
+    found = content.get(section)
+    known = isinstance(found, Mapping | ConfigDict)
+    absent = [f"{section}.{key}" for key in keys if key not in found] if known else [section]
+    if absent:
+        raise UserError(f"{path}: not the config of a run: has no {', '.join(absent)}")
 
 
 def differing(old: ConfigDict, new: ConfigDict) -> list[str]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maect_jax import checks, origin, sharding
+from maect_jax import checkpoint, checks, origin, sharding
 from maect_jax.convert import importing
 from maect_jax.convert.told import Given
 from maect_jax.data import augment
@@ -109,7 +109,7 @@ def load_encoder(
         found = origin.of_files(importing.recognised(importing.paths_of(str(where)), given))
     elif heads or ln_eps:
         raise UserError(f"{where}: heads and ln_eps are for files; a run tells its own")
-    elif not (Path(where) / "config.json").is_file():
+    elif not (checkpoint.run_of(Path(where))[0] / "config.json").is_file():
         raise UserError(f"{where}: there is no such run or file")
     else:
         found = origin.find(str(where), "eval")

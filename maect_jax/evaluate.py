@@ -14,10 +14,12 @@ from tqdm import tqdm
 
 from maect_jax import files, origin, sharding
 from maect_jax.data import damage, loader, sources
+from maect_jax.errors import UserError
 from maect_jax.evals import export, features, protocols
 from maect_jax.stages import build
 
 PIXELS = "pixels"
+AGAIN = "remove it, and the run's command measures again"
 _CLASSIFIER = ("params", "batch_stats")  # where a saved stage keeps one
 _RETRIEVAL, _CLUSTERS = "retrieval", "cluster"
 
@@ -140,7 +142,7 @@ def run(
     """
     section, shown = config.eval, jax.process_index() == 0
     rows = ({PIXELS: None} if section.pixels else {}) | rows
-    results = files.read_json(workdir / "results.json")
+    results = read_results(workdir)
     steps = len(rows) * (1 + len(section.protocols))
     bar = tqdm(total=steps, desc="eval", unit="step", disable=not shown)
     for name, saved in rows.items():
@@ -170,7 +172,7 @@ def run(
 def _entry(entry: dict, settings: dict) -> dict:
     """A row of the results, without what was measured on other features."""
     made_of = features.digest(settings)
-    if entry.get("made_of") == made_of:
+    if entry.get("made_of") == made_of and {"seconds", "made_with"} <= entry.keys():
         return entry
     told = {key: settings["train"].get(key) for key in ("kind", "dtype")}
     kept = {key: entry[key] for key in ("finetune",) if key in entry}
@@ -212,21 +214,37 @@ def _export(row: protocols.Row, entry: dict, settings: dict, folder: Path, name:
     entry["made_with"]["export"] = made_with
 
 
+def read_results(workdir: Path) -> dict[str, dict]:
+    """The content of a run's `results.json`, by row; nothing where it was not evaluated.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = workdir / "results.json"
+    results = files.read_json(path)
+    if not all(isinstance(row, dict) for row in results.values()):
+        raise UserError(f"{path}: holds something else than rows of results; {AGAIN}")
+    return results
+
+
 def read_retrieval(workdir: Path, name: str) -> dict[str, np.ndarray]:
     """Of a row of the results `index` `[Q]`, the numbers of some images (held-out, where there are
     such), and `neighbours` `[Q, k]`, those of the nearest training images; nothing where there is
     no such row."""
-    return _read(folder_of(workdir, name) / f"{_RETRIEVAL}.npz")
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    return files.read_arrays(path) if path.exists() else {}
+    path = folder_of(workdir, name) / f"{_RETRIEVAL}.npz"
+    return files.kept_arrays(path, "index", "neighbours") if path.exists() else {}
 
 
 def read_clusters(workdir: Path, name: str) -> dict[str, np.ndarray]:
     """Of a row of the results `index`, `labels`, `clusters` and `distance` `[N]` of the images that
     were clustered; nothing where they were not."""
-    return _read(folder_of(workdir, name) / f"{_CLUSTERS}.npz")
+    path = folder_of(workdir, name) / f"{_CLUSTERS}.npz"
+    if not path.exists():
+        return {}
+    found = files.kept_arrays(path, "index", "labels", "clusters", "distance")
+    if len({array.shape for array in found.values()}) > 1:
+        raise UserError(f"{path}: is damaged (its arrays are of several lengths); remove it")
+    return found
 
 
 def _table(workdir: Path, names: list[str], source: sources.Source) -> str:

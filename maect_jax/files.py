@@ -1,33 +1,78 @@
 """Files, written whole or not at all: a reader finds the old content or the new, never a half."""
 
+import errno
 import json
+import logging
 import os
+import time
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from maect_jax.errors import UserError
+from maect_jax.errors import UserError, shown
+
+_LOGGER = logging.getLogger(__name__)
+_PAUSES = (1.0, 4.0, 15.0, 60.0)  # seconds before a write is tried again
+# What will not pass by itself.
+_LASTING = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY,
+    errno.ENAMETOOLONG, errno.EBADF, errno.EINVAL,
+}  # fmt: skip
+
+
+def patiently(path: Path, write: Callable[[], None]) -> None:
+    """Calls `write`, again and again within 80 seconds where the storage fails for a while.
+
+    Raises:
+      OSError: what lasts, such as a full disk, at once; an outage that takes longer.
+    """
+    for pause in (*_PAUSES, None):
+        try:
+            write()
+            return
+        except OSError as error:
+            if pause is None or error.errno in _LASTING:
+                raise
+            _LOGGER.warning("%s: cannot be written (%s); next try in %g s", path, error, pause)
+            time.sleep(pause)
 
 
 def read_json(path: Path) -> dict:
-    """The content of a JSON file, nothing where there is none.
+    """The content of a JSON file, an object; nothing where there is none.
 
     Raises:
-      UserError: it is not JSON.
+      UserError: it is something else.
     """
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
+        content = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
+
+
+def _put(path: Path, write: Callable[[Path], None]) -> None:
+    draft = path.with_suffix(".tmp")
+
+    def whole():
+        write(draft)
+        draft.replace(path)
+
+    try:
+        patiently(path, whole)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file; its folder must be there."""
-    draft = path.with_suffix(".tmp")
-    draft.write_text(text)
-    draft.replace(path)
+    _put(path, lambda draft: draft.write_text(text))
 
 
 def write_json(path: Path, values: dict) -> None:
@@ -41,6 +86,15 @@ def to_disk(file) -> None:
     os.fsync(file.fileno())
 
 
+def folder_to_disk(folder: Path) -> None:
+    """Has the names in a folder outlast a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def read_arrays(path: Path | str) -> dict[str, np.ndarray]:
     """The arrays of an `.npz`.
 
@@ -50,15 +104,36 @@ def read_arrays(path: Path | str) -> dict[str, np.ndarray]:
     try:
         with open(path, "rb") as file, np.load(file) as saved:
             return dict(saved)
-    # numpy and zipfile have one for each way in which a file can be wrong.
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(str(error)) from error
+    # numpy and zipfile have one for each way in which a file can be wrong: RuntimeError for what
+    # claims to be encrypted or of another kind, MemoryError for what claims to be too large.
+    except (
+        OSError, ValueError, TypeError, EOFError, RuntimeError, MemoryError,
+        zipfile.BadZipFile, zlib.error,
+    ) as error:  # fmt: skip
+        raise ValueError(shown(str(error) or repr(error))) from error
+
+
+def kept_arrays(path: Path, *keys: str) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` that a run has written, which has `keys`.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    try:
+        found = read_arrays(path)
+        if absent := ", ".join(key for key in keys if key not in found):
+            raise ValueError(f"has no {absent}")
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error}); remove it, to do without") from error
+    return found
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Writes a compressed `.npz`; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    with draft.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-    draft.replace(path)
+
+    def write(draft):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with draft.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    _put(path, write)

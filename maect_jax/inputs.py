@@ -10,6 +10,7 @@ from maect_jax.errors import UserError
 from maect_jax.evals import protocols
 from maect_jax.stages import build
 
+_STEPS = 2**31 - 1  # that an int32 counts
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -46,7 +47,7 @@ def open_sources(config: ConfigDict, workdir: Path) -> dict[str, sources.Source]
 
 
 def enough(config: ConfigDict, source: sources.Source) -> None:
-    """Raises `UserError` where the training images are fewer than a stage needs."""
+    """Raises `UserError` where a stage needs more training images, or has more steps than count."""
     images = len(source)
     for name in config.stages:
         if name == "eval":
@@ -55,6 +56,11 @@ def enough(config: ConfigDict, source: sources.Source) -> None:
         if size > seen:
             raise UserError(
                 f"config.{name}.batch_size={size}: must be at most the {seen} training images"
+            )
+        epochs, most = config[name].epochs, _STEPS // (seen // size)
+        if epochs > most:
+            raise UserError(
+                f"config.{name}.epochs={epochs}: must be at most {most}, which are 2^31 steps"
             )
     measured = "eval" in config.stages and "knn" in config.eval.protocols and source.labelled
     if measured and max(config.eval.knn.k) > images:

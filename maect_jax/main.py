@@ -8,8 +8,8 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from maect_jax import command, pipeline
-from maect_jax.errors import RunFailedError, UserError
+from maect_jax import command, pipeline, preemption
+from maect_jax.errors import PreemptedError, RunFailedError, UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder; runs/<config name> unless given")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "print what would run, and stop")
@@ -66,13 +66,17 @@ def main(argv: list[str]) -> None:
         if _DRY_RUN.value:
             pipeline.dry_run(config)
         else:
-            pipeline.run(config, Path(_WORKDIR.value or f"runs/{config.name}"))
+            with preemption.handled():
+                pipeline.run(config, Path(_WORKDIR.value or f"runs/{config.name}"))
     except UserError as error:
         command.stop(error)
     except RunFailedError as error:
         command.stop(error, status=1)
+    except PreemptedError as error:
+        command.stop(f"preempted, resumable: {error}", preemption.STATUS)
     except KeyboardInterrupt:
-        command.stop("interrupted; the same command goes on from the last checkpoint", status=130)
+        command.tell("preempted, resumable: the same command goes on where it was")
+        preemption.leave()
 
 
 if __name__ == "__main__":

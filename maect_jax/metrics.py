@@ -1,8 +1,7 @@
-"""What a run says while it trains: `metrics.jsonl` and a progress bar."""
+"""What a run says while it trains: `metrics.jsonl`, TensorBoard and a progress bar."""
 
-import json
-import math
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,25 +9,9 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from maect_jax import files
-from maect_jax.errors import RunFailedError
-
-
-def read(path: Path) -> list[dict]:
-    """The lines of a `metrics.jsonl`; nothing where there is none."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    # A last line without its end was torn by a power cut.
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def _forget(path: Path, stage: str, step: int) -> float:
-    """Drops the lines of `stage` past `step`: what is done again must not be told twice.
-
-    Returns the seconds that the stage has taken up to what is left of it.
-    """
-    kept = [entry for entry in read(path) if entry["stage"] != stage or entry["step"] <= step]
-    files.write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
-    return max((entry["seconds"] for entry in kept if entry["stage"] == stage), default=0.0)
+from maect_jax import jsonl
+from maect_jax.bad_steps import BadSteps
+from maect_jax.board import Board
 
 
 class Log:
@@ -37,7 +20,8 @@ class Log:
     So the device never waits for the host. `metrics.jsonl` gets one JSON object a line for the
     first step, every `every` steps and the last one: `stage`, `step`, scalars, `images_per_second`
     and `input_wait`, the share of the time in which the host waited for images, both since the line
-    before, and `seconds`, all the time that the stage has taken, compiling included.
+    before, and `seconds`, all the time that the stage has taken, compiling included. A step that
+    was not finite has null in it.
 
     Args:
       path: of metrics.jsonl.
@@ -47,6 +31,8 @@ class Log:
       batch_size: images a step.
       every: steps between two lines.
       shown: whether this process writes and draws at all (one of all processes does).
+      bad_steps: takes those that were not finite.
+      board: a folder for TensorBoard, `None` for none.
     """
 
     def __init__(
@@ -58,16 +44,22 @@ class Log:
         batch_size: int,
         every: int,
         shown: bool,
+        bad_steps: BadSteps,
+        board: Path | None = None,
     ):
         self._stage, self._steps, self._batch_size, self._every = stage, steps, batch_size, every
-        self._pending: tuple[int, dict] | None = None
+        self._bad_steps = bad_steps
+        self._pending: tuple[int, dict, jax.Array] | None = None
         self._start = time.monotonic()
         self._clock = (self._start, done)
         self._waited = 0.0
-        self._file = None
+        self._file = self._board = None
+        self._writing = threading.Lock()  # a checkpoint tells of itself from its own thread
         if shown:
-            self._start -= _forget(path, stage, done)
-            self._file = path.open("a", buffering=1)
+            before = jsonl.forget(path, stage, done)
+            self._start -= max((entry["seconds"] for entry in before), default=0.0)
+            self._file = jsonl.Lines(path)
+            self._board = Board(board, before) if board else None
         self._bar = tqdm(
             total=steps * batch_size,
             initial=done * batch_size,
@@ -91,26 +83,29 @@ class Log:
         """Whether a step gets a line in `metrics.jsonl`."""
         return step == 1 or step % self._every == 0 or step == self._steps
 
-    def add(self, step: int, scalars: dict[str, jax.Array]) -> None:
-        """Remembers this step's metrics and reads those of the step before.
+    def add(self, step: int, scalars: dict[str, jax.Array], index: jax.Array) -> int:
+        """Remembers this step's metrics and the record numbers of its images, and reads those of
+        the step before (`flush`)."""
+        vote = self.flush()
+        self._pending = (step, scalars, index)
+        return vote
+
+    def flush(self) -> int:
+        """Waits for the step that is remembered, and writes its metrics.
+
+        Returns:
+          Its `vote`; 0 where nothing is remembered.
 
         Raises:
-          RunFailedError: a step was not finite.
+          RunFailedError: the step was bad (`bad_steps`).
         """
-        self.flush()
-        self._pending = (step, scalars)
-
-    def flush(self) -> None:
-        """Reads what is remembered; waits for that step to end. Raises as `add` does."""
         if self._pending is None:
-            return
-        (step, scalars), self._pending = self._pending, None
+            return 0
+        (step, scalars, index), self._pending = self._pending, None
         values = {key: float(value) for key, value in jax.device_get(scalars).items()}
-        if not values.pop("finite"):
-            raise RunFailedError(
-                f"stage {self._stage}, step {step}: the loss ({values['loss']}) or a gradient is "
-                "not finite; nothing was saved after the last checkpoint"
-            )
+        finite, vote = values.pop("finite"), int(values.pop("vote"))
+        if not finite:
+            self._bad_steps.take(step, values, index)
         self._bar.update(self._batch_size)
         shown = {k: f"{values[k]:.3f}" for k in ("loss", "nn_accuracy") if k in values}
         self._bar.set_postfix(shown, refresh=False)
@@ -122,25 +117,33 @@ class Log:
             times = {"images_per_second": rate, "input_wait": self._waited / passed}
             times["seconds"] = now - self._start
             self._waited = 0.0
-            entry = {"stage": self._stage, "step": step, **values, **times}
-            self._file.write(json.dumps({k: _rounded(v) for k, v in entry.items()}) + "\n")
+            self._write({"stage": self._stage, "step": step, **values, **times})
+        return vote
 
-    def note(self, step: int, values: dict[str, float], seconds: float) -> None:
-        """Writes a line of its own with what was measured after a step, in so many seconds, which
-        do not count in the rates."""
+    def note(self, step: int, values: dict[str, float]) -> None:
+        """Writes a line of its own; may be called from any thread."""
+        entry = {"stage": self._stage, "step": step, **values}
+        self._write(entry | {"seconds": time.monotonic() - self._start})
+
+    def leave_out(self, seconds: float) -> None:
+        """Has some seconds, which were spent on something else, not count in the rates."""
         then, before = self._clock
         self._clock = (then + seconds, before)
+
+    def _write(self, entry: dict) -> None:
+        if self._file is None:
+            return
+        with self._writing:
+            self._file.add(entry)
+            if self._board:
+                self._board.write(entry)
+
+    def keep(self) -> None:
+        """Has all lines outlast a power cut."""
         if self._file:
-            entry = {"stage": self._stage, "step": step, **values}
-            entry["seconds"] = time.monotonic() - self._start
-            self._file.write(json.dumps({k: _rounded(v) for k, v in entry.items()}) + "\n")
+            self._file.keep()
 
     def close(self) -> None:
         self._bar.close()
-        if self._file:
-            self._file.close()
-
-
-def _rounded(value):
-    """Seven significant digits, all that a float32 has."""
-    return float(f"{value:.7g}") if isinstance(value, float) and math.isfinite(value) else value
+        for open_one in filter(None, (self._file, self._board)):
+            open_one.close()

@@ -12,8 +12,16 @@ from maect_jax.evals import features, knn
 from maect_jax.stages import build
 from maect_jax.state import TrainState
 
+MEASURED = ("knn_accuracy", "neighbour_accuracy")
 _K = 10
 _MEMORY_MB = 256
+
+
+def measures(config: ConfigDict, images: Mapping[str, sources.Source]) -> bool:
+    """Whether anything can be measured: it is not switched off, and there are held-out images, and
+    all have labels."""
+    labelled = all(source.labelled for source in images.values())
+    return bool(config.monitor.every) and "val" in images and labelled
 
 
 def monitor(
@@ -25,12 +33,10 @@ def monitor(
     cosine among training images (`config.monitor.images` of either kind, at most); and the seconds
     that it took. Every process must call it.
 
-    `None` where there is nothing to measure: it is switched off, the stage does not change the
-    encoder or has seen the labels, there are no held-out images, or not all have labels.
+    `None` where there is nothing to measure: `measures` says so, or the stage does not change the
+    encoder or has seen the labels.
     """
-    if name not in ("mae", "ct") or "val" not in images or not config.monitor.every:
-        return None
-    if not all(source.labelled for source in images.values()):
+    if name not in ("mae", "ct") or not measures(config, images):
         return None
     chosen, broken = {}, {}
     for split, source in images.items():
@@ -51,10 +57,7 @@ def monitor(
             found[split] = features.collected(batches)
         ks = (1, min(_K, len(found["train"][0])))
         nearest, several = knn.knn(*found["train"], *found["val"], ks, mesh, _MEMORY_MB)
-        values = {
-            "knn_accuracy": several["accuracy"],
-            "neighbour_accuracy": nearest["accuracy"],
-        }
-        return values, time.monotonic() - start
+        accuracies = (several["accuracy"], nearest["accuracy"])
+        return dict(zip(MEASURED, accuracies, strict=True)), time.monotonic() - start
 
     return measure

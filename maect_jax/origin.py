@@ -1,6 +1,7 @@
 """Where a run starts: a trained stage of another run, or files from elsewhere."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -42,12 +43,12 @@ class Saved(NamedTuple):
     read: Callable[..., dict]
 
 
-def saved(run: Path, stage: str) -> Saved:
-    """A stage of a run."""
+def saved(run: Path, stage: str, step: int | None = None) -> Saved:
+    """A stage of a run, at its end unless a step is named."""
     folder = checkpoint.stage_folder(run, stage)
     parts = build.SAVED_PARTS[stage]
     config = pages.read(run / "config.json")
-    return Saved(stage, config, lambda mesh: checkpoint.read_parts(folder, parts, mesh))
+    return Saved(stage, config, lambda mesh: checkpoint.read_parts(folder, parts, mesh, step))
 
 
 def encoders(run: Path) -> dict[str, Saved]:
@@ -83,13 +84,15 @@ class Origin:
         return start | {"encoder": positions.fitted(start["encoder"], old, new)}
 
 
-def of_run(run: Path, stage: str) -> Origin:
-    """A trained stage of a run."""
+def of_run(run: Path, stage: str, step: int | None = None) -> Origin:
+    """A trained stage of a run, at its end unless a step is named."""
+    one, at = saved(run, stage, step), {} if step is None else {"step": step}
 
     def lineage():
-        return [{"run": str(run), "stage": stage}, *read_lineage(run)]
+        return [{"run": str(run), "stage": stage, **at}, *read_lineage(run)]
 
-    return Origin(f"{run}, stage {stage}", saved(run, stage), partial(encoders, run), lineage)
+    name = ", ".join([str(run), f"stage {stage}", *(f"step {s}" for s in at.values())])
+    return Origin(name, one, (lambda: {stage: one}) if at else partial(encoders, run), lineage)
 
 
 def of_files(imported: importing.Imported) -> Origin:
@@ -104,7 +107,8 @@ def of_files(imported: importing.Imported) -> Origin:
 
 
 def find(init_from: str, stage: str, needs_run: bool = True) -> Origin:
-    """What `stage` starts from: the trained stage of run `init_from`, or files.
+    """What `stage` starts from: the trained stage of run `init_from`, one of its checkpoints, or
+    files.
 
     `needs_run` says that it cannot start from random weights.
 
@@ -117,24 +121,40 @@ def find(init_from: str, stage: str, needs_run: bool = True) -> Origin:
         allowed = f"the folder of a run, a file of weights, or {RANDOM!r} weights"
     if not init_from:
         raise UserError(f"{where}stage {stage} must start from something: {allowed}")
-    if importing.is_file(init_from):
+    try:
+        foreign = importing.is_file(init_from)
+    except OSError as error:  # a name that no file can have, or a folder of somebody else's
+        raise UserError(f"{where}cannot be read: {error.strerror}; must be {allowed}") from error
+    if foreign:
         return of_files(importing.recognised(importing.paths_of(init_from)))
-    run = Path(init_from)
-    if not (run / "config.json").is_file():
+    run, at, step = checkpoint.run_of(Path(init_from))
+    if not os.path.isfile(run / "config.json"):
         raise UserError(f"{where}there is no run; must be {allowed}")
     trained = checkpoint.trained_stages(run, tuple(build.SAVED_PARTS))
     if not trained:
         raise UserError(f"{where}the run has no checkpoint yet; must be {allowed}")
+    if step is not None:
+        has_step(run, at, step, where)
+        return of_run(run, at, step)
     preferred = (*_PREFERRED[stage], *_ALONE) if stage in _PREFERRED else reversed(trained)
     name = next(name for name in preferred if name in trained)
     finished(run, name, where)
     return of_run(run, name)
 
 
+def has_step(run: Path, stage: str, step: int, where: str) -> None:
+    """Raises `UserError` where a run has no such checkpoint."""
+    there = checkpoint.steps_of(checkpoint.stage_folder(run, stage))
+    if stage not in build.SAVED_PARTS or step not in there:
+        saved = f"saved are {', '.join(map(str, there))}" if there else f"no stage {stage!r} is"
+        raise UserError(f"{where}there is no such checkpoint; {saved}")
+
+
 def finished(run: Path, stage: str, where: str) -> None:
     """Raises `UserError` where a stage of a run is not at its end."""
     folder = checkpoint.stage_folder(run, stage)
-    step, steps = checkpoint.last_step(folder), checkpoint.read_position(folder)["steps"]
+    step = checkpoint.last_step(folder)
+    steps = checkpoint.read_position(folder, step)["steps"]
     if step != steps:
         raise UserError(
             f"{where}its stage {stage} is at step {step} of {steps}; finish that run first"
@@ -143,8 +163,12 @@ def finished(run: Path, stage: str, where: str) -> None:
 
 def read_lineage(run: Path) -> list[dict]:
     """Where the weights that a run started from are from, the last first; empty where it does not
-    tell."""
-    return files.read_json(run / _LINEAGE).get("from", [])
+    tell. Raises `UserError` where the file is damaged."""
+    path = run / _LINEAGE
+    found = files.read_json(path).get("from", [])
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        raise UserError(f"{path}: holds something else than a lineage; remove it, to do without")
+    return found
 
 
 def write_lineage(run: Path, lineage: list[dict]) -> None:
@@ -153,7 +177,7 @@ def write_lineage(run: Path, lineage: list[dict]) -> None:
     Raises:
       UserError: it is noted already, and a file is no longer what it was.
     """
-    before = {e["file"]: e["sha256"] for e in read_lineage(run) if "file" in e}
+    before = {e["file"]: e.get("sha256") for e in read_lineage(run) if "file" in e}
     for entry in lineage:
         if before.get(entry.get("file"), entry.get("sha256")) != entry.get("sha256"):
             raise UserError(

@@ -1,17 +1,16 @@
 """Runs the stages of a config in order, each starting from the one before."""
 
-import os
-import platform
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
 from maect_jax import (
-    __version__,
+    board,
+    checkpoint,
     evaluate,
-    files,
     inputs,
     monitor,
     origin,
@@ -22,14 +21,12 @@ from maect_jax import (
     validate,
     watch,
 )
-from maect_jax import config as pages
+from maect_jax import workdir as folders
 from maect_jax.data import damage, sources
-from maect_jax.errors import UserError
+from maect_jax.errors import RunFailedError, UserError
 from maect_jax.evals import finetuned
 from maect_jax.report import page
 from maect_jax.stages import build
-
-_FREE_KEYS = ("log_level", "eval.")  # of the config, which may differ when a run goes on
 
 
 def prepare(config: ConfigDict) -> origin.Origin | None:
@@ -52,6 +49,8 @@ def prepare(config: ConfigDict) -> origin.Origin | None:
             with config.unlocked():
                 config.model = found.saved.config.model
     validate.settings(config, jax.device_count())
+    if config.tensorboard:
+        board.available()
     if found:
         validate.succession(found.saved.config, found.saved.stage, config, first)
     return found
@@ -69,39 +68,12 @@ def _together():
         raise failed or UserError("another host has stopped, and says why")
 
 
-def _claim(workdir: Path, config: ConfigDict, before: origin.Origin | None) -> None:
-    """Writes the config into the run's folder, which must be this run's or new, and where its
-    weights are from."""
-    path = workdir / "config.json"
-    if path.exists():
-        differing = pages.differing(pages.read(path), config)
-        differing = [line for line in differing if not line.startswith(_FREE_KEYS)]
-        if differing:
-            raise UserError(
-                f"--workdir={workdir}: holds another run ({'; '.join(differing)}); name another "
-                "folder, or remove that one"
-            )
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            files.write_json(workdir / "environment.json", _environment())
-            files.write_json(path, config.to_dict())
-            origin.write_lineage(workdir, before.lineage() if before else [origin.SCRATCH])
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot write there: {error}") from error
-
-
-def _environment() -> dict:
-    """What the run runs on."""
-    return {
-        "maect_jax": __version__,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "devices": jax.device_count(),
-        "device_kind": jax.devices()[0].device_kind,
-        "hosts": jax.process_count(),
-        "cpu_cores": os.cpu_count(),
-    }
+def _can_keep_best(config: ConfigDict, images: Mapping[str, sources.Source]) -> None:
+    if config.checkpoint.best and not monitor.measures(config, images):
+        raise UserError(
+            f"config.checkpoint.best={config.checkpoint.best!r}: is measured on held-out images, "
+            "and all images must have labels"
+        )
 
 
 def dry_run(config: ConfigDict) -> None:
@@ -145,18 +117,34 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
     Raises:
       UserError: bad input, before anything is written.
-      RunFailedError: training cannot go on.
+      PreemptedError: a signal has asked for the end.
+      RunFailedError: it cannot go on; the text names the last good checkpoint.
     """
-    with _together():
-        before = prepare(config)
-        mesh = sharding.make_mesh(**config.mesh)
-        images = inputs.open_sources(config, workdir)
-        _claim(workdir, config, before)
-    with _together():
-        if not (workdir / "config.json").exists():
-            raise UserError(
-                f"--workdir={workdir}: all hosts must see this folder, on storage that they share"
-            )
+    with ExitStack() as held:
+        with _together():
+            before = prepare(config)
+            mesh = sharding.make_mesh(**config.mesh)
+            images = inputs.open_sources(config, workdir)
+            _can_keep_best(config, images)
+            check = held.enter_context(folders.claimed(workdir, config, before))
+        with _together():
+            if not (workdir / "config.json").exists():
+                raise UserError(
+                    f"--workdir={workdir}: all hosts must see this folder, on storage that they "
+                    "share"
+                )
+        held.enter_context(jax.set_mesh(mesh))
+        held.enter_context(jax.debug_nans(config.debug_nans))
+        try:
+            _stages(config, workdir, before, mesh, images, check)
+        except (RunFailedError, OSError) as error:
+            trained = [name for name in config.stages if name != "eval"]
+            good = f"; {checkpoint.last_good(workdir, trained)}" if trained else ""
+            raise RunFailedError(f"{error}{good}") from error
+
+
+def _stages(config: ConfigDict, workdir: Path, before, mesh, images, check) -> None:
+    """Runs all stages on images that are open, in a folder that is this run's (see `run`)."""
     if jax.process_index() == 0:
         sources.keep(images)
     seen = images.get("val", images["train"])
@@ -166,27 +154,26 @@ def run(config: ConfigDict, workdir: Path) -> None:
         for split, source in images.items()
     }
     shown = jax.process_index() == 0
-    with jax.set_mesh(mesh):
-        for name in config.stages:
-            if name == "eval":
-                rows = origin.encoders(workdir) if len(config.stages) > 1 else before.rows()
-                results = evaluate.run(config, images, broken, rows, workdir, mesh)
-                if shown:
-                    print(f"\n{table.text(table.cells(results))}", flush=True)
-                continue
+    for name in config.stages:
+        if name == "eval":
+            rows = origin.encoders(workdir) if len(config.stages) > 1 else before.rows()
+            results = evaluate.run(config, images, broken, rows, workdir, mesh)
+            if shown:
+                print(f"\n{table.text(table.cells(results))}", flush=True)
+            continue
 
-            def start(before=before, name=name):
-                return before.start(config.model, name, mesh) if before else {}
+        def start(before=before, name=name):
+            return before.start(config.model, name, mesh) if before else {}
 
-            measure = monitor.monitor(config, name, images, mesh)
-            seen, lost = build.training_images(config, name, images["train"]), broken["train"]
-            if seen is not images["train"]:
-                lost = damage.Damage(seen, config.model.channels, config.data.max_bad_fraction)
-            train.run(config, name, seen, lost, watched, measure, workdir, mesh, start)
-            before = origin.of_run(workdir, name)
-            if name == "finetune":
-                found = finetuned.classify(config, images, broken["val"], workdir, mesh)
-                if shown:
-                    print(finetuned.text(found), flush=True)
+        measure = monitor.monitor(config, name, images, mesh)
+        seen, lost = build.training_images(config, name, images["train"]), broken["train"]
+        if seen is not images["train"]:
+            lost = damage.Damage(seen, config.model.channels, config.data.max_bad_fraction)
+        train.run(config, name, seen, lost, watched, measure, workdir, mesh, start, check)
+        before = origin.of_run(workdir, name)
+        if name == "finetune":
+            found = finetuned.classify(config, images, broken["val"], workdir, mesh)
+            if shown:
+                print(finetuned.text(found), flush=True)
     if shown:
         print(f"\n{page.build(workdir, images)}")

@@ -1,10 +1,10 @@
 """What a config would run, without running it."""
 
 import math
+import os
 from collections.abc import Iterator
 
 import jax
-from etils import epath
 from ml_collections import ConfigDict
 
 from maect_jax import flops
@@ -30,7 +30,8 @@ def training_images(config: ConfigDict) -> tuple[sources.Source, str]:
         return sources.make(data, "train", channels), data.path or data.source
     except UserError:
         prepared = data.source == "tfds" and not data.path.endswith(".npz")
-        there = data.source == "fashion_mnist" or epath.Path(data.path).exists()
+        # Of a bucket the source has said what is wrong.
+        there = data.source == "fashion_mnist" or "://" in data.path or os.path.exists(data.path)
         if not known or (there and not prepared):
             raise
     where = f"there is no {data.path!r}" if data.source == "folder" else "it is not prepared"

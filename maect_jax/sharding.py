@@ -6,8 +6,10 @@ Two axes: `data` replicates the parameters, `fsdp` shards them; the batch is spl
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -67,6 +69,22 @@ def on_all_hosts(holds: bool) -> bool:
     if jax.process_count() == 1:
         return holds
     return bool(multihost_utils.process_allgather(np.asarray(holds)).all())
+
+
+@lru_cache
+def _highest(mesh: Mesh):
+    return jax.jit(jnp.max, out_shardings=replicated(mesh))
+
+
+def highest(number: int, mesh: Mesh):
+    """The highest of all processes' numbers (int32), each of which must ask; unlike `on_all_hosts`
+    on the devices, so that nobody waits until it is read."""
+    if jax.process_count() == 1:
+        return np.int32(number)
+    numbers = jax.make_array_from_callback(
+        (mesh.size,), batch_split(mesh), lambda index: np.full(1, number, np.int32)
+    )
+    return _highest(mesh)(numbers)
 
 
 def of_all_hosts(numbers: set[int]) -> set[int]:

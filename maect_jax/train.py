@@ -8,13 +8,18 @@ import jax
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from maect_jax import metrics, sharding, state, watch
-from maect_jax.checkpoint import Checkpoints, stage_folder
+from maect_jax import metrics, preemption, sharding, state, watch
+from maect_jax.bad_steps import BadSteps
+from maect_jax.checkpoint import stage_folder
 from maect_jax.data import damage, loader, sources
+from maect_jax.errors import PreemptedError
+from maect_jax.saving import Checkpoints
 from maect_jax.stages import build
 from maect_jax.stages.step import compiled
+from maect_jax.trace import Trace
 
 _LOGGER = logging.getLogger(__name__)
+_GO_ON, _SAVE, _STOP = range(3)  # what a host votes for; the highest vote counts
 
 
 def record(config: ConfigDict, name: str, source: sources.Source) -> loader.TrainRecord:
@@ -57,6 +62,7 @@ def run(
     workdir: Path,
     mesh,
     start: Callable[[], dict],
+    check: Callable[[], None],
 ) -> None:
     """Trains stage `name` to its end, from the last checkpoint if there is one.
 
@@ -70,14 +76,22 @@ def run(
       workdir: the run's folder.
       mesh: the device mesh, which must be the current one.
       start: reads what the stage takes over; called only at its first start.
+      check: is called now and then, and raises where the run must not go on.
 
     Raises:
-      RunFailedError: a step was not finite, and the last checkpoint is from before it; or too
-        many images cannot be read.
+      PreemptedError: a signal has asked for the end, and the state is saved.
+      RunFailedError: a step was not finite, and the last checkpoint is from before it; too many
+        images cannot be read; nothing can be written.
     """
-    section = config[name]
     stage = build.stage_for(config, name, source)
-    checkpoints = Checkpoints(stage_folder(workdir, name))
+    log = None  # where it goes on is known below
+
+    def told(step, values):
+        log.note(step, values)
+        log.keep()
+
+    folder, settings = stage_folder(workdir, name), config.checkpoint
+    checkpoints = Checkpoints(folder, settings.keep, settings.best, told)
     done = checkpoints.latest() or 0
     if done == stage.steps:
         checkpoints.close()
@@ -94,39 +108,70 @@ def run(
     places = state.shardings_of(train_state)
     update = compiled(stage, places)
     look = watch.watcher(stage, watched, workdir, name, mesh)
-    shown = jax.process_index() == 0
-    if shown:
+    if jax.process_index() == 0:
         _describe(name, stage, train_state, done)
-    log = metrics.Log(
-        workdir / "metrics.jsonl",
-        name,
-        stage.steps,
-        done,
-        section.batch_size,
-        config.log_every,
-        shown,
-    )
-    per_epoch = build.updates_per_epoch(len(source), section.batch_size)
-    save_every = config.checkpoint_every * per_epoch
+    log = _open_log(config, name, stage.steps, done, source, workdir)
+    trace = Trace(config.profile, workdir / "profile" / name, name)
+    per_epoch = build.updates_per_epoch(len(source), config[name].batch_size)
+    save_every = config.checkpoint.every * per_epoch
     measure_every = config.monitor.every * per_epoch
     try:
-        for now in range(done + 1, stage.steps + 1):
-            batch = sharding.put_batch(broken.take(log.wait_for(stream)), mesh)
-            train_state, scalars = update(train_state, batch)
-            log.add(now, scalars)
-            if log.tells(now):
-                broken.check()
-            if measure and now % measure_every == 0:
-                log.flush()
-                log.note(now, *measure(train_state))
-            if now % save_every == 0 or now == stage.steps:
-                log.flush()  # a step that is not finite must not be saved
-                look(now, train_state)
-                position = {"loader": stream.get_state(), "steps": stage.steps}
-                checkpoints.save(now, train_state, position)
+        with preemption.deferred() as asked:
+            for now in range(done + 1, stage.steps + 1):
+                vote = _STOP if asked() else _SAVE if checkpoints.due() else _GO_ON
+                batch = sharding.put_batch(broken.take(log.wait_for(stream)), mesh)
+                train_state, scalars = trace.run(now, update, train_state, batch)
+                scalars["vote"] = sharding.highest(vote, mesh)
+                wish = log.add(now, scalars, batch["index"])
+                if log.tells(now):
+                    broken.check()
+                    check()
+                measured = {}
+                if measure and now % measure_every == 0:
+                    wish = max(wish, log.flush())
+                    measured, seconds = measure(train_state)
+                    log.note(now, measured)
+                    log.leave_out(seconds)
+                last = now == stage.steps
+                regular = last or now % save_every == 0
+                if regular or wish > _GO_ON:
+                    wish = max(wish, log.flush())  # a step that is not finite must not be saved
+                    check()
+                    if regular:
+                        look(now, train_state)
+                    position = {"loader": stream.get_state(), "steps": stage.steps}
+                    saved = now, train_state, position, measured
+                    checkpoints.save(*saved)
+                if last or wish == _STOP:
+                    checkpoints.finish(*saved)
+                if wish == _STOP or (last and not sharding.on_all_hosts(not asked())):
+                    raise PreemptedError(
+                        f"stage {name} is saved at step {now} of {stage.steps}; the same command "
+                        "goes on from there"
+                    )
     finally:
-        log.close()
+        stream.close()
+        trace.close()
         checkpoints.close()
+        log.close()
+
+
+def _open_log(
+    config: ConfigDict, name: str, steps: int, done: int, source: sources.Source, workdir: Path
+) -> metrics.Log:
+    policy = config.nan_policy, config.nan_limit
+    bad_steps = BadSteps(workdir / "bad_steps.jsonl", name, done, *policy, source.name)
+    return metrics.Log(
+        workdir / "metrics.jsonl",
+        name,
+        steps,
+        done,
+        config[name].batch_size,
+        config.log_every,
+        shown=jax.process_index() == 0,
+        bad_steps=bad_steps,
+        board=workdir / "tensorboard" / name if config.tensorboard else None,
+    )
 
 
 def _describe(name: str, stage, train_state: state.TrainState, done: int) -> None:

@@ -1,8 +1,10 @@
 """Checks a config before anything is made. Each complaint names the key, its value, what goes."""
 
+import math
+
 from ml_collections import ConfigDict
 
-from maect_jax import checks
+from maect_jax import bad_steps, checks, monitor
 from maect_jax.checks import Checker
 from maect_jax.data import arrays, sources
 from maect_jax.errors import UserError
@@ -13,6 +15,11 @@ _STAGES = (*build.TRAINING, "eval")
 _HEAD_KEYS = ("projector_hidden", "projector_out", "predictor_hidden", "queue_size")
 # Two stages must agree on the encoder; the image size may differ.
 _ENCODER_KEYS = ("patch_size", "channels", "ln_eps")
+# Far more than can be trained; what goes on is planned in a moment, without much memory.
+_UNITS = 2**16  # width, depth or heads
+_SIDE = 2**14  # pixels
+_TABLE = 2**25  # numbers in the table of positions
+_WORKERS = 1024
 
 
 def stages(config: ConfigDict) -> None:
@@ -57,9 +64,12 @@ def settings(config: ConfigDict, devices: int) -> None:
     """
     check = Checker(config)
     check.need("seed", "from 0 to 2^32 - 1", lambda v: 0 <= v < 2**32)
-    check.positive("log_every", "checkpoint_every", "monitor.images")
-    check.not_negative("monitor.every")
+    check.positive("log_every", "checkpoint.every", "checkpoint.keep", "monitor.images")
+    check.not_negative("monitor.every", "nan_limit")
     check.one_of("log_level", ("info", "debug"))
+    check.one_of("nan_policy", bad_steps.POLICIES)
+    check.need("profile", "(), or the first step and the last, from 1 on", _is_range)
+    _best(check)
     check.one_of("remat", tuple(vit.REMAT))
     check.positive("encoder_microbatches")
     _model(check)
@@ -86,6 +96,22 @@ def settings(config: ConfigDict, devices: int) -> None:
                 _contrast(check, config, name)
 
 
+def _is_range(steps: tuple) -> bool:
+    whole = all(type(step) is int for step in steps)
+    return not steps or (len(steps) == 2 and whole and 0 < steps[0] <= steps[1])
+
+
+def _best(check: Checker) -> None:
+    check.one_of("checkpoint.best", ("", *monitor.MEASURED))
+    every, saved = check.values["monitor.every"], check.values["checkpoint.every"]
+    if check.values["checkpoint.best"] and (not every or every % saved):
+        raise UserError(
+            f"config.checkpoint.best={check.values['checkpoint.best']!r}: is measured every "
+            f"config.monitor.every={every} epochs, which must be a multiple of "
+            f"config.checkpoint.every={saved}, and not 0"
+        )
+
+
 def _microbatches(parts: int, name: str, batch_size: int, devices: int) -> None:
     views = build.views(name)
     crops = batch_size * views // devices
@@ -99,20 +125,35 @@ def _microbatches(parts: int, name: str, batch_size: int, devices: int) -> None:
 def _model(check: Checker) -> None:
     check.one_of("model.variant", tuple(vit.VARIANTS))
     for key in vit.Size._fields:
-        check.need(f"model.{key}", "above 0, or None", lambda v: v is None or v > 0)
+        check.need(
+            f"model.{key}", f"above 0 and at most {_UNITS:,}, or None",
+            lambda v: v is None or 0 < v <= _UNITS,
+        )  # fmt: skip
     check.positive("model.patch_size", "model.channels", "model.ln_eps")
     check.one_of("model.pool", vit.POOLS)
     check.one_of("model.dtype", checks.DTYPES)
     patch = check.values["model.patch_size"]
     check.need(
-        "model.image_size", f"(height, width), each a multiple of the patch size {patch}",
-        lambda v: len(v) == 2 and all(isinstance(s, int) and s > 0 and s % patch == 0 for s in v),
+        "model.image_size",
+        f"(height, width), each a multiple of the patch size {patch}, and at most {_SIDE:,}",
+        lambda v: len(v) == 2 and all(0 < side <= _SIDE and side % patch == 0 for side in v),
     )  # fmt: skip
     width, heads = _size(check).width, _size(check).heads
     if width % 4 or width % heads:
         raise UserError(
             f"config.model.width={width}: must be a multiple of 4 and of the {heads} heads"
         )
+    _positions(check, width)
+
+
+def _positions(check: Checker, width: int) -> None:
+    """The table of positions, a row of `width` numbers a patch, must be of a size to compute."""
+    patch = check.values["model.patch_size"]
+    check.need(
+        "model.image_size", f"at most {_TABLE // width:,} patches of {patch} x {patch} pixels for "
+        f"a width of {width}",
+        lambda v: math.prod(side // patch for side in v) * width <= _TABLE,
+    )  # fmt: skip
 
 
 def _size(check: Checker) -> vit.Size:
@@ -130,13 +171,14 @@ def _data(check: Checker) -> None:
         )  # fmt: skip
         for split in ("data.train_split", "data.val_split"):
             check.one_of(split, tuple(arrays.FASHION_MNIST))
-    check.positive("data.short_side")
-    check.not_negative("data.workers")
+    check.at_most(_SIDE, "data.short_side")
+    check.need("data.workers", f"from 0 to {_WORKERS}", lambda v: 0 <= v <= _WORKERS)
     check.need("data.max_bad_fraction", "from 0 to 1", lambda v: 0 <= v <= 1)
     channels, image = check.values["model.channels"], check.values["model.image_size"]
     for key in ("data.mean", "data.std"):
         check.need(key, f"as many numbers as channels, {channels}", lambda v: len(v) == channels)
-    check.need("data.std", "above 0", lambda v: min(v) > 0)
+    check.need("data.mean", "finite numbers", lambda v: all(map(math.isfinite, v)))
+    check.need("data.std", "above 0", lambda v: all(0 < x < math.inf for x in v))
     check.need(
         "data.short_side", f"at least the larger side of the image, {max(image)}",
         lambda v: v >= max(image),
@@ -155,9 +197,10 @@ def _mae(check: Checker, config: ConfigDict) -> None:
     check.share("mae.mask_ratio")
     checks.warmup(check, "mae")
     width, heads = config.mae.decoder.width, config.mae.decoder.heads
-    check.positive("mae.decoder.width", "mae.decoder.depth", "mae.decoder.heads")
+    check.at_most(_UNITS, "mae.decoder.width", "mae.decoder.depth", "mae.decoder.heads")
     check.need("mae.decoder.width", f"a multiple of 4 and of the {heads} heads",
                lambda v: v % 4 == 0 and width % heads == 0)  # fmt: skip
+    _positions(check, width)
     if config.init_from:
         raise UserError(f"config.init_from={config.init_from!r}: stage mae starts from nothing")
 
@@ -178,7 +221,8 @@ def _contrast(check: Checker, config: ConfigDict, name: str) -> None:
             "ct.ema_decay", "from 0 to 1, or None, which looks back over a tenth of the updates",
             lambda v: v is None or 0 <= v <= 1,
         )  # fmt: skip
-        check.positive("ct.layer_decay", "ct.head_base_lr")
+        check.at_most(1, "ct.layer_decay")
+        check.positive("ct.head_base_lr")
         check.not_negative("ct.head_weight_decay")
         if "head" in config.stages:
             _same_head(config.head, config.ct, "config.head")

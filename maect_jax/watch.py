@@ -4,6 +4,7 @@ A stage writes one `watch/<stage>/<step>.npz` at each of its checkpoints: `index
 numbers of the images in rising order, and what `stage.watch` returns for them.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from maect_jax.stages.step import watched
 from maect_jax.state import TrainState
 
 IMAGES = 8
+_STEP = re.compile("[0-9]+")
 _NO_RECORD = -2  # an id that no row of a queue has, not even one that belongs to no image
 
 
@@ -58,11 +60,11 @@ def watcher(stage, watch: Watched, run: Path, name: str, mesh) -> Callable[[int,
 
 def saved(run: Path, stage: str) -> dict[int, Path]:
     """The files that were written of a stage, by step, in order; none if nothing was."""
-    paths = {int(path.stem): path for path in _folder(run, stage).glob("*.npz")}
+    found = _folder(run, stage).glob("*.npz")
+    paths = {int(path.stem): path for path in found if _STEP.fullmatch(path.stem)}
     return dict(sorted(paths.items()))
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of one of the `saved` files."""
-    with np.load(path) as arrays:
-        return dict(arrays)
+    """The arrays of one of the `saved` files. Raises `UserError` where it is damaged."""
+    return files.kept_arrays(path)

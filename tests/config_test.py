@@ -52,7 +52,7 @@ def test_every_row_of_the_tables_has_its_page():
 def test_long_is_the_quickstart_on_more_epochs():
     quick, long = load("quickstart"), load("quickstart:long")
     changed = {line.partition(":")[0] for line in pages.differing(quick, long)}
-    assert changed == {"name", "checkpoint_every", "mae.epochs", "head.epochs", "ct.epochs"}
+    assert changed == {"name", "checkpoint.every", "mae.epochs", "head.epochs", "ct.epochs"}
     assert all(long[stage].epochs > 3 * quick[stage].epochs for stage in ("mae", "head", "ct"))
     with pytest.raises(UserError, match="no argument or 'test' or 'long', not 'lung'"):
         load("quickstart:lung")

@@ -1,13 +1,21 @@
 """Eight virtual CPU devices for every test, and what several tests share."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Unoptimised code halves the time that the tests spend compiling, which is most of it.
 FAST_COMPILE = "--xla_backend_optimization_level=0"
 FAST_RUN = "--xla_backend_optimization_level=1"  # for runs of more than a few steps
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {FAST_COMPILE}"
+# Programs are compiled once for all tests, their workers and the runs that they start.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="maect_jax_compiled_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 # Threads of scikit-learn that wait for a core which another test has wait busily.
 os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from maect_jax import checkpoint, config, evaluate, sharding
+from maect_jax import checkpoint, config, evaluate, jsonl, sharding
 from maect_jax.evals import features
 from tests.chain_test import metrics_of
 from tests.conftest import CONFIGS, FAST_COMPILE, ROOT, SMALL, mesh_of, run_on, save
@@ -75,10 +76,11 @@ def pod_run(tmp_path_factory):
     workdir = folder / "run"
     with pod(workdir, folder / "first") as process:
         wait_for_step(workdir, 4, process)
-        process.terminate()
-        assert process.wait(60) != 0
-    mae = checkpoint.stage_folder(workdir, "mae")
-    stopped = metrics_of(workdir)[-1]["stage"], checkpoint.last_step(mae)
+        # One of the two machines is about to be taken away.
+        children = ["pgrep", "-P", str(process.pid)]
+        pids = subprocess.run(children, capture_output=True, text=True, check=True).stdout.split()
+        os.kill(int(pids[-1]), signal.SIGTERM)
+        stopped = process.wait(60), (folder / "first").read_text(), metrics_of(workdir)[-1]
     with pod(workdir, folder / "second") as process:
         assert process.wait(400) == 0, (folder / "second").read_text()
     return workdir, (folder / "second").read_text(), stopped
@@ -117,11 +119,16 @@ def losses_of(workdir, stage):
 
 def test_two_processes_go_on_after_a_stop_and_tell_everything_once(pod_run):
     workdir, output, stopped = pod_run
-    assert stopped[0] == "mae"
-    assert 3 <= stopped[1] < 24
+    status, told, last = stopped
+    assert status == 75
+    assert last["stage"] == "mae"
+    assert 4 <= last["step"] < 24
+    saved = f"preempted, resumable: stage mae is saved at step {last['step']} of 24;"
+    assert told.count(saved) == 2  # both, at the same step
+    assert told.count("SIGTERM: saving") == 1
     for stage, steps in (("mae", 24), ("head", 3), ("ct", 3)):
         assert [step for step, _ in losses_of(workdir, stage)] == list(range(1, steps + 1))
-    assert [e["step"] for e in metrics_of(workdir) if "knn_accuracy" in e] == [24]
+    assert [e["step"] for e in jsonl.read(workdir / "metrics.jsonl") if "knn_accuracy" in e] == [24]
     # Only the first process speaks.
     lines = output.splitlines()
     assert lines.count(str(workdir / "report.html")) == 1

@@ -127,3 +127,28 @@ def test_dry_run_tells_what_would_run(tmp_path):
     assert "6,210 MiB" in lines["memory of the state"]
     assert "5.21e+14" in lines["FLOPs per step"]
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "last"),
+    [
+        (
+            "KeyError('x')",
+            "unexpected KeyError: 'x'; this is a fault of maect_jax: please report the lines above",
+        ),
+        ("FloatingPointError('nan in mul\\nmore')", "debug_nans: nan in mul"),
+    ],
+)
+def test_what_nobody_foresaw_ends_with_a_line_after_its_traceback(error, last):
+    code = f"""
+from maect_jax import command, main, pipeline
+def dry_run(config):
+    raise {error}
+pipeline.dry_run = dry_run
+command.run(main.main, "")
+"""
+    done = run_main(QUICK, "--dry_run", python=("-c", code))
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert "Traceback (most recent call last):" in lines
+    assert lines[-1] == f"error: {last}"

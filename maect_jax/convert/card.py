@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from maect_jax import files, origin, table
+from maect_jax import evaluate, origin, table
 from maect_jax.convert.recognise import LN_EPS
 from maect_jax.models import vit
 from maect_jax.stages import build
@@ -126,7 +126,7 @@ def _data(model) -> str:
 
 
 def _measured(run: Path, model, weights: str) -> str:
-    results = files.read_json(run / "results.json")
+    results = evaluate.read_results(run)
     name = model.stage
     found = table.percentages({name: results[name]})[name] if name in results else {}
     if not found:

@@ -52,11 +52,14 @@ class Model(NamedTuple):
         return self.stage == "finetune" and self.config.model.pool == "cls"
 
 
-def load(run: Path, stage: str | None = None, weights: str = "ema") -> Model:
-    """Reads a stage of a run, by default the last; `weights` is "ema" or "trained".
+def load(
+    run: Path, stage: str | None = None, weights: str = "ema", step: int | None = None
+) -> Model:
+    """Reads a stage of a run, by default the last, at its end unless a step is named; `weights` is
+    "ema" or "trained".
 
     Raises:
-      UserError: there is no such run or stage.
+      UserError: there is no such run, stage or step.
     """
     if not (run / "config.json").is_file():
         file = "; a file must be imported first" if run.is_file() else ""
@@ -67,10 +70,13 @@ def load(run: Path, stage: str | None = None, weights: str = "ema") -> Model:
         has = f"it has {', '.join(there)}" if there else "it has no checkpoint yet"
         raise UserError(f"{run}: no stage {stage or 'to export'}; {has}")
     stage = stage or there[-1]
-    origin.finished(run, stage, f"{run}: ")
+    if step is None:
+        origin.finished(run, stage, f"{run}: ")
+    else:
+        origin.has_step(run, stage, step, f"{run}: ")
     wanted = build.SAVED_PARTS[stage] + (("target",) if stage == "ct" else ())
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    parts = checkpoint.read_parts(checkpoint.stage_folder(run, stage), wanted, mesh)
+    parts = checkpoint.read_parts(checkpoint.stage_folder(run, stage), wanted, mesh, step)
     if weights == "trained" and stage == "ct":
         params = vit.merge_blocks({**parts["frozen"]["encoder"], **parts["params"]["encoder"]})
     else:
@@ -79,7 +85,7 @@ def load(run: Path, stage: str | None = None, weights: str = "ema") -> Model:
 
 
 def export(run: Path, file: Path, format: str, stage: str | None, weights: str) -> list[str]:
-    """Writes a stage of a run in one of `FORMATS`, and a model card.
+    """Writes a stage of a run, or a checkpoint, in one of `FORMATS`, and a model card.
 
     Returns:
       What was written, and what was left out, a line each.
@@ -91,7 +97,10 @@ def export(run: Path, file: Path, format: str, stage: str | None, weights: str) 
     endings = _ENDINGS.get(format)
     if endings and file.suffix not in endings:
         raise UserError(f"{file}: a file of format {format} must end in {' or '.join(endings)}")
-    model = load(run, stage, weights)
+    run, at, step = checkpoint.run_of(run)
+    if stage not in (None, at or stage):
+        raise UserError(f"--stage={stage}: the checkpoint is one of stage {at}")
+    model = load(run, stage or at, weights, step)
     if model.config.model.pool == "fc_norm" and format in ("hf", "maect"):
         raise UserError(f"{format}: has no norm behind the pooling (fc_norm); use timm or mae")
     parent, card_name = file.absolute().parent, f"{file.name}.md"

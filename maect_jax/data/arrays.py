@@ -22,6 +22,7 @@ FASHION_MNIST = {
 _FASHION_CLASSES = (
     "T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot",
 )  # fmt: skip
+_CLASSES = 2**20  # so many nobody has
 _SPLIT_SEED = 0  # the same split in every run: no stage trains on what another holds out
 
 
@@ -96,7 +97,7 @@ def npz(path: str, split: str, channels: int) -> Arrays:
     held_out = found.get("is_test", np.zeros(count, bool))
     checked = {"label": labels, "is_test": held_out}
     if encoded:
-        checked["offsets"] = found["offsets"][:-1]
+        checked["offsets"] = np.atleast_1d(found["offsets"])[:-1]
     for key, values in checked.items():
         if values.shape != (count,) or values.dtype.kind not in "biu":
             raise UserError(
@@ -109,18 +110,25 @@ def npz(path: str, split: str, channels: int) -> Arrays:
     images = _decoded(found, chosen, channels, where) if encoded else whole[chosen]
     if images.ndim == 3:
         images = images[..., None]
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != channels:
+    fits = images.dtype == np.uint8 and images.ndim == 4 and images.size
+    if not fits or images.shape[-1] != channels:
         raise UserError(
             f"{where}: `image` is {images.dtype} {images.shape}; must be uint8 [N, H, W, C] with "
             f"{channels} channels"
         )
+    if not np.all((labels >= -1) & (labels < _CLASSES)):
+        raise UserError(f"{where}: `label` must be from 0 to {_CLASSES:,}, or -1 where not known")
     labels = labels.astype(np.int32)
     names = found.get("names", np.arange(labels.max(initial=-1) + 1).astype(str))
+    if names.ndim != 1 or names.dtype.kind != "U":
+        raise UserError(f"{where}: `names` is {names.dtype} {names.shape}; must be texts, one each")
     return Arrays(images, labels[chosen], names.tolist())
 
 
 def _decoded(found: dict, chosen: np.ndarray, channels: int, where: str) -> np.ndarray:
     blob, offsets = found["blob"], found["offsets"]
+    if blob.dtype != np.uint8 or blob.ndim != 1:
+        raise UserError(f"{where}: `blob` is {blob.dtype} {blob.shape}; must be uint8 [bytes]")
 
     def one(i: int) -> np.ndarray:
         try:

@@ -32,6 +32,10 @@ class Index(NamedTuple):
     changed: np.ndarray
 
 
+# By NumPy's letters.
+_KINDS = dict(classes="U", names="u", ends="i", labels="i", folders="U", changed="i")
+
+
 class Folder:
     """Image files `<root>/<class>/...`, the classes in alphabetical order; or files in `root`
     itself, which have no label.
@@ -97,6 +101,8 @@ class Folder:
                 index = Index(**files.read_arrays(path))
             except (ValueError, TypeError):  # TypeError: arrays of other names
                 continue
+            if not _fits(index):
+                continue
             now = [_changed(os.path.join(self._root, name)) for name in index.folders]
             if np.array_equal(now, index.changed):
                 return index
@@ -113,6 +119,22 @@ class Folder:
                 return
             except OSError:  # a folder to read from only
                 continue
+
+
+def _fits(index: Index) -> bool:
+    """Whether the arrays of an index are of one another."""
+    kinds = {key: (array.ndim, array.dtype.kind) for key, array in index._asdict().items()}
+    if kinds != {key: (1, kind) for key, kind in _KINDS.items()} or not len(index.ends):
+        return False
+    sizes = np.diff(index.ends, prepend=0)
+    return (
+        index.names.dtype == np.uint8
+        and bool((sizes > 0).all())
+        and index.ends[-1] == len(index.names)
+        and index.labels.shape == index.ends.shape
+        and bool(((index.labels >= -1) & (index.labels < len(index.classes))).all())
+        and index.changed.shape == index.folders.shape
+    )
 
 
 def _remote(root: str) -> bool:
@@ -133,7 +155,12 @@ def _some(names: Sequence[str]) -> str:
 
 def _index_of(root: epath.Path, given: str) -> Index:
     """Looks through all folders below `root`, which the user called `given`."""
-    if not root.is_dir():
+    try:
+        there = root.is_dir()
+    except Exception as error:  # each kind of bucket has its own
+        reason = " ".join(str(error).split())
+        raise UserError(f"config.data.path: cannot look into {given!r}: {reason}") from error
+    if not there:
         raise UserError(f"config.data.path: there is no folder {given!r}")
     # When a folder changed is asked before it is listed: what comes meanwhile makes a new index.
     folders, found, labels = {root: _changed(os.fspath(root))}, [], []

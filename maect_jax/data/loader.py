@@ -7,6 +7,7 @@ so the same crops come out on any number of hosts, workers or threads, and after
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 
@@ -19,6 +20,7 @@ from maect_jax.data.randaugment import randaugment
 from maect_jax.data.sources import Source
 from maect_jax.data.subsets import Subset
 from maect_jax.errors import BadImageError, RunFailedError
+from maect_jax.preemption import in_worker
 
 _AHEAD = 4  # batches made ahead of the step
 _TRIED = 100  # images in a row, for one that can be read
@@ -29,8 +31,11 @@ def _stream(dataset: grain.MapDataset, rows: int, workers: int):
     dataset = dataset.batch(rows)
     if not workers:
         return iter(dataset.to_iter_dataset(grain.ReadOptions(_AHEAD, _AHEAD)))
+    # Batches that are under way at the end are in shared memory, which Python's own process frees
+    # then, with a warning to whoever looks at the terminal.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     processes = grain.MultiprocessingOptions(workers, per_worker_buffer_size=1)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(processes))
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(processes, in_worker))
 
 
 def _in_memory(source: Source) -> bool:

@@ -1,5 +1,6 @@
 """Parts of labelled images: a few of each class, a share of each, or those that a file lists."""
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -60,6 +61,12 @@ def share(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return np.flatnonzero(places < np.maximum(np.round(fraction * counts), 1))
 
 
+def _bare(name: str) -> PurePosixPath:
+    """A name without its ending, if it is one, and not a dot."""
+    path = PurePosixPath(name)
+    return path.with_suffix("") if path.name else path
+
+
 def listed(path: str, names: Sequence[str]) -> np.ndarray:
     """Record numbers of the images that a text file lists, one name a line, in its order.
 
@@ -72,13 +79,15 @@ def listed(path: str, names: Sequence[str]) -> np.ndarray:
     """
     where = f"list {path!r}"
     try:
+        if not os.path.isfile(path):  # a pipe or a device may have no end
+            raise FileNotFoundError("there is no such file")
         lines = [line.strip() for line in Path(path).read_text().splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: cannot be read: {error}") from error
-    wanted = [PurePosixPath(line).with_suffix("") for line in lines if line]
+    wanted = [_bare(line) for line in lines if line]
     if not wanted:
         raise UserError(f"{where}: is empty; expected a name of an image a line")
-    paths = [PurePosixPath(name).with_suffix("").parts for name in names]
+    paths = [_bare(name).parts for name in names]
     depths = {len(name.parts) for name in wanted}
     records = {parts[-depth:]: i for depth in depths for i, parts in enumerate(paths)}
     absent = [str(name) for name in wanted if name.parts not in records]

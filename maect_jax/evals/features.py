@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import math
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,6 +16,7 @@ import numpy as np
 
 from maect_jax import files, sharding
 from maect_jax.data import augment
+from maect_jax.errors import UserError
 from maect_jax.models import vit
 
 _PART = 8192  # images whose features come to the devices at a time
@@ -156,15 +160,15 @@ def stored(
     Args:
       folder: holds `x.npy`, `labels.npy`, `valid.npy`, and in `settings.json` what they were made
         of and how many images are done.
-      settings: what they are to be made of, plain JSON; what was made of something else is made
-        anew.
+      settings: what they are to be made of, plain JSON; what was made of something else, or is
+        damaged, is made anew.
       images: how many there are.
       batch_size: images a batch.
       batches: gives from batch number b on what `extract` yields.
     """
-    path, settings = folder / "settings.json", json.loads(json.dumps(settings))
-    kept = files.read_json(path)
-    done = kept.get("done", 0) if kept.get("settings") == settings else 0
+    settings = json.loads(json.dumps(settings))
+    kept = _kept(folder)
+    done = kept["done"] if kept and kept["settings"] == settings else 0
     sharding.on_all_hosts(True)  # all have read before one writes
     if done < images:
         first = done // batch_size
@@ -175,8 +179,8 @@ def stored(
 
 def _write(folder: Path, settings: dict, images: int, done: int, batches) -> None:
     parts, shown = {}, jax.process_index() == 0
-    if shown and not done:  # it tells of other features, which are about to go
-        (folder / "settings.json").unlink(missing_ok=True)
+    if shown and not done:  # it tells of other features
+        shutil.rmtree(folder, ignore_errors=True)
 
     kept = {"settings": settings, "images": images}
 
@@ -206,9 +210,37 @@ def _write(folder: Path, settings: dict, images: int, done: int, batches) -> Non
             part.close()
 
 
+def _kept(folder: Path) -> dict:
+    """What `settings.json` tells: `settings`, how many `images`, how many are `done`; nothing where
+    it is damaged, or the arrays do not hold so many."""
+    try:
+        kept = files.read_json(folder / "settings.json")
+    except UserError:
+        return {}
+    done, images = kept.get("done"), kept.get("images")
+    if type(done) is not int or type(images) is not int or not 0 <= done <= images:
+        return {}
+    held = (_holds(folder / f"{name}.npy", kind, images, done) for name, kind in _PARTS.items())
+    return kept if "settings" in kept and all(held) else {}
+
+
+def _holds(path: Path, kind: type, images: int, done: int) -> bool:
+    """Whether an `.npy` is one of so many images, and has the rows of those that are done."""
+    try:
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
+            row = dtype.itemsize * math.prod(shape[1:])
+            whole = file.tell() + done * row <= file.seek(0, os.SEEK_END)
+    except (OSError, ValueError):
+        return False
+    known = shape[:1] == (images,) and len(shape) == (2 if path.stem == "x" else 1)
+    return whole and known and dtype == kind and not columns_first
+
+
 def is_whole(folder: Path) -> bool:
     """Whether `stored` has come to its end in a folder."""
-    kept = files.read_json(folder / "settings.json")
+    kept = _kept(folder)
     return bool(kept) and kept["done"] == kept["images"]
 
 

@@ -33,7 +33,7 @@ def classify(
       `top1` and `top5` (shares), `images` and `training_images` (numbers), `settings`.
     """
     path = run / "results.json"
-    results = files.read_json(path)
+    results = evaluate.read_results(run)
     folder = checkpoint.stage_folder(run, _NAME)
     parts = checkpoint.read_parts(folder, build.SAVED_PARTS[_NAME], mesh)
     weights = features.fingerprint(parts["params"])

@@ -1,6 +1,7 @@
 """The page of a run, from what is on its disk: `report.html`, and `pictures/*.png` beside it."""
 
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import jinja2
@@ -9,7 +10,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from maect_jax import config as pages
-from maect_jax import evaluate, files, metrics, paper, table, watch
+from maect_jax import evaluate, files, jsonl, paper, table, watch
 from maect_jax.data import sources
 from maect_jax.errors import UserError
 from maect_jax.evals import features, maps, protocols
@@ -17,6 +18,7 @@ from maect_jax.report import plots, sheets, style, words
 
 _TUNED = ("ct", "head", "mae")  # whose clusters are shown: the first that is there
 _MAPPED = ("mae", "ct")
+_DATA = ("source", "path", "name", "train_split", "val_split", "short_side")
 _SECTIONS = {
     "Training": ("loss", "nn_accuracy", "knn_accuracy"),
     "What the masked autoencoder fills in": ("reconstructions",),
@@ -42,22 +44,28 @@ def build(run: Path, images: dict[str, sources.Source]) -> Path:
       UserError: it is no run, or a file of it is broken.
     """
     config, environment = read_config(run), files.read_json(run / "environment.json")
-    results = read_results(run)
-    history = metrics.read(run / "metrics.jsonl")
-    drawn = (
-        _curves(history, images["train"].labelled)
-        | _watched(run, config, images)
-        | _features(run, config, images)
-    )
-    drawn |= {"probes": figure} if (figure := plots.probes(results)) else {}
+    results = evaluate.read_results(run)
+    history = jsonl.read(run / "metrics.jsonl")
+    counts = {split: len(source) for split, source in images.items()}
+    with _taken_from(run / "metrics.jsonl"):
+        curves = _curves(history, images["train"].labelled)
+        words.timings(history, {})
+    with _taken_from(run / "environment.json"):
+        machine = words.machine(environment)
+    with _taken_from(run / "results.json", evaluate.AGAIN):
+        rows = table.cells(results)
+        how = words.protocols(config, results)
+        captions = words.captions(config, counts, results)
+        timings = words.timings(history, results)
+        figure = plots.probes(results)
+    drawn = curves | _watched(run, config, images) | _features(run, config, images)
+    drawn |= {"probes": figure} if figure else {}
     pictures = _save(drawn, run / "pictures")
-    rows = table.cells(results)
     beside = _paper(config, images) if rows else {}
-    how = words.protocols(config, results) + ([paper.NOTE] if beside else [])
+    how += [paper.NOTE] if beside else []
     if rows:
         told = [table.markdown(rows | beside), *how]
         files.write_text(run / "results.md", "\n\n".join(map(str.strip, told)) + "\n")
-    counts = {split: len(source) for split, source in images.items()}
     page = _template().render(
         name=config.name,
         sentence=words.sentence(config, counts, history, results),
@@ -67,14 +75,23 @@ def build(run: Path, images: dict[str, sources.Source]) -> Path:
         how=how,
         sections=_SECTIONS,
         pictures=pictures,
-        captions=words.captions(config, counts, results),
-        timings=words.timings(history, results),
-        machine=words.machine(environment),
+        captions=captions,
+        timings=timings,
+        machine=machine,
         values={key: repr(value) for key, value in pages.flat(config).items()},
     )
     path = run / "report.html"
     files.write_text(path, page)
     return path
+
+
+@contextmanager
+def _taken_from(path: Path, mend: str = "remove it, to do without"):
+    """A file of a run may be whole, and hold something else than a run writes."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(f"{path}: does not hold what a run writes ({error!r}); {mend}") from error
 
 
 def _template() -> jinja2.Template:
@@ -98,12 +115,12 @@ def read_config(run: Path) -> ConfigDict:
     """The config of a run. Raises `UserError` where there is none."""
     if not (run / "config.json").is_file():
         raise UserError(f"{str(run)!r}: there is no run (no config.json); name the folder of a run")
-    return pages.read(run / "config.json")
-
-
-def read_results(run: Path) -> dict:
-    """The content of a run's `results.json`; nothing where it was not evaluated."""
-    return files.read_json(run / "results.json")
+    path = run / "config.json"
+    config = pages.read(path)
+    pages.needs(path, config, "data", _DATA)
+    for key in ("checkpoint", "monitor", *config.get("stages", ("stages",))):
+        pages.needs(path, config, key)
+    return config
 
 
 def _curves(history: list[dict], labelled: bool) -> dict[str, Figure]:
@@ -124,18 +141,21 @@ def _watched(run: Path, config: ConfigDict, images: dict) -> dict[str, Figure]:
     seen = evaluate.record(config, images.get("val", images["train"]))
     for path in list(watch.saved(run, "mae").values())[-1:]:
         found = watch.load(path)
-        originals = np.stack([seen(int(i))["image"] for i in found["index"]])
-        sheet = sheets.reconstructions(originals, found["mask"], found["filled"])
+        with _taken_from(path):
+            originals = np.stack([seen(int(i))["image"] for i in found["index"]])
+            sheet = sheets.reconstructions(originals, found["mask"], found["filled"])
         drawn["reconstructions"] = sheet
     for stage in ("head", "ct"):
         for step, path in watch.saved(run, stage).items():
             found = watch.load(path)
-            index = found["index"]
-            moments.append((f"{stage} {step}", found["neighbours"]))
+            with _taken_from(path):
+                index = found["index"]
+                moments.append((f"{stage} {step}", found["neighbours"]))
     if moments:
-        watched = [seen(int(i)) for i in index]
-        train = evaluate.record(config, images["train"])
-        drawn["neighbours"] = sheets.neighbours(watched, moments, train, images["train"].classes)
+        train, classes = evaluate.record(config, images["train"]), images["train"].classes
+        with _taken_from(run / "watch"):
+            watched = [seen(int(i)) for i in index]
+            drawn["neighbours"] = sheets.neighbours(watched, moments, train, classes)
     return drawn
 
 
@@ -149,7 +169,7 @@ def _paper(config: ConfigDict, images: dict) -> dict[str, dict[str, str]]:
 def _features(run: Path, config: ConfigDict, images: dict) -> dict[str, Figure]:
     """Maps of the features, their nearest training images, and the clusters found in them."""
     split = "val" if "val" in images else "train"
-    there = [name for name in read_results(run) if evaluate.folder_of(run, name).is_dir()]
+    there = [name for name in evaluate.read_results(run) if evaluate.folder_of(run, name).is_dir()]
     # An imported encoder's row has a name of its own.
     others = [name for name in there if name not in (*_TUNED, evaluate.PIXELS)]
     rows = [name for name in _TUNED if name in there] + others
@@ -157,20 +177,23 @@ def _features(run: Path, config: ConfigDict, images: dict) -> dict[str, Figure]:
     for name in rows:
         place = evaluate.folder_of(run, name) / split
         if name in (*_MAPPED, rows[0]) and features.is_whole(place):
-            drawn[f"map_{name}"] = _map(run, name, split, features.load(place), config, images)
+            with _taken_from(place):
+                drawn[f"map_{name}"] = _map(run, name, split, features.load(place), config, images)
     moments = {name: evaluate.read_retrieval(run, name) for name in reversed(rows)}
     moments = {name: found for name, found in moments.items() if found}
     if moments:
         train, shown = (evaluate.record(config, images[s]) for s in ("train", split))
-        index = next(iter(moments.values()))["index"]
-        found = [(name, arrays["neighbours"]) for name, arrays in moments.items()]
-        queries = [shown(int(i)) for i in index]
         classes = images["train"].classes
-        drawn["retrieval"] = sheets.neighbours(queries, found, train, classes)
+        with _taken_from(run / "features" / "*" / "retrieval.npz"):
+            index = next(iter(moments.values()))["index"]
+            found = [(name, arrays["neighbours"]) for name, arrays in moments.items()]
+            queries = [shown(int(i)) for i in index]
+            drawn["retrieval"] = sheets.neighbours(queries, found, train, classes)
     for name in rows[:1]:
         clusters = evaluate.read_clusters(run, name)
         if clusters:
-            drawn |= _clusters(run, name, clusters, config, images)
+            with _taken_from(evaluate.folder_of(run, name) / "cluster.npz"):
+                drawn |= _clusters(run, name, clusters, config, images)
     return drawn
 
 

@@ -21,7 +21,7 @@ def _stages(metrics: Sequence[dict], key: str) -> dict[str, tuple[list, list]]:
     """Steps and values of `key` by stage, in order."""
     found: dict[str, tuple[list, list]] = {}
     for entry in metrics:
-        if key in entry:
+        if entry.get(key) is not None:  # as that of a bad step is
             steps, values = found.setdefault(entry["stage"], ([], []))
             steps.append(entry["step"])
             values.append(entry[key])

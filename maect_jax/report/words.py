@@ -71,8 +71,8 @@ def _duration(seconds: float) -> str:
 def _stages(history: list[dict]) -> list[dict]:
     """Steps, median rate and seconds of each stage, in order."""
     rows = []
-    for stage in dict.fromkeys(entry["stage"] for entry in history):
-        rated = (entry for entry in history if "images_per_second" in entry)
+    rated = [entry for entry in history if "images_per_second" in entry]
+    for stage in dict.fromkeys(entry["stage"] for entry in rated):
         own = [entry for entry in rated if entry["stage"] == stage]
         # The first line stands for one step and its compilation.
         rate = statistics.median(entry["images_per_second"] for entry in own[1:] or own)

@@ -1,0 +1,235 @@
+"""Checkpoints: what is damaged is seen, what fails is tried again, the last good one stays."""
+
+import errno
+import shutil
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maect_jax import checkpoint, manifest, saving, sharding, state
+from maect_jax.errors import RunFailedError, UserError
+from maect_jax.stages import build
+from tests.conftest import CONFIGS, assert_trees_equal, mesh_of
+
+TINY = {"step": jnp.int32(3), "x": jnp.arange(6.0).reshape(2, 3), "key": jax.random.key(1)}
+
+
+def open_at(folder, **settings):
+    return saving.Checkpoints(folder, **settings)
+
+
+def save_all(checkpoints, *steps, **measured):
+    for step in steps:
+        value = {"knn_accuracy": measured["best"][step]} if measured else {}
+        checkpoints.save(step, {**TINY, "step": jnp.int32(step)}, {"at": step}, value)
+    checkpoints.finish()
+    checkpoints.close()
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A folder with the steps 3 and 6."""
+    folder = tmp_path_factory.mktemp("two") / "mae"
+    save_all(open_at(folder), 3, 6)
+    return folder
+
+
+def damages(data):
+    """Cut off in three places, lengthened, and with a bit flipped in each of some bytes."""
+    yield from (data[:end] for end in (0, len(data) // 2, len(data) - 1))
+    yield data + b"\0"
+    places = np.random.default_rng(len(data)).choice(len(data), min(len(data), 40), replace=False)
+    for n, place in enumerate(places):
+        yield data[:place] + bytes([data[place] ^ 1 << n % 8]) + data[place + 1 :]
+
+
+def test_every_truncation_and_bit_flip_of_every_file_is_seen(two, tmp_path):
+    folder = tmp_path / "6"
+    shutil.copytree(two / "6", folder)
+    assert manifest.damage(folder) is None
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"manifest.json", "_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"} <= {
+        path.name for path in paths
+    }
+    seen = 0
+    for path in paths:
+        data = path.read_bytes()
+        for wrong in filter(lambda wrong: wrong != data, damages(data)):
+            path.write_bytes(wrong)
+            assert path.name in manifest.damage(folder).split(":")[0]
+            seen += 1
+        path.unlink()
+        assert manifest.damage(folder) is not None
+        path.write_bytes(data)
+        seen += 1
+    assert manifest.damage(folder) is None
+    assert seen > 500
+    (folder / "state" / "more").write_text("")
+    assert manifest.damage(folder) == "state/more: is not in the manifest"
+
+
+def test_a_damaged_one_is_named_and_the_one_before_is_taken(two, tmp_path, caplog):
+    folder = tmp_path / "mae"
+    shutil.copytree(two, folder)
+    path = next((folder / "6" / "state" / "d").iterdir())
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=rf"6: is damaged \(state/d/{path.name}: its bytes"):
+        checkpoint.read_parts(folder, ("x",), mesh_of(1, 1))
+    assert names(folder) == {"3", "6"}  # who only reads changes nothing
+    checkpoints = open_at(folder)
+    assert checkpoints.latest() == 3
+    assert f"{folder / '6'} is damaged (state/d/{path.name}" in caplog.text
+    assert "and step 3 is taken" in caplog.text
+    assert names(folder) == {"3", "6.damaged"}
+    save_all(checkpoints, 6)
+    assert open_at(folder).latest() == 6
+    for step in ("3", "6"):
+        (folder / step / "position" / "metadata").unlink()
+    again = open_at(folder)
+    assert again.latest() is None
+    assert "the stage starts anew" in caplog.text
+    again.close()
+
+
+def test_what_was_cut_off_is_cleared_away(two, tmp_path):
+    folder = tmp_path / "mae"
+    shutil.copytree(two, folder)
+    shutil.copytree(folder / "6", folder / "9")
+    (folder / "9" / "manifest.json").unlink()  # renamed, but not sealed
+    shutil.copytree(folder / "6", folder / "12.orbax-checkpoint-tmp")
+    (folder / "0.removed").mkdir()
+    (folder / "notes.txt").write_text("mine")
+    assert checkpoint.steps_of(folder) == [3, 6]
+    open_at(folder).close()
+    assert names(folder) == {"3", "6", "notes.txt"}
+
+
+def test_the_last_ones_and_the_best_are_kept(tmp_path):
+    folder = tmp_path / "mae"
+    told = {}
+    checkpoints = open_at(folder, keep=2, best="knn_accuracy", told=told.__setitem__)
+    save_all(checkpoints, 1, 2, 3, 4, 5, best=[0, 0.2, 0.9, 0.4, 0.3, 0.5])
+    assert checkpoint.steps_of(folder) == [2, 4, 5]
+    assert list(told) == [1, 2, 3, 4, 5]
+    size = sum(path.stat().st_size for path in (folder / "5").rglob("*") if path.is_file())
+    size -= (folder / "5" / "manifest.json").stat().st_size
+    assert told[5]["checkpoint_bytes"] == size
+    assert 0 < told[5]["checkpoint_waited"] <= told[5]["checkpoint_seconds"]
+    # What a path names, for init_from and exports.
+    run = tmp_path / "run"
+    path = run / "checkpoints" / "mae" / "2"
+    assert checkpoint.run_of(path) == (run, "mae", 2)
+    assert checkpoint.run_of(run) == (run, None, None)
+    # A manifest that cannot be read does not stop the next save.
+    (folder / "2" / "manifest.json").write_text("{")
+    save_all(open_at(folder, keep=1, best="knn_accuracy"), 6, best=[0] * 6 + [0.1])
+    assert checkpoint.steps_of(folder) == [5, 6]
+
+
+def test_training_does_not_wait_for_the_disk(tmp_path, monkeypatch):
+    """A save whose hashing blocks holds nothing up until the next one, and counts only when it is
+    done; the state may be given away at once."""
+    gate, of = threading.Event(), manifest.of
+
+    def slow(folder):
+        assert gate.wait(30)
+        return of(folder)
+
+    monkeypatch.setattr(manifest, "of", slow)
+    checkpoints = open_at(tmp_path / "mae")
+    give_away = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    values = {"x": jnp.arange(100_000.0)}
+    checkpoints.save(1, values, {})
+    values = give_away(values)
+    jax.block_until_ready(give_away(values))
+    assert checkpoint.steps_of(tmp_path / "mae") == []
+    gate.set()
+    checkpoints.finish()
+    checkpoints.close()
+    found = checkpoint.read_parts(tmp_path / "mae", ("x",), mesh_of(1, 1))
+    np.testing.assert_array_equal(found["x"], np.arange(100_000.0))
+
+
+@pytest.mark.parametrize("at", ["seal", "orbax"])
+def test_a_full_disk_is_waited_for_and_then_an_error(tmp_path, monkeypatch, caplog, at):
+    folder, full = tmp_path / "mae", [False]
+    checkpoints = open_at(folder)
+    checkpoints.save(1, TINY, {"at": 1})
+    checkpoints.finish()
+    holder, name = (manifest, "seal") if at == "seal" else (checkpoints._writer, "save")
+    work = getattr(holder, name)
+
+    def write(*arguments, **settings):
+        if full[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return work(*arguments, **settings)
+
+    monkeypatch.setattr(holder, name, write)
+    monkeypatch.setattr(saving, "_PAUSES", (0.05, 0.05, 0.05))
+    full[0] = True
+    for step in (2, 3):
+        checkpoints.save(step, TINY, {"at": step})
+        while not checkpoints.due():
+            pass
+    text = f"{folder}: a checkpoint cannot be written (No space left on device); step 1"
+    assert caplog.text.count(text) == 2
+    assert checkpoint.steps_of(folder) == [1]
+    full[0] = False  # somebody has made room
+    checkpoints.save(4, TINY, {"at": 4})
+    checkpoints.finish(4, TINY, {"at": 4})
+    assert not checkpoints.due()
+    full[0] = True
+    checkpoints.save(5, TINY, {"at": 5})
+    with pytest.raises(RunFailedError, match=r"mae: a checkpoint cannot be written \(No space"):
+        checkpoints.finish(5, TINY, {"at": 5})
+    checkpoints.close()
+    assert checkpoint.steps_of(folder) == [1, 4]
+    assert open_at(folder).latest() == 4
+
+
+def test_an_outage_of_a_bucket_is_waited_for(tmp_path, monkeypatch, caplog):
+    """At the end of a stage, when no step comes any more; what was half written does not matter."""
+    failures = iter([True, True, False])
+    seal = manifest.seal
+
+    def flaky(*arguments):
+        if next(failures):
+            raise OSError(errno.EIO, "Input/output error")
+        seal(*arguments)
+
+    monkeypatch.setattr(manifest, "seal", flaky)
+    monkeypatch.setattr(saving, "_PAUSES", (0.01, 0.01, 0.01))
+    checkpoints = open_at(tmp_path / "mae")
+    checkpoints.save(6, TINY, {"at": 6})
+    checkpoints.finish(6, TINY, {"at": 6})
+    checkpoints.close()
+    assert caplog.text.count("Input/output error") == 2
+    assert open_at(tmp_path / "mae").latest() == 6
+
+
+def test_a_restored_state_is_bit_equal_on_other_devices(tmp_path):
+    """The whole state of ct, saved on one device, restored on 4 x 2, and back."""
+    from maect_jax import config
+
+    page = config.load(str(CONFIGS / "quickstart.py:test"))
+    stage = build.stage(page, "ct", 1600)
+    key, one, eight = jax.random.key(5), mesh_of(1, 1), mesh_of(4, 2)
+    with jax.set_mesh(one):
+        made = state.create(stage, key, {}, one)
+        checkpoints = open_at(tmp_path / "ct")
+        checkpoints.save(1, made, {"loader": {"next": 1}})
+        checkpoints.finish()
+    found, position = checkpoints.restore(1, state.abstract(stage, key, {}, eight))
+    checkpoints.close()
+    assert position == {"loader": {"next": 1}}
+    assert {x.sharding.mesh.size for x in jax.tree.leaves(found)} == {8}
+    assert_trees_equal(sharding.fetch(found), jax.device_get(made))
