@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Unoptimised code halves the time that the tests spend compiling, which is most of it.
@@ -88,6 +89,16 @@ def images(tmp_path):
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+def wait_for_step(workdir, step, process):
+    """Returns when a run, which `process` is, has told of a step."""
+    path, deadline = workdir / "metrics.jsonl", time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
 
 
 def assert_trees_equal(a, b) -> None:

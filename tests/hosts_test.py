@@ -17,7 +17,7 @@ import pytest
 from maect_jax import checkpoint, config, evaluate, jsonl, sharding
 from maect_jax.evals import features
 from tests.chain_test import metrics_of
-from tests.conftest import CONFIGS, FAST_COMPILE, ROOT, SMALL, mesh_of, run_on, save
+from tests.conftest import CONFIGS, FAST_COMPILE, ROOT, SMALL, mesh_of, run_on, save, wait_for_step
 from tests.figures import FORWARD, GRADIENT, assert_close
 from tests.main_test import run_main
 
@@ -58,15 +58,6 @@ def pod(workdir, output, settings=SETTINGS):
             yield process
         finally:
             process.terminate()
-
-
-def wait_for_step(workdir, step, process):
-    path, deadline = workdir / "metrics.jsonl", time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        if path.exists() and f'"step": {step},' in path.read_text():
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"step {step} was not reached")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from maect_jax import checkpoint, jsonl, preemption
-from tests.conftest import FAST_RUN, ROOT, SMALL, save
+from tests.conftest import FAST_RUN, ROOT, SMALL, save, wait_for_step
 
 FLAGS = tuple(
     f"--config{setting}" for setting in (
@@ -43,15 +43,6 @@ def running(tmp_path):
         process.stderr.close()
 
 
-def wait_for(run, step, process):
-    path, deadline = run / "metrics.jsonl", time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if path.exists() and f'"step": {step},' in path.read_text():
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached: {process.stderr.read()}")
-
-
 def errors(text):
     """The last lines, but for the bar."""
     return [line for line in text.splitlines() if line and "img/s" not in line]
@@ -61,7 +52,7 @@ def errors(text):
 def test_a_signal_saves_and_says_that_the_run_can_go_on(tmp_path, running, number):
     run = tmp_path / "run"
     process = running(*FLAGS)
-    wait_for(run, 5, process)
+    wait_for_step(run, 5, process)
     process.send_signal(number)
     start = time.monotonic()
     _, told = process.communicate(timeout=60)
@@ -78,7 +69,7 @@ def test_a_signal_saves_and_says_that_the_run_can_go_on(tmp_path, running, numbe
     # A stop leaves no picture of its own.
     assert not (run / "watch").exists()
     process = running(*FLAGS)
-    wait_for(run, step + 3, process)
+    wait_for_step(run, step + 3, process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     steps = [line["step"] for line in jsonl.read(run / "metrics.jsonl") if "loss" in line]
@@ -89,7 +80,7 @@ def test_a_second_sigint_ends_at_once(tmp_path, running):
     """Also where saving hangs: the storage is a pipe that nobody reads."""
     run = tmp_path / "run"
     process = running(*FLAGS)
-    wait_for(run, 5, process)
+    wait_for_step(run, 5, process)
     # The folder of the checkpoints gives way to a file: saving is tried for minutes.
     folder = checkpoint.stage_folder(run, "mae")
     folder.rmdir()
@@ -115,7 +106,7 @@ def test_a_whole_group_may_get_the_signal(tmp_path, running):
         ".data.mean=(0.5,0.5,0.5)", ".data.std=(0.2,0.2,0.2)",
     )  # fmt: skip
     process = running(*FLAGS, *(f"--config{setting}" for setting in more))
-    wait_for(tmp_path / "run", 3, process)
+    wait_for_step(tmp_path / "run", 3, process)
     group = os.getpgid(process.pid)
     workers = subprocess.run(["pgrep", "-g", str(group)], capture_output=True, text=True)
     assert len(workers.stdout.split()) >= 3
