@@ -200,6 +200,7 @@ def test_finished_run_is_not_run_again_and_another_is_refused(finished):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_pages_chain_from_run_to_run(finished, tmp_path, monkeypatch):
     """head -> ct -> eval, MAE-CT_aug in bf16, each a run of its own, on 4 x 2 devices."""
     head, ct, evaluated = (tmp_path / name for name in ("head", "ct", "eval"))

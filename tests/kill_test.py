@@ -135,7 +135,7 @@ def killed_and_taken_up(whole, tmp_path, seed):
         assert got[what] == want[what], what
 
 
-@pytest.mark.parametrize("seed", [1, 9, 13])  # save of mae, seal of head, evaluation
+@pytest.mark.parametrize("seed", [1, 9])  # in a save of mae, before the seal of one of head
 def test_killed_it_goes_on_and_ends_bit_equal(whole, tmp_path, seed):
     killed_and_taken_up(whole, tmp_path, seed)
 

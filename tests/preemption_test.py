@@ -29,8 +29,7 @@ def running(tmp_path):
         process = subprocess.Popen(
             [sys.executable, "-m", "maect_jax.main", f"--workdir={tmp_path / 'run'}", *flags],
             cwd=ROOT, env=os.environ | {"XLA_FLAGS": FAST_RUN}, stderr=subprocess.PIPE, text=True,
-            # As a shell starts it, a group of its own, in which SIGINT is not ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), process_group=0,
+            process_group=0,
         )  # fmt: skip
         started.append(process)
         return process
@@ -48,12 +47,11 @@ def errors(text):
     return [line for line in text.splitlines() if line and "img/s" not in line]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_that_the_run_can_go_on(tmp_path, running, number):
+def test_a_signal_saves_and_says_that_the_run_can_go_on(tmp_path, running):
     run = tmp_path / "run"
     process = running(*FLAGS)
     wait_for_step(run, 5, process)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     start = time.monotonic()
     _, told = process.communicate(timeout=60)
     assert time.monotonic() - start < 20
@@ -61,7 +59,7 @@ def test_a_signal_saves_and_says_that_the_run_can_go_on(tmp_path, running, numbe
     (step,) = checkpoint.steps_of(checkpoint.stage_folder(run, "mae"))
     assert step == max(line["step"] for line in jsonl.read(run / "metrics.jsonl"))
     assert errors(told) == [
-        f"{number.name}: saving; a second SIGINT ends at once",
+        "SIGTERM: saving; a second SIGINT ends at once",
         f"error: preempted, resumable: stage mae is saved at step {step} of 3200; the same command "
         "goes on from there",
     ]
@@ -114,6 +112,7 @@ def test_a_whole_group_may_get_the_signal(tmp_path, running):
     _, told = process.communicate(timeout=60)
     assert process.returncode == 75, told
     assert re.fullmatch(r"error: preempted, resumable: stage mae is saved .*", errors(told)[-1])
-    time.sleep(1)
-    left = subprocess.run(["pgrep", "-g", str(group)], capture_output=True, text=True)
-    assert not left.stdout
+    deadline = time.monotonic() + 20
+    while subprocess.run(["pgrep", "-g", str(group)], capture_output=True).stdout:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
