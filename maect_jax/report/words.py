@@ -76,8 +76,9 @@ def _stages(history: list[dict]) -> list[dict]:
         own = [entry for entry in rated if entry["stage"] == stage]
         # The first line stands for one step and its compilation.
         rate = statistics.median(entry["images_per_second"] for entry in own[1:] or own)
-        last = own[-1]
-        rows.append(dict(name=stage, steps=last["step"], rate=rate, seconds=last["seconds"]))
+        # Lines without a rate count: the last checkpoint is saved after the last step.
+        took = max(entry["seconds"] for entry in history if entry["stage"] == stage)
+        rows.append(dict(name=stage, steps=own[-1]["step"], rate=rate, seconds=took))
     return rows
 
 
