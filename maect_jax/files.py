@@ -61,6 +61,8 @@ def _put(path: Path, write: Callable[[Path], None]) -> None:
 
     def whole():
         write(draft)
+        with draft.open("rb") as file:
+            to_disk(file)  # or a power cut might leave the name without its content
         draft.replace(path)
 
     try:

@@ -119,6 +119,17 @@ def test_an_outage_is_waited_for_and_leaves_no_hole(tmp_path, monkeypatch, quick
     assert {p.name for p in run.rglob("*.tmp")} == set()
 
 
+def test_a_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    path, on_disk, named = tmp_path / "a.json", [], []
+    monkeypatch.setattr(os, "fsync", lambda file: on_disk.append(os.fstat(file).st_ino))
+    rename = type(path).replace
+    monkeypatch.setattr(
+        type(path), "replace", lambda *names: named.append(list(on_disk)) or rename(*names)
+    )
+    files.write_json(path, {"a": 1})
+    assert named == [[path.stat().st_ino]]
+
+
 def test_a_file_that_cannot_be_written_keeps_its_old_content(tmp_path, monkeypatch, quick):
     path, tries = tmp_path / "results.json", []
     files.write_json(path, {"a": 1})
