@@ -52,13 +52,19 @@ def handled():
 
 @contextmanager
 def deferred():
-    """Within it the first signal ends nothing; yields a function that tells whether it came."""
+    """Within it the first signal ends nothing; yields a function that tells whether it came.
+
+    Raises:
+      KeyboardInterrupt: one came that nobody has asked for, at the end.
+    """
     handler = _handler or _Handler()
     handler.deferred = True
     try:
         yield lambda: handler.asked
     finally:
         handler.deferred = False
+    if handler.asked:
+        raise KeyboardInterrupt
 
 
 def leave() -> None:

@@ -81,6 +81,7 @@ class Checkpoints:
         torn = {path for pattern in _TORN for path in self._folder.glob(pattern)}
         torn |= {path for path in self._folder.iterdir() if step_of(path.name) is not None}
         for path in torn - {self._folder / str(step) for step in whole}:
+            _LOGGER.warning("%s: a save or a removal that was cut off is cleared away", path)
             _remove(path)
         while whole:
             path = self._folder / str(whole[-1])
@@ -120,9 +121,9 @@ class Checkpoints:
         ready = self._settle() or start >= self._due
         if not sharding.on_all_hosts(ready):
             return  # the next try comes later
-        # What is known not to fit need not fail halfway.
-        if not sharding.on_all_hosts(shutil.disk_usage(self._folder).free > self._size):
-            self._failed(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        wrong = self._no_room()
+        if not sharding.on_all_hosts(wrong is None):
+            self._failed(wrong or RuntimeError("another host says so"))
             return
         items = dict(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
         items, path = ocp.args.Composite(**items), path_of(self._folder, step)
@@ -133,6 +134,16 @@ class Checkpoints:
             return
         waited = time.monotonic() - start
         self._saving = self._thread.submit(self._seal, step, start, waited, measured or {})
+
+    def _no_room(self) -> OSError | None:
+        """Why another save would fail: what is known not to fit need not fail halfway."""
+        try:
+            room = shutil.disk_usage(self._folder)
+        except OSError as error:
+            return error
+        # A mounted bucket may have no size.
+        full = room.total and room.free <= self._size
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else None
 
     def _seal(self, step: int, start: float, waited: float, measured: dict) -> int:
         """Ends a save, in its thread."""

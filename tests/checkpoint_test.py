@@ -100,7 +100,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_taken(two, tmp_path, caplo
     again.close()
 
 
-def test_what_was_cut_off_is_cleared_away(two, tmp_path):
+def test_what_was_cut_off_is_cleared_away(two, tmp_path, caplog):
     folder = tmp_path / "mae"
     shutil.copytree(two, folder)
     shutil.copytree(folder / "6", folder / "9")
@@ -111,6 +111,8 @@ def test_what_was_cut_off_is_cleared_away(two, tmp_path):
     assert checkpoint.steps_of(folder) == [3, 6]
     open_at(folder).close()
     assert names(folder) == {"3", "6", "notes.txt"}
+    assert caplog.text.count("cut off") == 3
+    assert f"{folder / '9'}: a save" in caplog.text
 
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path):
@@ -199,19 +201,26 @@ def test_a_full_disk_is_waited_for_and_then_an_error(tmp_path, monkeypatch, capl
 def test_an_outage_of_a_bucket_is_waited_for(tmp_path, monkeypatch, caplog):
     """At the end of a stage, when no step comes any more; what was half written does not matter."""
     failures = iter([True, True, False])
-    seal = manifest.seal
+    seal, room = manifest.seal, saving.shutil.disk_usage
 
     def flaky(*arguments):
         if next(failures):
             raise OSError(errno.EIO, "Input/output error")
         seal(*arguments)
 
+    def away(path):
+        monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: sizeless)
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    sizeless = room(tmp_path)._replace(total=0, used=0, free=0)  # as some buckets say they are
+    monkeypatch.setattr(saving.shutil, "disk_usage", away)
     monkeypatch.setattr(manifest, "seal", flaky)
     monkeypatch.setattr(saving, "_PAUSES", (0.01, 0.01, 0.01))
     checkpoints = open_at(tmp_path / "mae")
     checkpoints.save(6, TINY, {"at": 6})
     checkpoints.finish(6, TINY, {"at": 6})
     checkpoints.close()
+    assert caplog.text.count("endpoint is not connected") == 1
     assert caplog.text.count("Input/output error") == 2
     assert open_at(tmp_path / "mae").latest() == 6
 

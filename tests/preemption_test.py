@@ -47,6 +47,15 @@ def errors(text):
     return [line for line in text.splitlines() if line and "img/s" not in line]
 
 
+def test_a_signal_that_nobody_has_asked_for_any_more_is_not_lost():
+    def busy():
+        with preemption.deferred():
+            signal.raise_signal(signal.SIGTERM)
+
+    with preemption.handled(), pytest.raises(KeyboardInterrupt):
+        busy()
+
+
 def test_a_signal_saves_and_says_that_the_run_can_go_on(tmp_path, running):
     run = tmp_path / "run"
     process = running(*FLAGS)
