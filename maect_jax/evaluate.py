@@ -144,25 +144,24 @@ def run(
     rows = ({PIXELS: None} if section.pixels else {}) | rows
     results = read_results(workdir)
     steps = len(rows) * (1 + len(section.protocols))
-    bar = tqdm(total=steps, desc="eval", unit="step", disable=not shown)
-    for name, saved in rows.items():
-        bar.set_postfix_str(f"{name} features")
-        start = time.monotonic()
-        row, settings = _row(config, name, saved, splits, broken, workdir, mesh)
-        entry = results[name] = _entry(results.get(name, {}), settings)
-        entry["seconds"].setdefault("features", round(time.monotonic() - start, 1))
-        bar.update()
-        own = ("classifier",) if row.classifier else ()
-        for task in (_RETRIEVAL, *own, *section.protocols):
-            bar.set_postfix_str(f"{name} {task}")
-            _evaluate(row, task, settings, entry, folder_of(workdir, name))
-            if shown:
+    with tqdm(total=steps, desc="eval", unit="step", disable=not shown) as bar:
+        for name, saved in rows.items():
+            bar.set_postfix_str(f"{name} features")
+            start = time.monotonic()
+            row, settings = _row(config, name, saved, splits, broken, workdir, mesh)
+            entry = results[name] = _entry(results.get(name, {}), settings)
+            entry["seconds"].setdefault("features", round(time.monotonic() - start, 1))
+            bar.update()
+            own = ("classifier",) if row.classifier else ()
+            for task in (_RETRIEVAL, *own, *section.protocols):
+                bar.set_postfix_str(f"{name} {task}")
+                _evaluate(row, task, settings, entry, folder_of(workdir, name))
+                if shown:
+                    files.write_json(workdir / "results.json", results)
+                bar.update(task in section.protocols)
+            if shown and section.export:
+                _export(row, entry, settings, workdir / "export", name)
                 files.write_json(workdir / "results.json", results)
-            bar.update(task in section.protocols)
-        if shown and section.export:
-            _export(row, entry, settings, workdir / "export", name)
-            files.write_json(workdir / "results.json", results)
-    bar.close()
     if shown and "cluster" in section.protocols:
         source = splits[protocols.cluster_split(config, splits)]
         files.write_text(workdir / "clusters.csv", _table(workdir, list(rows), source))
