@@ -79,6 +79,11 @@ def _claim(
         )
         if changed:
             _LOGGER.warning("%s: goes on with a change: %s", workdir, "; ".join(changed))
+    elif (workdir / "checkpoints").exists():
+        raise UserError(
+            f"--workdir={workdir}: has checkpoints and no config.json, which says of what; put it "
+            "back, or name another folder"
+        )
     files.write_json(workdir / "environment.json", environment)
     files.write_json(path, config.to_dict())
     origin.write_lineage(workdir, before.lineage() if before else [origin.SCRATCH])

@@ -124,6 +124,13 @@ def test_a_harmless_change_is_told_and_another_refused(tmp_path, caplog):
         )
         assert re.fullmatch(rf"{key}: .* -> '?{value}'?", told[1])
     assert (tmp_path / "config.json").read_text() == before
+    # Without its config nobody knows what the checkpoints are of.
+    (tmp_path / "checkpoints").mkdir()
+    claim(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="has checkpoints and no config"):
+        claim(tmp_path)
+    assert not (tmp_path / "config.json").exists()
 
 
 @pytest.mark.parametrize("name", ["gs://bucket/run", "s3://bucket/run"])
