@@ -12,7 +12,7 @@ from maect_jax import metrics, preemption, sharding, state, watch
 from maect_jax.bad_steps import BadSteps
 from maect_jax.checkpoint import stage_folder
 from maect_jax.data import damage, loader, sources
-from maect_jax.errors import PreemptedError
+from maect_jax.errors import PreemptedError, UserError
 from maect_jax.saving import Checkpoints
 from maect_jax.stages import build
 from maect_jax.stages.step import compiled
@@ -80,6 +80,7 @@ def run(
 
     Raises:
       PreemptedError: a signal has asked for the end, and the state is saved.
+      UserError: there are more images, or fewer, than when the stage began.
       RunFailedError: a step was not finite, and the last checkpoint is from before it; too many
         images cannot be read; nothing can be written.
     """
@@ -102,6 +103,11 @@ def run(
     if done:
         abstract = state.abstract(stage, key, {}, mesh)
         train_state, position = checkpoints.restore(done, abstract)
+        if (then := position["images"]) != len(source):
+            raise UserError(
+                f"--workdir={workdir}: stage {name} was trained on {then:,} images to step {done}, "
+                f"and now there are {len(source):,}; bring those back, or name another folder"
+            )
         stream.set_state(position["loader"])
     else:
         train_state = state.create(stage, key, start(), mesh)
@@ -139,7 +145,9 @@ def run(
                     check()
                     if regular:
                         look(now, train_state)
-                    position = {"loader": stream.get_state(), "steps": stage.steps}
+                    position = dict(
+                        loader=stream.get_state(), steps=stage.steps, images=len(source)
+                    )
                     saved = now, train_state, position, measured
                     checkpoints.save(*saved)
                 if last or wish == _STOP:

@@ -14,7 +14,7 @@ import pytest
 
 from maect_jax import board, config, jsonl, lock, metrics, workdir
 from maect_jax.errors import RunFailedError, UserError
-from tests.conftest import CONFIGS
+from tests.conftest import CONFIGS, run_on, save
 
 
 def page(*overrides):
@@ -131,6 +131,19 @@ def test_a_harmless_change_is_told_and_another_refused(tmp_path, caplog):
     with pytest.raises(UserError, match="has checkpoints and no config"):
         claim(tmp_path)
     assert not (tmp_path / "config.json").exists()
+
+
+def test_another_number_of_images_is_refused(tmp_path, monkeypatch):
+    for i in range(20):
+        save(tmp_path / "train" / f"{i:02}.png", (28, 28), i)
+    run, settings = tmp_path / "run", page(
+        "stages=('mae',)", "mae.batch_size=10", "monitor.every=0", "data.source=folder",
+        f"data.path={tmp_path}",
+    )  # fmt: skip
+    run_on(monkeypatch, (1, 1), settings, run, page=False)
+    (tmp_path / "train" / "00.png").unlink()
+    with pytest.raises(UserError, match="on 20 images to step 4, and now there are 19; bring"):
+        run_on(monkeypatch, (1, 1), settings, run, page=False)
 
 
 @pytest.mark.parametrize("name", ["gs://bucket/run", "s3://bucket/run"])
