@@ -113,7 +113,8 @@ def read_position(folder: Path, step: int) -> dict:
 
 def _damaged(path: epath.Path, wrong: str) -> UserError:
     return UserError(
-        f"{path}: is damaged ({wrong}); the command of that run goes on from the checkpoint before"
+        f"{path}: is damaged ({wrong}); the command of that run goes on from the checkpoint "
+        "before, and an import can be made again"
     )
 
 
