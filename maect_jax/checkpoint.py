@@ -58,11 +58,14 @@ def trained_stages(run: Path, stages: Sequence[str]) -> list[str]:
 
 def last_good(run: Path, stages: Sequence[str]) -> str:
     """The last checkpoint of a run, of the last of `stages`, for people."""
-    trained = trained_stages(run, stages)
-    if not trained:
-        return "there is no checkpoint yet"
-    folder = stage_folder(run, trained[-1])
-    last = folder / str(last_step(folder))
+    try:
+        trained = trained_stages(run, stages)
+        if not trained:
+            return "there is no checkpoint yet"
+        folder = stage_folder(run, trained[-1])
+        last = folder / str(last_step(folder))
+    except OSError as error:
+        return f"its checkpoints cannot be looked at now ({error.strerror})"
     return f"the last good checkpoint is {last}, from which the same command goes on"
 
 
@@ -135,7 +138,10 @@ def read_parts(folder: Path, parts: tuple[str, ...], mesh, step: int | None = No
     """
     step = last_step(folder) if step is None else step
     path = path_of(folder, step)
-    wrong = manifest.damage(folder / str(step)) if jax.process_index() == 0 else None
+    try:
+        wrong = manifest.damage(folder / str(step)) if jax.process_index() == 0 else None
+    except OSError as error:
+        wrong = f"it cannot be read: {error}"
     if not sharding.on_all_hosts(wrong is None):
         raise _damaged(path, wrong or "the first host names the file")
     with _reader() as reader:

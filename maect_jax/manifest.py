@@ -6,6 +6,7 @@ in an error, or in another number.
 
 import hashlib
 import json
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def seal(folder: Path, listed: dict[str, dict], measured: dict[str, float]) -> N
       measured: figures that the manifest keeps as well.
     """
     files.write_text(folder / NAME, _text({"measured": measured, "files": listed}))
-    for place in (folder, folder.parent):
+    inside = [path for path in folder.rglob("*") if path.is_dir()]
+    for place in (*inside, folder, *folder.parents[:3]):  # of the stage, of all, of the run
         files.folder_to_disk(place)
 
 
@@ -47,17 +49,26 @@ def measured(folder: Path) -> dict[str, float]:
 
 def is_sealed(folder: Path) -> bool:
     """Whether a folder has a manifest; what it says is another question (`damage`)."""
-    return (folder / NAME).is_file()
+    try:
+        return stat.S_ISREG((folder / NAME).stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):  # of which an outage is neither
+        return False
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a sealed folder: the first file that is not what it was, and how; `None`
-    where all is as it was."""
+    where all is as it was.
+
+    Raises:
+      OSError: a file cannot be read, which says nothing of its bytes.
+    """
     try:
         text = (folder / NAME).read_text()
         content = json.loads(text)
         listed = dict(content["files"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except FileNotFoundError:
+        return f"{NAME}: is missing"
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         return f"{NAME}: cannot be read: {error!r}"
     # Every byte of the manifest counts, too.
     if text != _text(content):
@@ -72,8 +83,8 @@ def damage(folder: Path) -> str | None:
     def changed(name):
         try:
             size, sha = _digest(folder / name)
-        except OSError as error:
-            return f"{name}: cannot be read: {error.strerror}"
+        except FileNotFoundError:  # a link to nothing
+            return f"{name}: is missing"
         wanted = listed[name]
         if size != wanted["bytes"]:
             return f"{name}: has {size:,} bytes, not {wanted['bytes']:,}"

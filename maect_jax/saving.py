@@ -73,19 +73,26 @@ class Checkpoints:
         self._failures: list[str] = []
         self._due = 0.0
         self._size = 0  # bytes of the last one that was written
+        self._told_of: int | None = None
 
     def _open(self) -> int | None:
         """Clears away what is not whole, sets aside what is damaged; the last good step."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        whole = steps_of(self._folder)
-        torn = {path for pattern in _TORN for path in self._folder.glob(pattern)}
-        torn |= {path for path in self._folder.iterdir() if step_of(path.name) is not None}
-        for path in torn - {self._folder / str(step) for step in whole}:
-            _LOGGER.warning("%s: a save or a removal that was cut off is cleared away", path)
+        for path in self._torn():
+            _LOGGER.warning(
+                "%s: is removed; its saving or removal was cut off, or its manifest is gone", path
+            )
             _remove(path)
+        whole = steps_of(self._folder)
         while whole:
             path = self._folder / str(whole[-1])
-            wrong = manifest.damage(path)
+            try:
+                wrong = manifest.damage(path)
+            except OSError as error:
+                raise RunFailedError(
+                    f"{path}: cannot be read ({error}); the same command tries again. Where this "
+                    "lasts, move that folder away, and the checkpoint before is taken"
+                ) from error
             if not wrong:
                 return whole[-1]
             aside = path.with_name(f"{path.name}.damaged")
@@ -97,6 +104,12 @@ class Checkpoints:
             path.replace(aside)
             del whole[-1]
         return None
+
+    def _torn(self) -> set[Path]:
+        """What is not a whole checkpoint, and was to be one."""
+        torn = {path for pattern in _TORN for path in self._folder.glob(pattern)}
+        torn |= {path for path in self._folder.iterdir() if step_of(path.name) is not None}
+        return torn - {self._folder / str(step) for step in steps_of(self._folder)}
 
     def latest(self) -> int | None:
         """The last good step, or `None`."""
@@ -115,10 +128,15 @@ class Checkpoints:
         """Begins to save a state, the position in the run (plain JSON), and what was measured.
 
         Raises:
-          RunFailedError: nothing could be saved, time and again.
+          RunFailedError: on all hosts, one could save nothing, time and again.
         """
         start = time.monotonic()
         ready = self._settle() or start >= self._due
+        go_on = sharding.on_all_hosts(len(self._failures) <= len(_PAUSES))
+        self._tidy()
+        if not go_on:
+            reason = self._failures[-1] if self._failures else "on another host"
+            raise RunFailedError(f"{self._folder}: a checkpoint cannot be written ({reason})")
         if not sharding.on_all_hosts(ready):
             return  # the next try comes later
         wrong = self._no_room()
@@ -153,7 +171,9 @@ class Checkpoints:
             listed = manifest.of(path)
             size = self._size = sum(entry["bytes"] for entry in listed.values())
             told = {"bytes": size, "seconds": time.monotonic() - start, "waited": waited}
-            self._told(step, {f"checkpoint_{key}": value for key, value in told.items()})
+            if step != self._told_of:  # or it was told before its seal failed
+                self._told_of = step
+                self._told(step, {f"checkpoint_{key}": value for key, value in told.items()})
             manifest.seal(path, listed, measured)
             _LOGGER.debug(
                 "%s: saved, %.1f MiB in %.2f s, of which training waited %.2f s",
@@ -194,12 +214,21 @@ class Checkpoints:
         reason = _reason(error)
         self._failures.append(reason)
         good = f"step {self._last} is" if self._last is not None else "nothing is"
-        where = f"{self._folder}: a checkpoint cannot be written ({reason})"
-        if len(self._failures) > len(_PAUSES):
-            raise RunFailedError(where)
-        pause = _PAUSES[len(self._failures) - 1]
+        # Past the last pause `save` gives up, on all hosts together.
+        pause = (*_PAUSES, 0.0)[min(len(self._failures) - 1, len(_PAUSES))]
         self._due = time.monotonic() + pause
-        _LOGGER.warning("%s; %s saved; next try in %.0f s", where, good, pause)
+        then = f"next try in {pause:.0f} s" if pause else "the run ends"
+        where = f"{self._folder}: a checkpoint cannot be written ({reason})"
+        _LOGGER.warning("%s; %s saved; %s", where, good, then)
+
+    def _tidy(self) -> None:
+        """Removes what failed saves have left, which takes room; nobody is writing."""
+        if self._failures and jax.process_index() == 0:
+            try:
+                for path in self._torn():
+                    _remove(path)
+            except OSError:  # the storage is away
+                return
 
     def due(self) -> bool:
         """Whether a save has failed and it is time to try again; never waits."""

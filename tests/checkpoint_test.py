@@ -1,6 +1,7 @@
 """Checkpoints: what is damaged is seen, what fails is tried again, the last good one stays."""
 
 import errno
+import os
 import shutil
 import threading
 
@@ -75,8 +76,12 @@ def test_every_truncation_and_bit_flip_of_every_file_is_seen(two, tmp_path):
     assert manifest.damage(folder) == "state/more: is not in the manifest"
 
 
-def test_a_damaged_one_is_named_and_the_one_before_is_taken(two, tmp_path, caplog):
-    folder = tmp_path / "mae"
+def unreadable(*_, **__):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_damaged_one_is_named_and_the_one_before_is_taken(two, tmp_path, caplog, monkeypatch):
+    folder = checkpoint.stage_folder(tmp_path, "mae")
     shutil.copytree(two, folder)
     path = next((folder / "6" / "state" / "d").iterdir())
     data = bytearray(path.read_bytes())
@@ -85,6 +90,16 @@ def test_a_damaged_one_is_named_and_the_one_before_is_taken(two, tmp_path, caplo
     with pytest.raises(UserError, match=rf"6: is damaged \(state/d/{path.name}: its bytes"):
         checkpoint.read_parts(folder, ("x",), mesh_of(1, 1))
     assert names(folder) == {"3", "6"}  # who only reads changes nothing
+    # What cannot be read is not damaged: nothing is set aside.
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "_digest", unreadable)
+        with pytest.raises(RunFailedError, match=r"6: cannot be read \(.*Input/output error\)"):
+            open_at(folder)
+        with pytest.raises(UserError, match="6: is damaged"):
+            checkpoint.read_parts(folder, ("x",), mesh_of(1, 1))
+        patch.setattr(type(folder), "iterdir", unreadable)
+        assert "cannot be looked at now (Input/output" in checkpoint.last_good(tmp_path, ["mae"])
+    assert names(folder) == {"3", "6"}
     checkpoints = open_at(folder)
     assert checkpoints.latest() == 3
     assert f"{folder / '6'} is damaged (state/d/{path.name}" in caplog.text
@@ -112,7 +127,7 @@ def test_what_was_cut_off_is_cleared_away(two, tmp_path, caplog):
     open_at(folder).close()
     assert names(folder) == {"3", "6", "notes.txt"}
     assert caplog.text.count("cut off") == 3
-    assert f"{folder / '9'}: a save" in caplog.text
+    assert f"{folder / '9'}: is removed" in caplog.text
 
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path):
@@ -188,6 +203,7 @@ def test_a_full_disk_is_waited_for_and_then_an_error(tmp_path, monkeypatch, capl
     full[0] = False  # somebody has made room
     checkpoints.save(4, TINY, {"at": 4})
     checkpoints.finish(4, TINY, {"at": 4})
+    assert names(folder) == {"1", "4"}  # what a try has left takes no room
     assert not checkpoints.due()
     full[0] = True
     checkpoints.save(5, TINY, {"at": 5})
@@ -216,10 +232,13 @@ def test_an_outage_of_a_bucket_is_waited_for(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(saving.shutil, "disk_usage", away)
     monkeypatch.setattr(manifest, "seal", flaky)
     monkeypatch.setattr(saving, "_PAUSES", (0.01, 0.01, 0.01))
-    checkpoints = open_at(tmp_path / "mae")
+    told = []
+    checkpoints = open_at(tmp_path / "mae", told=lambda step, values: told.append(step))
+    checkpoints.save(5, TINY, {"at": 5})
     checkpoints.save(6, TINY, {"at": 6})
     checkpoints.finish(6, TINY, {"at": 6})
     checkpoints.close()
+    assert told == [6]
     assert caplog.text.count("endpoint is not connected") == 1
     assert caplog.text.count("Input/output error") == 2
     assert open_at(tmp_path / "mae").latest() == 6
