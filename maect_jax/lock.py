@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from maect_jax.errors import RunFailedError, UserError
@@ -39,24 +39,34 @@ def _started(pid: int) -> str | None:
     return None if state == "Z" else fields[18]
 
 
+def _machine() -> str:
+    """Where a process's number means something: containers may share a host's name, and machines
+    too. "" where the system does not tell."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
+
+
 def _me() -> dict:
-    pid = os.getpid()
-    return {"host": socket.gethostname(), "pid": pid, "started": _started(pid)}
+    pid, host = os.getpid(), socket.gethostname()
+    return {"host": host, "machine": _machine(), "pid": pid, "started": _started(pid)}
 
 
 def _holder(path: Path) -> dict | None:
     """Who holds a lock, `None` for nobody."""
     try:
         found = json.loads(path.read_text())
-        return {key: found[key] for key in ("host", "pid", "started")}
+        return {key: found[key] for key in ("host", "machine", "pid", "started")}
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError):  # it is being written, or was torn
-        return {"host": "unknown", "pid": 0, "started": ""}
+        return {"host": "unknown", "machine": "", "pid": 0, "started": ""}
 
 
 def _is_stale(path: Path, holder: dict) -> bool:
-    if holder["host"] == socket.gethostname():
+    if (holder["host"], holder["machine"]) == (socket.gethostname(), _machine()):
         return _started(holder["pid"]) != holder["started"]
     # The storage's clock for both: those of two machines may differ.
     probe = path.with_name(f".{_NAME}.{os.getpid()}")
@@ -69,15 +79,26 @@ def _is_stale(path: Path, holder: dict) -> bool:
         probe.unlink(missing_ok=True)
 
 
+def _write(file, path: Path) -> None:
+    try:
+        file.write(json.dumps(_me()) + "\n")
+        file.flush()
+    except OSError:  # a full disk: an empty lock would hold the folder for a minute
+        path.unlink()
+        raise
+
+
 def _take(path: Path) -> None:
-    for _ in range(2):
+    for _ in range(3):
         try:
             with path.open("x") as file:
-                file.write(json.dumps(_me()) + "\n")
+                _write(file, path)
             return
         except FileExistsError:
             holder = _holder(path)
-        if holder is not None and not _is_stale(path, holder):
+        if holder is None:  # it was released in this moment
+            continue
+        if not _is_stale(path, holder):
             raise UserError(
                 f"--workdir={path.parent}: process {holder['pid']} on {holder['host']} runs in it; "
                 "wait for its end, or name another folder (a holder that is gone is forgotten "
@@ -90,7 +111,7 @@ def _take(path: Path) -> None:
         except FileNotFoundError:
             continue
         taken = _holder(aside)
-        if taken != holder and taken is not None and holder is not None:
+        if taken not in (holder, None):
             aside.replace(path)
             raise UserError(f"--workdir={path.parent}: another process has just taken it")
         aside.unlink()
@@ -108,20 +129,22 @@ def held(folder: Path):
     """
     path, me = folder / _NAME, _me()
     _take(path)
-    ended, lost = threading.Event(), threading.Event()
+    ended = threading.Event()
+
+    def ours():
+        try:
+            return _holder(path) == me
+        except OSError:  # an outage of the storage tells nothing
+            return True
 
     def beat():
         while not ended.wait(_BEAT):
-            try:
-                if _holder(path) != me:
-                    lost.set()
-                    return
-                os.utime(path)
-            except OSError:  # an outage of the storage: the next beat may go well
-                continue
+            if ours():
+                with suppress(OSError):
+                    os.utime(path)
 
     def check():
-        if lost.is_set():
+        if not ours():
             raise RunFailedError(
                 f"{path}: is no longer this run's; another process has taken the folder"
             )
@@ -133,5 +156,6 @@ def held(folder: Path):
     finally:
         ended.set()
         thread.join()
-        if _holder(path) == me:
-            path.unlink(missing_ok=True)
+        if ours():
+            with suppress(OSError):  # which must not hide why the run ends
+                path.unlink(missing_ok=True)

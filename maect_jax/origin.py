@@ -146,8 +146,8 @@ def has_step(run: Path, stage: str, step: int, where: str) -> None:
     """Raises `UserError` where a run has no such checkpoint."""
     there = checkpoint.steps_of(checkpoint.stage_folder(run, stage))
     if stage not in build.SAVED_PARTS or step not in there:
-        saved = f"saved are {', '.join(map(str, there))}" if there else f"no stage {stage!r} is"
-        raise UserError(f"{where}there is no such checkpoint; {saved}")
+        saved = f"steps {', '.join(map(str, there))} are saved" if there else "no step is saved"
+        raise UserError(f"{where}there is no such checkpoint; of stage {stage!r} {saved}")
 
 
 def finished(run: Path, stage: str, where: str) -> None:

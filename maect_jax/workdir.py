@@ -22,7 +22,6 @@ _HARMLESS = (
     "checkpoint.", "monitor.", "mesh.", "encoder_microbatches", "remat", "data.workers",
     "data.max_bad_fraction", "eval.",
 )  # fmt: skip
-_UNTOLD = "eval."  # which is computed anew where it must be, and says so itself
 
 
 @contextmanager
@@ -73,8 +72,7 @@ def _claim(
                 f"--workdir={workdir}: holds another run ({'; '.join(other)}); name another "
                 "folder, or remove that one"
             )
-        changed = [line for line in differing if not line.startswith(_UNTOLD)]
-        changed += pages.differing(
+        changed = differing + pages.differing(
             ConfigDict(files.read_json(workdir / "environment.json")), ConfigDict(environment)
         )
         if changed:
@@ -84,9 +82,10 @@ def _claim(
             f"--workdir={workdir}: has checkpoints and no config.json, which says of what; put it "
             "back, or name another folder"
         )
+    # The first may refuse, and then nothing is to be written.
+    origin.write_lineage(workdir, before.lineage() if before else [origin.SCRATCH])
     files.write_json(workdir / "environment.json", environment)
     files.write_json(path, config.to_dict())
-    origin.write_lineage(workdir, before.lineage() if before else [origin.SCRATCH])
     return check
 
 

@@ -61,8 +61,10 @@ def test_a_file_is_evaluated_under_its_name_with_its_classifier(tmp_path, monkey
     tensors.write(
         tmp_path / "probe.safetensors", probe | {"layer.2.bias": probe["layer.2.bias"] + 1}
     )
+    before, settings = (workdir / "config.json").read_text(), [*settings, "log_every=7"]
     with pytest.raises(UserError, match=r"probe\.safetensors: is another file than"):
         run_on(monkeypatch, (1, 2), pages.load(str(CONFIGS / "eval.py:test"), settings), workdir)
+    assert (workdir / "config.json").read_text() == before
     assert json.loads((workdir / "origin.json").read_text())["from"] == origins
 
 
