@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from contextlib import contextmanager
 
 STATUS = 75  # sysexits' EX_TEMPFAIL: not done, and to be tried again
@@ -13,6 +14,12 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 def _say(text: str) -> None:
     os.write(2, f"\n{text}\n".encode())  # a handler must not touch a stream that is being written
+
+
+def _exit(status: int) -> None:
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(status)
 
 
 class _Handler:
@@ -25,7 +32,7 @@ class _Handler:
         if self.asked:
             if number == signal.SIGINT:
                 _say("ended at once; the last checkpoint is as it was")
-                os._exit(_AT_ONCE)
+                _exit(_AT_ONCE)
             return
         self.asked = True
         if not self.deferred:
@@ -70,15 +77,20 @@ def deferred():
 def leave() -> None:
     """Ends the program with `STATUS`, though devices and threads are at work, which would bring
     Python's own end down."""
-    for child in multiprocessing.active_children():
-        child.kill()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(STATUS)
+    _exit(STATUS)
 
 
 def in_worker(*_) -> None:
     """Has a worker process leave both signals to the main one, whom a terminal or a scheduler sends
-    them as well, and which still wants batches."""
+    them as well, and which still wants batches; and end with it, however that ends."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+    def follow(main):
+        main.join()
+        os._exit(1)
+
+    if main := multiprocessing.parent_process():
+        threading.Thread(target=follow, args=[main], daemon=True).start()

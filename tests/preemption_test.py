@@ -84,7 +84,7 @@ def test_a_signal_saves_and_says_that_the_run_can_go_on(tmp_path, running):
 
 
 def test_a_second_sigint_ends_at_once(tmp_path, running):
-    """Also where saving hangs: the storage is a pipe that nobody reads."""
+    """Also where saving goes on for minutes."""
     run = tmp_path / "run"
     process = running(*FLAGS)
     wait_for_step(run, 5, process)
@@ -103,8 +103,16 @@ def test_a_second_sigint_ends_at_once(tmp_path, running):
     assert errors(told)[-1] == "ended at once; the last checkpoint is as it was"
 
 
+def wait_for_end(group):
+    deadline = time.monotonic() + 20
+    while subprocess.run(["pgrep", "-r", "R,S,D", "-g", str(group)], capture_output=True).stdout:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_a_whole_group_may_get_the_signal(tmp_path, running):
-    """As by a terminal's Ctrl-C, or a scheduler: the worker processes still bring batches."""
+    """As by a terminal's Ctrl-C, or a scheduler: the worker processes still bring batches, and end
+    with the main one, also where that is killed."""
     for i in range(64):
         save(tmp_path / "images" / "train" / f"{i:02}.png", (30, 30), i)
     more = (
@@ -117,11 +125,14 @@ def test_a_whole_group_may_get_the_signal(tmp_path, running):
     group = os.getpgid(process.pid)
     workers = subprocess.run(["pgrep", "-g", str(group)], capture_output=True, text=True)
     assert len(workers.stdout.split()) >= 3
+    process.kill()
+    wait_for_end(group)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    process = running(*FLAGS, *(f"--config{setting}" for setting in more))
+    wait_for_step(tmp_path / "run", 3, process)
+    group = os.getpgid(process.pid)
     os.killpg(group, signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 75, told
     assert re.fullmatch(r"error: preempted, resumable: stage mae is saved .*", errors(told)[-1])
-    deadline = time.monotonic() + 20
-    while subprocess.run(["pgrep", "-g", str(group)], capture_output=True).stdout:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for_end(group)
