@@ -58,6 +58,7 @@ class BadSteps:
             entry = {"stage": self._stage, "step": step, **told, "index": records, "images": images}
             lines = jsonl.Lines(self._path)
             lines.add(entry)
+            lines.keep()  # a checkpoint past it counts on it
             lines.close()
         self._count += 1
         what = (

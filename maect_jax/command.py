@@ -3,6 +3,7 @@
 import ast
 import os
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from functools import partial
 from logging import CRITICAL, getLogger
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
@@ -21,6 +23,7 @@ _CONFIG = flags.DEFINE_string(
     "a config page (needed), or page:test for its tiny variant; --config.key=value overrides a key",
 )
 _OVERRIDE = "--config."
+_PATIENCE = 20.0  # seconds in which all hosts end together
 
 
 def _help(doc: str, own: Sequence[flags.FlagHolder]) -> str:
@@ -74,7 +77,7 @@ def _told(main: Callable[[list[str]], None], argv: list[str]) -> None:
         traceback.print_exc()
         kind = type(error).__name__
         stop(
-            f"unexpected {kind}: {_first_line(error)}; this is a fault of maect_jax: please report "
+            f"unexpected {kind}: {_first_line(error)}; if it is not the machine's, please report "
             "the lines above",
             status=1,
         )
@@ -117,6 +120,11 @@ def _quieten_saving() -> None:
 def stop(error: Exception | str, status: int = 2) -> None:
     """Ends the program with one line on stderr."""
     tell(error)
+    if jax.distributed.is_initialized():
+        # At its end JAX waits for all hosts, and those that do not fail may wait for this one.
+        watch = threading.Timer(_PATIENCE, os._exit, [status])
+        watch.daemon = True
+        watch.start()
     sys.exit(status)
 
 

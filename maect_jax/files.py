@@ -67,7 +67,7 @@ def _put(path: Path, write: Callable[[Path], None]) -> None:
 
     try:
         patiently(path, whole)
-    except OSError:
+    except BaseException:  # a KeyboardInterrupt is one
         draft.unlink(missing_ok=True)
         raise
 

@@ -57,7 +57,7 @@ class Log:
         self._writing = threading.Lock()  # a checkpoint tells of itself from its own thread
         if shown:
             before = jsonl.forget(path, stage, done)
-            self._start -= max((entry["seconds"] for entry in before), default=0.0)
+            self._start -= max((entry.get("seconds", 0.0) for entry in before), default=0.0)
             self._file = jsonl.Lines(path)
             self._board = Board(board, before) if board else None
         self._bar = tqdm(

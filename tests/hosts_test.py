@@ -169,6 +169,38 @@ def test_their_evaluation_equals_that_of_one_process(pod_run, tmp_path, monkeypa
         np.testing.assert_allclose(a.x, b.x, atol=1e-4)
 
 
+@pytest.mark.parametrize(("what", "both"), [("checkpoints", True), ("metrics", False)])
+def test_a_host_that_cannot_write_leaves_none_waiting(tmp_path, what, both):
+    """Where a save fails for good all hosts agree on the end; else JAX ends the others."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    settings = (SMALL, "stages=('mae',)", "mae.batch_size=400", "log_every=1", "monitor.every=0")
+    command = [
+        sys.executable, "-m", "tests.lame_host", what, f"--config={PAGE}",
+        f"--workdir={tmp_path / 'run'}", *(f"--config.{setting}" for setting in settings),
+    ]  # fmt: skip
+    pod = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": FAST_COMPILE}
+    hosts = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | pod | {"JAX_PROCESS_ID": str(i)},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    try:
+        told = [host.communicate(timeout=150)[1] for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    assert hosts[0].returncode == 1
+    assert hosts[1].returncode != 0
+    assert "No space left on device" in told[0].splitlines()[-1]
+    if both:
+        assert hosts[1].returncode == 1
+        assert "a checkpoint cannot be written (on another host); there is" in told[1]
+
+
 def test_bad_images_of_all_hosts_together_end_all_of_them(tmp_path):
     """One host has not too many; at the same step both stop, with the same list."""
     for i in range(40):

@@ -134,7 +134,7 @@ def test_dry_run_tells_what_would_run(tmp_path):
     [
         (
             "KeyError('x')",
-            "unexpected KeyError: 'x'; this is a fault of maect_jax: please report the lines above",
+            "unexpected KeyError: 'x'; if it is not the machine's, please report the lines above",
         ),
         ("FloatingPointError('nan in mul\\nmore')", "debug_nans: nan in mul"),
     ],

@@ -15,6 +15,7 @@ from maect_jax.data import sources
 from maect_jax.errors import UserError
 from maect_jax.evals import features, maps, protocols
 from maect_jax.report import plots, sheets, style, words
+from maect_jax.stages import build as stages
 
 _TUNED = ("ct", "head", "mae")  # whose clusters are shown: the first that is there
 _MAPPED = ("mae", "ct")
@@ -45,7 +46,10 @@ def build(run: Path, images: dict[str, sources.Source]) -> Path:
     """
     config, environment = read_config(run), files.read_json(run / "environment.json")
     results = evaluate.read_results(run)
+    # A stage that was trained again is at the end of the file.
+    order = {name: place for place, name in enumerate(stages.TRAINING)}
     history = jsonl.read(run / "metrics.jsonl")
+    history.sort(key=lambda entry: order.get(entry["stage"], len(order)))
     counts = {split: len(source) for split, source in images.items()}
     with _taken_from(run / "metrics.jsonl"):
         curves = _curves(history, images["train"].labelled)
