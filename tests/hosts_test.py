@@ -169,7 +169,10 @@ def test_their_evaluation_equals_that_of_one_process(pod_run, tmp_path, monkeypa
         np.testing.assert_allclose(a.x, b.x, atol=1e-4)
 
 
-@pytest.mark.parametrize(("what", "both"), [("checkpoints", True), ("metrics", False)])
+@pytest.mark.parametrize(
+    ("what", "both"),
+    [("checkpoints", True), pytest.param("metrics", False, marks=pytest.mark.slow)],
+)
 def test_a_host_that_cannot_write_leaves_none_waiting(tmp_path, what, both):
     """Where a save fails for good all hosts agree on the end; else JAX ends the others."""
     with socket.socket() as free:
