@@ -17,12 +17,12 @@ from maect_jax import manifest, sharding
 from maect_jax.errors import UserError
 from maect_jax.support_queue import Queue
 
-_FOLDER = "checkpoints"
+FOLDER = "checkpoints"  # of a run
 
 
 def stage_folder(run: Path, stage: str) -> Path:
     """Where a run keeps the checkpoints of one stage, a folder for each saved step."""
-    return Path(run) / _FOLDER / stage
+    return Path(run) / FOLDER / stage
 
 
 def step_of(name: str) -> int | None:
@@ -33,7 +33,7 @@ def step_of(name: str) -> int | None:
 def run_of(path: Path) -> tuple[Path, str | None, int | None]:
     """The run, the stage and the step that a path names: `RUN` or `RUN/checkpoints/STAGE/STEP`."""
     *_, folder, stage, step = (Path(), Path(), Path(), *path.absolute().parts)
-    if folder == _FOLDER and (found := step_of(step)) is not None:
+    if folder == FOLDER and (found := step_of(step)) is not None:
         return path.parents[2], stage, found
     return path, None, None
 

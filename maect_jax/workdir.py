@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from maect_jax import __version__, files, lock, origin
+from maect_jax import __version__, checkpoint, files, lock, origin
 from maect_jax import config as pages
 from maect_jax.errors import UserError
 
@@ -77,7 +77,7 @@ def _claim(
         )
         if changed:
             _LOGGER.warning("%s: goes on with a change: %s", workdir, "; ".join(changed))
-    elif (workdir / "checkpoints").exists():
+    elif (workdir / checkpoint.FOLDER).exists():
         raise UserError(
             f"--workdir={workdir}: has checkpoints and no config.json, which says of what; put it "
             "back, or name another folder"

@@ -40,6 +40,12 @@ PAGE = "configs/quickstart.py:test"
 STAGES = ("mae", "head", "ct")
 
 
+def free_address():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
 @contextmanager
 def pod(workdir, output, settings=SETTINGS):
     """Two processes of two devices each, which write into the file `output`."""
@@ -175,15 +181,13 @@ def test_their_evaluation_equals_that_of_one_process(pod_run, tmp_path, monkeypa
 )
 def test_a_host_that_cannot_write_leaves_none_waiting(tmp_path, what, both):
     """Where a save fails for good all hosts agree on the end; else JAX ends the others."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
     settings = (SMALL, "stages=('mae',)", "mae.batch_size=400", "log_every=1", "monitor.every=0")
     command = [
         sys.executable, "-m", "tests.lame_host", what, f"--config={PAGE}",
         f"--workdir={tmp_path / 'run'}", *(f"--config.{setting}" for setting in settings),
     ]  # fmt: skip
-    pod = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": FAST_COMPILE}
+    pod = {"JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": "2"}
+    pod["XLA_FLAGS"] = FAST_COMPILE
     hosts = [
         subprocess.Popen(
             command, cwd=ROOT, env=os.environ | pod | {"JAX_PROCESS_ID": str(i)},
@@ -226,9 +230,7 @@ def test_bad_images_of_all_hosts_together_end_all_of_them(tmp_path):
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_host_that_does_not_come_is_one_line_and_no_hang(monkeypatch, tmp_path, process):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     monkeypatch.setenv("JAX_PROCESS_ID", str(process))
