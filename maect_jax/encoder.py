@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maect_jax import checkpoint, checks, origin, sharding
+from maect_jax import checks, sharding
 from maect_jax.convert import importing
 from maect_jax.convert.told import Given
 from maect_jax.data import augment
 from maect_jax.errors import UserError
 from maect_jax.models import positions, vit
+from maect_jax.run import checkpoints, lineage
 from maect_jax.stages import build
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std
@@ -106,13 +107,13 @@ def load_encoder(
             raise UserError(f"{key}={value!r}: must be one of {', '.join(allowed)}")
     if importing.is_file(str(where)):
         given = Given(heads=heads, ln_eps=ln_eps, image_size=image_size)
-        found = origin.of_files(importing.recognised(importing.paths_of(str(where)), given))
+        found = lineage.of_files(importing.recognised(importing.paths_of(str(where)), given))
     elif heads or ln_eps:
         raise UserError(f"{where}: heads and ln_eps are for files; a run tells its own")
-    elif not (checkpoint.run_of(Path(where))[0] / "config.json").is_file():
+    elif not (checkpoints.run_of(Path(where))[0] / "config.json").is_file():
         raise UserError(f"{where}: there is no such run or file")
     else:
-        found = origin.find(str(where), "eval")
+        found = lineage.find(str(where), "eval")
     model, data = found.saved.config.model, found.saved.config.get("data", {})
     size = image_size or model.image_size
     if any(side < 1 or side % model.patch_size for side in size):

@@ -8,8 +8,9 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from maect_jax import command, pipeline, preemption
+from maect_jax import command, pipeline
 from maect_jax.errors import PreemptedError, RunFailedError, UserError
+from maect_jax.run import preemption
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder; runs/<config name> unless given")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "print what would run, and stop")

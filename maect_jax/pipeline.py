@@ -7,29 +7,17 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from maect_jax import (
-    board,
-    checkpoint,
-    evaluate,
-    inputs,
-    monitor,
-    origin,
-    plan,
-    sharding,
-    table,
-    train,
-    validate,
-    watch,
-)
-from maect_jax import workdir as folders
-from maect_jax.data import damage, sources
+from maect_jax import inputs, plan, sharding, train, validate
+from maect_jax.data import bad_images, sources
 from maect_jax.errors import RunFailedError, UserError
-from maect_jax.evals import finetuned
+from maect_jax.evals import finetuned, monitor, runner, table
 from maect_jax.report import page
+from maect_jax.run import board, checkpoints, lineage, snapshots
+from maect_jax.run import folder as folders
 from maect_jax.stages import build
 
 
-def prepare(config: ConfigDict) -> origin.Origin | None:
+def prepare(config: ConfigDict) -> lineage.Origin | None:
     """Checks a config against the machine and what it starts from.
 
     A page without a model of its own gets that of the run.
@@ -43,8 +31,8 @@ def prepare(config: ConfigDict) -> origin.Origin | None:
     validate.stages(config)
     found, first = None, config.stages[0]
     needs_run = first == "eval" or "model" not in config
-    if first != "mae" and (config.init_from != origin.RANDOM or needs_run):
-        found = origin.find(config.init_from, first, needs_run)
+    if first != "mae" and (config.init_from != lineage.RANDOM or needs_run):
+        found = lineage.find(config.init_from, first, needs_run)
         if "model" not in config:
             with config.unlocked():
                 config.model = found.saved.config.model
@@ -81,7 +69,7 @@ def dry_run(config: ConfigDict) -> None:
     validate.stages(config)
     if "model" not in config:
         try:
-            model = origin.find(config.init_from, config.stages[0]).saved.config.model
+            model = lineage.find(config.init_from, config.stages[0]).saved.config.model
         except UserError as error:
             print(f"{config.name}: {' -> '.join(config.stages)}; its model is not known: {error}")
             return
@@ -100,10 +88,10 @@ def dry_run(config: ConfigDict) -> None:
 
 def _start(config: ConfigDict) -> str:
     """Where the first stage starts, and whether it could."""
-    if config.init_from == origin.RANDOM:
+    if config.init_from == lineage.RANDOM:
         return "random weights"
     try:
-        return origin.find(config.init_from, config.stages[0], config.stages[0] == "eval").name
+        return lineage.find(config.init_from, config.stages[0], config.stages[0] == "eval").name
     except UserError as error:
         return f"nothing yet: {error}"
 
@@ -139,7 +127,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             _stages(config, workdir, before, mesh, images, check)
         except (RunFailedError, OSError) as error:
             trained = [name for name in config.stages if name != "eval"]
-            good = f"; {checkpoint.last_good(workdir, trained)}" if trained else ""
+            good = f"; {checkpoints.last_good(workdir, trained)}" if trained else ""
             raise RunFailedError(f"{error}{good}") from error
 
 
@@ -148,16 +136,16 @@ def _stages(config: ConfigDict, workdir: Path, before, mesh, images, check) -> N
     if jax.process_index() == 0:
         sources.keep(images)
     seen = images.get("val", images["train"])
-    watched = watch.Watched(evaluate.record(config, seen), held_out="val" in images)
+    watched = snapshots.Watched(runner.record(config, seen), held_out="val" in images)
     broken = {
-        split: damage.Damage(source, config.model.channels, config.data.max_bad_fraction)
+        split: bad_images.Damage(source, config.model.channels, config.data.max_bad_fraction)
         for split, source in images.items()
     }
     shown = jax.process_index() == 0
     for name in config.stages:
         if name == "eval":
-            rows = origin.encoders(workdir) if len(config.stages) > 1 else before.rows()
-            results = evaluate.run(config, images, broken, rows, workdir, mesh)
+            rows = lineage.encoders(workdir) if len(config.stages) > 1 else before.rows()
+            results = runner.run(config, images, broken, rows, workdir, mesh)
             if shown:
                 print(f"\n{table.text(table.cells(results))}", flush=True)
             continue
@@ -168,9 +156,9 @@ def _stages(config: ConfigDict, workdir: Path, before, mesh, images, check) -> N
         measure = monitor.monitor(config, name, images, mesh)
         seen, lost = build.training_images(config, name, images["train"]), broken["train"]
         if seen is not images["train"]:
-            lost = damage.Damage(seen, config.model.channels, config.data.max_bad_fraction)
+            lost = bad_images.Damage(seen, config.model.channels, config.data.max_bad_fraction)
         train.run(config, name, seen, lost, watched, measure, workdir, mesh, start, check)
-        before = origin.of_run(workdir, name)
+        before = lineage.of_run(workdir, name)
         if name == "finetune":
             found = finetuned.classify(config, images, broken["val"], workdir, mesh)
             if shown:

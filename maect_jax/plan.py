@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import jax
 from ml_collections import ConfigDict
 
-from maect_jax import flops
 from maect_jax.data import sources
 from maect_jax.errors import UserError
-from maect_jax.stages import build
+from maect_jax.stages import build, flops
 
 IMAGENET_TRAIN = 1_281_167
 # Training images, the shape that all have, and classes, of sets that need not be at hand.

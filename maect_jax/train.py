@@ -8,15 +8,16 @@ import jax
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from maect_jax import metrics, preemption, sharding, state, watch
-from maect_jax.bad_steps import BadSteps
-from maect_jax.checkpoint import stage_folder
-from maect_jax.data import damage, loader, sources
+from maect_jax import sharding
+from maect_jax.data import bad_images, loader, sources
 from maect_jax.errors import PreemptedError, UserError
-from maect_jax.saving import Checkpoints
-from maect_jax.stages import build
+from maect_jax.run import logger, preemption, snapshots
+from maect_jax.run.bad_steps import BadSteps
+from maect_jax.run.checkpoints import stage_folder
+from maect_jax.run.saving import Checkpoints
+from maect_jax.run.trace import Trace
+from maect_jax.stages import build, state
 from maect_jax.stages.step import compiled
-from maect_jax.trace import Trace
 
 _LOGGER = logging.getLogger(__name__)
 _GO_ON, _SAVE, _STOP = range(3)  # what a host votes for; the highest vote counts
@@ -56,8 +57,8 @@ def run(
     config: ConfigDict,
     name: str,
     source: sources.Source,
-    broken: damage.Damage,
-    watched: watch.Watched,
+    broken: bad_images.Damage,
+    watched: snapshots.Watched,
     measure: Callable | None,
     workdir: Path,
     mesh,
@@ -113,7 +114,7 @@ def run(
         train_state = state.create(stage, key, start(), mesh)
     places = state.shardings_of(train_state)
     update = compiled(stage, places)
-    look = watch.watcher(stage, watched, workdir, name, mesh)
+    look = snapshots.watcher(stage, watched, workdir, name, mesh)
     if jax.process_index() == 0:
         _describe(name, stage, train_state, done)
     log = _open_log(config, name, stage.steps, done, source, workdir)
@@ -166,10 +167,10 @@ def run(
 
 def _open_log(
     config: ConfigDict, name: str, steps: int, done: int, source: sources.Source, workdir: Path
-) -> metrics.Log:
+) -> logger.Log:
     policy = config.nan_policy, config.nan_limit
     bad_steps = BadSteps(workdir / "bad_steps.jsonl", name, done, *policy, source.name)
-    return metrics.Log(
+    return logger.Log(
         workdir / "metrics.jsonl",
         name,
         steps,

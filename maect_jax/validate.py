@@ -4,11 +4,13 @@ import math
 
 from ml_collections import ConfigDict
 
-from maect_jax import bad_steps, checks, monitor
+from maect_jax import checks
 from maect_jax.checks import Checker
 from maect_jax.data import arrays, sources
 from maect_jax.errors import UserError
+from maect_jax.evals import monitor
 from maect_jax.models import vit
+from maect_jax.run import bad_steps
 from maect_jax.stages import build
 
 _STAGES = (*build.TRAINING, "eval")

@@ -7,16 +7,16 @@ import jax
 import numpy as np
 import pytest
 
-from maect_jax import support_queue
 from maect_jax.convert import head_names
 from maect_jax.convert import names as convert
+from maect_jax.stages import support_queue
 from maect_jax.stages.step import gradients
-from tests import figures
-from tests.conftest import mesh_of
-from tests.contrast_run import ONE, assert_parameters, batch_of, run, trained_to_torch
-from tests.figures import FORWARD, assert_close, assert_within, norm
-from tests.gradient_bounds import grad_parts, scale_of
-from tests.rounding import SCALES, assert_as_exact_as_bf16, emulated, rounded
+from tests.helpers import golden_figures as figures
+from tests.helpers.common import mesh_of
+from tests.helpers.contrast_run import ONE, assert_parameters, batch_of, run, trained_to_torch
+from tests.helpers.golden_figures import FORWARD, assert_close, assert_within, norm
+from tests.helpers.gradient_bounds import grad_parts, scale_of
+from tests.helpers.rounding import SCALES, assert_as_exact_as_bf16, emulated, rounded
 
 MAE, CT = figures.cases("mae"), figures.cases("ct")
 by_ct_case = pytest.mark.parametrize("case", CT, ids=str)

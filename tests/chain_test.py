@@ -9,11 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from maect_jax import checkpoint, config, jsonl, metrics, origin
+from maect_jax import config
 from maect_jax.errors import UserError
+from maect_jax.run import checkpoints, jsonl, lineage, logger
 from maect_jax.stages import build
-from tests.conftest import CONFIGS, SMALL, assert_trees_equal, mesh_of, run_on
-from tests.main_test import run_main
+from tests.helpers import CONFIGS, SMALL
+from tests.helpers.commands import metrics_of, run_main
+from tests.helpers.common import assert_trees_equal, mesh_of, run_on
 
 QUICK = "configs/quickstart.py:test"
 MAP = "--config.eval.map=pca"  # t-SNE, which `report_test` draws, takes seconds
@@ -41,11 +43,6 @@ def finished(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     return workdir, done
-
-
-def metrics_of(workdir):
-    """The lines that tell of steps."""
-    return [entry for entry in jsonl.read(workdir / "metrics.jsonl") if "loss" in entry]
 
 
 def test_run_leaves_its_files_and_a_table(finished):
@@ -76,7 +73,7 @@ def test_run_leaves_its_files_and_a_table(finished):
 def test_debug_tells_everything_and_may_be_switched_on_later(finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)
-    shutil.rmtree(checkpoint.stage_folder(workdir, "ct"))
+    shutil.rmtree(checkpoints.stage_folder(workdir, "ct"))
     # Of the evaluation, which is told in the same way, a part is enough.
     short = (MAP, "--config.eval.protocols=('knn',)", "--config.eval.pixels=False")
     done = run_main(
@@ -127,7 +124,7 @@ def test_a_torn_line_of_metrics_is_told_again_and_the_time_goes_on(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [{"stage": "ct", "step": step, "seconds": 100.0 * step} for step in (1, 2, 3)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"stage": "ct", "st')
-    log = metrics.Log(path, "ct", 5, 2, 1, 1, shown=True, bad_steps=None)
+    log = logger.Log(path, "ct", 5, 2, 1, 1, shown=True, bad_steps=None)
     log.wait_for(slow() for _ in range(1))
     log.add(3, {"loss": 1.0, "finite": True, "vote": 0}, index=None)
     log.flush()
@@ -140,9 +137,9 @@ def test_a_torn_line_of_metrics_is_told_again_and_the_time_goes_on(tmp_path):
 
 
 def last_state(workdir, stage):
-    folder = checkpoint.stage_folder(workdir, stage)
+    folder = checkpoints.stage_folder(workdir, stage)
     parts = ("step", "params", "frozen", "batch_stats", "opt_state", "ema", "target", "queue")
-    return checkpoint.read_parts(folder, parts, mesh_of(1, 1))
+    return checkpoints.read_parts(folder, parts, mesh_of(1, 1))
 
 
 def test_ct_takes_over_head_and_queue_and_freezes_the_lower_half(finished):
@@ -220,7 +217,7 @@ def test_pages_chain_from_run_to_run(finished, tmp_path, monkeypatch):
     assert list(results) == ["ct"]
     # Of a run with all stages, each takes what it is made to follow.
     for stage, before in (("head", "mae"), ("ct", "head"), ("eval", "ct")):
-        assert origin.find(str(finished[0]), stage).saved.stage == before
+        assert lineage.find(str(finished[0]), stage).saved.stage == before
     # What does not fit together is refused.
     for arguments, message in (
         (("ct_vith14", f"init_from={finished[0]}", "ct.queue_size=256"), "queue_size"),

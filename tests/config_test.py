@@ -6,12 +6,12 @@ import jax
 import pytest
 
 from maect_jax import config as pages
-from maect_jax import files, flops, plan, validate
+from maect_jax import files, plan, validate
 from maect_jax.errors import UserError
 from maect_jax.models import vit
-from maect_jax.stages import build
+from maect_jax.stages import build, flops
 from maect_jax.stages.step import step
-from tests.conftest import CONFIGS, ROOT
+from tests.helpers import CONFIGS, ROOT
 
 PIPELINES = ("cifar10", "quickstart")
 OF_A_RUN = ("eval", "finetune", "tune_my_images")  # which take their model from a run

@@ -9,18 +9,26 @@ import jax
 import numpy as np
 import pytest
 
-from maect_jax import config, optim, sharding, state
+from maect_jax import config, sharding
 from maect_jax.convert import head_names
 from maect_jax.convert import names as convert
 from maect_jax.evals import cluster, features, knn
-from maect_jax.stages import build
+from maect_jax.stages import build, optim, state
 from maect_jax.stages.step import gradients, step
-from tests import figures
-from tests.conftest import CONFIGS, mesh_of
-from tests.contrast_run import assert_parameters, run
-from tests.figures import FORWARD, GRADIENT, assert_close, assert_within, norm, optimiser_bound
-from tests.gradient_bounds import assert_gradients, grad_parts, update_bound
-from tests.stages_test import ENCODER, STAGES, batch_of
+from tests.helpers import CONFIGS
+from tests.helpers import golden_figures as figures
+from tests.helpers.common import mesh_of
+from tests.helpers.contrast_run import assert_parameters, run
+from tests.helpers.golden_figures import (
+    FORWARD,
+    GRADIENT,
+    assert_close,
+    assert_within,
+    norm,
+    optimiser_bound,
+)
+from tests.helpers.gradient_bounds import assert_gradients, grad_parts, update_bound
+from tests.helpers.tiny_stages import ENCODER, STAGES, batch_of
 
 # Data-parallel, sharded, and both.
 MESHES = [(8, 1), (1, 4), (2, 4)]

@@ -3,66 +3,20 @@
 import contextlib
 import io
 import os
-import time
-import warnings
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
 from maect_jax import config as pages
-from maect_jax import (
-    pipeline,
-    validate,
-)  # fmt: skip
+from maect_jax import pipeline, validate  # fmt: skip
 from maect_jax.data import arrays, decode, folder, loader, sources, subsets
-from maect_jax.errors import BadImageError, RunFailedError, UserError
-from tests.conftest import CONFIGS
-from tests.decode_test import only
+from maect_jax.errors import BadImageError
+from tests.helpers.fuzz import DEEP, bounded, load, one_line, only, refused
 
-SLOWEST = 10  # seconds, of a plan on a machine that does something else as well
 PAGES = ("quickstart:test", "ct_vitb16", "eval:test", "finetune:test", "tune_my_images:test")
-DEEP = "[" * 3000 + "]" * 3000
-
-
-def bounded(examples):
-    unfit = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow)
-    return settings(
-        max_examples=examples, deadline=None, derandomize=True, suppress_health_check=unfit
-    )
-
-
-def assert_clear(text):
-    assert text.strip()
-    assert text.isprintable(), text
-    assert len(text) < 2000
-
-
-@contextlib.contextmanager
-def one_line(kinds=(UserError, RunFailedError)):
-    """What works passes, and so does one clear line."""
-    start = time.monotonic()
-    try:
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-            yield
-    except kinds as error:
-        assert_clear(str(error))
-    assert time.monotonic() - start < SLOWEST
-
-
-@contextlib.contextmanager
-def refused(match):
-    """Nothing passes but one clear line."""
-    with pytest.raises(UserError, match=match) as found:
-        yield
-    assert_clear(str(found.value))
-
-
-def load(name, *overrides):
-    stem, _, argument = name.partition(":")
-    return pages.load(f"{CONFIGS / stem}.py" + (f":{argument}" if argument else ""), overrides)
 
 
 MODEL = load("quickstart:test").model

@@ -14,12 +14,13 @@ import jax
 import numpy as np
 import pytest
 
-from maect_jax import checkpoint, config, evaluate, jsonl, sharding
-from maect_jax.evals import features
-from tests.chain_test import metrics_of
-from tests.conftest import CONFIGS, FAST_COMPILE, ROOT, SMALL, mesh_of, run_on, save, wait_for_step
-from tests.figures import FORWARD, GRADIENT, assert_close
-from tests.main_test import run_main
+from maect_jax import config, sharding
+from maect_jax.evals import features, runner
+from maect_jax.run import checkpoints, jsonl
+from tests.helpers import CONFIGS, FAST_COMPILE, ROOT, SMALL
+from tests.helpers.commands import metrics_of, run_main
+from tests.helpers.common import mesh_of, run_on, save, wait_for_step
+from tests.helpers.golden_figures import FORWARD, GRADIENT, assert_close
 
 # Three updates an epoch; of the autoencoder's eight epochs the first run does one or some.
 # Rates are low: where a gradient is zero by construction Adam makes full-size updates of its
@@ -97,8 +98,8 @@ ZERO = ("encoder/norm/bias", "projector/bn3/bias", "projector/bn1/mean", "predic
 def state_of(workdir, stage):
     """What a stage left: arrays by name, without `ZERO` and the keys' third of each qkv bias."""
     parts = ("params", "opt_state", "batch_stats", "ema", "target", "queue")
-    folder = checkpoint.stage_folder(workdir, stage)
-    saved = checkpoint.read_parts(folder, parts, mesh_of(1, 1))
+    folder = checkpoints.stage_folder(workdir, stage)
+    saved = checkpoints.read_parts(folder, parts, mesh_of(1, 1))
     found = {}
     for path, x in jax.tree.leaves_with_path(saved):
         name = sharding.path_name(path)
@@ -169,9 +170,9 @@ def test_their_evaluation_equals_that_of_one_process(pod_run, tmp_path, monkeypa
             assert best[0] == pytest.approx(best[1], abs=0.002)
         shots = [r[name]["lowshot"][0]["accuracies"] for r in (ours, theirs)]
         assert shots[0] == pytest.approx(shots[1], abs=0.002)
-        a, b = (evaluate.read_clusters(run, name) for run in (pod_run[0], one))
+        a, b = (runner.read_clusters(run, name) for run in (pod_run[0], one))
         assert (a["clusters"] == b["clusters"]).mean() > 0.99
-        a, b = (features.load(evaluate.folder_of(run, name) / "val") for run in (pod_run[0], one))
+        a, b = (features.load(runner.folder_of(run, name) / "val") for run in (pod_run[0], one))
         np.testing.assert_allclose(a.x, b.x, atol=1e-4)
 
 
@@ -183,7 +184,7 @@ def test_a_host_that_cannot_write_leaves_none_waiting(tmp_path, what, both):
     """Where a save fails for good all hosts agree on the end; else JAX ends the others."""
     settings = (SMALL, "stages=('mae',)", "mae.batch_size=400", "log_every=1", "monitor.every=0")
     command = [
-        sys.executable, "-m", "tests.lame_host", what, f"--config={PAGE}",
+        sys.executable, "-m", "tests.helpers.lame_host", what, f"--config={PAGE}",
         f"--workdir={tmp_path / 'run'}", *(f"--config.{setting}" for setting in settings),
     ]  # fmt: skip
     pod = {"JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": "2"}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import FAST_RUN, ROOT
+from tests.helpers import FAST_RUN, ROOT
 
 LAUNCH = ROOT / "launch"
 BIN = Path(sys.executable).parent

@@ -1,22 +1,9 @@
 """The command line: help, dry run, and bad input, each through the real `main`."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
-from tests.conftest import FAST_RUN, ROOT
-
-
-def run_main(*arguments, devices=1, python=("-m", "maect_jax.main")):
-    flags = f"--xla_force_host_platform_device_count={devices} {FAST_RUN}"
-    return subprocess.run(
-        [sys.executable, *python, *arguments],
-        cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags},
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-
+from tests.helpers import ROOT
+from tests.helpers.commands import run_main
 
 QUICK = "--config=configs/quickstart.py:test"
 BAD = {

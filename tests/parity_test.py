@@ -8,16 +8,29 @@ import numpy as np
 import optax
 import pytest
 
-from maect_jax import optim
 from maect_jax.convert import head_names
 from maect_jax.convert import names as convert
 from maect_jax.evals import knn
 from maect_jax.models import mae, vit
-from tests import figures
-from tests.conftest import assert_trees_equal, mesh_of
-from tests.contrast_run import assert_parameters, run, started, trained_to_torch, trained_tree
-from tests.figures import FORWARD, GRADIENT, TINY, assert_close, norm, optimiser_bound
-from tests.gradient_bounds import assert_gradients, grad_parts
+from maect_jax.stages import optim
+from tests.helpers import golden_figures as figures
+from tests.helpers.common import assert_trees_equal, mesh_of
+from tests.helpers.contrast_run import (
+    assert_parameters,
+    run,
+    started,
+    trained_to_torch,
+    trained_tree,
+)
+from tests.helpers.golden_figures import (
+    FORWARD,
+    GRADIENT,
+    TINY,
+    assert_close,
+    norm,
+    optimiser_bound,
+)
+from tests.helpers.gradient_bounds import assert_gradients, grad_parts
 
 MAE, CT, KNN = (figures.cases(kind) for kind in ("mae", "ct", "knn"))
 GIVEN = ("start", "drift", "all")  # what the reference gives (`contrast_run.run`)

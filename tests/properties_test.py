@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from maect_jax import losses, optim, support_queue
 from maect_jax.models import mae, nnclr, vit
+from maect_jax.stages import losses, optim, support_queue
 from maect_jax.stages.mae import Mae
 from maect_jax.stages.step import gradients
-from maect_jax.support_queue import EXCLUDED
-from tests.conftest import mesh_of
-from tests.stages_test import BATCH, STAGES, batch_of, started
+from maect_jax.stages.support_queue import EXCLUDED
+from tests.helpers.common import mesh_of
+from tests.helpers.tiny_stages import BATCH, STAGES, batch_of, started
 
 # The same draws in every session, so that what is green stays green.
 drawn = settings(deadline=None, derandomize=True, max_examples=60)

@@ -10,11 +10,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from maect_jax import checkpoint, checks, files, origin
+from maect_jax import checks, files
 from maect_jax.convert import exporting, importing
 from maect_jax.convert.told import Given
 from maect_jax.errors import UserError
 from maect_jax.models import vit
+from maect_jax.run import checkpoints, lineage
 
 _IMPORT = """
 Makes a run of files from elsewhere, for --config.init_from=OUT_RUN. FILE is MAE's .pth, an encoder
@@ -105,8 +106,8 @@ def _import(arguments: argparse.Namespace) -> None:
         # A folder of its own beside it, so that a run is there whole or not at all.
         with tempfile.TemporaryDirectory(prefix=".import-", dir=run.parent) as scratch:
             draft = Path(scratch) / "run"
-            checkpoint.write(checkpoint.stage_folder(draft, found.kind), found.read())
-            origin.write_lineage(draft, found.origin())
+            checkpoints.write(checkpoints.stage_folder(draft, found.kind), found.read())
+            lineage.write_lineage(draft, found.origin())
             files.write_json(draft / "config.json", found.config.to_dict())
             draft.replace(run)
     # A full disk is an error of orbax's own.

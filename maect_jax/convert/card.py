@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
-from maect_jax import evaluate, origin, table
 from maect_jax.convert.recognise import LN_EPS
+from maect_jax.evals import runner, table
 from maect_jax.models import vit
+from maect_jax.run import lineage
 from maect_jax.stages import build
 
 _TIMM = {
@@ -97,10 +98,10 @@ def _use(model, file: Path, kind: str) -> str:
 
 
 def _lineage(run: Path, model) -> str:
-    found = origin.read_lineage(run)
+    found = lineage.read_lineage(run)
     if not found:
         return f"{run.name} does not tell where its weights are from. {_LICENCE}"
-    if found == [origin.SCRATCH]:
+    if found == [lineage.SCRATCH]:
         return _SCRATCH
     texts = {
         "run": lambda step: f"stage {step['stage']} of the run `{step['run']}`",
@@ -110,7 +111,7 @@ def _lineage(run: Path, model) -> str:
         "start": lambda step: step["start"],
     }
     lines = [f"- {texts[next(iter(step))](step)}" for step in found]
-    return "\n".join([*lines, "", _SCRATCH if found[-1] == origin.SCRATCH else _LICENCE])
+    return "\n".join([*lines, "", _SCRATCH if found[-1] == lineage.SCRATCH else _LICENCE])
 
 
 def _sentence(text: str) -> str:
@@ -126,7 +127,7 @@ def _data(model) -> str:
 
 
 def _measured(run: Path, model, weights: str) -> str:
-    results = evaluate.read_results(run)
+    results = runner.read_results(run)
     name = model.stage
     found = table.percentages({name: results[name]})[name] if name in results else {}
     if not found:

@@ -9,11 +9,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from maect_jax import checkpoint, files, origin, sharding
 from maect_jax import config as pages
+from maect_jax import files, sharding
 from maect_jax.convert import card, head_names, layouts, names, tensors
 from maect_jax.errors import UserError
 from maect_jax.models import positions, vit
+from maect_jax.run import checkpoints, lineage
 from maect_jax.stages import build
 
 FORMATS = ("timm", "hf", "maect", "mae")
@@ -65,18 +66,18 @@ def load(
         file = "; a file must be imported first" if run.is_file() else ""
         raise UserError(f"{run}: there is no run (no config.json); name the folder of a run{file}")
     config = pages.read(run / "config.json")
-    there = checkpoint.trained_stages(run, tuple(build.SAVED_PARTS))
+    there = checkpoints.trained_stages(run, tuple(build.SAVED_PARTS))
     if not there or stage not in (None, *there):
         has = f"it has {', '.join(there)}" if there else "it has no checkpoint yet"
         raise UserError(f"{run}: no stage {stage or 'to export'}; {has}")
     stage = stage or there[-1]
     if step is None:
-        origin.finished(run, stage, f"{run}: ")
+        lineage.finished(run, stage, f"{run}: ")
     else:
-        origin.has_step(run, stage, step, f"{run}: ")
+        lineage.has_step(run, stage, step, f"{run}: ")
     wanted = build.SAVED_PARTS[stage] + (("target",) if stage == "ct" else ())
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    parts = checkpoint.read_parts(checkpoint.stage_folder(run, stage), wanted, mesh, step)
+    parts = checkpoints.read_parts(checkpoints.stage_folder(run, stage), wanted, mesh, step)
     if weights == "trained" and stage == "ct":
         params = vit.merge_blocks({**parts["frozen"]["encoder"], **parts["params"]["encoder"]})
     else:
@@ -97,7 +98,7 @@ def export(run: Path, file: Path, format: str, stage: str | None, weights: str) 
     endings = _ENDINGS.get(format)
     if endings and file.suffix not in endings:
         raise UserError(f"{file}: a file of format {format} must end in {' or '.join(endings)}")
-    run, at, step = checkpoint.run_of(run)
+    run, at, step = checkpoints.run_of(run)
     if stage not in (None, at or stage):
         raise UserError(f"--stage={stage}: the checkpoint is one of stage {at}")
     model = load(run, stage or at, weights, step)

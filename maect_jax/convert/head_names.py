@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from maect_jax import support_queue
 from maect_jax.convert.names import NORM, Tensors, from_torch, named, to_torch
 from maect_jax.errors import UserError
+from maect_jax.stages import support_queue
 
 _NO_BIAS = {"kernel": "weight"}
 _RUNNING = {"mean": "running_mean", "var": "running_var"}

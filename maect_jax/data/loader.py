@@ -20,7 +20,7 @@ from maect_jax.data.randaugment import randaugment
 from maect_jax.data.sources import Source
 from maect_jax.data.subsets import Subset
 from maect_jax.errors import BadImageError, RunFailedError
-from maect_jax.preemption import in_worker
+from maect_jax.run.preemption import in_worker
 
 _AHEAD = 4  # batches made ahead of the step
 _TRIED = 100  # images in a row, for one that can be read

@@ -49,7 +49,7 @@ def central_box(shape: tuple[int, int], ratio: tuple[float, float]) -> Box:
 def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Bicubic with antialiasing to `size` (height, width), as Pillow has it.
 
-    kornia_rs takes half of Pillow's time (`tests/benchmarks/input_speed.py`), and only RGB.
+    kornia_rs takes half of Pillow's time (`benchmarks/input_speed.py`), and only RGB.
     """
     if image.shape[:2] == tuple(size):
         return image

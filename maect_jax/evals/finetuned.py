@@ -7,16 +7,21 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from maect_jax import checkpoint, evaluate, files
-from maect_jax.data import damage, sources
-from maect_jax.evals import features
+from maect_jax import files
+from maect_jax.data import bad_images, sources
+from maect_jax.evals import features, runner
+from maect_jax.run import checkpoints
 from maect_jax.stages import build
 
 _NAME = "finetune"
 
 
 def classify(
-    config: ConfigDict, images: dict[str, sources.Source], broken: damage.Damage, run: Path, mesh
+    config: ConfigDict,
+    images: dict[str, sources.Source],
+    broken: bad_images.Damage,
+    run: Path,
+    mesh,
 ) -> dict:
     """Classifies every held-out image once and writes the result into the run's `results.json`.
 
@@ -33,16 +38,16 @@ def classify(
       `top1` and `top5` (shares), `images` and `training_images` (numbers), `settings`.
     """
     path = run / "results.json"
-    results = evaluate.read_results(run)
-    folder = checkpoint.stage_folder(run, _NAME)
-    parts = checkpoint.read_parts(folder, build.SAVED_PARTS[_NAME], mesh)
+    results = runner.read_results(run)
+    folder = checkpoints.stage_folder(run, _NAME)
+    parts = checkpoints.read_parts(folder, build.SAVED_PARTS[_NAME], mesh)
     weights = features.fingerprint(parts["params"])
     if results.get(_NAME, {}).get(_NAME, {}).get("weights") != weights:
         trained = build.training_images(config, _NAME, images["train"])
         stage = build.stage_for(config, _NAME, trained)
         rank = partial(jax.jit(stage.ranked), parts["params"], parts["frozen"])
         size = config[_NAME].batch_size
-        batches = evaluate.extracted(config, rank, images["val"], broken, size, mesh)
+        batches = runner.extracted(config, rank, images["val"], broken, size, mesh)
         ranked, labels = features.collected(batches)
         top1, top5 = accuracies(ranked, labels)
         found = {

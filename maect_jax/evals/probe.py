@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from maect_jax import optim, sharding
+from maect_jax import sharding
 from maect_jax.evals import features
 from maect_jax.evals.features import Features
+from maect_jax.stages import optim
 
 _MOMENTUM = 0.9
 _WARMUP = 0.1  # of the updates

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from maect_jax import optim, sharding
-from maect_jax.data import augment, damage, loader, sources, subsets
+from maect_jax import sharding
+from maect_jax.data import augment, bad_images, loader, sources, subsets
 from maect_jax.evals import cluster, features, knn, lowshot, probe
 from maect_jax.evals.features import Features
+from maect_jax.stages import optim
 
 _PART = 8192  # images that are classified at a time
 _QUERIES, _NEIGHBOURS = 8, 5  # of the page's sheet of neighbours
@@ -36,7 +37,7 @@ class Row:
     encode: features.Encode
     features: Mapping[str, Features]
     splits: Mapping[str, sources.Source]
-    broken: Mapping[str, damage.Damage]
+    broken: Mapping[str, bad_images.Damage]
     mesh: object
     classifier: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -143,7 +144,7 @@ def probed_augmented(row: Row) -> dict:
         images, lost = source, broken
         if len(train.index) < len(source):
             images = subsets.Subset(source, train.index)
-            lost = damage.Damage(images, config.model.channels, data.max_bad_fraction)
+            lost = bad_images.Damage(images, config.model.channels, data.max_bad_fraction)
         make = loader.TrainRecord(
             images, config.model.channels, size, (scale,), seed, data.scaled_jpeg
         )

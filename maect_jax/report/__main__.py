@@ -6,8 +6,9 @@ With several runs it also prints their results as mean +- deviation over the run
 import sys
 from pathlib import Path
 
-from maect_jax import evaluate, inputs, table
+from maect_jax import inputs
 from maect_jax.errors import UserError
+from maect_jax.evals import runner, table
 from maect_jax.report import page
 
 
@@ -21,7 +22,7 @@ def main(arguments: list[str]) -> None:
             images = inputs.open_sources(page.read_config(run), run)
             print(page.build(run, images), flush=True)
         if len(runs) > 1:
-            results = {str(run): evaluate.read_results(run) for run in runs}
+            results = {str(run): runner.read_results(run) for run in runs}
             print(f"\n{table.text(table.cells_of_several(results))}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

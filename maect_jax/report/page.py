@@ -10,11 +10,12 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from maect_jax import config as pages
-from maect_jax import evaluate, files, jsonl, paper, table, watch
+from maect_jax import files
 from maect_jax.data import sources
 from maect_jax.errors import UserError
-from maect_jax.evals import features, maps, protocols
+from maect_jax.evals import features, maps, paper, protocols, runner, table
 from maect_jax.report import plots, sheets, style, words
+from maect_jax.run import jsonl, snapshots
 from maect_jax.stages import build as stages
 
 _TUNED = ("ct", "head", "mae")  # whose clusters are shown: the first that is there
@@ -45,7 +46,7 @@ def build(run: Path, images: dict[str, sources.Source]) -> Path:
       UserError: it is no run, or a file of it is broken.
     """
     config, environment = read_config(run), files.read_json(run / "environment.json")
-    results = evaluate.read_results(run)
+    results = runner.read_results(run)
     # A stage that was trained again is at the end of the file.
     order = {name: place for place, name in enumerate(stages.TRAINING)}
     history = jsonl.read(run / "metrics.jsonl")
@@ -56,7 +57,7 @@ def build(run: Path, images: dict[str, sources.Source]) -> Path:
         words.timings(history, {})
     with _taken_from(run / "environment.json"):
         machine = words.machine(environment)
-    with _taken_from(run / "results.json", evaluate.AGAIN):
+    with _taken_from(run / "results.json", runner.AGAIN):
         rows = table.cells(results)
         how = words.protocols(config, results)
         captions = words.captions(config, counts, results)
@@ -142,21 +143,21 @@ def _curves(history: list[dict], labelled: bool) -> dict[str, Figure]:
 def _watched(run: Path, config: ConfigDict, images: dict) -> dict[str, Figure]:
     """What the stages have made of the watched images."""
     drawn, moments, index = {}, [], ()
-    seen = evaluate.record(config, images.get("val", images["train"]))
-    for path in list(watch.saved(run, "mae").values())[-1:]:
-        found = watch.load(path)
+    seen = runner.record(config, images.get("val", images["train"]))
+    for path in list(snapshots.saved(run, "mae").values())[-1:]:
+        found = snapshots.load(path)
         with _taken_from(path):
             originals = np.stack([seen(int(i))["image"] for i in found["index"]])
             sheet = sheets.reconstructions(originals, found["mask"], found["filled"])
         drawn["reconstructions"] = sheet
     for stage in ("head", "ct"):
-        for step, path in watch.saved(run, stage).items():
-            found = watch.load(path)
+        for step, path in snapshots.saved(run, stage).items():
+            found = snapshots.load(path)
             with _taken_from(path):
                 index = found["index"]
                 moments.append((f"{stage} {step}", found["neighbours"]))
     if moments:
-        train, classes = evaluate.record(config, images["train"]), images["train"].classes
+        train, classes = runner.record(config, images["train"]), images["train"].classes
         with _taken_from(run / "watch"):
             watched = [seen(int(i)) for i in index]
             drawn["neighbours"] = sheets.neighbours(watched, moments, train, classes)
@@ -173,20 +174,20 @@ def _paper(config: ConfigDict, images: dict) -> dict[str, dict[str, str]]:
 def _features(run: Path, config: ConfigDict, images: dict) -> dict[str, Figure]:
     """Maps of the features, their nearest training images, and the clusters found in them."""
     split = "val" if "val" in images else "train"
-    there = [name for name in evaluate.read_results(run) if evaluate.folder_of(run, name).is_dir()]
+    there = [name for name in runner.read_results(run) if runner.folder_of(run, name).is_dir()]
     # An imported encoder's row has a name of its own.
-    others = [name for name in there if name not in (*_TUNED, evaluate.PIXELS)]
+    others = [name for name in there if name not in (*_TUNED, runner.PIXELS)]
     rows = [name for name in _TUNED if name in there] + others
     drawn = {}
     for name in rows:
-        place = evaluate.folder_of(run, name) / split
+        place = runner.folder_of(run, name) / split
         if name in (*_MAPPED, rows[0]) and features.is_whole(place):
             with _taken_from(place):
                 drawn[f"map_{name}"] = _map(run, name, split, features.load(place), config, images)
-    moments = {name: evaluate.read_retrieval(run, name) for name in reversed(rows)}
+    moments = {name: runner.read_retrieval(run, name) for name in reversed(rows)}
     moments = {name: found for name, found in moments.items() if found}
     if moments:
-        train, shown = (evaluate.record(config, images[s]) for s in ("train", split))
+        train, shown = (runner.record(config, images[s]) for s in ("train", split))
         classes = images["train"].classes
         with _taken_from(run / "features" / "*" / "retrieval.npz"):
             index = next(iter(moments.values()))["index"]
@@ -194,9 +195,9 @@ def _features(run: Path, config: ConfigDict, images: dict) -> dict[str, Figure]:
             queries = [shown(int(i)) for i in index]
             drawn["retrieval"] = sheets.neighbours(queries, found, train, classes)
     for name in rows[:1]:
-        clusters = evaluate.read_clusters(run, name)
+        clusters = runner.read_clusters(run, name)
         if clusters:
-            with _taken_from(evaluate.folder_of(run, name) / "cluster.npz"):
+            with _taken_from(runner.folder_of(run, name) / "cluster.npz"):
                 drawn |= _clusters(run, name, clusters, config, images)
     return drawn
 
@@ -207,7 +208,7 @@ def _map(run: Path, name: str, split: str, found, config: ConfigDict, images: di
     chosen = sheets.spread(len(found.x), plots.MAP_IMAGES)
     points = maps.points(found.x[chosen], config.eval.map)
     labels, classes = found.labels[chosen], images[split].classes
-    clusters = evaluate.read_clusters(run, name)
+    clusters = runner.read_clusters(run, name)
     if not found.labelled and clusters and len(clusters["clusters"]) == len(found.labels):
         labels = clusters["clusters"][chosen]
         classes = [f"cluster {i}" for i in range(labels.max() + 1)]
@@ -218,7 +219,7 @@ def _clusters(run: Path, name: str, found: dict, config: ConfigDict, images: dic
     """The montage of the clusters, and their confusion with the labels."""
     split = protocols.cluster_split(config, images)
     labels, clusters, classes = found["labels"], found["clusters"], images[split].classes
-    shown = evaluate.record(config, images[split])
+    shown = runner.record(config, images[split])
     drawn = {
         "clusters": sheets.montage(
             found["distance"], labels, clusters, found["index"], shown, classes

@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from maect_jax import table
 from maect_jax.data import sources
+from maect_jax.evals import table
 from maect_jax.report import style
 
 MAP_IMAGES = 1_000  # a map of more is a cloud, and t-SNE takes its time

@@ -4,8 +4,7 @@ import statistics
 
 from ml_collections import ConfigDict
 
-from maect_jax import table
-from maect_jax.evals import maps
+from maect_jax.evals import maps, table
 from maect_jax.report import plots, style
 from maect_jax.stages import build
 

@@ -3,14 +3,14 @@
 import numpy as np
 from ml_collections import ConfigDict
 
-from maect_jax import optim
 from maect_jax.data import subsets
 from maect_jax.data.augment import Photometric, Recipe
 from maect_jax.data.sources import Source
 from maect_jax.models import mae, nnclr, vit
-from maect_jax.stages.contrast import Contrast
+from maect_jax.stages import optim
 from maect_jax.stages.finetune import Finetune
 from maect_jax.stages.mae import Mae
+from maect_jax.stages.nnclr import Contrast
 
 VIEWS = 2  # of an image, but for fine-tuning
 TRAINING = ("mae", "head", "ct", "finetune")

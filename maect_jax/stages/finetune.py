@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from maect_jax import optim
 from maect_jax.data import augment, mix
 from maect_jax.data.augment import Recipe
 from maect_jax.models import vit
+from maect_jax.stages import optim
 from maect_jax.stages.microbatch import over_microbatches
-from maect_jax.state import TrainState
+from maect_jax.stages.state import TrainState
 
 _RANKED = 5
 _kernel_init = nn.initializers.truncated_normal(0.01)

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from maect_jax import losses, optim
 from maect_jax.data import augment
 from maect_jax.data.augment import Recipe
 from maect_jax.models import mae, vit
+from maect_jax.stages import losses, optim
 from maect_jax.stages.microbatch import over_microbatches
-from maect_jax.state import TrainState
+from maect_jax.stages.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maect_jax import optim, sharding
+from maect_jax import sharding
 from maect_jax.data import augment
-from maect_jax.state import TrainState
+from maect_jax.stages import optim
+from maect_jax.stages.state import TrainState
 
 
 def gradients(stage, state: TrainState, batch: dict):

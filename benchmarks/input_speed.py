@@ -1,0 +1,120 @@
+"""The host's part of the input: files to two views of 224 pixels, against torchvision's DataLoader.
+
+    python -m benchmarks.input_speed FOLDER [--workers=2] [--width=2560]
+
+FOLDER holds `train/<class>/*.jpg`; needs torch and torchvision. All sides read the same files in as
+many worker processes and give batches of uint8 views (`turns`).
+With a width the first 64 photographs are enlarged to it, and noise stands for the detail that they
+lack.
+`scaled` is this package's loader with `config.data.scaled_jpeg`; its error is the mean difference
+of its pixels from those of the whole JPEG.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from absl import flags
+from PIL import Image
+from torchvision import datasets
+from torchvision.transforms import v2
+
+from benchmarks import turns
+from maect_jax.data import loader
+from maect_jax.data.folder import Folder
+
+SIZE, SCALE = (224, 224), (0.08, 1.0)
+ENLARGED, NOISE = 64, 8.0
+
+
+def ours(folder: str, workers: int, batch_size: int, scaled_jpeg: bool = False):
+    """This package's loader."""
+    source = Folder(f"{folder}/train")
+    make = loader.TrainRecord(source, 3, SIZE, (SCALE, SCALE), (0, 0), scaled_jpeg)
+    order = loader.Order(len(source), batch_size, 10**6, (0, 0), range(batch_size))
+    return loader.train_batches(order, make, workers)
+
+
+def scaled(folder: str, workers: int, batch_size: int):
+    """The same, with JPEGs that come smaller out of the decoder."""
+    return ours(folder, workers, batch_size, scaled_jpeg=True)
+
+
+def _views(folder: str, workers: int, batch_size: int, transform):
+    found = datasets.ImageFolder(f"{folder}/train", transform)
+    options = dict(shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True)
+    batches = torch.utils.data.DataLoader(found, batch_size, **options)
+    while True:
+        yield from batches
+
+
+def _one() -> v2.Transform:
+    crop = v2.RandomResizedCrop(SIZE, SCALE, interpolation=v2.InterpolationMode.BICUBIC)
+    return v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
+
+
+class _Two:
+    """Two views of one decoded image."""
+
+    def __init__(self):
+        self.view = _one()
+
+    def __call__(self, image):
+        return torch.stack([self.view(image), self.view(image)])
+
+
+def one_decode(folder: str, workers: int, batch_size: int):
+    """torchvision, two views of each decoded image."""
+    return _views(folder, workers, batch_size, _Two())
+
+
+def decode_a_view(folder: str, workers: int, batch_size: int):
+    """torchvision as it is usually called, for twice the images: each is decoded for one view."""
+    single = _views(folder, workers, batch_size, _one())
+    while True:
+        yield next(single), next(single)
+
+
+def enlarged(folder: str, width: int, into: str) -> str:
+    """Writes some of the photographs into another folder, `width` pixels wide."""
+    rng = np.random.default_rng(0)
+    for path in sorted(Path(folder).glob("train/*/*.jpg"))[:ENLARGED]:
+        picture = Image.open(path).convert("RGB")
+        size = (width, width * picture.height // picture.width)
+        pixels = np.asarray(picture.resize(size, Image.Resampling.LANCZOS), np.float32)
+        pixels += rng.normal(0, NOISE, pixels.shape)
+        target = Path(into) / "train" / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.uint8(pixels.clip(0, 255))).save(target, quality=90)
+    return into
+
+
+def error(folder: str) -> float:
+    """The mean difference of the views of `scaled` from those of `ours`, of 255."""
+    pairs = zip(ours(folder, 0, 32), scaled(folder, 0, 32), strict=True)
+    batches = (next(pairs) for _ in range(2))
+    return np.mean([np.abs(a["image"].astype(int) - b["image"]).mean() for a, b in batches])
+
+
+def main(folder: str, workers: int, batch_size: int, batches: int) -> None:
+    makers = (ours, scaled, one_decode, decode_a_view)
+    sides = {make.__name__: make(folder, workers, batch_size) for make in makers}
+    print(f"{workers} worker processes, numpy {np.__version__}, torch {torch.__version__}")
+    turns.compare(sides, batch_size, batches)
+    print(f"pixels of scaled: {error(folder):.2f} of 255 from ours")
+
+
+if __name__ == "__main__":
+    flags.FLAGS.mark_as_parsed()  # grain's worker processes read them
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--width", type=int)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        if given.width:
+            main(enlarged(given.folder, given.width, scratch), given.workers, 8, 12)
+        else:
+            main(given.folder, given.workers, 32, 45)

@@ -1,0 +1,63 @@
+"""How long training waits for a checkpoint, and how long all of it takes.
+
+python -m benchmarks.saving [PAGE]
+
+Saves and restores the first state of the last training stage of a page, five times; prints medians.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from maect_jax import config, sharding
+from maect_jax.run import manifest, saving
+from maect_jax.stages import build, state
+
+
+def main(name: str) -> None:
+    page = config.load(name)
+    stage = build.stage(page, page.stages[-1], 1_281_167)
+    mesh, key = sharding.make_mesh(), jax.random.key(0)
+    rows = []
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as scratch:
+        made = jax.block_until_ready(state.create(stage, key, {}, mesh))
+        abstract = state.abstract(stage, key, {}, mesh)
+        told = {}
+        for turn in range(5):
+            folder = Path(scratch) / str(turn)
+            checkpoints = saving.Checkpoints(folder, told=told.__setitem__)
+            start = time.monotonic()
+            jax.block_until_ready(jax.tree.map(lambda x: np.array(x, copy=True), no_keys(made)))
+            copied = time.monotonic() - start
+            checkpoints.save(turn, made, {})
+            checkpoints.finish()
+            start = time.monotonic()
+            assert manifest.damage(folder / str(turn)) is None
+            checked = time.monotonic() - start
+            start = time.monotonic()
+            jax.block_until_ready(checkpoints.restore(turn, abstract))
+            restored = time.monotonic() - start
+            checkpoints.close()
+            waited, seconds = (told[turn][f"checkpoint_{key}"] for key in ("waited", "seconds"))
+            rows.append((copied, waited, seconds, checked, restored))
+        size = told[0]["checkpoint_bytes"]
+    copied, waited, seconds, checked, restored = map(statistics.median, zip(*rows, strict=True))
+    print(f"{name}, stage {page.stages[-1]}: {size / 2**20:,.0f} MiB on disk")
+    print(f"a copy of the state in memory {copied:8.2f} s")
+    print(f"training waits                {waited:8.2f} s, {waited / seconds:.2f} of saving")
+    print(f"saving, with the manifest     {seconds:8.2f} s")
+    print(f"checking the manifest         {checked:8.2f} s, {checked / restored:.2f} of reading")
+    print(f"reading                       {restored:8.2f} s")
+
+
+def no_keys(made):
+    return made.replace(rng=jax.random.key_data(made.rng))
+
+
+if __name__ == "__main__":
+    main(*(sys.argv[1:] or ["configs/ct_vitb16.py"]))

@@ -1,0 +1,187 @@
+"""Where a run starts: a trained stage of another run, or files from elsewhere."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from maect_jax import config as pages
+from maect_jax import files, sharding
+from maect_jax.convert import importing
+from maect_jax.errors import UserError
+from maect_jax.models import positions
+from maect_jax.run import checkpoints
+from maect_jax.stages import build
+
+RANDOM = "random"
+SCRATCH = {"start": "random weights"}  # the end of a lineage
+_LINEAGE = "origin.json"
+
+# Of a run with several stages, where each stage starts.
+_PREFERRED = {
+    "head": ("mae", "head", "ct", "finetune"),
+    "ct": ("head", "ct", "mae", "finetune"),
+    "finetune": ("ct", "head", "mae", "finetune"),
+}  # and an evaluation from its last
+_ALONE = ("encoder", "probe")  # what an imported run may have, and nothing else
+
+
+class Saved(NamedTuple):
+    """A stage that something has saved.
+
+    Attributes:
+      stage: its name.
+      config: that it was made with; of files, what is known of it.
+      read: `build.SAVED_PARTS` of it, each array placed by the rules of the mesh that it is given.
+    """
+
+    stage: str
+    config: ConfigDict
+    read: Callable[..., dict]
+
+
+def saved(run: Path, stage: str, step: int | None = None) -> Saved:
+    """A stage of a run, at its end unless a step is named."""
+    folder = checkpoints.stage_folder(run, stage)
+    parts = build.SAVED_PARTS[stage]
+    config = pages.read(run / "config.json")
+    return Saved(stage, config, lambda mesh: checkpoints.read_parts(folder, parts, mesh, step))
+
+
+def encoders(run: Path) -> dict[str, Saved]:
+    """The stages of a run whose encoder can be evaluated.
+
+    A head's encoder is the MAE's; it counts only where the run has no MAE of its own.
+    """
+    found = checkpoints.trained_stages(run, tuple(build.SAVED_PARTS))
+    return {name: saved(run, name) for name in found if name != "head" or "mae" not in found}
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a stage starts.
+
+    Attributes:
+      name: what people call it.
+      saved: the stage that is taken over.
+      rows: by name, all that an evaluation of it measures.
+      lineage: where its weights are from, the last first.
+    """
+
+    name: str
+    saved: Saved
+    rows: Callable[[], dict[str, Saved]]
+    lineage: Callable[[], list[dict]]
+
+    def start(self, model: ConfigDict, stage: str, mesh) -> dict:
+        """What `stage` takes over, fitted to the image size of its `model` section."""
+        start = build.handover(self.saved.stage, self.saved.read(mesh), stage)
+        both = (self.saved.config.model, model)
+        old, new = (positions.grid(m.image_size, m.patch_size) for m in both)
+        return start | {"encoder": positions.fitted(start["encoder"], old, new)}
+
+
+def of_run(run: Path, stage: str, step: int | None = None) -> Origin:
+    """A trained stage of a run, at its end unless a step is named."""
+    one, at = saved(run, stage, step), {} if step is None else {"step": step}
+
+    def lineage():
+        return [{"run": str(run), "stage": stage, **at}, *read_lineage(run)]
+
+    name = ", ".join([str(run), f"stage {stage}", *(f"step {s}" for s in at.values())])
+    return Origin(name, one, (lambda: {stage: one}) if at else partial(encoders, run), lineage)
+
+
+def of_files(imported: importing.Imported) -> Origin:
+    """Files from elsewhere."""
+
+    def read(mesh):
+        return sharding.place(imported.read(), mesh)
+
+    one = Saved(imported.kind, imported.config, read)
+    name = ", ".join(map(str, imported.files))
+    return Origin(name, one, lambda: {imported.config.name: one}, imported.origin)
+
+
+def find(init_from: str, stage: str, needs_run: bool = True) -> Origin:
+    """What `stage` starts from: the trained stage of run `init_from`, one of its checkpoints, or
+    files.
+
+    `needs_run` says that it cannot start from random weights.
+
+    Raises:
+      UserError: there is no such thing, it cannot be read, or it is a run that is not finished.
+    """
+    where = f"config.init_from={init_from!r}: "
+    allowed = "the folder of a run or a file of weights"
+    if not needs_run:
+        allowed = f"the folder of a run, a file of weights, or {RANDOM!r} weights"
+    if not init_from:
+        raise UserError(f"{where}stage {stage} must start from something: {allowed}")
+    try:
+        foreign = importing.is_file(init_from)
+    except OSError as error:  # a name that no file can have, or a folder of somebody else's
+        raise UserError(f"{where}cannot be read: {error.strerror}; must be {allowed}") from error
+    if foreign:
+        return of_files(importing.recognised(importing.paths_of(init_from)))
+    run, at, step = checkpoints.run_of(Path(init_from))
+    if not os.path.isfile(run / "config.json"):
+        raise UserError(f"{where}there is no run; must be {allowed}")
+    trained = checkpoints.trained_stages(run, tuple(build.SAVED_PARTS))
+    if not trained:
+        raise UserError(f"{where}the run has no checkpoint yet; must be {allowed}")
+    if step is not None:
+        has_step(run, at, step, where)
+        return of_run(run, at, step)
+    preferred = (*_PREFERRED[stage], *_ALONE) if stage in _PREFERRED else reversed(trained)
+    name = next(name for name in preferred if name in trained)
+    finished(run, name, where)
+    return of_run(run, name)
+
+
+def has_step(run: Path, stage: str, step: int, where: str) -> None:
+    """Raises `UserError` where a run has no such checkpoint."""
+    there = checkpoints.steps_of(checkpoints.stage_folder(run, stage))
+    if stage not in build.SAVED_PARTS or step not in there:
+        saved = f"steps {', '.join(map(str, there))} are saved" if there else "no step is saved"
+        raise UserError(f"{where}there is no such checkpoint; of stage {stage!r} {saved}")
+
+
+def finished(run: Path, stage: str, where: str) -> None:
+    """Raises `UserError` where a stage of a run is not at its end."""
+    folder = checkpoints.stage_folder(run, stage)
+    step = checkpoints.last_step(folder)
+    steps = checkpoints.read_position(folder, step)["steps"]
+    if step != steps:
+        raise UserError(
+            f"{where}its stage {stage} is at step {step} of {steps}; finish that run first"
+        )
+
+
+def read_lineage(run: Path) -> list[dict]:
+    """Where the weights that a run started from are from, the last first; empty where it does not
+    tell. Raises `UserError` where the file is damaged."""
+    path = run / _LINEAGE
+    found = files.read_json(path).get("from", [])
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        raise UserError(f"{path}: holds something else than a lineage; remove it, to do without")
+    return found
+
+
+def write_lineage(run: Path, lineage: list[dict]) -> None:
+    """Notes in a run's folder where its weights are from.
+
+    Raises:
+      UserError: it is noted already, and a file is no longer what it was.
+    """
+    before = {e["file"]: e.get("sha256") for e in read_lineage(run) if "file" in e}
+    for entry in lineage:
+        if before.get(entry.get("file"), entry.get("sha256")) != entry.get("sha256"):
+            raise UserError(
+                f"{entry['file']}: is another file than {run} started from (by its SHA-256)"
+            )
+    files.write_json(run / _LINEAGE, {"from": lineage})

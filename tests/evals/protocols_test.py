@@ -1,0 +1,352 @@
+"""Evaluation protocols against NumPy, scikit-learn and hand cases."""
+
+import jax
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import NearestNeighbors
+
+from maect_jax.data import subsets
+from maect_jax.errors import UserError
+from maect_jax.evals import cluster, features, knn, logistic, lowshot, probe
+from tests.helpers.common import mesh_of
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    with jax.set_mesh(mesh_of(2, 2)) as _:
+        yield mesh_of(2, 2)
+
+
+def drawn(rng, centres, rows, noise):
+    labels = np.concatenate([np.arange(len(centres)), rng.integers(0, len(centres), rows)])
+    x = 2 * centres[labels] + noise * rng.normal(size=(len(labels), centres.shape[1])) + 3
+    return features.Features(x.astype(np.float32), labels.astype(np.int32), np.arange(len(labels)))
+
+
+@pytest.fixture
+def blobs(rng):
+    """Seven Gaussian blobs that overlap a little: train and test features."""
+    centres = rng.normal(size=(7, 12))
+    return drawn(rng, centres, 4999, 1.8), drawn(rng, centres, 1300, 1.8)
+
+
+@pytest.mark.parametrize("standardised", [False, True])
+@pytest.mark.parametrize("memory_mb", [1, 64])
+def test_knn_equals_sklearn_neighbours_and_a_weighted_vote(blobs, mesh, standardised, memory_mb):
+    train, test = blobs
+    ks = (1, 7, 20)
+    arrays = (train.x, train.labels, test.x, test.labels)
+    got = knn.knn(*arrays, (*ks, 6000), mesh, memory_mb, 0.07, standardised)
+    bank, queries = train.x, test.x
+    if standardised:
+        mean, deviation = bank.mean(0), bank.std(0, ddof=1) + 1e-5
+        bank, queries = (bank - mean) / deviation, (queries - mean) / deviation
+    search = NearestNeighbors(n_neighbors=20, metric="cosine", algorithm="brute").fit(bank)
+    distance, rows = search.kneighbors(queries)
+    cold = knn.knn(*arrays, (20,), mesh, memory_mb, 0.005, standardised)[0]["accuracy"]
+    nearest_alone = (train.labels[rows[:, 0]] == test.labels).mean()
+    assert cold == pytest.approx(nearest_alone, abs=0.02)  # not all votes are infinite
+    cosines, found = knn.nearest(train.x, test.x, 20, mesh, memory_mb, standardised)
+    np.testing.assert_allclose(cosines, 1 - distance, atol=2e-6)
+    assert (found == rows).mean() > 0.999  # but for two that are as near as rounding tells
+    assert [entry["k"] for entry in got] == list(ks)  # more than there are is left out
+    for entry in got:
+        k = entry["k"]
+        votes = np.zeros((len(queries), 7))
+        for i in range(k):
+            weight = np.exp((1 - distance[:, i]) / 0.07)
+            votes[np.arange(len(votes)), train.labels[rows[:, i]]] += weight
+        expected = (votes.argmax(1) == test.labels).mean()
+        assert entry["accuracy"] == pytest.approx(expected, abs=1.5 / len(votes))
+        assert entry["standardised"] is standardised
+        assert 0.5 < expected < 0.99
+
+
+def test_equal_neighbours_come_in_the_order_of_the_bank(rng, mesh):
+    bank = np.repeat(rng.normal(size=(40, 8)), 50, axis=0).astype(np.float32)
+    _, found = knn.nearest(bank, bank[::50], 60, mesh, 1)
+    for query, rows in enumerate(found):
+        assert rows[:50].tolist() == list(range(50 * query, 50 * query + 50))
+
+
+def test_knn_keeps_to_its_memory():
+    """The plan's arrays, counted; and that of the compiled search, by XLA's own account."""
+    width, k, memory_mb = 64, 10, 8
+    size, block, tile = knn.plan(10**6, 10**5, width, k, 1, memory_mb)
+    assert tile < 10**6
+    assert size < 10**5
+    shape = jax.ShapeDtypeStruct
+    best = shape((size, k), np.float32), shape((size, k), np.int32)
+    moments = [shape((width,), np.float32)] * 2
+    queries, bank = shape((size, width), np.float32), shape((tile, width), np.float32)
+    number = shape((), np.int32)
+    with jax.set_mesh(mesh_of(1, 1)):
+        lowered = knn._merge.lower(best, queries, bank, number, number, *moments, block=block)
+    memory = lowered.compile().memory_analysis()
+    used = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+    # Wide rows, few at a time.
+    wide = knn.plan(10**5, 10**4, 150_528, k, 1, 1024)
+    assert wide.block <= wide.queries < 300
+    # One more tile comes meanwhile, and the queries as they came.
+    waiting = 4 * width * (tile + size)
+    assert used + waiting <= memory_mb * 2**20
+    assert used + waiting > memory_mb * 2**20 / 3  # and it makes use of it
+
+
+def fit(train, test, lrs, mesh, epochs=10, batch_size=256):
+    batches = probe.cached_batches(train, batch_size, 0, mesh)
+    per_epoch = len(train.labels) // batch_size
+    lrs = np.asarray(lrs) * batch_size / 256
+    return probe.fit(batches, per_epoch, epochs, lrs, {"test": test}, 7, 0, mesh)
+
+
+def test_probe_learns_as_well_as_can_be(blobs, mesh):
+    train, test = blobs
+    curves = fit(train, test, (0.1, 0.05), mesh)
+    # The best linear rule for equal spherical blobs is the nearest mean.
+    means = np.stack([train.x[train.labels == c].mean(0) for c in range(7)])
+    distance = ((test.x[:, None] - means) ** 2).sum(-1)
+    optimum = (distance.argmin(1) == test.labels).mean()
+    five = np.argsort(distance, 1)[:, :5]
+    optimum5 = (five == test.labels[:, None]).any(1).mean()
+    assert curves["test"].shape == (10, 2, 2)
+    np.testing.assert_allclose(curves["test"][-1, :, 0], optimum, atol=0.02)
+    np.testing.assert_allclose(curves["test"][-1, :, 1], optimum5, atol=0.02)
+    assert optimum5 > optimum + 0.05
+
+
+def test_probe_is_torch_sgd_on_normalised_features(blobs, mesh, monkeypatch):
+    """A few updates against the same ones in NumPy, in float64."""
+    train, test = blobs
+    x, labels = train.x[:96].astype(np.float64), train.labels[:96]
+    order = [np.arange(i, i + 32) for i in (0, 32, 64)]
+    batches = iter([(train.x[rows], train.labels[rows]) for rows in order])
+    monkeypatch.setattr(probe, "_WARMUP", 0.34)
+    part = features.Features(test.x[:400], test.labels[:400], test.index[:400])
+    seen = {}
+    monkeypatch.setattr(probe, "_hits", lambda probes, *_: seen.update(probes=probes) or 0)
+    start = jax.device_get(probe._init(jax.random.key(3), 2, 12, 7))
+    probe.fit(batches, 3, 1, np.array([0.4, 0.1]), {"test": part}, 7, 3, mesh)
+    kernel = start.weights["kernel"].astype(np.float64)
+    bias, mean, var = np.zeros((2, 7)), np.zeros(12), np.ones(12)
+    velocity = [0.0, 0.0]
+    factors = [1 / 2, 1.0, np.sin(np.pi / 2 * 1 / 2) ** 2]  # one step of warm-up, then the cosine
+    for rows, factor in zip(order, factors, strict=True):
+        m, v = x[rows].mean(0), x[rows].var(0)
+        mean, var = 0.9 * mean + 0.1 * m, 0.9 * var + 0.1 * v * 32 / 31
+        z = (x[rows] - m) / np.sqrt(v + 1e-5)
+        logits = np.einsum("bd,pdc->pbc", z, kernel) + bias[:, None]
+        p = np.exp(logits - logits.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        p[:, np.arange(32), labels[rows]] -= 1
+        grads = [np.einsum("bd,pbc->pdc", z, p) / 32, p.mean(1)]
+        velocity = [0.9 * old + new for old, new in zip(velocity, grads, strict=True)]
+        lr = np.array([0.4, 0.1]) * factor
+        kernel = kernel - lr[:, None, None] * velocity[0]
+        bias = bias - lr[:, None] * velocity[1]
+    got = jax.device_get(seen["probes"])
+    np.testing.assert_allclose(got.weights["kernel"], kernel, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(got.weights["bias"], bias, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(got.mean, mean, rtol=1e-5)
+    np.testing.assert_allclose(got.var, var, rtol=1e-5)
+
+
+def test_the_best_probe_is_chosen_where_it_is_said():
+    test = np.array([[[0.1, 0.5], [0.7, 0.8]], [[0.3, 0.6], [0.2, 0.9]]])
+    apart = np.array([[[0.6, 0.0], [0.1, 0.0]], [[0.2, 0.0], [0.4, 0.0]]])
+    curves = {"test": test, "held-out": apart}
+    own = probe.judged(curves, (0.1, 0.05), "test")
+    assert own["best_last_epoch"] == {"base_lr": 0.1, "epoch": 2, "top1": 0.3, "top5": 0.6}
+    assert own["best_any_epoch"] == {"base_lr": 0.05, "epoch": 1, "top1": 0.7, "top5": 0.8}
+    assert own["probes"][1]["last_epoch"]["top1"] == 0.2
+    assert own["probes"][1]["best_epoch"]["epoch"] == 1
+    other = probe.judged(curves, (0.1, 0.05), "held-out")
+    assert other["best_last_epoch"]["top1"] == 0.2  # the second probe, judged on the test images
+    assert other["best_any_epoch"] == {"base_lr": 0.1, "epoch": 1, "top1": 0.1, "top5": 0.5}
+    assert other["chosen_on"] == "held-out"
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "classes", "noise"), [(13, 32, 7, 1.0), (500, 24, 7, 2.5), (700, 48, 60, 1.5)]
+)
+def test_logistic_regression_reaches_sklearns_optimum(rng, mesh, rows, width, classes, noise):
+    centres = rng.normal(size=(classes, width))
+    train, test = (drawn(rng, centres, n, noise) for n in (rows, 2000))
+    x, queries = (logistic.prepare(part.x).astype(np.float64) for part in (train, test))
+    count = len(x)
+    penalties = np.array([2.5e-4, 1e-2]) / count
+    found = jax.device_get(logistic.fit(x, train.labels, penalties, classes, mesh))
+
+    def judged(weights, penalty):
+        logits = x @ weights
+        logits -= logits.max(1, keepdims=True)
+        p = np.exp(logits)
+        loss = np.log(p.sum(1)) - logits[np.arange(count), train.labels]
+        p /= p.sum(1, keepdims=True)
+        p[np.arange(count), train.labels] -= 1
+        gradient = x.T @ p / count + penalty * weights
+        value = loss.mean() + penalty / 2 * (weights**2).sum()
+        accuracy = ((queries @ weights).argmax(1) == test.labels).mean()
+        return value, np.linalg.norm(gradient), accuracy
+
+    for i, penalty in enumerate(penalties):
+        peer = LogisticRegression(
+            C=1 / (penalty * count), fit_intercept=False, tol=1e-8, max_iter=100_000
+        ).fit(x, train.labels)
+        optimum, _, expected = judged(peer.coef_.T, penalty)
+        value, norm, accuracy = judged(found.weights[i].astype(np.float64), penalty)
+        assert value <= optimum * (1 + 1e-4)  # the gap at which it may end; asked are 1e-3
+        assert accuracy == pytest.approx(expected, abs=0.002)
+        assert found.objective[i] == pytest.approx(value, rel=1e-4)
+        assert found.gradient_norm[i] == pytest.approx(norm, rel=0.2, abs=1e-6)
+        assert found.steps[i] < 1000
+
+
+def test_lowshot_draws_nested_splits_and_tells_how_it_did(blobs, mesh):
+    train, test = blobs
+    images, shares = (1, 5, 5000), (0.01,)
+    entries = lowshot.lowshot(
+        train, test, list, mesh, images, shares, 2, (), (2.5e-4, 1e-2), seed=3
+    )
+    one, five, many, share = entries
+    assert one["images"] == 7
+    assert five["images"] == 35
+    assert share["images"] == len(subsets.share(train.labels, 0.01, 3))
+    assert "a class has only" in many["skipped"]
+    assert 0.2 < one["accuracy"] < five["accuracy"] < 0.99
+    for entry in (one, five):
+        accuracies = entry["accuracies"]
+        assert entry["splits"] == len(accuracies) == 2
+        assert entry["accuracy"] == pytest.approx(np.mean(accuracies))
+        assert entry["deviation"] == pytest.approx(np.std(accuracies, ddof=1))
+        assert accuracies[0] != accuracies[1]
+        assert [w["weight_decay"] for w in entry["weight_decays"]] == [2.5e-4, 1e-2]
+        assert entry["weight_decays"][0]["accuracy"] == entry["accuracy"]
+        assert 0 < entry["gradient_norm"] < 0.01
+    # By hand: the regression on the same images.
+    part = subsets.few(train.labels, 5, 3)
+    x, queries = logistic.prepare(train.x[part]), logistic.prepare(test.x)
+    peer = LogisticRegression(C=1 / 2.5e-4, fit_intercept=False, tol=1e-8, max_iter=10_000)
+    peer.fit(x.astype(np.float64), train.labels[part])
+    assert five["accuracies"][0] == pytest.approx(peer.score(queries, test.labels), abs=0.002)
+
+
+def test_lowshot_takes_lists_of_names(blobs, mesh, tmp_path):
+    train, test = blobs
+    train = features.Features(train.x, train.labels, train.index + 1)  # image 0 cannot be read
+    names = [f"c/{i}.jpg" for i in range(len(train.labels) + 1)]
+    paths = []
+    for split in range(2):
+        (tmp_path / f"{split}").mkdir()
+        paths.append(str(tmp_path / f"{split}" / "5imgs.txt"))
+        part = subsets.few(train.labels, 5, split) + 1
+        chosen = [names[i] for i in part] + ["c/0.jpg"]
+        (tmp_path / f"{split}" / "5imgs.txt").write_text("\n".join(chosen))
+    (entry,) = lowshot.lowshot(
+        train, test, lambda: names, mesh, (1,), (0.1,), 3, paths, (2.5e-4,), seed=0
+    )
+    drawn = lowshot.lowshot(train, test, list, mesh, (5,), (), 2, (), (2.5e-4,), seed=0)[0]
+    assert entry["accuracies"] == pytest.approx(drawn["accuracies"], abs=0.002)
+    assert (entry["list"], entry["splits"], entry["images"]) == ("5imgs.txt", 2, 35)
+    assert entry["images_per_class"] == 5
+    assert lowshot._size(train.labels, subsets.share(train.labels, 0.1, 0)) == {"share": 0.1}
+    assert entry["drawn"] == paths
+    with pytest.raises(UserError, match=r"list '.*absent'"):
+        lowshot.lowshot(
+            train, test, lambda: names, mesh, (), (), 1, [str(tmp_path / "absent")], (1.0,), 0
+        )
+
+
+def test_matched_accuracy_by_hand():
+    labels = np.array([0, 0, 0, 1, 1, 2])
+    assert cluster.matched_accuracy(labels, np.array([2, 2, 2, 0, 0, 1])) == 1
+    assert cluster.matched_accuracy(labels, np.array([1, 1, 0, 0, 0, 0])) == pytest.approx(4 / 6)
+    assert cluster.matched_accuracy(labels, np.zeros(6, int)) == pytest.approx(3 / 6)
+
+
+def test_nmi_ami_and_ari_by_hand():
+    labels, clusters = np.array([0, 0, 1, 1]), np.array([0, 0, 1, 2])
+    found = cluster.agreement(labels, clusters)
+    # Entropies ln 2 and 1.5 ln 2, mutual information ln 2.
+    assert found["nmi"] == pytest.approx(1 / 1.25)
+    # By chance, over all ways to hand out the clusters, the information is 2/3 ln 2: of the six
+    # pairs that cluster 0 may be, two are a class, which leaves ln 2; four leave 1/2 ln 2.
+    chance = (2 * 1 + 4 * 0.5) / 6
+    assert found["ami"] == pytest.approx((1 - chance) / (1.25 - chance))
+    # Of six pairs: together in both 1, in labels 2, in clusters 1.
+    assert found["ari"] == pytest.approx((1 - 2 / 6) / (1.5 - 2 / 6))
+    assert found["acc"] == 0.75
+
+
+def test_agreement_does_not_depend_on_names_and_knows_chance(rng):
+    labels, clusters = rng.integers(0, 8, 4000), rng.integers(0, 12, 4000)
+    clusters[:2500] = labels[:2500]
+    known = cluster.agreement(labels, clusters)
+    assert 0.3 < known["acc"] < 0.8
+    renamed = cluster.agreement(rng.permutation(8)[labels], rng.permutation(12)[clusters])
+    assert renamed == pytest.approx(known)
+    swapped = cluster.agreement(clusters, labels)
+    assert {k: swapped[k] for k in ("nmi", "ami", "ari")} == pytest.approx(
+        {k: known[k] for k in ("nmi", "ami", "ari")}
+    )
+    chance = cluster.agreement(labels, rng.integers(0, 8, 4000))
+    assert abs(chance["ami"]) < 0.01 > abs(chance["ari"])
+    assert cluster.agreement(labels, labels) == pytest.approx(dict.fromkeys(cluster.METRICS, 1.0))
+
+
+def test_clusters_are_numbered_by_the_class_that_they_are_matched_with():
+    labels, clusters = np.array([3, 5, 9, 9, 3]), np.array([1, 2, 0, 0, 2])
+    assert cluster.matched(labels, clusters).tolist() == [0, 1, 2, 2, 1]
+    # More clusters than classes: the others come after.
+    assert cluster.matched(np.array([4, 4, 4, 6]), np.array([0, 0, 1, 2])).tolist() == [0, 0, 2, 1]
+
+
+def test_clustering_reports_best_by_loss_mean_and_deviation(rng, mesh, monkeypatch):
+    def kmeans(x, k, runs, *_):
+        """Run r has loss 10 - r, and clusters that get worse with r."""
+        assert (k, runs) == (2, 2)
+        found = [[0, 0, 1, 1], [1, 0, 1, 1]]
+        return cluster.kmeans.Clustering(
+            np.zeros((2, 2, 3)), np.array(found), np.array([10.0, 9.0]), np.array([1, 1])
+        )
+
+    monkeypatch.setattr(cluster.kmeans, "kmeans", kmeans)
+    labels, x = np.array([0, 0, 1, 1]), rng.normal(size=(4, 3))
+    result, clusters, distance = cluster.cluster(x, labels, 0, mesh, 64, runs=2, normalise=False)
+    assert clusters.tolist() == [1, 0, 1, 1]  # of the best run
+    assert result["best"]["acc"] == 0.75  # of the lowest loss, not of the highest accuracy
+    assert result["best"]["loss"] == 9
+    assert result["mean"]["acc"] == pytest.approx(0.875)
+    assert result["deviation"]["acc"] == pytest.approx(0.125)
+    np.testing.assert_allclose(distance, np.linalg.norm(x, axis=1), rtol=1e-6)
+    bare, _, _ = cluster.cluster(x, None, 2, mesh, 64, runs=2)
+    assert set(bare["best"]) == {"loss", "silhouette", "silhouette_images", "chosen_by"}
+
+
+def test_clusters_of_separate_blobs_are_found(rng, mesh):
+    labels = np.repeat(np.arange(4), 50)
+    found = 20 * np.eye(4)[labels] + rng.normal(size=(200, 4))
+    for options in ({}, {"pca": 3}, {"minibatch": 64}):
+        result, clusters, _ = cluster.cluster(found, 3 * labels, 0, mesh, 64, runs=5, **options)
+        np.testing.assert_array_equal(clusters, labels)  # numbered by class, in order
+        best = {name: result["best"][name] for name in cluster.METRICS}
+        assert best == pytest.approx(dict.fromkeys(cluster.METRICS, 1.0))
+        assert result["best"]["silhouette"] > 0.8
+        assert result["best"]["silhouette_images"] == 200
+
+
+def test_silhouette_of_many_images_is_sampled(rng, monkeypatch):
+    monkeypatch.setattr(cluster, "_SILHOUETTE", 300)
+    labels = rng.integers(0, 3, 2000)
+    x = 3 * np.eye(3)[labels] + rng.normal(size=(2000, 3))
+    sampled = cluster.silhouette(x, labels, 0)
+    assert sampled["silhouette_images"] == 300
+    assert sampled["silhouette"] == pytest.approx(cluster.silhouette_score(x, labels), abs=0.05)
+    assert cluster.silhouette(x, np.zeros(2000, int), 0) == {}
+
+
+def test_known_subsets_are_those_of_the_literature():
+    assert [len(set(wnids)) for wnids in cluster.SUBSETS.values()] == [15, 10]
+    sums = {name: sum(int(w[1:]) for w in wnids) for name, wnids in cluster.SUBSETS.items()}
+    assert sums == {"imagenet_dogs15": 31_500_699, "imagenet10": 35_505_172}

@@ -1,0 +1,284 @@
+"""An evaluation as a whole: features kept and reused, protocols, unlabelled images, exports."""
+
+import csv
+import json
+import shutil
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from maect_jax import config as pages
+from maect_jax import files, inputs
+from maect_jax.data import arrays, sources
+from maect_jax.errors import RunFailedError, UserError
+from maect_jax.evals import export, features, protocols, runner
+from maect_jax.report import page
+from maect_jax.run import jsonl
+from tests.helpers import CONFIGS, SMALL
+from tests.helpers.common import mesh_of, run_on
+
+ALL = protocols.NAMES
+QUICK = str(CONFIGS / "quickstart.py:test")
+SHORT = ("stages=('mae','eval')", "mae.epochs=2", SMALL, "eval.cluster.runs=2", "eval.map=pca")
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """A short run of an MAE, evaluated by all protocols, with k-NN as it trained."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    settings = (*SHORT, f"eval.protocols={ALL}", "eval.export=npz", "monitor.every=1")
+    settings += ("eval.probe.held_out=0.1", "monitor.images=500", "eval.pool=cls+mean")
+    with pytest.MonkeyPatch.context() as patch:
+        run_on(patch, (1, 2), pages.load(QUICK, settings), workdir)
+    return workdir, settings
+
+
+def results_of(workdir):
+    return json.loads((workdir / "results.json").read_text())
+
+
+def test_every_protocol_is_in_the_results_and_better_than_chance(evaluated):
+    results = results_of(evaluated[0])
+    assert list(results) == ["pixels", "mae"]
+    for result in results.values():
+        assert set(ALL) <= set(result)
+        assert result["knn"][1]["accuracy"] > 0.35  # of ten classes
+        for protocol in ("probe", "probe_augmented"):
+            found = result[protocol]
+            assert found["chosen_on"] == "held-out training images"
+            assert found["best_last_epoch"]["top5"] > found["best_last_epoch"]["top1"] > 0.15
+            assert np.shape(found["epochs_top1"]) == (3, 10)
+        assert result["probe"]["crops"].startswith("centre crops")
+        assert result["probe_augmented"]["crops"] == "augmented in each epoch"
+        shots = {str(e.get("images_per_class", e.get("share"))): e for e in result["lowshot"]}
+        assert list(shots) == ["1", "2", "5", "0.01", "0.1"]
+        assert shots["0.1"]["accuracy"] > shots["1"]["accuracy"] > 0.15
+        assert result["cluster"]["best"]["acc"] > 0.2
+        assert result["cluster"]["images"] == 2000
+    assert results["mae"]["features"] == "cls+mean, after the final norm"
+
+
+def test_the_same_command_computes_nothing_again(evaluated, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    shutil.copytree(evaluated[0], workdir)
+    monkeypatch.setattr(features, "extract", None)
+    before = (workdir / "results.json").read_bytes()
+    run_on(monkeypatch, (1, 2), pages.load(QUICK, evaluated[1]), workdir, page=False)
+    assert (workdir / "results.json").read_bytes() == before
+    # What was lost is made again, on the same features.
+    lost = runner.folder_of(workdir, "mae") / "cluster.npz"
+    clusters = runner.read_clusters(workdir, "mae")["clusters"]
+    lost.unlink()
+    run_on(monkeypatch, (1, 2), pages.load(QUICK, evaluated[1]), workdir, page=False)
+    assert (runner.read_clusters(workdir, "mae")["clusters"] == clusters).all()
+    # Another setting of one protocol: that one alone is run, on the same features.
+    other = pages.load(QUICK, [*evaluated[1], "eval.knn.temperature=0.5"])
+    run_on(monkeypatch, (1, 2), other, workdir, page=False)
+    old, new = json.loads(before), results_of(workdir)
+    assert new["mae"]["knn"] != old["mae"]["knn"]
+    for protocol in set(ALL) - {"knn"}:
+        assert new["mae"][protocol] == old["mae"][protocol]
+    assert pages.read(workdir / "config.json").eval.knn.temperature == 0.5
+
+
+def test_features_are_made_anew_where_what_makes_them_has_changed(evaluated, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    shutil.copytree(evaluated[0], workdir)
+    other = [*evaluated[1], "eval.pool=mean", "eval.protocols=('knn',)", "eval.pixels=False"]
+    place = runner.folder_of(workdir, "mae") / "val"
+    both = np.array(features.load(place).x)
+    run_on(monkeypatch, (1, 2), pages.load(QUICK, other), workdir, page=False)
+    mean = np.array(features.load(place).x)
+    assert both.shape == (2000, 64)
+    np.testing.assert_allclose(mean, both[:, 32:], atol=1e-5)
+    # Nothing is left of what was measured on others.
+    result = results_of(workdir)["mae"]
+    assert {"knn"} == set(ALL) & set(result)
+    assert result["features"] == "mean, after the final norm"
+    kept = json.loads((place / "settings.json").read_text())
+    assert kept["settings"]["kind"] == "mean, after the final norm"
+    other.append("eval.final_norm=False")
+    run_on(monkeypatch, (1, 2), pages.load(QUICK, other), workdir, page=False)
+    raw = features.load(place).x
+    # A norm whose scale and bias have hardly moved leaves each token a mean of nought.
+    assert np.abs(mean.mean(1)).mean() < 0.02 < np.abs(raw.mean(1)).mean()
+
+
+@pytest.mark.parametrize("batch_size", [4, 3])
+def test_features_go_on_where_they_were_stopped(tmp_path, rng, batch_size):
+    x, labels = rng.normal(size=(22, 3)).astype(np.float32), np.arange(22, dtype=np.int32)
+    valid = np.arange(22) != 5
+    asked = []
+
+    def batches(size, stop=99):
+        def make(first):
+            asked.append(first)
+            for start in range(first * size, 22, size):
+                if start >= stop:
+                    raise KeyboardInterrupt
+                rows = np.arange(start, start + size)
+                places = np.minimum(rows, 21)
+                yield x[places], labels[places], valid[places] & (rows < 22)
+
+        return make
+
+    settings = {"weights": "a"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "_KEEP_EVERY", 2)
+        with pytest.raises(KeyboardInterrupt):
+            features.stored(tmp_path, settings, 22, 4, batches(4, stop=12))
+        assert files.read_json(tmp_path / "settings.json")["done"] == 8
+        found = features.stored(tmp_path, settings, 22, batch_size, batches(batch_size))
+    assert asked == [0, 8 // batch_size]
+    np.testing.assert_array_equal(found.x, x[valid])
+    np.testing.assert_array_equal(found.labels, labels[valid])
+    np.testing.assert_array_equal(found.index, np.flatnonzero(valid))
+    # Whole, nothing is asked for; of other weights, everything.
+    features.stored(tmp_path, settings, 22, batch_size, None)
+    features.stored(tmp_path, {"weights": "b"}, 22, 11, batches(11))
+    assert asked[2:] == [0]
+
+
+def test_weights_have_one_fingerprint_on_any_mesh(rng):
+    params = {"a": rng.normal(size=(8, 16)).astype(np.float32), "b": np.zeros(4, np.float32)}
+    spread = jax.device_put(params, runner.sharding.tree_shardings(params, mesh_of(2, 4)))
+    name = features.fingerprint(params)
+    assert features.fingerprint(spread) == name
+    swapped = params | {"a": params["a"][[1, 0, *range(2, 8)]]}
+    near = params | {"a": np.nextafter(params["a"], np.float32(9))}
+    other = params | {"b": np.ones(4, np.float32)}
+    assert len({name, *map(features.fingerprint, (swapped, near, other))}) == 4
+
+
+def test_knn_is_told_while_training(evaluated):
+    entries = jsonl.read(evaluated[0] / "metrics.jsonl")
+    told = [entry for entry in entries if "knn_accuracy" in entry]
+    assert [entry["step"] for entry in told] == [6, 12]
+    for entry in told:
+        assert 0.3 < entry["neighbour_accuracy"] < 0.8
+        assert entry["neighbour_accuracy"] != entry["knn_accuracy"] < 0.8
+    assert all(("images_per_second" in entry) == ("loss" in entry) for entry in entries)
+    assert "k-NN accuracy of held-out images" in (evaluated[0] / "report.html").read_text()
+
+
+def test_features_are_exported_with_names(evaluated, tmp_path):
+    workdir = evaluated[0]
+    found = features.load(runner.folder_of(workdir, "mae") / "train")
+    with np.load(workdir / "export" / "mae_train.npz") as saved:
+        np.testing.assert_array_equal(saved["features"], found.x)
+        np.testing.assert_array_equal(saved["label"], found.labels)
+        assert saved["name"][7] == "image 7"
+    names = [f"{i}.jpg" for i in range(len(found.x))]
+    export.write(tmp_path / "mae.parquet", found, names)
+    table = pq.read_table(tmp_path / "mae.parquet")
+    np.testing.assert_array_equal(np.stack(table["features"].to_numpy()), found.x)
+    assert table["name"].to_pylist() == names
+    np.testing.assert_array_equal(table["label"], found.labels)
+
+
+def test_clusters_are_listed_by_image(evaluated):
+    with (evaluated[0] / "clusters.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["image", "label", "pixels", "mae"]
+    assert [row["image"] for row in rows[:2]] == ["image 0", "image 1"]
+    own = runner.read_clusters(evaluated[0], "mae")
+    assert [int(row["mae"]) for row in rows] == own["clusters"].tolist()
+    truth = arrays.fashion_mnist("val")
+    assert [row["label"] for row in rows] == [truth.classes[i] for i in truth.labels]
+    matched = np.mean(own["clusters"] == truth.labels)
+    assert matched == results_of(evaluated[0])["mae"]["cluster"]["best"]["acc"]
+
+
+@pytest.fixture
+def photos(tmp_path, rng):
+    """60 photographs without labels, red or blue, and one of them is torn."""
+    (tmp_path / "photos").mkdir()
+    for i in range(60):
+        pixels = rng.integers(0, 60, (40, 40, 3), dtype=np.uint8)
+        pixels[..., 2 * (i % 2)] += 180
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i:02}.jpg", quality=95)
+    whole = (tmp_path / "photos" / "31.jpg").read_bytes()
+    (tmp_path / "photos" / "31.jpg").write_bytes(whole[: len(whole) // 2])
+    return tmp_path
+
+
+def of_photos(photos, *settings):
+    first = (f"data.path={photos}", "data.source=folder", "data.train_split=photos")
+    first += ("data.short_side=32", "model.channels=3", "data.max_bad_fraction=0.1")
+    first += ("data.mean=(0.5,0.5,0.5)", "data.std=(0.25,0.25,0.25)", "mae.batch_size=16")
+    first += ("stages=('mae','eval')", "eval.batch_size=16", "eval.cluster.runs=2")
+    return pages.load(QUICK, [*first, *settings])
+
+
+def test_images_without_labels_are_clustered_and_the_rest_is_said_to_be_skipped(
+    photos, monkeypatch
+):
+    workdir = photos / "run"
+    run_on(monkeypatch, (1, 1), of_photos(photos, "eval.cluster.clusters=2"), workdir)
+    result = results_of(workdir)["pixels"]
+    assert result["knn"] == result["probe"] == {"skipped": "the images have no labels"}
+    assert "acc" not in result["cluster"]["best"]
+    with (workdir / "clusters.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 59
+    assert {row["label"] for row in rows} == {""}
+    by_colour = {(int(row["image"][-6:-4]) % 2, row["pixels"]) for row in rows}
+    assert len(by_colour) == 2  # each cluster has one colour
+    html = (workdir / "report.html").read_text()
+    assert "knn was skipped: the images have no labels." in html
+    pictures = {path.stem for path in (workdir / "pictures").iterdir()}
+    assert {"clusters", "retrieval", "map_mae"} <= pictures
+    assert "confusion" not in pictures
+    near = runner.read_retrieval(workdir, "pixels")
+    assert (near["index"] % 2 == near["neighbours"].T % 2).all()  # of their colour
+    assert not (near["index"] == near["neighbours"].T).any()
+
+    # A new call knows of the torn one, which it does not read again.
+    strict = of_photos(photos, "eval.cluster.clusters=2", "data.max_bad_fraction=0.01")
+    files.write_json(workdir / "config.json", strict.to_dict())
+    with pytest.raises(RunFailedError, match=r"1 of 60 images cannot be read"):
+        run_on(monkeypatch, (1, 1), strict, workdir, page=False)
+
+
+def test_a_page_of_an_evaluation_that_was_stopped_has_what_is_whole(evaluated, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(evaluated[0], workdir)
+    path = runner.folder_of(workdir, "mae") / "val" / "settings.json"
+    files.write_json(path, json.loads(path.read_text()) | {"done": 256})
+    runner.folder_of(workdir, "pixels").joinpath("cluster.npz").unlink()
+    config = page.read_config(workdir)
+    page.build(workdir, inputs.open_sources(config, workdir))
+    pictures = {path.stem for path in (workdir / "pictures").iterdir()}
+    assert "map_mae" not in pictures
+    assert "clusters" in pictures
+
+
+def test_images_without_labels_want_a_number_of_clusters(photos):
+    with pytest.raises(UserError, match=r"clusters=0: the train images have no labels to count"):
+        inputs.open_sources(of_photos(photos), photos / "run")
+    with pytest.raises(UserError, match=r"clusters=99: must be at most the 60 train images"):
+        inputs.open_sources(of_photos(photos, "eval.cluster.clusters=99"), photos / "run")
+    inputs.open_sources(of_photos(photos, "eval.protocols=('knn',)"), photos / "run")
+
+
+@pytest.mark.usefixtures("in_root")
+def test_well_known_subsets_are_clustered_by_their_wordnet_ids(rng, monkeypatch):
+    """Two classes of four, which are listed in another order."""
+    monkeypatch.setitem(protocols.cluster.SUBSETS, "imagenet10", ("n3", "n1"))
+    labels = np.repeat(np.arange(4, dtype=np.int32), 30)
+    x = 9 * np.eye(4, 6)[labels] + rng.normal(size=(120, 6))
+    found = features.Features(x.astype(np.float32), labels, np.arange(120))
+    source = sources.Blank(120, 1)
+    source.classes = ["n0", "n1", "n2", "n3"]
+    settings = ["eval.cluster.subsets=('imagenet10','imagenet_dogs15')", "eval.cluster.runs=2"]
+    config = pages.load(QUICK, settings)
+    mesh = mesh_of(1, 1)
+    row = protocols.Row(config, None, {"val": found}, {"val": source}, {}, mesh)
+    with jax.set_mesh(mesh):
+        own = protocols.clustered(row)[0]["subsets"]
+    assert (own["imagenet10"]["clusters"], own["imagenet10"]["images"]) == (2, 60)
+    assert own["imagenet10"]["best"]["acc"] == 1
+    assert own["imagenet_dogs15"] == {"skipped": "the images have no class n02085936"}

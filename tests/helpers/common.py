@@ -1,0 +1,58 @@
+"""Meshes, runs in this process, pictures and comparisons."""
+
+import time
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+from PIL import Image
+
+
+def mesh_of(data: int, fsdp: int) -> Mesh:
+    """A mesh of the first `data * fsdp` devices."""
+    devices = np.array(jax.devices()[: data * fsdp]).reshape(data, fsdp)
+    return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def run_on(monkeypatch, shape: tuple[int, int], config, workdir, page=True) -> None:
+    """Runs a config in this process as if the devices of a mesh of that shape were all.
+
+    Without `page`, which a test that does not look at it should leave out, none is drawn: that
+    takes seconds.
+    """
+    from maect_jax import pipeline
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: shape[0] * shape[1])
+        patch.setattr(pipeline.sharding, "make_mesh", lambda **_: mesh_of(*shape))
+        if not page:
+            patch.setattr(pipeline.page, "build", lambda run, images: run / "report.html")
+        pipeline.run(config, workdir)
+
+
+def save(path, shape=(9, 7), value=0):
+    """A picture of one red value, with a ramp of green."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.zeros((*shape, 3), np.uint8)
+    pixels[..., 0] = value
+    pixels[..., 1] = np.linspace(0, 255, shape[0])[:, None]
+    Image.fromarray(pixels).save(path)
+
+
+def wait_for_step(workdir, step, process):
+    """Returns when a run, which `process` is, has told of a step."""
+    path, deadline = workdir / "metrics.jsonl", time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def assert_trees_equal(a, b) -> None:
+    """Bit-equal leaves and equal structure."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))

@@ -1,0 +1,31 @@
+"""A run one of whose hosts, the first, cannot write:
+
+python -m tests.helpers.lame_host WHAT [flags of maect_jax.main]
+
+WHAT is `checkpoints` or `metrics`.
+"""
+
+import errno
+import os
+import runpy
+import sys
+
+from maect_jax import command
+from maect_jax.run import jsonl, manifest, saving
+
+
+def away(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+if __name__ == "__main__":
+    _, what, *flags = sys.argv
+    saving._PAUSES = (0.1, 0.1, 0.1)
+    command._PATIENCE = 3.0
+    if os.environ["JAX_PROCESS_ID"] == "0":
+        if what == "checkpoints":
+            manifest.of = away
+        else:
+            jsonl.Lines.add = away
+    sys.argv = ["maect_jax.main", *flags]
+    runpy.run_module("maect_jax.main", run_name="__main__")

@@ -1,0 +1,84 @@
+"""Tiny stages and their batches."""
+
+import jax
+import numpy as np
+
+from maect_jax.data.augment import Photometric, Recipe
+from maect_jax.models import mae, nnclr, vit
+from maect_jax.stages import optim
+from maect_jax.stages.mae import Mae
+from maect_jax.stages.nnclr import Contrast
+
+BATCH = 16
+
+
+SHAPE = (8, 8, 3)
+
+
+ENCODER = vit.ViT(16, 4, 2, 4)
+
+
+RECIPE = Recipe(SHAPE[:2], (0.2, 1.0), (0.5,) * 3, (0.25,) * 3, (Photometric(), Photometric()))
+
+
+HEAD = optim.Group(0.01, 1e-5)
+
+
+def mae_stage():
+    group = optim.Group(0.01, 0.05)
+    return Mae(
+        encoder=ENCODER,
+        decoder=mae.Decoder(8, 1, 2, 4, 3),
+        image_shape=SHAPE,
+        mask_ratio=0.75,
+        recipe=RECIPE,
+        groups={"encoder": group, "decoder": group},
+        steps=40,
+        warmup=2,
+    )
+
+
+def contrast_stage(name, **changes):
+    tunes = name == "ct"
+    groups = {"projector": HEAD, "predictor": HEAD}
+    if tunes:
+        groups["encoder"] = optim.Group(0.01, 0.05, 0.65, 4)
+    settings = dict(
+        encoder=ENCODER.clone(frozen_blocks=2 if tunes else 0),
+        projector=nnclr.Projector(24, 8),
+        predictor=nnclr.Predictor(24, 8),
+        image_shape=SHAPE,
+        pool="cls",
+        batch_size=BATCH,
+        queue_size=48,
+        top_k=4,
+        temperature=0.2,
+        target_factor=0.9 if tunes else None,
+        ema_decay=0.99 if tunes else None,
+        recipe=RECIPE,
+        groups=groups,
+        steps=40,
+        warmup=2,
+    )
+    return Contrast(**settings | changes)
+
+
+STAGES = {
+    "mae": mae_stage(),
+    "head": contrast_stage("head", top_k=1),
+    "ct": contrast_stage("ct"),
+}
+
+
+def batch_of(seed):
+    rng = np.random.default_rng(seed)
+    return dict(
+        image=rng.integers(0, 256, (BATCH, 2, *SHAPE), dtype=np.uint8),
+        index=rng.permutation(100)[:BATCH].astype(np.int32),
+        label=rng.integers(0, 3, BATCH).astype(np.int32),
+        seed=rng.integers(0, 2**32, (BATCH, 2), dtype=np.uint32),
+    )
+
+
+def started(stage):
+    return jax.jit(stage.init)(jax.random.key(0), {})

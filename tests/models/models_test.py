@@ -1,0 +1,278 @@
+"""Encoder, masking, losses and head against plain NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import erf
+
+from maect_jax.models import mae, nnclr, positions, vit
+from maect_jax.stages import losses, optim
+from maect_jax.stages.mae import Mae
+from tests.helpers.common import assert_trees_equal
+
+
+def np_layer_norm(x, p, eps):
+    mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / np.sqrt(var + eps) * p["scale"] + p["bias"]
+
+
+def np_linear(x, p):
+    return x @ p["kernel"] + p["bias"]
+
+
+def np_block(x, p, heads, eps):
+    batch, tokens, width = x.shape
+    qkv = np_linear(np_layer_norm(x, p["norm1"], eps), p["attn"]["qkv"])
+    q, k, v = qkv.reshape(batch, tokens, 3, heads, -1).transpose(2, 0, 3, 1, 4)
+    scores = q @ k.swapaxes(2, 3) / np.sqrt(width // heads)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    x = x + np_linear((weights @ v).swapaxes(1, 2).reshape(x.shape), p["attn"]["proj"])
+    y = np_linear(np_layer_norm(x, p["norm2"], eps), p["fc1"])
+    return x + np_linear(y * (1 + erf(y / np.sqrt(2))) / 2, p["fc2"])
+
+
+def np_blocks(x, params, eps):
+    for layer in range(params["blocks"]["fc1"]["bias"].shape[0]):
+        x = np_block(x, jax.tree.map(lambda leaf, i=layer: leaf[i], params["blocks"]), 2, eps)
+    return x
+
+
+def np_vit(params, images, patch, eps, position):
+    batch, height, width, _ = images.shape
+    patches = np.stack(
+        [
+            images[:, r : r + patch, c : c + patch].reshape(batch, -1)
+            for r in range(0, height, patch)
+            for c in range(0, width, patch)
+        ],
+        axis=1,
+    )
+    x = np_linear(patches, params["patch_embed"]) + position
+    x = np.concatenate([np.repeat(params["cls_token"], batch, 0), x], 1)
+    return np_layer_norm(np_blocks(x, params, eps), params["norm"], eps)
+
+
+def float64(tree):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+@pytest.mark.parametrize(
+    ("shape", "patch", "eps"), [((8, 12, 3), 4, 1e-6), ((9, 6, 1), 3, 1e-2), ((4, 4, 5), 2, 1e-6)]
+)
+def test_encoder_equals_numpy(rng, shape, patch, eps):
+    model = vit.ViT(16, 3, 2, patch, ln_eps=eps)
+    images = rng.normal(size=(2, *shape)).astype(np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    # Random norms and biases, lest a forgotten one go unseen.
+    params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
+    position = positions.sincos((shape[0] // patch, shape[1] // patch), 16)
+    expected = np_vit(float64(params), images, patch, eps, position)
+    np.testing.assert_allclose(model.apply({"params": params}, images), expected, atol=2e-5)
+    # A learned position embedding takes the fixed one's place.
+    learned = rng.normal(size=position.shape).astype(np.float32)
+    got = model.apply({"params": {**params, "pos_embed": learned}}, images)
+    expected = np_vit(float64(params), images, patch, eps, learned)
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_position_embedding_by_hand():
+    table = positions.sincos((2, 3), 8)
+    row, col = 1, 2
+    angles = [col, col / 100, row, row / 100]
+    expected = [*np.sin(angles[:2]), *np.cos(angles[:2]), *np.sin(angles[2:]), *np.cos(angles[2:])]
+    np.testing.assert_allclose(table[row * 3 + col], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 3])
+def test_split_encoder_is_the_same_function_and_merges_back(rng, frozen):
+    images = rng.normal(size=(2, 8, 8, 3)).astype(np.float32)
+    whole = vit.ViT(16, 3, 2, 4)
+    params = jax.jit(whole.init)(jax.random.key(0), images)["params"]
+    trained, kept = vit.split_blocks(params, frozen)
+    assert not set(trained) & set(kept)
+    split = whole.clone(frozen_blocks=frozen)
+    np.testing.assert_allclose(
+        split.apply({"params": {**kept, **trained}}, images),
+        whole.apply({"params": params}, images),
+        rtol=1e-6, atol=1e-6,
+    )  # fmt: skip
+    assert_trees_equal(vit.merge_blocks({**kept, **trained}), params)
+    # A learned position embedding is never trained.
+    trained, kept = vit.split_blocks({**params, "pos_embed": 0}, frozen)
+    assert "pos_embed" in kept
+    assert "pos_embed" not in trained
+
+
+def test_pool(rng):
+    tokens = rng.normal(size=(2, 5, 3)).astype(np.float32)
+    np.testing.assert_array_equal(vit.pool(tokens, "cls"), tokens[:, 0])
+    np.testing.assert_allclose(vit.pool(tokens, "mean"), tokens[:, 1:].mean(1), rtol=1e-5)
+    half = jnp.asarray(tokens, jnp.bfloat16)  # pooled in fp32 all the same
+    for how in ("cls", "mean"):
+        np.testing.assert_array_equal(vit.pool(half, how), vit.pool(half.astype(jnp.float32), how))
+        assert vit.pool(half, how).dtype == jnp.float32
+
+
+def test_patches_round_trip(rng):
+    images = rng.normal(size=(2, 6, 8, 3))
+    patches = vit.patchify(images, 2)
+    np.testing.assert_array_equal(patches[1, 5], images[1, 2:4, 2:4].ravel())
+    np.testing.assert_array_equal(vit.unpatchify(patches, 2, (3, 4)), images)
+
+
+@pytest.mark.parametrize(("ratio", "kept"), [(0.75, 4), (0.5, 8), (0.0, 16), (0.9, 1)])
+def test_mask_keeps_the_smallest_noise(rng, ratio, kept):
+    noise = rng.random((3, 16))
+    keep, restore, mask = (np.asarray(x) for x in mae.random_mask(jnp.asarray(noise), ratio))
+    for i in range(3):
+        np.testing.assert_array_equal(keep[i], np.argsort(noise[i])[:kept])
+        assert mask[i].sum() == 16 - kept
+        assert not mask[i][keep[i]].any()
+        # Kept-then-removed, put back by `restore`, is the original order.
+        np.testing.assert_array_equal(np.argsort(noise[i])[restore[i]], np.arange(16))
+
+
+def test_encoder_sees_only_the_kept_patches(rng):
+    model = vit.ViT(16, 2, 2, 4)
+    images = rng.normal(size=(1, 8, 8, 1)).astype(np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    keep = jnp.array([[2, 1]])
+    seen = model.apply({"params": params}, images, keep)
+    assert seen.shape == (1, 3, 16)
+    images[:, :4, :4], images[:, 4:, 4:] = 9.0, -9.0  # patches 0 and 3
+    np.testing.assert_array_equal(model.apply({"params": params}, images, keep), seen)
+
+
+def test_mae_forward_equals_numpy(rng):
+    """Masking, encoder, decoder and loss together, for a grid that is not square."""
+    images = rng.normal(size=(2, 6, 8, 3)).astype(np.float32)
+    noise = rng.random((2, 12))
+    encoder, decoder = vit.ViT(16, 2, 2, 2), mae.Decoder(8, 2, 2, 2, 3)
+    group = optim.Group(0.1, 0.0)
+    stage = Mae(encoder, decoder, (6, 8, 3), 0.75, None, {"encoder": group, "decoder": group}, 1, 0)
+    params = jax.jit(stage.init)(jax.random.key(0), {}).params
+    params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
+    got = stage.forward(params, images, jnp.asarray(noise))
+    p = float64(params)
+    kept = np.argsort(noise, 1)[:, :3]
+    patches = np.asarray(vit.patchify(images, 2), np.float64)
+    x = np_linear(patches, p["encoder"]["patch_embed"]) + positions.sincos((3, 4), 16)
+    x = np.stack([row[keep] for row, keep in zip(x, kept, strict=True)])
+    latent = np.concatenate([np.repeat(p["encoder"]["cls_token"], 2, 0), x], 1)
+    latent = np_layer_norm(np_blocks(latent, p["encoder"], 1e-6), p["encoder"]["norm"], 1e-6)
+    np.testing.assert_allclose(got["latent"], latent, atol=2e-5)
+    d = p["decoder"]
+    y = np_linear(latent, d["embed"])
+    full = np.repeat(d["mask_token"], 2, 0).repeat(12, 1)
+    for i, keep in enumerate(kept):
+        full[i, keep] = y[i, 1:]
+    full = np.concatenate([y[:, :1], full + positions.sincos((3, 4), 8)], 1)
+    full = np_layer_norm(np_blocks(full, d, 1e-6), d["norm"], 1e-6)
+    prediction = np_linear(full[:, 1:], d["pred"])
+    np.testing.assert_allclose(got["prediction"], prediction, atol=5e-5)
+    mean, var = patches.mean(-1, keepdims=True), patches.var(-1, keepdims=True, ddof=1)
+    errors = ((prediction - (patches - mean) / np.sqrt(var + 1e-6)) ** 2).mean(-1)
+    removed = np.ones((2, 12), bool)
+    np.put_along_axis(removed, kept, False, axis=1)
+    np.testing.assert_allclose(got["loss"], errors[removed].mean(), rtol=1e-5)
+
+
+def test_bf16_sums_its_gradients_over_the_batch_in_fp32(rng):
+    """Of biases, scales and tokens: 10,000 addends of one sign, where a sum in bf16 loses a third
+    and more; what is left is the rounding of the addends (2^-8 each)."""
+    images = jnp.asarray(rng.normal(size=(400, 8, 10, 3)), jnp.float32)
+    noise, towards = jnp.asarray(rng.random((400, 20))), jnp.asarray(rng.normal(size=12))
+    group = optim.Group(0.1, 0.0)
+
+    def gradient(dtype):
+        networks = vit.ViT(16, 1, 2, 2, dtype=dtype), mae.Decoder(16, 1, 2, 2, 3, dtype=dtype)
+        groups = {"encoder": group, "decoder": group}
+        stage = Mae(*networks, (8, 10, 3), 0.5, None, groups, 1, 0)
+        params = jax.jit(stage.init)(jax.random.key(0), {}).params
+        return jax.jit(
+            jax.grad(lambda p: (stage.forward(p, images, noise)["prediction"] * towards).sum())
+        )(params)
+
+    exact = gradient("float32")
+    for (path, x), y in zip(
+        jax.tree.leaves_with_path(exact), jax.tree.leaves(gradient("bfloat16")), strict=True
+    ):
+        x, y = (np.delete(g, np.s_[16:32], -1) if g.shape[-1] == 48 else g for g in (x, y))
+        error = np.linalg.norm(y - x) / np.linalg.norm(x)
+        assert error < 0.05, (jax.tree_util.keystr(path), error)
+
+
+def test_reconstruction_loss_equals_numpy(rng):
+    images = rng.normal(size=(2, 4, 4, 3)).astype(np.float32)
+    patches = np.asarray(vit.patchify(images, 2), np.float64)
+    mean, var = patches.mean(-1, keepdims=True), patches.var(-1, keepdims=True, ddof=1)
+    target = (patches - mean) / np.sqrt(var + 1e-6)
+    np.testing.assert_allclose(losses.patch_targets(images, 2), target, rtol=1e-4, atol=1e-5)
+    prediction, mask = rng.normal(size=target.shape), np.array([[1, 0, 1, 1], [0, 0, 0, 1.0]])
+    per_patch = ((prediction - target) ** 2).mean(-1)
+    expected = per_patch[mask == 1].mean()
+    np.testing.assert_allclose(losses.reconstruction(prediction, target, mask), expected, rtol=1e-6)
+    assert losses.reconstruction(prediction, target, 0 * mask) == 0
+
+
+def test_contrastive_loss_equals_numpy(rng):
+    neighbours, predicted = rng.normal(size=(2, 6, 8))
+    neighbours /= np.linalg.norm(neighbours, axis=1, keepdims=True)
+    unit = predicted / np.linalg.norm(predicted, axis=1, keepdims=True)
+    logits = neighbours @ unit.T / 0.3
+    expected = np.mean(np.log(np.exp(logits).sum(1)) - np.diag(logits))
+    got = losses.nearest_neighbour(jnp.asarray(neighbours), jnp.asarray(predicted), 0.3)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_batch_norm_equals_numpy(rng):
+    x = rng.normal(3, 2, size=(6, 4)).astype(np.float32)
+    norm = nnclr.BatchNorm()
+    variables = norm.init(jax.random.key(0), x, train=True)
+    y, new = norm.apply(variables, x, train=True, mutable=["batch_stats"])
+    mean, var = x.mean(0, dtype=np.float64), x.var(0, dtype=np.float64)
+    np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-5), rtol=1e-4, atol=1e-6)
+    stats = new["batch_stats"]
+    np.testing.assert_allclose(stats["mean"], 0.1 * mean, rtol=1e-5)
+    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * x.var(0, ddof=1), rtol=1e-5)
+    stats = {"mean": np.full(4, 2.0), "var": np.full(4, 4.0)}
+    y = norm.apply({"params": variables["params"], "batch_stats": stats}, x, train=False)
+    np.testing.assert_allclose(y, (x - 2) / np.sqrt(4 + 1e-5), rtol=1e-5)
+
+
+def test_batch_norm_is_fp32_whatever_comes_in(rng):
+    x = jnp.asarray(rng.normal(3, 0.1, size=(6, 4)), jnp.bfloat16)
+    norm = nnclr.BatchNorm()
+    variables = norm.init(jax.random.key(0), x, train=True)
+    got, exact = (
+        norm.apply(variables, y, train=True, mutable=["batch_stats"])
+        for y in (x, x.astype(jnp.float32))
+    )
+    assert_trees_equal(got, exact)
+    assert got[0].dtype == jnp.float32
+
+
+def test_head_is_initialised_like_pytorch_linear():
+    params = nnclr.Projector(400, 30).init(jax.random.key(0), jnp.zeros((2, 100)), train=True)
+    kernel = params["params"]["fc1"]["kernel"]
+    assert kernel.shape == (100, 400)
+    np.testing.assert_allclose(jnp.abs(kernel).max(), 1 / np.sqrt(100), rtol=1e-3)
+    np.testing.assert_allclose(kernel.std(), 1 / np.sqrt(3 * 100), rtol=0.01)
+
+
+def test_transformer_is_initialised_like_mae():
+    params = vit.ViT(64, 2, 4, 8).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    fans = {"patch_embed": (192, 64), "qkv": (64, 192), "fc1": (64, 256)}
+    kernels = dict(
+        patch_embed=params["patch_embed"]["kernel"],
+        qkv=params["blocks"]["attn"]["qkv"]["kernel"],
+        fc1=params["blocks"]["fc1"]["kernel"],
+    )
+    for name, (fan_in, fan_out) in fans.items():
+        bound = np.sqrt(6 / (fan_in + fan_out))
+        np.testing.assert_allclose(jnp.abs(kernels[name]).max(), bound, rtol=1e-2)
+        np.testing.assert_allclose(kernels[name].std(), bound / np.sqrt(3), rtol=0.05)
+    assert not jnp.array_equal(kernels["fc1"][0], kernels["fc1"][1])
+    np.testing.assert_allclose(params["cls_token"].std(), 0.02, rtol=0.3)

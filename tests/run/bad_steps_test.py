@@ -1,0 +1,128 @@
+"""A loss that is not finite: noticed, written down, and the end of the run or skipped."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maect_jax import config, pipeline, train
+from maect_jax.errors import RunFailedError
+from maect_jax.report import page as report
+from maect_jax.run import checkpoints, jsonl
+from maect_jax.stages import step as steps
+from tests.helpers import CONFIGS, SMALL
+from tests.helpers.common import assert_trees_equal, mesh_of, run_on
+
+SETTINGS = (
+    SMALL, "stages=('mae',)", "mae.batch_size=400", "mae.epochs=2", "log_every=1",
+    "monitor.every=0",
+)  # fmt: skip
+
+
+def page(*settings):
+    return config.load(str(CONFIGS / "quickstart.py:test"), [*SETTINGS, *settings])
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Has the steps of the given numbers give NaN."""
+    whole = steps.gradients
+
+    def begin(*bad):
+        def gradients(stage, state, batch):
+            factor = jnp.where(jnp.isin(state.step + 1, jnp.array(bad)), jnp.nan, 1.0)
+            return jax.tree.map(
+                lambda x: x * factor if jnp.issubdtype(x.dtype, jnp.floating) else x,
+                whole(stage, state, batch),
+            )
+
+        monkeypatch.setattr(steps, "gradients", gradients)
+
+    return begin
+
+
+def params(run, step):
+    folder = checkpoints.stage_folder(run, "mae")
+    return checkpoints.read_parts(folder, ("params", "opt_state"), mesh_of(1, 1), step)
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The record numbers of each step's images."""
+    taken, put = {}, train.sharding.put_batch
+
+    def noted(batch, mesh):
+        if "seed" in batch:
+            taken[len(taken) + 1] = batch["index"].tolist()
+        return put(batch, mesh)
+
+    monkeypatch.setattr(train.sharding, "put_batch", noted)
+    return taken
+
+
+def test_a_bad_step_is_written_down_and_ends_the_run(tmp_path, monkeypatch, poison, batches):
+    run = tmp_path / "run"
+    poison(6)
+    with pytest.raises(RunFailedError) as failed:
+        run_on(monkeypatch, (1, 1), page(), run, page=False)
+    good = checkpoints.stage_folder(run, "mae") / "4"
+    assert str(failed.value) == (
+        f"stage mae, step 6: the loss (nan) or a gradient (norm nan) is not finite; "
+        f"{run / 'bad_steps.jsonl'} names its images; config.nan_policy=skip would leave such "
+        f"steps out; the last good checkpoint is {good}, from which the same command goes on"
+    )
+    (entry,) = jsonl.read(run / "bad_steps.jsonl")
+    assert (entry["stage"], entry["step"], entry["loss"]) == ("mae", 6, "nan")
+    assert entry["index"] == batches[6]
+    assert len(entry["images"]) == 400
+    assert [line["step"] for line in jsonl.read(run / "metrics.jsonl") if "loss" in line] == [
+        1, 2, 3, 4, 5,
+    ]  # fmt: skip
+    # What is done again is not told twice.
+    with pytest.raises(RunFailedError):
+        run_on(monkeypatch, (1, 1), page(), run, page=False)
+    assert len(jsonl.read(run / "bad_steps.jsonl")) == 1
+    assert checkpoints.steps_of(good.parent) == [4]
+
+
+def test_a_bad_step_is_skipped_up_to_a_bound(tmp_path, monkeypatch, poison, caplog):
+    run, stopped = tmp_path / "run", tmp_path / "stopped"
+    poison(4, 6)  # the last step of an epoch, which is saved, and one that is not
+    skip = ("nan_policy=skip", "nan_limit=2")
+    run_on(monkeypatch, (1, 1), page(*skip), run, page=False)
+    assert [entry["step"] for entry in jsonl.read(run / "bad_steps.jsonl")] == [4, 6]
+    assert "skipped (2 of at most 2)" in caplog.text
+    losses = [line["loss"] for line in jsonl.read(run / "metrics.jsonl") if "loss" in line]
+    assert [loss is None for loss in losses] == [s in (4, 6) for s in range(1, 9)]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params(run, 8)))
+    report.build(run, pipeline.inputs.open_sources(page(), run))  # copes with the null
+    # The count goes on where a run goes on.
+    shutil.copytree(run, stopped)
+    shutil.rmtree(checkpoints.stage_folder(stopped, "mae") / "8")
+    run_on(monkeypatch, (1, 1), page(*skip), stopped, page=False)
+    assert_trees_equal(params(stopped, 8), params(run, 8))
+    shutil.rmtree(checkpoints.stage_folder(stopped, "mae") / "8")
+    with pytest.raises(RunFailedError, match=r"more than config\.nan_limit=1 were skipped"):
+        run_on(monkeypatch, (1, 1), page("nan_policy=skip", "nan_limit=1"), stopped, page=False)
+    assert [entry["step"] for entry in jsonl.read(stopped / "bad_steps.jsonl")] == [4, 6]
+
+
+def test_debug_nans_names_the_operation(tmp_path, monkeypatch, poison):
+    poison(2)
+    with pytest.raises(FloatingPointError, match="nan"):
+        run_on(monkeypatch, (1, 1), page("debug_nans=True"), tmp_path / "run", page=False)
+    assert not jax.config.jax_debug_nans
+
+
+def test_debug_nans_and_a_profile_leave_a_good_run_alone(tmp_path, monkeypatch):
+    settings = page("debug_nans=True", "mae.epochs=1", "profile=(2,3)")
+    run_on(monkeypatch, (1, 1), settings, tmp_path / "run", page=False)
+    (traced,) = (tmp_path / "run" / "profile" / "mae").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(traced)).planes
+    events = [event for plane in planes for line in plane.lines for event in line.events]
+    # XProf takes these for the steps.
+    steps = [dict(event.stats)["step_num"] for event in events if event.name == "mae"]
+    assert steps == [2, 3]
+    assert len(events) > 100

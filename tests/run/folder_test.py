@@ -1,0 +1,238 @@
+"""A run's folder: one run at a time, and what may change when it goes on."""
+
+import errno
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from maect_jax import config
+from maect_jax.errors import RunFailedError, UserError
+from maect_jax.run import board, folder, jsonl, lock, logger
+from tests.helpers import CONFIGS
+from tests.helpers.common import run_on, save
+
+
+def page(*overrides):
+    return config.load(str(CONFIGS / "quickstart.py:test"), overrides)
+
+
+def claim(folder, *overrides):
+    with folder.claimed(folder, page(*overrides), None):
+        pass
+
+
+def holder(folder, **changes):
+    """Writes a lock as another process would have."""
+    (folder / "lock").write_text(json.dumps(lock._me() | changes))
+
+
+def test_a_second_run_is_refused_and_told_who_is_there(tmp_path):
+    run = tmp_path / "run"
+    with folder.claimed(run, page(), None) as check:
+        before = (run / "config.json").read_text()
+        with pytest.raises(UserError) as refused:
+            claim(run, "log_every=3")
+        told = f"--workdir={run}: process {os.getpid()} on {socket.gethostname()} runs in it; "
+        assert str(refused.value).startswith(told)
+        assert (run / "config.json").read_text() == before
+        check()
+    assert {path.name for path in run.iterdir()} == {
+        "config.json", "environment.json", "origin.json",
+    }  # fmt: skip
+    claim(run)
+
+
+@pytest.mark.parametrize("how", ["ended", "its number was given again"])
+def test_the_lock_of_a_process_that_is_gone_is_stale(tmp_path, how):
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    if how == "ended":
+        holder(tmp_path, pid=process.pid)
+    else:
+        holder(tmp_path, started="1")
+    claim(tmp_path)
+    assert not (tmp_path / "lock").exists()
+
+
+@pytest.mark.parametrize("other", ["host", "machine"])
+def test_the_lock_of_another_machine_is_stale_after_a_minute(tmp_path, other):
+    """Also of one of the same name, as two containers may have."""
+    holder(tmp_path, **{other: "elsewhere"}, pid=1)
+    with pytest.raises(UserError, match=r"process 1 on .* runs in it"):
+        claim(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"lock"}
+    then = time.time() - 61
+    os.utime(tmp_path / "lock", (then, then))
+    claim(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null"])
+def test_a_torn_lock_is_stale_after_a_minute(tmp_path, text):
+    (tmp_path / "lock").write_text(text)
+    with pytest.raises(UserError, match="on unknown runs in it"):
+        claim(tmp_path)
+    then = time.time() - 61
+    os.utime(tmp_path / "lock", (then, then))
+    claim(tmp_path)
+
+
+def test_a_lock_that_is_released_and_taken_meanwhile_is_left_alone(tmp_path, monkeypatch):
+    holder(tmp_path)
+    look, first = lock._holder, [True]
+    monkeypatch.setattr(lock, "_holder", lambda path: None if first and first.pop() else look(path))
+    with pytest.raises(UserError, match="runs in it"):
+        claim(tmp_path)
+    assert (tmp_path / "lock").exists()
+
+
+def test_a_lock_that_cannot_be_released_hides_nothing(tmp_path, monkeypatch):
+    def away(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    def fail():
+        with lock.held(tmp_path):
+            monkeypatch.setattr(lock, "_holder", away)
+            raise RunFailedError("the loss is not finite")
+
+    with pytest.raises(RunFailedError, match="the loss is not finite"):
+        fail()
+
+
+def test_a_holder_touches_its_lock_and_notices_when_it_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_BEAT", 0.02)
+    with lock.held(tmp_path) as check:
+        os.utime(tmp_path / "lock", (0, 0))
+        deadline = time.monotonic() + 10
+        while (tmp_path / "lock").stat().st_mtime == 0:
+            assert time.monotonic() < deadline
+        check()
+        holder(tmp_path, host="elsewhere")
+        with pytest.raises(RunFailedError, match="is no longer this run's; another process has"):
+            check()
+    assert "elsewhere" in (tmp_path / "lock").read_text()  # it is not ours to remove
+
+
+def test_a_harmless_change_is_told_and_another_refused(tmp_path, caplog):
+    claim(tmp_path)
+    assert not caplog.text
+    claim(tmp_path)
+    assert not caplog.text
+    harmless = (
+        "log_every=3", "checkpoint.keep=5", "monitor.every=2", "nan_policy=skip", "remat=dots",
+        "mesh.fsdp=1", "data.workers=1", "debug_nans=True", "profile=(1,2)", "eval.pool=mean",
+    )  # fmt: skip
+    claim(tmp_path, *harmless)
+    told = caplog.text
+    assert f"{tmp_path}: goes on with a change: checkpoint.keep: 2 -> 5; " in told
+    assert "; log_every: 10 -> 3; " in told
+    assert "; eval.pool: '' -> 'mean'; " in told
+    assert config.read(tmp_path / "config.json").log_every == 3
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    (tmp_path / "environment.json").write_text(json.dumps(environment | {"jax": "0.1"}))
+    claim(tmp_path, *harmless)
+    assert "goes on with a change: jax: '0.1' -> " in caplog.text
+    before = (tmp_path / "config.json").read_text()
+    for change in ("seed=1", "model.depth=2", "mae.base_lr=1.0", "mae.epochs=3", "name=other"):
+        with pytest.raises(UserError) as refused:
+            claim(tmp_path, *harmless, change)
+        key, value = change.split("=")
+        told = re.fullmatch(
+            r".*: holds another run \((.*)\); name another folder, .*", str(refused.value)
+        )
+        assert re.fullmatch(rf"{key}: .* -> '?{value}'?", told[1])
+    assert (tmp_path / "config.json").read_text() == before
+    # Without its config nobody knows what the checkpoints are of.
+    (tmp_path / "checkpoints").mkdir()
+    claim(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="has checkpoints and no config"):
+        claim(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_another_number_of_images_is_refused(tmp_path, monkeypatch):
+    for i in range(20):
+        save(tmp_path / "train" / f"{i:02}.png", (28, 28), i)
+    run, settings = tmp_path / "run", page(
+        "stages=('mae',)", "mae.batch_size=10", "monitor.every=0", "data.source=folder",
+        f"data.path={tmp_path}",
+    )  # fmt: skip
+    run_on(monkeypatch, (1, 1), settings, run, page=False)
+    (tmp_path / "train" / "00.png").unlink()
+    with pytest.raises(UserError, match="on 20 images to step 4, and now there are 19; bring"):
+        run_on(monkeypatch, (1, 1), settings, run, page=False)
+
+
+@pytest.mark.parametrize("name", ["gs://bucket/run", "s3://bucket/run"])
+def test_a_bucket_must_be_mounted(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="must be a folder; a bucket must be mounted"):
+        claim(Path(name))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write there: .*Not a directory"):
+        claim(tmp_path / "file" / "run")
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "open", read_only)
+    with pytest.raises(UserError, match=r"cannot write there: .*Read-only file system"):
+        claim(tmp_path)
+
+
+class Nothing:
+    def take(self, *_):
+        raise AssertionError
+
+
+def logged(path, folder, done, steps):
+    log = logger.Log(path, "ct", 9, done, 4, 1, True, Nothing(), folder)
+    for step in steps:
+        scalars = {"loss": step / 2, "finite": True, "vote": 0}
+        log.add(step, scalars, None)
+    log.flush()
+    log.close()
+
+
+def events(folder):
+    """Steps and losses, read as TensorBoard reads them."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in folder.iterdir():
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+            found += [
+                (event.step, value.simple_value) for value in event.summary.value
+                if value.tag == "loss"
+            ]  # fmt: skip
+    return found
+
+
+def test_tensorboard_has_each_step_once_also_when_a_stage_goes_on(tmp_path):
+    path, folder = tmp_path / "metrics.jsonl", tmp_path / "tensorboard" / "ct"
+    logged(path, None, 0, range(1, 3))  # it was off at first
+    logged(path, folder, 2, range(3, 7))
+    logged(path, folder, 4, range(5, 10))  # it was stopped after step 6, and goes on from 4
+    assert [line["step"] for line in jsonl.read(path)] == list(range(1, 10))
+    assert events(folder) == [(step, step / 2) for step in range(1, 10)]
+
+
+def test_tensorboard_wants_a_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    monkeypatch.setattr(board.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"wants tensorboardX \(pip install 'maect_jax\[tensor"):
+        board.available()

@@ -1,0 +1,139 @@
+"""SIGTERM and SIGINT: a run saves, says that it can go on, and does."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from maect_jax.run import checkpoints, jsonl, preemption
+from tests.helpers import FAST_RUN, ROOT, SMALL
+from tests.helpers.common import save, wait_for_step
+
+FLAGS = tuple(
+    f"--config{setting}" for setting in (
+        "=configs/quickstart.py:test", f".{SMALL}", ".stages=('mae',)", ".mae.batch_size=100",
+        ".mae.epochs=200", ".log_every=1", ".checkpoint.every=50", ".monitor.every=0",
+    )
+)  # fmt: skip
+
+
+@pytest.fixture
+def running(tmp_path):
+    """Starts a run; ends what a test leaves."""
+    started = []
+
+    def start(*flags):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "maect_jax.main", f"--workdir={tmp_path / 'run'}", *flags],
+            cwd=ROOT, env=os.environ | {"XLA_FLAGS": FAST_RUN}, stderr=subprocess.PIPE, text=True,
+            process_group=0,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        process.stderr.close()
+
+
+def errors(text):
+    """The last lines, but for the bar."""
+    return [line for line in text.splitlines() if line and "img/s" not in line]
+
+
+def test_a_signal_that_nobody_has_asked_for_any_more_is_not_lost():
+    def busy():
+        with preemption.deferred():
+            signal.raise_signal(signal.SIGTERM)
+
+    with preemption.handled(), pytest.raises(KeyboardInterrupt):
+        busy()
+
+
+def test_a_signal_saves_and_says_that_the_run_can_go_on(tmp_path, running):
+    run = tmp_path / "run"
+    process = running(*FLAGS)
+    wait_for_step(run, 5, process)
+    process.send_signal(signal.SIGTERM)
+    start = time.monotonic()
+    _, told = process.communicate(timeout=60)
+    assert time.monotonic() - start < 20
+    assert process.returncode == preemption.STATUS == 75
+    (step,) = checkpoints.steps_of(checkpoints.stage_folder(run, "mae"))
+    assert step == max(line["step"] for line in jsonl.read(run / "metrics.jsonl"))
+    assert errors(told) == [
+        "SIGTERM: saving; a second SIGINT ends at once",
+        f"error: preempted, resumable: stage mae is saved at step {step} of 3200; the same command "
+        "goes on from there",
+    ]
+    assert not (run / "lock").exists()
+    # A stop leaves no picture of its own.
+    assert not (run / "watch").exists()
+    process = running(*FLAGS)
+    wait_for_step(run, step + 3, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    steps = [line["step"] for line in jsonl.read(run / "metrics.jsonl") if "loss" in line]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_second_sigint_ends_at_once(tmp_path, running):
+    """Also where saving goes on for minutes."""
+    run = tmp_path / "run"
+    process = running(*FLAGS)
+    wait_for_step(run, 5, process)
+    # The folder of the checkpoints gives way to a file: saving is tried for minutes.
+    folder = checkpoints.stage_folder(run, "mae")
+    folder.rmdir()
+    folder.write_text("")
+    process.send_signal(signal.SIGINT)
+    time.sleep(3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    _, told = process.communicate(timeout=10)
+    assert time.monotonic() - start < 2
+    assert process.returncode == 130
+    assert errors(told)[-1] == "ended at once; the last checkpoint is as it was"
+
+
+def wait_for_end(group):
+    deadline = time.monotonic() + 20
+    while subprocess.run(["pgrep", "-r", "R,S,D", "-g", str(group)], capture_output=True).stdout:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_whole_group_may_get_the_signal(tmp_path, running):
+    """As by a terminal's Ctrl-C, or a scheduler: the worker processes still bring batches, and end
+    with the main one, also where that is killed."""
+    for i in range(64):
+        save(tmp_path / "images" / "train" / f"{i:02}.png", (30, 30), i)
+    more = (
+        ".data.source=folder", f".data.path={tmp_path / 'images'}", ".data.train_split=train",
+        ".data.val_split=train", ".data.workers=2", ".mae.batch_size=8", ".model.channels=3",
+        ".data.mean=(0.5,0.5,0.5)", ".data.std=(0.2,0.2,0.2)",
+    )  # fmt: skip
+    process = running(*FLAGS, *(f"--config{setting}" for setting in more))
+    wait_for_step(tmp_path / "run", 3, process)
+    group = os.getpgid(process.pid)
+    workers = subprocess.run(["pgrep", "-g", str(group)], capture_output=True, text=True)
+    assert len(workers.stdout.split()) >= 3
+    process.kill()
+    wait_for_end(group)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    process = running(*FLAGS, *(f"--config{setting}" for setting in more))
+    wait_for_step(tmp_path / "run", 3, process)
+    group = os.getpgid(process.pid)
+    os.killpg(group, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 75, told
+    assert re.fullmatch(r"error: preempted, resumable: stage mae is saved .*", errors(told)[-1])
+    wait_for_end(group)

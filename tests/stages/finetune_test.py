@@ -1,0 +1,495 @@
+"""Fine-tuning: drop path, mixing, erasing, learning rates, records, and the whole stage."""
+
+import dataclasses
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maect_jax import config as pages
+from maect_jax import inputs, pipeline, plan, train, validate
+from maect_jax.data import arrays, augment, folder, loader, mix, subsets
+from maect_jax.data.augment import Photometric, Recipe
+from maect_jax.errors import UserError
+from maect_jax.evals import finetuned
+from maect_jax.models import vit
+from maect_jax.run import checkpoints
+from maect_jax.stages import build, flops, optim, state
+from maect_jax.stages.finetune import Finetune
+from maect_jax.stages.step import gradients, step
+from tests.helpers import CONFIGS
+from tests.helpers.common import assert_trees_equal, mesh_of, run_on, save
+
+PAGE = str(CONFIGS / "finetune.py")
+BATCH, CLASSES, SHAPE = 16, 3, (8, 8, 3)
+ENCODER = vit.ViT(16, 4, 2, 4)
+MEAN, STD = (0.5,) * 3, (0.25,) * 3
+PLAIN = dict(drop_path=0.0, label_smoothing=0.0, mixup_alpha=0.0, cutmix_alpha=0.0, erasing=0.0)
+FULL = dict(drop_path=0.5, label_smoothing=0.1, mixup_alpha=0.8, cutmix_alpha=1.0, erasing=0.25)
+
+
+def stage_of(**changes):
+    settings = dict(
+        encoder=ENCODER, image_shape=SHAPE, pool="cls", classes=CLASSES,
+        recipe=Recipe(SHAPE[:2], (0.5, 1.0), MEAN, STD, (Photometric(),)),
+        groups={"encoder": optim.Group(0.003, 0.05, 0.75, 4),
+                "classifier": optim.Group(0.003, 0.05)},
+        steps=60, warmup=5,
+    )  # fmt: skip
+    return Finetune(**settings | PLAIN | changes)
+
+
+def batch_of(seed, labels=None):
+    """Noise whose mean colour tells the label."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, CLASSES, BATCH).astype(np.int32) if labels is None else labels
+    image = rng.integers(0, 120, (BATCH, 1, *SHAPE))
+    image[np.arange(BATCH), ..., labels] += 100
+    return dict(
+        image=image.astype(np.uint8),
+        index=np.arange(BATCH, dtype=np.int32),
+        label=labels,
+        seed=rng.integers(0, 2**32, (BATCH, 2), dtype=np.uint32),
+    )
+
+
+# Drop path.
+
+
+def test_drop_path_rises_linearly_and_keeps_the_mean():
+    found = np.asarray(vit.drop_paths(jax.random.key(0), 0.4, 20_000, 5))
+    assert found.shape == (20_000, 5, 2)
+    rates = np.array([0, 0.1, 0.2, 0.3, 0.4])
+    np.testing.assert_allclose((found == 0).mean(0), np.stack([rates] * 2, 1), atol=0.012)
+    np.testing.assert_allclose(found.mean(0), 1, atol=0.02)
+    for block, rate in enumerate(rates):
+        kept = found[:, block][found[:, block] > 0]
+        np.testing.assert_allclose(kept, 1 / (1 - rate), rtol=1e-6)
+    # Images and branches are drawn one by one.
+    last = found[:, -1] == 0
+    assert abs((last[:, 0] & last[:, 1]).mean() - 0.16) < 0.012
+    again = vit.drop_paths(jax.random.key(0), 0.4, 20_000, 5)
+    np.testing.assert_array_equal(found, again)
+    assert (found != np.asarray(vit.drop_paths(jax.random.key(1), 0.4, 20_000, 5))).any()
+
+
+def test_no_drop_path_changes_nothing_and_a_dropped_block_is_none(rng):
+    images = jnp.asarray(rng.normal(size=(6, *SHAPE)), jnp.float32)
+    params = jax.jit(ENCODER.init)(jax.random.key(0), images)["params"]
+    run = jax.jit(lambda params, paths: ENCODER.apply({"params": params}, images, paths=paths))
+    plain = run(params, None)
+    none = vit.drop_paths(jax.random.key(0), 0.0, 6, 4)
+    np.testing.assert_array_equal(run(params, none), plain)
+    # Image 2 loses block 1, image 4 the attention of the last block.
+    paths = jnp.ones((6, 4, 2)).at[2, 1].set(0).at[4, 3, 0].set(0)
+    got = np.asarray(run(params, paths))
+    whole = np.array([0, 1, 3, 5])
+    np.testing.assert_array_equal(got[whole], plain[whole])
+
+    def silenced(*names, layer):
+        silent = jax.tree.map(jnp.copy, params)
+        for *parents, leaf in names:
+            part = silent["blocks"]
+            for name in parents:
+                part = part[name]
+            part[leaf] = jax.tree.map(lambda x: x.at[layer].set(0), part[leaf])
+        return np.asarray(run(silent, None))
+
+    want = silenced(("attn", "proj"), ("fc2",), layer=1)
+    np.testing.assert_allclose(got[2], want[2], rtol=1e-5, atol=1e-5)
+    want = silenced(("attn", "proj"), layer=3)
+    np.testing.assert_allclose(got[4], want[4], rtol=1e-5, atol=1e-5)
+    assert np.abs(got[2] - plain[2]).max() > 1e-2
+
+
+# Mixing and erasing.
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.77, 1.0])
+def test_cutmix_cuts_the_box_of_its_formula(kept):
+    shape = (12, 20)
+    for seed in range(20):
+        key = jax.random.key(seed)
+        y, x = np.asarray(jax.random.randint(key, (2,), 0, jnp.asarray(shape)))
+        height, width = (int(side * np.sqrt(1 - kept)) for side in shape)
+        want = np.ones(shape)
+        top, bottom = np.clip([y - height // 2, y + (height + 1) // 2], 0, shape[0])
+        left, right = np.clip([x - width // 2, x + (width + 1) // 2], 0, shape[1])
+        want[top:bottom, left:right] = 0
+        np.testing.assert_array_equal(mix._cut(key, shape, jnp.float32(kept)), want)
+
+
+def test_one_of_mixup_and_cutmix_is_drawn_with_its_own_beta():
+    draw = jax.jit(
+        jax.vmap(partial(mix.own_share, shape=(16, 16), mixup_alpha=0.8, cutmix_alpha=1.0))
+    )
+    found = np.asarray(draw(jax.random.split(jax.random.key(0), 4000))).reshape(4000, -1)
+    cut = ((found == 0) | (found == 1)).all(1)
+    assert abs(cut.mean() - 0.5) < 0.03
+    mixup = found[~cut]
+    assert (mixup == mixup[:, :1]).all()
+    np.testing.assert_allclose(mixup[:, 0].mean(), 0.5, atol=0.03)
+    np.testing.assert_allclose(mixup[:, 0].var(), 1 / (4 * (2 * 0.8 + 1)), atol=0.008)
+    # Clipped boxes are smaller: an image keeps more than half of itself.
+    assert 0.6 < found[cut].mean() < 0.8
+    for alphas, kinds in (((0.8, 0.0), {False}), ((0.0, 1.0), {True})):
+        keys = jax.random.split(jax.random.key(1), 8)
+        found = np.stack([mix.own_share(key, (16, 16), *alphas) for key in keys])
+        assert set(((found == 0) | (found == 1)).all((1, 2)).tolist()) == kinds
+
+
+def test_mixed_targets_sum_to_one_and_match_the_pixels():
+    """Every image is of one value, its own: the pixels tell whose they are."""
+    labels = np.array([0, 2, 1, 1, 0])
+    targets = mix.smooth(jnp.asarray(labels), CLASSES, 0.1)
+    np.testing.assert_allclose(targets[0], [1 - 0.1 + 0.1 / 3, 0.1 / 3, 0.1 / 3], rtol=1e-6)
+    images = np.broadcast_to(np.arange(5.0)[:, None, None, None], (5, 12, 20, 3))
+    for seed in range(30):
+        share = mix.own_share(jax.random.key(seed), (12, 20), 0.8, 1.0)
+        got, mixed = mix.mix(jnp.asarray(images, jnp.float32), targets, share)
+        np.testing.assert_allclose(mixed.sum(1), 1, rtol=1e-5)
+        share = np.asarray(share, np.float64)
+        for i in range(5):
+            own, other = images[i], images[4 - i]
+            want = share[..., None] * own + (1 - share[..., None]) * other
+            np.testing.assert_allclose(got[i], want, rtol=1e-5, atol=1e-6)
+            # The share of the partner's pixels is the weight of its label.
+            weight = (np.asarray(got[i], np.float64).mean() - i) / (4 - 2 * i) if i != 2 else 0
+            want = (1 - weight) * targets[i] + weight * targets[4 - i]
+            np.testing.assert_allclose(mixed[i], want, atol=1e-5)
+
+
+def test_erasing_has_its_probability_boxes_and_noise():
+    images = jnp.full((4000, 20, 30, 2), 9.0)
+    found = np.asarray(jax.jit(mix.erase, static_argnums=2)(jax.random.key(0), images, 0.25))
+    erased = found != 9
+    assert (erased[..., 0] == erased[..., 1]).all()
+    boxes = erased[..., 0][erased.any((1, 2, 3))]
+    assert abs(len(boxes) / 4000 - 0.25) < 0.03
+    heights, widths = boxes.any(2).sum(1), boxes.any(1).sum(1)
+    np.testing.assert_array_equal(heights * widths, boxes.sum((1, 2)))
+    areas = heights * widths / 600
+    assert heights.max() < 20  # a box is smaller than the image, or another is drawn
+    assert areas.min() < 0.04
+    assert 0.3 < areas.max() < 0.36
+    # Without limits of the image 0.177; tall boxes, which do not fit, are large.
+    assert 0.15 < areas.mean() < 0.18
+    aspects = np.log(heights / widths)
+    assert np.abs(aspects).max() < np.log(1 / 0.3) + 0.35  # whole pixels
+    assert aspects.min() < np.log(0.3) + 0.05
+    assert aspects.max() > 1
+    assert abs(aspects.mean()) < 0.25
+    # The corners are reached.
+    assert boxes[:, 0, 0].any()
+    assert boxes[:, -1, -1].any()
+    noise = found[erased]
+    assert abs(noise.mean()) < 0.02
+    assert abs(noise.std() - 1) < 0.02
+    always = mix.erase(jax.random.key(1), images[:100], 1.0)
+    assert (np.asarray(always) != 9).any((1, 2, 3)).all()
+
+
+# The stage.
+
+
+def test_learning_rate_and_weight_decay_of_every_tensor():
+    """As in MAE's fine-tuning: classifier and final norm at the full rate, block i of D (from 0) at
+    its 0.75^(D - i), embedding and class token at its 0.75^(D + 1)."""
+    config = tiny("finetune.base_lr=0.002", "finetune.layer_decay=0.75")
+    built = build.stage(config, "finetune", 1000, 10)
+    params = jax.eval_shape(built.init, jax.random.key(0), {}).params
+    lrs, decays = optim.per_tensor(params, built.groups)
+    assert optim.scaled_lr(0.002, 256, 1) == 0.002  # one view
+    for part in (lrs["classifier"], lrs["encoder"]["norm"]):
+        np.testing.assert_allclose(jax.tree.leaves(part), 0.002, rtol=1e-6)
+    rates = 0.002 * np.array([0.31640625, 0.421875, 0.5625, 0.75])
+    for leaf in jax.tree.leaves(lrs["encoder"]["blocks"]):
+        np.testing.assert_allclose(leaf.ravel(), rates, rtol=1e-6)
+    for leaf in jax.tree.leaves([lrs["encoder"][k] for k in ("patch_embed", "cls_token")]):
+        np.testing.assert_allclose(leaf, 0.002 * 0.2373046875, rtol=1e-6)
+    assert decays["classifier"] == {"kernel": 0.05, "bias": 0.0}
+    assert set(lrs["encoder"]) == {"patch_embed", "cls_token", "blocks", "norm"}
+
+
+def test_loss_without_regularisation_equals_numpy():
+    stage, batch = stage_of(label_smoothing=0.1), batch_of(0)
+    now = jax.jit(stage.init)(jax.random.key(0), {})
+    kernel = np.asarray(now.params["classifier"]["kernel"])
+    assert kernel.shape == (16, CLASSES)
+    assert 0.005 < kernel.std() < 0.015
+    assert not now.params["classifier"]["bias"].any()
+    views = augment.views(batch, stage.recipe)
+    assert views.shape == (BATCH, 1, *SHAPE)
+    loss, _ = jax.jit(stage.loss)(now.params, now, views, batch, jax.random.key(0))
+    tokens = ENCODER.apply({"params": now.params["encoder"]}, views[:, 0])
+    logits = np.asarray(tokens[:, 0]) @ kernel
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    want = -(0.9 * log_p[np.arange(BATCH), batch["label"]] + 0.1 * log_p.mean(1)).mean()
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+
+
+def test_everything_starts_from_what_is_handed_over_and_moves_but_a_learned_position(rng):
+    whole = jax.jit(ENCODER.init)(jax.random.key(3), jnp.zeros((1, *SHAPE)))["params"]
+    whole["pos_embed"] = jnp.asarray(rng.normal(size=(4, 16)), jnp.float32)
+    start = build.handover("mae", {"params": {"encoder": whole}}, "finetune")
+    stage = stage_of(drop_path=0.1)
+    before = jax.jit(stage.init)(jax.random.key(0), start)
+    assert_trees_equal(before.frozen, {"encoder": {"pos_embed": whole["pos_embed"]}})
+    assert_trees_equal({**before.params["encoder"], **before.frozen["encoder"]}, whole)
+    after, metrics = jax.jit(partial(step, stage))(before, batch_of(0))
+    assert metrics["finite"]
+    for x, y in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
+        assert not np.array_equal(x, y)
+    assert_trees_equal(before.frozen, after.frozen)
+    parts = {part: getattr(after, part) for part in build.SAVED_PARTS["finetune"]}
+    found = build.evaluated_encoder("finetune", parts)
+    assert_trees_equal(found, {**after.params["encoder"], **after.frozen["encoder"]})
+
+
+def test_the_regularised_loss_is_the_same_on_any_devices_and_microbatches():
+    def gradients_of(shape, microbatches):
+        stage = dataclasses.replace(stage_of(**FULL), microbatches=microbatches)
+        mesh = mesh_of(*shape)
+        with jax.set_mesh(mesh):
+            now = state.create(stage, jax.random.key(0), {}, mesh)
+            (loss, _), grads = jax.jit(partial(gradients, stage))(now, batch_of(0))
+        return float(loss), jax.device_get(grads)
+
+    loss, whole = gradients_of((1, 1), 1)
+    got, grads = gradients_of((2, 2), 2)
+    np.testing.assert_allclose(got, loss, rtol=1e-5)
+    for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [PLAIN, FULL], ids=["plain", "regularised"])
+def test_training_learns_to_tell_images_apart(settings):
+    stage = stage_of(**settings | dict(drop_path=min(settings["drop_path"], 0.1)))
+    now = jax.jit(stage.init)(jax.random.key(0), {})
+    update, rank = jax.jit(partial(step, stage)), jax.jit(stage.ranked)
+
+    def accuracy(now):
+        batches = [batch_of(1000 + seed) for seed in range(4)]
+        moments = stage.recipe.mean, stage.recipe.std
+        seen = [augment.normalise_pixels(batch["image"][:, 0], *moments) for batch in batches]
+        found = [rank(now.params, now.frozen, images) for images in seen]
+        labels = np.concatenate([batch["label"] for batch in batches])
+        return finetuned.accuracies(np.concatenate(found), labels)
+
+    before = accuracy(now)[0]
+    for seed in range(60):
+        now, _ = update(now, batch_of(seed))
+    assert before < 0.6
+    assert accuracy(now) == (pytest.approx(1, abs=0.05), 1.0)  # of three classes
+
+
+def test_flops_formula_equals_the_compilers_count():
+    # One layer a scan: the compiler counts a loop's body once.
+    encoder = vit.ViT(256, 1, 4, 4)
+    stage = stage_of(encoder=encoder, image_shape=(28, 28, 3), classes=500)
+    now = jax.eval_shape(stage.init, jax.random.key(0), {})
+    views = jax.ShapeDtypeStruct((BATCH, 1, 28, 28, 3), "float32")
+    labels = {"label": jax.ShapeDtypeStruct((BATCH,), "int32")}
+    grad = jax.jit(jax.grad(stage.loss, has_aux=True))
+    lowered = grad.lower(now.params, now, views, labels, jax.eval_shape(jax.random.key, 0))
+    counted = lowered.compile().cost_analysis()["flops"]
+    assert flops.per_step(stage, BATCH, 1) == pytest.approx(counted, rel=0.05)
+
+
+def test_accuracies_by_hand():
+    ranked = np.array([[4, 1, 2, 3, 0], [1, 0, 4, 5, 6], [2, 9, 8, 7, 5], [0, 1, 2, 3, 4]])
+    assert finetuned.accuracies(ranked, np.array([4, 6, 0, 2])) == (0.25, 0.75)
+
+
+# Records and images.
+
+
+def test_records_do_not_depend_on_workers(images):
+    source = folder.Folder(str(images / "train"))
+    make = loader.FinetuneRecord(source, 3, (8, 8), ((0.3, 1.0),), (5, 3), False, MEAN)
+    order = loader.Order(len(source), 8, 4, make.seed, range(8))
+    threads = list(loader.train_batches(order, make, workers=0))
+    processes = list(loader.train_batches(order, make, workers=2))
+    assert len(threads) == len(processes) == 4
+    for one, other in zip(threads, processes, strict=True):
+        assert_trees_equal(one, other)
+    assert threads[0]["image"].shape == (8, 1, 8, 8, 3)
+    assert set(threads[0]) == set(loader.TrainRecord(*make_fields(make))((0, 0)))
+    # Without RandAugment the same crops, untouched.
+    plain = loader.FinetuneRecord(*make_fields(make))
+    cut = [plain((0, record))["image"] for record in range(21)]
+    single = loader.TrainRecord(*make_fields(make))
+    for record in range(21):
+        np.testing.assert_array_equal(cut[record], single((0, record))["image"])
+    augmented = [make((0, record))["image"] for record in range(21)]
+    same = sum(np.array_equal(a, b) for a, b in zip(cut, augmented, strict=True))
+    assert 0 < same < 15
+
+
+def make_fields(make):
+    return [getattr(make, field.name) for field in dataclasses.fields(loader.TrainRecord)]
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["all", "subset"])
+def test_images_in_memory_are_cut_on_the_host_in_the_same_way(part):
+    source = arrays.fashion_mnist("train[80%:]")
+    if part:
+        source = subsets.chosen(source, "10%", 0)
+    make = loader.FinetuneRecord(source, 1, (14, 14), ((0.3, 1.0),), (5, 3), False, (0.3,))
+    order = loader.Order(len(source), 16, 2, make.seed, range(4, 8))
+    for step_, batch in enumerate(loader.train_batches(order, make, workers=8)):
+        epoch, records = order.of_step(step_)
+        for row, record in enumerate(records):
+            want = make((epoch, int(record)))
+            assert want["image"].shape == (1, 14, 14, 1)
+            for key, value in want.items():
+                np.testing.assert_array_equal(batch[key][row], value)
+            assert want["label"] == source[int(record)][1]
+
+
+def test_images_are_chosen_by_share_or_list(images, tmp_path):
+    source = folder.Folder(str(images / "train"))
+    assert subsets.chosen(source, "all", 0) is source
+    few, more = (subsets.chosen(source, share, 7) for share in ("10%", "50%"))
+    assert set(few.records) < set(more.records)
+    assert sorted(few[i][1] for i in range(len(few))) == [0, 1]
+    (tmp_path / "names.txt").write_text("ant/03.png\nbee/deep/er/99\n")
+    listed = subsets.chosen(source, str(tmp_path / "names.txt"), 0)
+    assert [listed[i][1] for i in range(2)] == [0, 1]
+    assert subsets.classes_of(listed) == 2
+    with pytest.raises(UserError, match=r"config\.finetune\.images='no\.txt': list 'no\.txt': can"):
+        subsets.chosen(source, "no.txt", 0)
+
+
+# Configs, and the whole run.
+
+
+def tiny(*overrides):
+    config = pages.load(f"{PAGE}:test", ["init_from=random", *overrides])
+    with config.unlocked():
+        config.model = pages.load(str(CONFIGS / "mae_vitb16.py:test")).model
+    return config
+
+
+def test_pages_have_the_published_settings():
+    """Absolute learning rates: 1e-3 at batch 256, 3e-5 at batch 512."""
+    ten, one, whole = (pages.load(f"{PAGE}{a}").finetune for a in (":10percent", ":1percent", ""))
+    assert (ten.images, one.images, whole.images) == ("10%", "1%", "all")
+    assert (ten.batch_size, one.batch_size, whole.batch_size) == (256, 512, 1024)
+    assert optim.scaled_lr(ten.base_lr, 256, 1) == pytest.approx(1e-3)
+    assert optim.scaled_lr(one.base_lr, 512, 1) == pytest.approx(3e-5)
+    assert (ten.weight_decay, one.weight_decay) == (0.05, 0.4)
+    for section in (ten, one, whole):
+        assert (section.epochs, section.warmup_epochs, section.layer_decay) == (50, 5, 0.75)
+        assert section.label_smoothing == 0.1
+    regular = ("randaugment", "erasing", "mixup_alpha", "cutmix_alpha", "drop_path")
+    assert [ten[key] for key in regular] == [True, 0.25, 0.8, 1.0, 0.2]
+    assert [one[key] for key in regular] == [False, 0, 0, 0, 0]
+    differing = {k for k in whole if whole[k] != ten[k]}
+    assert differing == {"images", "batch_size"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("images=0%", "finetune.images='0%': must be 'all', a share from above '0%' to '100%'"),
+        ("images=ten%", "finetune.images='ten%': must be"),
+        ("images=", "finetune.images='': must be"),
+        ("warmup_epochs=3", "finetune.warmup_epochs=3: must be from 0 to the 2 epochs"),
+        ("layer_decay=0", "finetune.layer_decay=0.0: must be above 0"),
+        ("drop_path=1", "finetune.drop_path=1.0: must be from 0 to below 1"),
+        ("label_smoothing=-0.1", "finetune.label_smoothing=-0.1: must be from 0 to below 1"),
+        ("mixup_alpha=-1", "finetune.mixup_alpha=-1.0: must be 0 or more"),
+        ("cutmix_alpha=1e999", "finetune.cutmix_alpha=inf: must be 0 or more"),
+        ("erasing=1.5", "finetune.erasing=1.5: must be from 0 to 1"),
+        ("crop_scale=(0.0,1.0)", "finetune.crop_scale"),
+        ("base_lr=0", "finetune.base_lr=0.0: must be above 0"),
+    ],
+)
+def test_setting_that_is_not_allowed_is_one_clear_line(override, message):
+    config = tiny(f"finetune.{override}")
+    with pytest.raises(UserError, match=message):
+        validate.settings(config, devices=8)
+
+
+def test_what_cannot_start_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match=r"must be the folder of a run or a file of weights$"):
+        pipeline.prepare(pages.load(f"{PAGE}:test", ["init_from=random"]))
+    with pytest.raises(UserError, match=r"no section 'model', which it takes from a run"):
+        validate.has_model(pages.load(PAGE))
+    with pytest.raises(UserError, match=r"batch_size=256: must be at most the 80 training images"):
+        inputs.open_sources(tiny("finetune.images=1%"), tmp_path)
+    for split in ("train", "val"):
+        save(tmp_path / "bare" / split / "a.png")
+    config = tiny("data.source=folder", f"data.path={tmp_path}/bare")
+    with pytest.raises(UserError, match=r"train and val have no labels, which finetune needs"):
+        inputs.open_sources(config, tmp_path / "run")
+
+
+def test_plan_counts_the_chosen_images_and_one_view():
+    config = pages.load(f"{PAGE}:10percent", ["data.path=absent"])
+    with config.unlocked():
+        config.model = pages.load(str(CONFIGS / "mae_vitb16.py")).model
+    source, _ = plan.training_images(config)
+    (text,) = plan.describe(config, source)
+    assert "25,000 (50 epochs of 128,117 images, warm-up 2,500)" in text
+    assert "256 images x 1 view\n" in text
+    block, width = 12 * 768**2 + 13 * 768, 768
+    trained = 12 * block + (768 + 1) * width + width + 2 * width + (width + 1) * 1000
+    assert f"{trained:,}" in text
+    batch = train.abstract_batch(config, "finetune", source, mesh_of(1, 8))
+    assert batch["image"].shape == (256, 1, 224, 224, 3)
+
+
+def test_a_chain_ends_with_the_accuracy_of_the_classifier(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "configs" / "chain.py"
+    page.parent.mkdir()
+    page.write_text(
+        "from configs import common\n"
+        "def get_config(argument=''):\n"
+        "    config = common.base('chain', 'Ti', 7)\n"
+        "    common.small_images(config)\n"
+        "    common.add_mae(config, 64)\n"
+        "    common.add_finetune(config, 64)\n"
+        "    return common.finish(config, argument)\n"
+    )
+    monkeypatch.syspath_prepend(str(CONFIGS.parent))
+    settings = [
+        "data.train_split=train[80%:]", "mae.epochs=1", "mae.warmup_epochs=0",
+        "finetune.epochs=3", "finetune.images=80%", "finetune.base_lr=0.02",
+        "finetune.layer_decay=1.0", "finetune.randaugment=False", "finetune.mixup_alpha=0.0",
+        "finetune.cutmix_alpha=0.0", "finetune.erasing=0.0", "finetune.crop_scale=(0.6,1.0)",
+        "finetune.batch_size=64",
+    ]  # fmt: skip
+    config = pages.load(f"{page}:test", settings)
+    run = tmp_path / "run"
+    run_on(monkeypatch, (2, 1), config, run)
+    line, *rest = told = capsys.readouterr().out.splitlines()
+    assert rest == ["", str(run / "report.html")]
+    assert "Fine-tuned: encoder and classifier on 1,280 labelled images" in (
+        (run / "report.html").read_text()
+    )
+    found = json.loads((run / "results.json").read_text())["finetune"]["finetune"]
+    share = f"top-1 {100 * found['top1']:.1f} %, top-5 {100 * found['top5']:.1f} %"
+    assert line == f"finetune: {share} of 2,000 held-out images"
+    assert (found["images"], found["training_images"]) == (2000, 1280)
+    assert found["settings"]["epochs"] == 3
+    assert 0.3 < found["top1"] < found["top5"] <= 1
+    # What was saved, run by hand on the held-out images, has that accuracy.
+    folder_ = checkpoints.stage_folder(run, "finetune")
+    parts = checkpoints.read_parts(folder_, ("params", "frozen"), mesh_of(1, 1))
+    held_out = arrays.fashion_mnist("val")
+    pixels = (held_out.images / 255 - config.data.mean) / config.data.std
+    tokens = jax.jit(build.encoder(config.model).apply)(
+        {"params": parts["params"]["encoder"]}, jnp.asarray(pixels, jnp.float32)
+    )
+    logits = tokens[:, 0] @ parts["params"]["classifier"]["kernel"]
+    logits += parts["params"]["classifier"]["bias"]
+    hits = np.asarray(logits).argmax(1) == held_out.labels
+    assert abs(hits.mean() - found["top1"]) < 0.002
+    # Called again, it trains no more, and says the same.
+    run_on(monkeypatch, (2, 1), config, run, page=False)
+    assert capsys.readouterr().out.splitlines() == told

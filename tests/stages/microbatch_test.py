@@ -1,0 +1,98 @@
+"""Microbatches and rematerialisation: the same gradients, less memory, nothing frozen twice."""
+
+import dataclasses
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+
+from maect_jax import sharding
+from maect_jax.models import vit
+from maect_jax.stages import state
+from maect_jax.stages.step import gradients
+from tests.helpers.common import mesh_of
+from tests.helpers.golden_figures import norm
+from tests.helpers.tiny_stages import STAGES, batch_of, contrast_stage, started
+
+# More layers and tokens than the other tests have, so that activations are what memory holds.
+ENCODER = vit.ViT(64, 8, 4, 2, frozen_blocks=3)
+
+
+@cache
+def gradients_of(name, shape=(1, 1), microbatches=1, remat="none"):
+    """The loss and all gradients of the first step."""
+    stage = STAGES[name]
+    stage = dataclasses.replace(
+        stage, encoder=stage.encoder.clone(remat=remat), microbatches=microbatches
+    )
+    mesh = mesh_of(*shape)
+    with jax.set_mesh(mesh):
+        now = state.create(stage, jax.random.key(0), {}, mesh)
+        batch = sharding.put_batch(batch_of(0), mesh)
+        run = jax.jit(lambda now, batch: gradients(stage, now, batch))
+        (loss, _), grads = run(now, batch)
+    return float(loss), jax.device_get(grads)
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(microbatches=2, remat="blocks"),
+        dict(microbatches=4, shape=(2, 2)),
+        dict(remat="dots"),
+    ],
+    ids=str,
+)
+def test_gradients_equal_those_of_the_whole_batch(name, how):
+    loss, whole = gradients_of(name)
+    got_loss, parts = gradients_of(name, **how)
+    np.testing.assert_allclose(got_loss, loss, rtol=1e-6)
+    # Of what is zero by construction rounding is all that there is.
+    scale = norm(np.concatenate([np.ravel(x) for x in jax.tree.leaves(whole)]))
+    for (path, want), got in zip(
+        jax.tree.leaves_with_path(whole), jax.tree.leaves(parts), strict=True
+    ):
+        assert norm(got - want) <= 1e-5 * norm(want) + 1e-7 * scale, jax.tree_util.keystr(path)
+
+
+def stage_with(**changes):
+    encoder = ENCODER.clone(remat=changes.pop("remat", "none"))
+    return contrast_stage("ct", encoder=encoder, **changes)
+
+
+def temporaries(stage, now, batch):
+    run = jax.jit(lambda now, batch: gradients(stage, now, batch)[1])
+    return run.lower(now, batch).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_each_takes_less_memory():
+    now, batch = started(stage_with()), batch_of(0)
+    whole = temporaries(stage_with(), now, batch)
+    parts = temporaries(stage_with(microbatches=8), now, batch)
+    blocks = temporaries(stage_with(remat="blocks"), now, batch)
+    dots = temporaries(stage_with(remat="dots"), now, batch)
+    assert parts < 0.5 * whole
+    assert blocks < dots < whole
+    assert blocks < 0.5 * whole
+
+
+def scans_with_products(jaxpr):
+    """The lengths of all innermost scans with a matrix product in them."""
+    for equation in jaxpr.eqns:
+        below = [getattr(v, "jaxpr", v) for v in jax.tree.leaves(list(equation.params.values()))]
+        below = [v for v in below if hasattr(v, "eqns")]
+        inner = [length for body in below for length in scans_with_products(body)]
+        yield from inner
+        if equation.primitive.name == "scan" and not inner and "dot_general" in str(equation):
+            yield equation.params["length"]
+
+
+def test_frozen_blocks_are_not_computed_again():
+    stage, batch = stage_with(microbatches=4), batch_of(0)
+    now = started(stage)
+    traced = jax.make_jaxpr(lambda now, batch: gradients(stage, now, batch)[1])(now, batch)
+    # 3 layers are frozen, and run forward; 5 are trained: forward, forward again, and back. The
+    # search of the queue is a scan of length 1.
+    assert sorted(scans_with_products(traced.jaxpr)) == [1, 3, 5, 5, 5]
