@@ -18,10 +18,10 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import v2
 
 from benchmarks import turns
-from maect_jax import config as pages
+from maect_jax import config as configs
 from maect_jax import train
 from maect_jax.data import arrays, augment
-from maect_jax.stages import build
+from maect_jax.stages import STAGES
 
 BATCH, IMAGES = 256, 10_000
 PAGE = "configs/head_aug_vitb16.py"
@@ -29,12 +29,12 @@ PAGE = "configs/head_aug_vitb16.py"
 
 def ours(pixels: np.ndarray):
     """This package's loader and its views on the device."""
-    config = pages.load(PAGE, ["model.image_size=(32, 32)", f"head.batch_size={BATCH}"])
+    config = configs.load(PAGE, ["model.image_size=(32, 32)", f"head.batch_size={BATCH}"])
     source = arrays.Arrays(pixels, np.zeros(len(pixels), np.int32), [])
-    stage = build.stage(config, "head", len(source))
+    stage = STAGES["head"].from_config(config, len(source))
     mesh = jax.make_mesh((1, 1), ("data", "fsdp"))
     see = jax.jit(lambda batch: augment.views(batch, stage.recipe))
-    for batch in train.batches(config, "head", source, 10**6, mesh):
+    for batch in train.batches(config, STAGES["head"], source, 10**6, mesh):
         del batch["bad"]
         yield jax.block_until_ready(see(batch))
 

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from maect_jax import config, sharding
-from maect_jax.stages import build, state
-from maect_jax.stages.step import compiled
+from maect_jax.stages import STAGES, state
+from maect_jax.stages.step import jitted_step
 
 PAGE = Path(__file__).parents[1] / "configs" / "ct_vitb16.py"
 
@@ -30,10 +30,12 @@ def prepared(microbatches: int, remat: str):
     page.model.update(variant="S", dtype="float32")
     page.ct.update(batch_size=IMAGES, queue_size=1024, frozen_blocks=6)
     page.update(encoder_microbatches=microbatches, remat=remat)
-    stage, mesh = build.stage(page, "ct", 10_000), sharding.make_mesh()
+    stage, mesh = STAGES["ct"].from_config(page, 10_000), sharding.make_mesh()
     with jax.set_mesh(mesh):
-        first = state.create(stage, jax.random.key(0), {}, mesh)
-        return compiled(stage, state.shardings_of(first)).lower(first, batch()).compile(), first
+        first = state.create_state(stage, jax.random.key(0), {}, mesh)
+        return jitted_step(stage, state.state_shardings(first)).lower(
+            first, batch()
+        ).compile(), first
 
 
 def batch() -> dict[str, np.ndarray]:

@@ -16,17 +16,17 @@ import numpy as np
 
 from maect_jax import config, sharding
 from maect_jax.run import manifest, saving
-from maect_jax.stages import build, state
+from maect_jax.stages import STAGES, state
 
 
 def main(name: str) -> None:
     page = config.load(name)
-    stage = build.stage(page, page.stages[-1], 1_281_167)
+    stage = STAGES[page.stages[-1]].from_config(page, 1_281_167)
     mesh, key = sharding.make_mesh(), jax.random.key(0)
     rows = []
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as scratch:
-        made = jax.block_until_ready(state.create(stage, key, {}, mesh))
-        abstract = state.abstract(stage, key, {}, mesh)
+        made = jax.block_until_ready(state.create_state(stage, key, {}, mesh))
+        abstract = state.abstract_state(stage, key, {}, mesh)
         told = {}
         for turn in range(5):
             folder = Path(scratch) / str(turn)

@@ -1,73 +1,77 @@
-"""Config pages: load one, apply overrides, write it down. Every mistake is one clear line."""
+"""Configs: load one with its overrides, check it by rules, write it down. A mistake is one line."""
 
+import argparse
 import ast
 import difflib
 import importlib.util
+import logging
+import math
+import os
 import sys
 import unicodedata
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from maect_jax import files
-from maect_jax.errors import UserError, shown
+from maect_jax.errors import OneLineParser, UserError, shown
 
-_LONGEST = 1000  # characters of a text: no name or path that people give has more
-# What every run's config has, also that of an imported encoder.
-_MODEL = (
+FOLDER = Path(__file__).parents[1] / "configs"
+_OVERRIDE = "--config."
+_LONGEST = 1000  # characters of a string: no name or path that people give has more
+# What the config of every run has, also that of an imported encoder.
+_MODEL_KEYS = (
     "variant", "width", "depth", "heads", "patch_size", "image_size", "channels", "ln_eps", "pool",
 )  # fmt: skip
-_LARGEST = 2**63 - 1  # what an integer of 64 bits can be
+_INT64 = 2**63 - 1
+_INT32 = 2**31  # steps, record numbers and sizes of arrays stay below it
 
 
-def load(page: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Builds the locked config of a page.
+# Loading
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Loads a locked config.
+
+    `ml_collections.config_flags` is not used: it leaves the elements of a tuple untyped, cannot set
+    a placeholder to None, and shows a traceback where a config refuses its argument.
 
     Args:
-      page: `path/to/page.py`, or `path/to/page.py:argument`, which the page's
-        `get_config(argument)` understands.
+      name: `path/to/file.py`, or `path/to/file.py:argument` for its `get_config(argument)`.
       overrides: `key=value` with dotted keys, such as `ct.epochs=3`.
 
     Raises:
-      UserError: no such page or key, a page that does not run, or a value of another type.
+      UserError: no such config or key, a file that does not run, or a value of another type.
     """
-    file, _, argument = page.partition(":")
+    file, _, argument = name.partition(":")
     path = Path(file).resolve()
     if not path.is_file():
-        pages = sorted(str(p) for p in Path(file).parent.glob("*.py"))
-        near = difflib.get_close_matches(file, pages, 1, 0)
-        hint = f"; did you mean {near[0]}?" if near else "; --help lists the pages"
-        raise UserError(f"--config={page}: there is no such file{hint}")
-    # Pages import each other as `configs.<name>`, from wherever the command is run.
+        known = sorted(str(p) for p in Path(file).parent.glob("*.py"))
+        near = difflib.get_close_matches(file, known, 1, 0)
+        hint = f"did you mean {near[0]}?" if near else "--help lists the configs"
+        raise UserError(f"--config={name}: there is no such file; {hint}")
+    # Configs import each other as `configs.<name>`, from wherever the command is run.
     sys.path.insert(0, str(path.parent.parent))
     try:
-        spec = importlib.util.spec_from_file_location(f"page_{path.stem}", path)
+        spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         config = module.get_config(argument).lock()
-    except ValueError as error:  # what a page raises for an argument it does not know
-        raise UserError(f"--config={page}: {error}") from error
-    except Exception as error:  # a page is a program: anything may go wrong in it
+    except ValueError as error:  # what a config raises for an argument that it does not know
+        raise UserError(f"--config={name}: {error}") from error
+    except Exception as error:  # a config is a program: anything may go wrong in it
         reason = " ".join(str(error).split())
-        raise UserError(f"--config={page}: not a config page: {reason}") from error
+        raise UserError(f"--config={name}: not a config: {reason}") from error
     finally:
         sys.path.remove(str(path.parent.parent))
     for override in overrides:
         _override(config, override)
     return config
-
-
-def flat(config: ConfigDict) -> dict[str, object]:
-    """All values of a config by their dotted key, in order."""
-    values = {}
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            values |= {f"{key}.{below}": leaf for below, leaf in flat(value).items()}
-        else:
-            values[key] = value
-    return values
 
 
 def _override(config: ConfigDict, override: str) -> None:
@@ -84,10 +88,10 @@ def _override(config: ConfigDict, override: str) -> None:
     if not equals:
         raise UserError(f"--config.{key}: write --config.{key}=VALUE")
     *sections, leaf = key.split(".")
-    holder = reduce(ConfigDict.__getitem__, sections, config)
-    kind = holder.get_type(leaf)
+    section = reduce(ConfigDict.__getitem__, sections, config)
+    kind = section.get_type(leaf)
     try:
-        holder[leaf] = _parse(text, kind, values[key])
+        section[leaf] = _parse(text, kind, values[key])
     # MemoryError and RecursionError: the parser's, of what is nested too deep.
     except (
         ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError
@@ -100,10 +104,8 @@ def _override(config: ConfigDict, override: str) -> None:
 
 def _parse(text: str, kind: type, before):
     if kind is str:
-        if len(text) > _LONGEST:
-            raise ValueError("too long")
-        if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
-            raise ValueError("control characters, or bytes that are no text")
+        if len(text) > _LONGEST or any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
+            raise ValueError("too long, control characters, or bytes that are no text")
         return text
     value = ast.literal_eval(text.capitalize() if kind is bool else text)
     if kind is tuple and isinstance(value, tuple) and before:
@@ -116,13 +118,161 @@ def _typed(value, kind: type):
         return float(value)
     if type(value) is not kind:
         raise TypeError(f"{value!r} is not of {kind}")
-    if kind is int and abs(value) > _LARGEST:
+    if kind is int and abs(value) > _INT64:
         raise OverflowError("more than 64 bits")
     return value
 
 
+# The command line
+
+
+def parser(doc: str) -> OneLineParser:
+    """A parser with `--config`, whose help lists all configs; `from_command_line` reads it."""
+    lines = ["configs:"]
+    for path in sorted(FOLDER.glob("*.py")):
+        summary = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+        if path.stem != "common":
+            lines.append(f"  {os.path.relpath(path):34}{summary}")
+    described = OneLineParser(
+        description=doc,
+        epilog="\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    described.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE.py[:ARGUMENT]",
+        help="the config; FILE.py:test is its tiny variant; --config.KEY=VALUE overrides a key",
+    )
+    return described
+
+
+def from_command_line(
+    described: OneLineParser, argv: Sequence[str] | None = None
+) -> tuple[ConfigDict, argparse.Namespace]:
+    """The config with its overrides, and the other arguments.
+
+    From here on the libraries say as much as `config.log_level` lets them.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    overrides = [arg.removeprefix(_OVERRIDE) for arg in argv if arg.startswith(_OVERRIDE)]
+    arguments = described.parse_args([arg for arg in argv if not arg.startswith(_OVERRIDE)])
+    config = load(arguments.config, overrides)
+    absl_logging.use_absl_handler()
+    debug = config.log_level == "debug"
+    absl_logging.set_verbosity(absl_logging.DEBUG if debug else absl_logging.WARNING)
+    if not debug:
+        _silence_failed_saves()
+    return config, arguments
+
+
+def _silence_failed_saves() -> None:
+    """Each of orbax's threads shows a stack trace of a save that fails; `run.checkpoints` has one
+    line for it."""
+    absl_logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    default = sys.unraisablehook
+
+    def hook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            default(unraisable)
+
+    sys.unraisablehook = hook
+
+
+# Rules: what the values must be. Each section's owner has a table of them.
+
+
+class Rule(NamedTuple):
+    """What a value must be.
+
+    Attributes:
+      allowed: in words, for the error; `{key}` is filled in from the section.
+      holds: whether a value of a section is allowed; a TypeError means that it is not.
+    """
+
+    allowed: str
+    holds: Callable[[Any, ConfigDict], bool]
+
+
+Rules = Mapping[str, Rule]  # by the key within the section
+positive = Rule("above 0, and below 2^31", lambda v, _: 0 < v < _INT32)
+not_negative = Rule("0 or more, and below 2^31", lambda v, _: 0 <= v < _INT32)
+fraction = Rule("from 0 to below 1", lambda v, _: 0 <= v < 1)
+numbers_above_0 = Rule(
+    "numbers above 0, at least one", lambda v, _: v and all(0 < x < math.inf for x in v)
+)
+
+
+def between(low: float, high: float) -> Rule:
+    """From `low` to `high`, both allowed."""
+    return Rule(f"from {low} to {high}", lambda v, _: low <= v <= high)
+
+
+def at_most(most: int) -> Rule:
+    """Above 0 and at most `most`."""
+    return Rule(f"above 0, and at most {most:,}", lambda v, _: 0 < v <= most)
+
+
+def one_of(options: Iterable) -> Rule:
+    """One of some values."""
+    options = tuple(options)
+    return Rule("one of " + ", ".join(map(repr, options)), lambda v, _: v in options)
+
+
+def some_of(options: Iterable) -> Rule:
+    """A tuple of some of these values."""
+    options = tuple(options)
+    return Rule(f"some of {options}", lambda v, _: set(v) <= set(options))
+
+
+def check(config: ConfigDict, section: str, rules: Rules) -> None:
+    """Checks a section ("" for the top level) by the rules of its owner.
+
+    Raises:
+      UserError: a value is not allowed.
+    """
+    values = flat(config[section] if section else config)
+    for key, rule in rules.items():
+        value = values.get(key)  # a section that another run has written may lack it
+        try:
+            allowed = rule.holds(value, config[section] if section else config)
+        except TypeError:  # nor need its values be of these types
+            allowed = False
+        if not allowed:
+            name = f"{section}.{key}" if section else key
+            wanted = rule.allowed.format_map(values) if "{" in rule.allowed else rule.allowed
+            raise UserError(f"config.{name}={shown(repr(value))}: must be {wanted}")
+
+
+# Values
+
+
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """All values of a config by their dotted key, in order."""
+    values = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            values |= {f"{key}.{below}": leaf for below, leaf in flat(value).items()}
+        else:
+            values[key] = value
+    return values
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """A line `key: old -> new` for every key whose values differ."""
+    before, after = flat(old), flat(new)
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in dict.fromkeys((*before, *after))
+        if before.get(key) != after.get(key)
+    ]
+
+
 def read(path: Path) -> ConfigDict:
-    """The config that a run wrote (`config.json`); JSON's lists are tuples again.
+    """Reads the config that a run has written (`config.json`); JSON's lists are tuples again.
 
     Raises:
       UserError: there is none, or the file holds something else.
@@ -136,25 +286,15 @@ def read(path: Path) -> ConfigDict:
         return value
 
     content = files.read_json(path)
-    needs(path, content, "model", _MODEL)
-    needs(path, content, "data")
+    require(path, content, "model", _MODEL_KEYS)
+    require(path, content, "data")
     return ConfigDict(tuples(content))
 
 
-def needs(path: Path, content: Mapping, section: str, keys: Sequence[str] = ()) -> None:
-    """Raises `UserError` where a run's config, the content of `path`, lacks some keys."""
-    found = content.get(section)
-    known = isinstance(found, Mapping | ConfigDict)
-    absent = [f"{section}.{key}" for key in keys if key not in found] if known else [section]
+def require(path: Path, content: Mapping, section: str, keys: Sequence[str] = ()) -> None:
+    """Raises `UserError` where the config of a run, the content of `path`, lacks some keys."""
+    values = content.get(section)
+    known = isinstance(values, Mapping | ConfigDict)
+    absent = [f"{section}.{key}" for key in keys if key not in values] if known else [section]
     if absent:
         raise UserError(f"{path}: not the config of a run: has no {', '.join(absent)}")
-
-
-def differing(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """A line `key: old -> new` for every key whose values differ."""
-    before, after = flat(old), flat(new)
-    return [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in dict.fromkeys((*before, *after))
-        if before.get(key) != after.get(key)
-    ]

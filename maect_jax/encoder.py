@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maect_jax import checks, sharding
+from maect_jax import sharding
 from maect_jax.convert import importing
 from maect_jax.convert.told import Given
 from maect_jax.data import augment
 from maect_jax.errors import UserError
 from maect_jax.models import positions, vit
 from maect_jax.run import checkpoints, lineage
-from maect_jax.stages import build
+from maect_jax.stages import SAVED
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std
 
@@ -102,7 +102,7 @@ def load_encoder(
         image_size = tuple(int(side) for side in np.ravel(image_size))
         if len(image_size) != 2:
             raise UserError(f"image_size={image_size}: must be (height, width)")
-    for key, value, allowed in (("pool", pool, vit.POOLS), ("dtype", dtype, checks.DTYPES)):
+    for key, value, allowed in (("pool", pool, vit.POOLS), ("dtype", dtype, vit.DTYPES)):
         if value not in (None, *allowed):
             raise UserError(f"{key}={value!r}: must be one of {', '.join(allowed)}")
     if importing.is_file(str(where)):
@@ -125,8 +125,8 @@ def load_encoder(
     if not len(mean) == len(std) == model.channels:
         raise UserError(f"{where}: name the mean and std of its {model.channels} channels")
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-    params = build.evaluated_encoder(found.saved.stage, found.saved.read(mesh))
+    params = SAVED[found.saved.stage].encoder_params(found.saved.read(mesh))
     old, new = (positions.grid(s, model.patch_size) for s in (model.image_size, size))
     params = jax.device_put(positions.fitted(params, old, new), jax.local_devices()[0])
-    module = build.encoder(model).clone(dtype=dtype)
+    module = vit.from_config(model).clone(dtype=dtype)
     return Encoder(module, params, size, model.channels, pool or model.pool, mean, std)

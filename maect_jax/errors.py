@@ -1,18 +1,18 @@
-"""The exceptions that are meant for the person at the keyboard; each text is one clear line."""
+"""The exceptions that become one line on stderr, and an exit status, in every command."""
+
+import argparse
+import math
+import sys
+import traceback
+from collections.abc import Callable
 
 _SHOWN = 200  # characters
 
 
-def shown(text: str) -> str:
-    """A text as part of a line: in one line, and the start of a long one."""
-    line = text if text.isprintable() else repr(text)[1:-1]
-    return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}..."
-
-
 class UserError(Exception):
-    """Bad input: what is wrong, where, and what is allowed.
+    """Bad input: what is wrong, with its value; what is allowed; what to do. Exit status 2.
 
-    `main` prints the line and exits with status 2; nothing is left half written.
+    Nothing is left half written.
     """
 
 
@@ -21,8 +21,71 @@ class RunFailedError(Exception):
 
 
 class PreemptedError(Exception):
-    """A run that was asked to end, by a signal, and has saved where it is. Exit status 75."""
+    """A run that a signal has ended, and that has saved where it is. Exit status 75."""
 
 
 class BadImageError(Exception):
     """An image that cannot be read, and why; the loader takes another in its place."""
+
+
+STATUS = {UserError: 2, RunFailedError: 1, BadImageError: 1, PreemptedError: 75}
+
+
+def shown(text: str) -> str:
+    """A text as part of a message: on one line, and the start of a long one."""
+    line = text if text.isprintable() else repr(text)[1:-1]
+    return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}..."
+
+
+def say(error: Exception | str) -> None:
+    """Writes one line on stderr."""
+    sys.stderr.write(f"error: {error}\n")  # in one call, lest another host's line come between
+
+
+def run_command(main: Callable[[], None]) -> int:
+    """Runs a command; returns its exit status, having told what went wrong in one line.
+
+    What nobody foresaw is a traceback first, and then such a line.
+    """
+    try:
+        main()
+        return 0
+    except tuple(STATUS) as error:
+        say(error)
+        return next(status for kind, status in STATUS.items() if isinstance(error, kind))
+    except FloatingPointError as error:  # what --config.debug_nans asks for
+        traceback.print_exc()
+        say(f"debug_nans: {_first_line(error)}")
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        say(
+            f"unexpected {type(error).__name__}: {_first_line(error)}. If the machine is not to "
+            "blame, please report the lines above."
+        )
+        return 1
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
+def positive(kind: type):
+    """A type for argparse: a number above 0."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError
+        return value
+
+    parse.__name__ = "number above 0"  # by which argparse calls it
+    return parse
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose errors are one line, as all others are."""
+
+    def error(self, message: str):
+        say(f"{message}; see --help")
+        sys.exit(2)

@@ -24,7 +24,7 @@ _LASTING = {
 }  # fmt: skip
 
 
-def patiently(path: Path, write: Callable[[], None]) -> None:
+def retry_io(path: Path, write: Callable[[], None]) -> None:
     """Calls `write`, again and again within 80 seconds where the storage fails for a while.
 
     Raises:
@@ -62,11 +62,11 @@ def _put(path: Path, write: Callable[[Path], None]) -> None:
     def whole():
         write(draft)
         with draft.open("rb") as file:
-            to_disk(file)  # or a power cut might leave the name without its content
+            fsync(file)  # or a power cut might leave the name without its content
         draft.replace(path)
 
     try:
-        patiently(path, whole)
+        retry_io(path, whole)
     except BaseException:  # a KeyboardInterrupt is one
         draft.unlink(missing_ok=True)
         raise
@@ -82,13 +82,13 @@ def write_json(path: Path, values: dict) -> None:
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
-def to_disk(file) -> None:
+def fsync(file) -> None:
     """Has what was written to an open file outlast a power cut."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def folder_to_disk(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Has the names in a folder outlast a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -115,7 +115,7 @@ def read_arrays(path: Path | str) -> dict[str, np.ndarray]:
         raise ValueError(shown(str(error) or repr(error))) from error
 
 
-def kept_arrays(path: Path, *keys: str) -> dict[str, np.ndarray]:
+def read_saved_arrays(path: Path, *keys: str) -> dict[str, np.ndarray]:
     """The arrays of an `.npz` that a run has written, which has `keys`.
 
     Raises:

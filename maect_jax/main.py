@@ -1,4 +1,7 @@
-"""The entry point: python -m maect_jax.main --config=configs/NAME.py [--config.key=value ...]."""
+"""Trains and evaluates by a config.
+
+python -m maect_jax.main --config=configs/NAME.py [--config.key=value ...]
+"""
 
 import os
 import sys
@@ -8,21 +11,30 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from maect_jax import command, pipeline
-from maect_jax.errors import PreemptedError, RunFailedError, UserError
+from maect_jax import config as configs
+from maect_jax import errors, pipeline
+from maect_jax.errors import UserError
 from maect_jax.run import preemption
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder; runs/<config name> unless given")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "print what would run, and stop")
-_HOST_TIMEOUT = flags.DEFINE_integer(
-    "host_timeout",
-    300,
-    "seconds that the hosts of a pod wait for each other at the start",
-    lower_bound=1,
-)
+_PATIENCE = 20.0  # seconds in which all hosts end together
 
 
-def _join_hosts() -> None:
+def _parser() -> errors.OneLineParser:
+    parser = configs.parser(__doc__)
+    parser.add_argument(
+        "--workdir", type=Path, help="the run's folder; runs/<config name> unless given"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print what would run, and stop")
+    parser.add_argument(
+        "--host_timeout",
+        type=errors.positive(int),
+        default=300,
+        help="seconds that the hosts of a pod wait for each other at the start (%(default)s)",
+    )
+    return parser
+
+
+def _join_hosts(seconds: int) -> None:
     """Makes one program of all hosts that have the same JAX_COORDINATOR_ADDRESS, if it is set.
 
     Raises:
@@ -30,25 +42,23 @@ def _join_hosts() -> None:
     """
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
     given = {key: os.environ[name] for key, name in names.items() if name in os.environ}
-    if "JAX_COORDINATOR_ADDRESS" not in os.environ:
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address is None:
         if given:
             alone = " and ".join(names[key] for key in given)
             raise UserError(
                 f"{alone} set without JAX_COORDINATOR_ADDRESS=HOST:PORT of the first host"
             )
         return
-    seconds = _HOST_TIMEOUT.value
 
     def give_up():
         # JAX's own timeout aborts the process with a stack trace, and cannot be caught.
-        address = os.environ["JAX_COORDINATOR_ADDRESS"]
-        message = f"not all hosts have met at {address} within --host_timeout={seconds} seconds"
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        errors.say(f"not all hosts have met at {address} within --host_timeout={seconds} seconds")
         os._exit(1)
 
-    watch = threading.Timer(seconds, give_up)
-    watch.daemon = True
-    watch.start()
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
     try:
         # On a TPU slice and under SLURM JAX finds out by itself what is not given.
         given = {key: int(value) for key, value in given.items()}
@@ -57,28 +67,33 @@ def _join_hosts() -> None:
         wrong = ", ".join(f"{name}={os.environ.get(name)}" for name in names.values())
         raise UserError(f"JAX_COORDINATOR_ADDRESS is set, with {wrong}: {error}") from error
     finally:
-        watch.cancel()
+        timer.cancel()
 
 
-def main(argv: list[str]) -> None:
+def _run() -> None:
+    config, arguments = configs.from_command_line(_parser())
+    flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl's flags
+    _join_hosts(arguments.host_timeout)
+    if arguments.dry_run:
+        pipeline.dry_run(config)
+        return
+    with preemption.handled():
+        pipeline.run(config, arguments.workdir or Path("runs") / config.name)
+
+
+def main() -> None:
     try:
-        config = command.load_config(argv)
-        _join_hosts()
-        if _DRY_RUN.value:
-            pipeline.dry_run(config)
-        else:
-            with preemption.handled():
-                pipeline.run(config, Path(_WORKDIR.value or f"runs/{config.name}"))
-    except UserError as error:
-        command.stop(error)
-    except RunFailedError as error:
-        command.stop(error, status=1)
-    except PreemptedError as error:
-        command.stop(f"preempted, resumable: {error}", preemption.STATUS)
+        status = errors.run_command(_run)
     except KeyboardInterrupt:
-        command.tell("preempted, resumable: the same command goes on where it was")
+        errors.say("preempted, resumable. Run the same command to resume.")
         preemption.leave()
+    if status and jax.distributed.is_initialized():
+        # At its end JAX waits for all hosts, and those that do not fail may wait for this one.
+        timer = threading.Timer(_PATIENCE, os._exit, [status])
+        timer.daemon = True
+        timer.start()
+    sys.exit(status)
 
 
 if __name__ == "__main__":
-    command.run(main, __doc__, _WORKDIR, _DRY_RUN, _HOST_TIMEOUT)
+    main()

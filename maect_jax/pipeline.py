@@ -1,47 +1,229 @@
-"""Runs the stages of a config in order, each starting from the one before."""
+"""Checks a config, opens its images, claims the run's folder, and runs the stages in order."""
 
-from collections.abc import Mapping
+import itertools
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
-from maect_jax import inputs, plan, sharding, train, validate
+from maect_jax import config as configs
+from maect_jax import sharding, train
+from maect_jax.config import Rule, Rules, between, not_negative, one_of, positive
 from maect_jax.data import bad_images, sources
 from maect_jax.errors import RunFailedError, UserError
-from maect_jax.evals import finetuned, monitor, runner, table
+from maect_jax.evals import finetuned, monitor, protocols, runner, table
+from maect_jax.models import vit
 from maect_jax.report import page
-from maect_jax.run import board, checkpoints, lineage, snapshots
-from maect_jax.run import folder as folders
-from maect_jax.stages import build
+from maect_jax.run import bad_steps, board, checkpoints, folder, lineage, snapshots
+from maect_jax.run.folder import Run
+from maect_jax.stages import STAGES
+from maect_jax.stages.base import Stage
+
+EVAL = "eval"  # in `config.stages`, beside the names of `STAGES`
+IMAGENET_TRAIN = 1_281_167
+# Training images, the shape that all have, and classes, of sets that need not be at hand.
+_KNOWN = {"imagenet2012": (IMAGENET_TRAIN, None, 1000), "cifar10": (50_000, (32, 32, 3), 10)}
+_MOST_STEPS = 2**31 - 1  # what an int32 counts
+_LOGGER = logging.getLogger(__name__)
+
+# Checking
+
+
+def _is_range(steps: tuple, _) -> bool:
+    whole = all(type(step) is int for step in steps)
+    return not steps or (len(steps) == 2 and whole and 0 < steps[0] <= steps[1])
+
+
+RULES: Rules = {
+    "seed": between(0, 2**32 - 1),
+    **dict.fromkeys(
+        ("log_every", "checkpoint.every", "checkpoint.keep", "monitor.images"), positive
+    ),
+    "monitor.every": not_negative,
+    "nan_limit": not_negative,
+    "log_level": one_of(("info", "debug")),
+    "nan_policy": one_of(bad_steps.POLICIES),
+    "profile": Rule("(), or the first step and the last, from 1 on", _is_range),
+    "checkpoint.best": one_of(("", *monitor.MEASURED)),
+    "remat": one_of(vit.REMAT),
+    "encoder_microbatches": positive,
+}
+
+
+def training_stages(config: ConfigDict) -> list[type[Stage]]:
+    """The stages that a config trains, in order."""
+    return [STAGES[name] for name in config.stages if name in STAGES]
+
+
+def check_stages(config: ConfigDict) -> None:
+    """Checks the list of stages, which the other checks follow.
+
+    Raises:
+      UserError: it is empty, out of order, or names a stage that the config has no section for.
+    """
+    known = (*STAGES, EVAL)
+    in_order = Rule(
+        f"some of {known}, in that order and at least one",
+        lambda v, _: v and [name for name in known if name in v] == list(v),
+    )
+    configs.check(config, "", {"stages": in_order})
+    for name in config.stages:
+        if name not in config:
+            raise UserError(f"config.stages={config.stages!r}: this config has no section {name!r}")
+    for before, stage in itertools.pairwise(training_stages(config)):
+        if not set(stage.takes) <= set(before.hands_on):
+            able = next(s.name for s in STAGES.values() if set(stage.takes) <= set(s.hands_on))
+            raise UserError(f"config.stages={config.stages!r}: {stage.name} needs {able} before it")
+
+
+def require_model(config: ConfigDict) -> None:
+    """Raises `UserError` where a config takes its model from a run, which is not at hand."""
+    if "model" not in config:
+        raise UserError(
+            f"config.init_from={config.init_from!r}: this config has no section 'model', which it "
+            "takes from a run when it runs; name a config that has one"
+        )
+
+
+def check(config: ConfigDict, devices: int) -> None:
+    """Checks every value of a whole config by the rules of its owner.
+
+    Args:
+      config: with a `model` section.
+      devices: how many share a batch.
+
+    Raises:
+      UserError: a value is not allowed.
+    """
+    configs.check(config, "", RULES)
+    every, saved = config.monitor.every, config.checkpoint.every
+    if config.checkpoint.best and (not every or every % saved):
+        raise UserError(
+            f"config.checkpoint.best={config.checkpoint.best!r}: is measured every "
+            f"config.monitor.every={every} epochs, which must be a multiple of "
+            f"config.checkpoint.every={saved}, and not 0"
+        )
+    vit.check(config)
+    sources.check(config)
+    for stage in training_stages(config):
+        stage.check(config, devices)
+    if EVAL in config.stages:
+        protocols.check(config, devices)
+
+
+# The images
+
+
+def open_images(config: ConfigDict, workdir: Path) -> dict[str, sources.Source]:
+    """Opens the images, by split; the run's folder may hold their index.
+
+    Held-out images are opened where a stage needs them or the monitor can use them.
+
+    Raises:
+      UserError: they are not there, are fewer than a batch, or have no labels where a stage cannot
+        do without.
+    """
+    channels = config.model.channels
+    labels_needed = [stage.name for stage in training_stages(config) if stage.needs_labels]
+    evaluated = labels_needed or EVAL in config.stages
+    train_only = sources.SPLITS[:1]
+    try:
+        needed = sources.SPLITS if evaluated or config.monitor.every else train_only
+        images = sources.splits(config.data, needed, channels, workdir)
+    except UserError as error:
+        _LOGGER.info("no held-out images: %s", error)
+        # Without labels, or to train alone, held-out images need not be there.
+        images = sources.splits(config.data, train_only, channels, workdir)
+        if evaluated and images["train"].labelled:
+            raise
+    unlabelled = [split for split, source in images.items() if not source.labelled]
+    if labels_needed and unlabelled:
+        raise UserError(
+            f"config.data.path={config.data.path!r}: the images of {' and '.join(unlabelled)} have "
+            f"no labels, which {labels_needed[0]} needs; leave it out of config.stages"
+        )
+    check_enough(config, images["train"])
+    if EVAL in config.stages:
+        protocols.check_images(config, images)
+    return images
+
+
+def check_enough(config: ConfigDict, images: sources.Source) -> None:
+    """Raises `UserError` where a stage needs more training images, or has too many steps."""
+    for stage in training_stages(config):
+        section, name = config[stage.name], stage.name
+        count = len(stage.training_images(config, images))
+        if section.batch_size > count:
+            raise UserError(
+                f"config.{name}.batch_size={section.batch_size}: must be at most the {count} "
+                "training images"
+            )
+        most = _MOST_STEPS // stage.updates_per_epoch(config, count)
+        if section.epochs > most:
+            raise UserError(
+                f"config.{name}.epochs={section.epochs}: must be at most {most}, which are 2^31 "
+                "steps"
+            )
+    if EVAL in config.stages:
+        protocols.check_neighbours(config, images)
+
+
+def images_to_plan(config: ConfigDict) -> tuple[sources.Source, str]:
+    """The training images and whose they are; blank ones where they are not at hand: as many as a
+    known set has, ImageNet-1k's for a folder.
+
+    Raises:
+      UserError: they are there, but not such as are needed; or nothing is known of them.
+    """
+    data, channels = config.data, config.model.channels
+    known = _KNOWN.get(data.name if data.source == "tfds" else "imagenet2012")
+    try:
+        return sources.make(data, "train", channels), data.path or data.source
+    except UserError:
+        prepared = data.source == "tfds" and not data.path.endswith(".npz")
+        # For a bucket the source has said what is wrong.
+        exists = data.source == "fashion_mnist" or "://" in data.path or os.path.exists(data.path)
+        if not known or (exists and not prepared):
+            raise
+    why = f"there is no {data.path!r}" if data.source == "folder" else "it is not prepared"
+    name = data.name if data.source == "tfds" else "ImageNet-1k"
+    return sources.Blank(known[0], channels, *known[1:]), f"{name}'s, as {why}"
+
+
+# Running
 
 
 def prepare(config: ConfigDict) -> lineage.Origin | None:
     """Checks a config against the machine and what it starts from.
 
-    A page without a model of its own gets that of the run.
+    A config without a model of its own gets that of the run.
 
     Returns:
-      Where the first stage starts, `None` for nowhere.
+      Where the first stage starts, None for random weights.
 
     Raises:
-      UserError: a value is not allowed, or there is nothing such to start from.
+      UserError: a value is not allowed, or there is nothing to start from.
     """
-    validate.stages(config)
-    found, first = None, config.stages[0]
-    needs_run = first == "eval" or "model" not in config
-    if first != "mae" and (config.init_from != lineage.RANDOM or needs_run):
-        found = lineage.find(config.init_from, first, needs_run)
+    check_stages(config)
+    origin, first = None, config.stages[0]
+    needs_run = first == EVAL or "model" not in config
+    takes_over = first == EVAL or STAGES[first].takes
+    if takes_over and (config.init_from != lineage.RANDOM or needs_run):
+        origin = lineage.find(config.init_from, first, needs_run)
         if "model" not in config:
             with config.unlocked():
-                config.model = found.saved.config.model
-    validate.settings(config, jax.device_count())
+                config.model = origin.saved.config.model
+    check(config, jax.device_count())
     if config.tensorboard:
         board.available()
-    if found:
-        validate.succession(found.saved.config, found.saved.stage, config, first)
-    return found
+    if origin:
+        origin.check_fits(config, first)
+    return origin
 
 
 @contextmanager
@@ -52,52 +234,12 @@ def _together():
         yield
     except UserError as error:
         failed = error
-    if not sharding.on_all_hosts(failed is None):
-        raise failed or UserError("another host has stopped, and says why")
-
-
-def _can_keep_best(config: ConfigDict, images: Mapping[str, sources.Source]) -> None:
-    if config.checkpoint.best and not monitor.measures(config, images):
-        raise UserError(
-            f"config.checkpoint.best={config.checkpoint.best!r}: is measured on held-out images, "
-            "and all images must have labels"
-        )
-
-
-def dry_run(config: ConfigDict) -> None:
-    """Prints what `run` would do. The images and the run to start from need not be there."""
-    validate.stages(config)
-    if "model" not in config:
-        try:
-            model = lineage.find(config.init_from, config.stages[0]).saved.config.model
-        except UserError as error:
-            print(f"{config.name}: {' -> '.join(config.stages)}; its model is not known: {error}")
-            return
-        with config.unlocked():
-            config.model = model
-    validate.settings(config, jax.device_count())
-    mesh = sharding.make_mesh(**config.mesh)
-    images, whose = plan.training_images(config)
-    inputs.enough(config, images)
-    print(f"{config.name}: {' -> '.join(config.stages)}; {len(images):,} training images ({whose})")
-    print(f"on {mesh.size} {mesh.devices.flat[0].device_kind} ({sharding.sizes(mesh.shape)})")
-    if config.stages[0] != "mae":
-        print(f"from {_start(config)}")
-    print("\n".join(plan.describe(config, images)))
-
-
-def _start(config: ConfigDict) -> str:
-    """Where the first stage starts, and whether it could."""
-    if config.init_from == lineage.RANDOM:
-        return "random weights"
-    try:
-        return lineage.find(config.init_from, config.stages[0], config.stages[0] == "eval").name
-    except UserError as error:
-        return f"nothing yet: {error}"
+    if not sharding.all_hosts(failed is None):
+        raise failed or UserError("another host failed; see its log")
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """Runs all stages; goes on where an earlier call was stopped.
+    """Runs all stages; resumes where an earlier call was stopped.
 
     Args:
       config: a locked config from `config.load`.
@@ -108,60 +250,147 @@ def run(config: ConfigDict, workdir: Path) -> None:
       PreemptedError: a signal has asked for the end.
       RunFailedError: it cannot go on; the text names the last good checkpoint.
     """
-    with ExitStack() as held:
+    with ExitStack() as stack:
         with _together():
-            before = prepare(config)
+            origin = prepare(config)
             mesh = sharding.make_mesh(**config.mesh)
-            images = inputs.open_sources(config, workdir)
-            _can_keep_best(config, images)
-            check = held.enter_context(folders.claimed(workdir, config, before))
+            images = open_images(config, workdir)
+            if config.checkpoint.best and not monitor.is_possible(config, images):
+                raise UserError(
+                    f"config.checkpoint.best={config.checkpoint.best!r}: is measured on held-out "
+                    "images, and all images must have labels"
+                )
+            check_lock = stack.enter_context(folder.claimed(workdir, config, origin))
         with _together():
             if not (workdir / "config.json").exists():
                 raise UserError(
                     f"--workdir={workdir}: all hosts must see this folder, on storage that they "
                     "share"
                 )
-        held.enter_context(jax.set_mesh(mesh))
-        held.enter_context(jax.debug_nans(config.debug_nans))
+        stack.enter_context(jax.set_mesh(mesh))
+        stack.enter_context(jax.debug_nans(config.debug_nans))
         try:
-            _stages(config, workdir, before, mesh, images, check)
+            _run_stages(Run(config, workdir, mesh, check_lock), origin, images)
         except (RunFailedError, OSError) as error:
-            trained = [name for name in config.stages if name != "eval"]
+            trained = [stage.name for stage in training_stages(config)]
             good = f"; {checkpoints.last_good(workdir, trained)}" if trained else ""
             raise RunFailedError(f"{error}{good}") from error
 
 
-def _stages(config: ConfigDict, workdir: Path, before, mesh, images, check) -> None:
-    """Runs all stages on images that are open, in a folder that is this run's (see `run`)."""
-    if jax.process_index() == 0:
+def _run_stages(
+    run: Run, origin: lineage.Origin | None, images: Mapping[str, sources.Source]
+) -> None:
+    config, is_main = run.config, jax.process_index() == 0
+    if is_main:
         sources.keep(images)
-    seen = images.get("val", images["train"])
-    watched = snapshots.Watched(runner.record(config, seen), held_out="val" in images)
-    broken = {
-        split: bad_images.Damage(source, config.model.channels, config.data.max_bad_fraction)
-        for split, source in images.items()
-    }
-    shown = jax.process_index() == 0
+    held_out = images.get("val", images["train"])
+    examples = snapshots.Examples(runner.record(config, held_out), held_out="val" in images)
+    bad = {split: _bad_images(config, source) for split, source in images.items()}
     for name in config.stages:
-        if name == "eval":
-            rows = lineage.encoders(workdir) if len(config.stages) > 1 else before.rows()
-            results = runner.run(config, images, broken, rows, workdir, mesh)
-            if shown:
+        if name == EVAL:
+            rows = lineage.encoders(run.folder) if len(config.stages) > 1 else origin.rows()
+            results = runner.run(config, images, bad, rows, run.folder, run.mesh)
+            if is_main:
                 print(f"\n{table.text(table.cells(results))}", flush=True)
             continue
+        stage = STAGES[name]
+        own = stage.training_images(config, images["train"])
+        measured = stage.changes_encoder and monitor.is_possible(config, images)
+        train.run(
+            train.Training(
+                run=run,
+                stage=stage,
+                images=own,
+                bad_images=bad["train"] if own is images["train"] else _bad_images(config, own),
+                start=_start_of(run, origin, stage),
+                examples=examples,
+                monitor=monitor.Monitor(run, stage, images) if measured else None,
+            )
+        )
+        origin = lineage.of_run(run.folder, name)
+        if stage.needs_labels:
+            result = finetuned.classify(config, images, bad["val"], run.folder, run.mesh)
+            if is_main:
+                print(finetuned.text(result), flush=True)
+    if is_main:
+        print(f"\n{page.build(run.folder, images)}")
 
-        def start(before=before, name=name):
-            return before.start(config.model, name, mesh) if before else {}
 
-        measure = monitor.monitor(config, name, images, mesh)
-        seen, lost = build.training_images(config, name, images["train"]), broken["train"]
-        if seen is not images["train"]:
-            lost = bad_images.Damage(seen, config.model.channels, config.data.max_bad_fraction)
-        train.run(config, name, seen, lost, watched, measure, workdir, mesh, start, check)
-        before = lineage.of_run(workdir, name)
-        if name == "finetune":
-            found = finetuned.classify(config, images, broken["val"], workdir, mesh)
-            if shown:
-                print(finetuned.text(found), flush=True)
-    if shown:
-        print(f"\n{page.build(workdir, images)}")
+def _bad_images(config: ConfigDict, source: sources.Source) -> bad_images.BadImages:
+    return bad_images.BadImages(source, config.model.channels, config.data.max_bad_fraction)
+
+
+def _start_of(run: Run, origin: lineage.Origin | None, stage: type[Stage]):
+    """What reads what a stage takes over."""
+
+    def start():
+        return origin.start(run.config.model, stage, run.mesh) if origin else {}
+
+    return start
+
+
+# --dry_run
+
+
+def dry_run(config: ConfigDict) -> None:
+    """Prints what `run` would do. The images and the run to start from need not be there."""
+    check_stages(config)
+    if "model" not in config:
+        try:
+            model = lineage.find(config.init_from, config.stages[0]).saved.config.model
+        except UserError as error:
+            print(f"{config.name}: {' -> '.join(config.stages)}; its model is not known: {error}")
+            return
+        with config.unlocked():
+            config.model = model
+    check(config, jax.device_count())
+    mesh = sharding.make_mesh(**config.mesh)
+    images, whose = images_to_plan(config)
+    check_enough(config, images)
+    kind = mesh.devices.flat[0].device_kind
+    print(f"{config.name}: {' -> '.join(config.stages)}; {len(images):,} training images ({whose})")
+    print(f"on {mesh.size} {kind} ({sharding.mesh_text(mesh.shape)})")
+    if config.stages[0] == EVAL or STAGES[config.stages[0]].takes:
+        print(f"from {_start_text(config)}")
+    print("\n".join(_described(config, images)))
+
+
+def _start_text(config: ConfigDict) -> str:
+    """Where the first stage starts, and whether it could."""
+    if config.init_from == lineage.RANDOM:
+        return "random weights"
+    try:
+        return lineage.find(config.init_from, config.stages[0], config.stages[0] == EVAL).name
+    except UserError as error:
+        return f"nothing yet: {error}"
+
+
+def _described(config: ConfigDict, images: sources.Source) -> Iterator[str]:
+    """A paragraph for each stage: steps, images seen, parameters, memory, FLOPs."""
+    for stage_type in training_stages(config):
+        name, views = stage_type.name, stage_type.views
+        own = stage_type.training_images(config, images)
+        stage = stage_type.for_images(config, own)
+        state = jax.eval_shape(stage.init, jax.random.key(0), {})
+        batch = config[name].batch_size
+        seen, cost = stage.steps * batch, stage.flops_per_step(batch)
+        memory = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+        rows = {
+            "steps": f"{stage.steps:,} ({config[name].epochs} epochs of {len(own):,} images, "
+            f"warm-up {stage.warmup:,})",
+            "batch": f"{batch:,} images x {views} view{'s' * (views > 1)}",
+            "images seen": f"{seen:,} ({seen * views:,} views)",
+            "parameters trained": f"{count_parameters(state.params):,}",
+            "parameters frozen": f"{count_parameters(state.frozen):,}",
+            "memory of the state": f"{memory / 2**20:,.0f} MiB, before sharding",
+            "FLOPs per step": f"{cost:.3g}",
+            "FLOPs of the stage": f"{cost * stage.steps:.3g}",
+        }
+        yield "\n".join([f"{name}:", *(f"  {key:22}{value}" for key, value in rows.items())])
+    if EVAL in config.stages:
+        yield f"eval: {', '.join(config.eval.protocols)} on frozen features"
+
+
+def count_parameters(tree) -> int:
+    """Elements of all (abstract) arrays of a tree."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

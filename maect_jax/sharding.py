@@ -1,4 +1,4 @@
-"""The device mesh and the placement of every array on it. Nobody else names the axes.
+"""The device mesh and the placement of every array on it. No other module names the axes.
 
 Two axes: `data` replicates the parameters, `fsdp` shards them; the batch is split over both.
 """
@@ -6,7 +6,7 @@ Two axes: `data` replicates the parameters, `fsdp` shards them; the batch is spl
 import math
 import re
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -52,66 +52,87 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
     return jax.make_mesh(tuple(shape.values()), AXES, axis_types=kinds, devices=devices)
 
 
-def sizes(shape: Mapping[str, int]) -> str:
+def mesh_text(shape: Mapping[str, int]) -> str:
     """A mesh's `shape` for people, `data 4 x fsdp 2`."""
     return " x ".join(f"{axis} {size}" for axis, size in shape.items())
 
 
-def more_sharded(mesh: Mesh) -> dict[str, int]:
-    """The next size of `fsdp` that the devices allow, by its name; nothing where there is none."""
+def larger_fsdp(mesh: Mesh) -> dict[str, int]:
+    """The next size of `fsdp` that the devices allow, by its name; empty if there is none."""
     larger = (n for n in range(mesh.shape["fsdp"] + 1, mesh.size + 1) if mesh.size % n == 0)
     size = next(larger, None)
     return {"fsdp": size} if size else {}
 
 
-def on_all_hosts(holds: bool) -> bool:
-    """Whether something holds on every process; each must ask, and waits for the others."""
+def check_batch(key: str, batch_size: int, devices: int) -> None:
+    """Raises `UserError` where the devices cannot share a batch, whose size `key` gives."""
+    if batch_size % devices:
+        near = max(batch_size // devices, 1) * devices
+        raise UserError(
+            f"{key}={batch_size}: must be divisible by the number of devices ({devices}), for "
+            f"example {near}"
+        )
+
+
+# Between processes
+
+
+def all_hosts(holds: bool) -> bool:
+    """Whether something holds on every process. Each must call it, and waits for the others."""
     if jax.process_count() == 1:
         return holds
     return bool(multihost_utils.process_allgather(np.asarray(holds)).all())
 
 
 @lru_cache
-def _highest(mesh: Mesh):
-    return jax.jit(jnp.max, out_shardings=replicated(mesh))
+def _jitted_max(mesh: Mesh):
+    return jax.jit(jnp.max, out_shardings=replicated_sharding(mesh))
 
 
-def highest(number: int, mesh: Mesh):
-    """The highest of all processes' numbers (int32), each of which must ask; unlike `on_all_hosts`
-    on the devices, so that nobody waits until it is read."""
+def max_over_hosts(number: int, mesh: Mesh):
+    """The highest of all processes' numbers (int32). Each must call it; unlike `all_hosts` it
+    works on the devices, so that nobody waits until the result is read."""
     if jax.process_count() == 1:
         return np.int32(number)
     numbers = jax.make_array_from_callback(
-        (mesh.size,), batch_split(mesh), lambda index: np.full(1, number, np.int32)
+        (mesh.size,), batch_sharding(mesh), lambda index: np.full(1, number, np.int32)
     )
-    return _highest(mesh)(numbers)
+    return _jitted_max(mesh)(numbers)
 
 
-def of_all_hosts(numbers: set[int]) -> set[int]:
-    """All processes' numbers (int32, none negative); each must ask, and waits for the others."""
+def gather_set(numbers: set[int]) -> set[int]:
+    """All processes' numbers (int32, none negative). Each must call it, and waits for the others."""
     if jax.process_count() == 1:
         return numbers
     longest = int(multihost_utils.process_allgather(np.int32(len(numbers))).max())
     if not longest:
         return numbers
-    own = np.full(longest, -1, np.int32)
-    own[: len(numbers)] = list(numbers)
-    return set(multihost_utils.process_allgather(own).ravel().tolist()) - {-1}
+    padded = np.full(longest, -1, np.int32)
+    padded[: len(numbers)] = list(numbers)
+    return set(multihost_utils.process_allgather(padded).ravel().tolist()) - {-1}
 
 
-def on_own_rows(function: Callable, shared: int = 0, whole: bool = False) -> Callable:
-    """`function` of arrays whose first axis is the batch, by each device on the rows that it holds;
+# Inside a jitted function
+
+
+def shard_map_batch(
+    function: Callable, replicated_args: int = 0, replicated_out: bool = False
+) -> Callable:
+    """`function` of arrays whose first axis is the batch, run by each device on the rows it holds;
     without a mesh the function itself.
 
-    Of the last `shared` arguments every device has the whole. What comes out has the batch as its
-    first axis, too; or, `whole`, is the same on all devices, thanks to `sum_over_devices`.
+    Args:
+      function: of arrays `[B, ...]`.
+      replicated_args: how many of the last arguments every device has whole.
+      replicated_out: whether the outputs are the same on all devices, thanks to
+        `sum_over_devices`; else their first axis is the batch, too.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function
 
     def run(*arguments):
-        specs = (BATCH,) * (len(arguments) - shared) + (P(),) * shared
-        out = P() if whole else BATCH
+        specs = (BATCH,) * (len(arguments) - replicated_args) + (P(),) * replicated_args
+        out = P() if replicated_out else BATCH
         # The check would not let a loop start from a constant, which is equal on all devices.
         return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)(*arguments)
 
@@ -119,7 +140,7 @@ def on_own_rows(function: Callable, shared: int = 0, whole: bool = False) -> Cal
 
 
 def sum_over_devices(tree):
-    """Within a function of `on_own_rows`: the sum of what all devices have, on each of them."""
+    """Within a function of `shard_map_batch`: the sum of what all devices have, on each of them."""
     return tree if jax.sharding.get_abstract_mesh().empty else jax.lax.psum(tree, AXES)
 
 
@@ -135,7 +156,10 @@ def path_name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+# Placement
+
+
+def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The placement that `RULES` give an array of this name and shape."""
     spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
     parts = []
@@ -149,18 +173,27 @@ def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 def tree_shardings(tree, mesh: Mesh):
     """A `NamedSharding` for each leaf of a tree of (abstract) arrays."""
 
-    def place(path, leaf):
-        return NamedSharding(mesh, spec_of(path_name(path), leaf.shape, mesh))
+    def sharding_of(path, leaf):
+        return NamedSharding(mesh, partition_spec(path_name(path), leaf.shape, mesh))
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def abstract(tree, mesh: Mesh):
+    """The shapes and dtypes of a tree of (abstract) arrays, with the shardings that `RULES` give."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        tree_shardings(tree, mesh),
+    )
+
+
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
     """Every device holds all of it."""
     return NamedSharding(mesh, P())
 
 
-def batch_split(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Every device holds its part of the rows."""
     return NamedSharding(mesh, BATCH)
 
@@ -179,51 +212,47 @@ def put_batch(batch, mesh: Mesh):
 
     The rows are those of `local_rows`, in that order.
     """
-    place = batch_split(mesh)
     size = len(jax.tree.leaves(batch)[0]) // len(mesh.local_devices) * mesh.size
     rows = local_rows(size, mesh)
 
+    def part(x, index):
+        wanted = range(size)[index[0]]
+        first = int(np.searchsorted(rows, wanted.start))
+        return x[first : first + len(wanted)]
+
     def put(x):
         x = np.asarray(x)
-        return jax.make_array_from_callback(
-            (size, *x.shape[1:]), place, lambda index: x[_places(rows, range(size)[index[0]])]
-        )
+        shape = (size, *x.shape[1:])
+        return jax.make_array_from_callback(shape, batch_sharding(mesh), partial(part, x))
 
     return jax.tree.map(put, batch)
+
+
+def _put(x, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def put_rows(x: np.ndarray, mesh: Mesh) -> jax.Array:
     """A global array, split along the first axis, of one that every process has whole; only what
     the devices of a process hold is read. The devices must divide the rows."""
-    return jax.make_array_from_callback(x.shape, batch_split(mesh), lambda index: x[index])
+    return _put(x, batch_sharding(mesh))
 
 
-def put_whole(x, mesh: Mesh) -> jax.Array:
+def replicate(x, mesh: Mesh) -> jax.Array:
     """A global array, whole on every device, of one that every process has."""
-    x = np.asarray(x)
-    return jax.make_array_from_callback(x.shape, replicated(mesh), lambda index: x[index])
+    return _put(np.asarray(x), replicated_sharding(mesh))
 
 
 def place(tree, mesh: Mesh):
     """Arrays that every process has whole, placed by `RULES`."""
-
-    def put(x, sharding):
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
-    return jax.tree.map(put, tree, tree_shardings(tree, mesh))
+    return jax.tree.map(_put, tree, tree_shardings(tree, mesh))
 
 
-def fetch(tree):
-    """Arrays as NumPy arrays, whole on every process; each must ask."""
+def to_host(tree):
+    """Arrays as NumPy arrays, whole on every process; each must call it."""
 
     def whole(x):
         spread = isinstance(x, jax.Array) and not x.is_fully_addressable
         return multihost_utils.process_allgather(x, tiled=True) if spread else x
 
     return jax.device_get(jax.tree.map(whole, tree))
-
-
-def _places(rows: np.ndarray, wanted: range) -> slice:
-    """Where the rows `wanted` of a global batch are among a process's own `rows`."""
-    first = int(np.searchsorted(rows, wanted.start))
-    return slice(first, first + len(wanted))

@@ -1,83 +1,83 @@
-"""The loop, once, for every training stage."""
+"""The training loop, the same for every stage."""
 
+import dataclasses
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 from clu import parameter_overview
-from ml_collections import ConfigDict
 
 from maect_jax import sharding
 from maect_jax.data import bad_images, loader, sources
 from maect_jax.errors import PreemptedError, UserError
-from maect_jax.run import logger, preemption, snapshots
-from maect_jax.run.bad_steps import BadSteps
+from maect_jax.evals.monitor import Monitor
+from maect_jax.run import preemption, snapshots
 from maect_jax.run.checkpoints import stage_folder
+from maect_jax.run.folder import Run
+from maect_jax.run.logger import Logger
+from maect_jax.run.preemption import Action
 from maect_jax.run.saving import Checkpoints
 from maect_jax.run.trace import Trace
-from maect_jax.stages import build, state
-from maect_jax.stages.step import compiled
+from maect_jax.stages.base import Stage
+from maect_jax.stages.state import TrainState, abstract_state, create_state, state_shardings
+from maect_jax.stages.step import jitted_step
 
 _LOGGER = logging.getLogger(__name__)
-_GO_ON, _SAVE, _STOP = range(3)  # what a host votes for; the highest vote counts
 
 
-def record(config: ConfigDict, name: str, source: sources.Source) -> loader.TrainRecord:
-    """What makes the training examples of stage `name`."""
-    seed = (config.seed, build.TRAINING.index(name))  # no stage repeats another's crops
-    section, model, data = config[name], config.model, config.data
-    scales = (section.crop_scale,) * build.views(name)
-    settings = (source, model.channels, model.image_size, scales, seed, data.scaled_jpeg)
-    if name == "finetune":
-        return loader.FinetuneRecord(*settings, data.mean if section.randaugment else None)
-    return loader.TrainRecord(*settings)
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What one stage is trained with.
+
+    Attributes:
+      run: config, folder and mesh.
+      stage: the class of the stage.
+      images: its own training images (`Stage.training_images`).
+      bad_images: counts those that cannot be read.
+      start: reads what the stage takes over; called only at its first start.
+      examples: images whose snapshots are written at each checkpoint.
+      monitor: measures the encoder now and then; None for never.
+    """
+
+    run: Run
+    stage: type[Stage]
+    images: sources.Source
+    bad_images: bad_images.BadImages
+    start: Callable[[], dict]
+    examples: snapshots.Examples
+    monitor: Monitor | None
 
 
-def batches(config: ConfigDict, name: str, source: sources.Source, steps: int, mesh):
-    """This process's rows of the batches of stage `name`, with a position that can be saved."""
-    batch_size, make = config[name].batch_size, record(config, name, source)
+def batches(config, stage: type[Stage], images: sources.Source, steps: int, mesh):
+    """This process's rows of a stage's batches, with a position that can be saved."""
+    batch_size, make = config[stage.name].batch_size, stage.example_maker(config, images)
     rows = sharding.local_rows(batch_size, mesh)
-    order = loader.Order(len(source), batch_size, steps, make.seed, rows)
+    order = loader.Order(len(images), batch_size, steps, make.seed, rows)
     return loader.train_batches(order, make, config.data.workers)
 
 
-def abstract_batch(config: ConfigDict, name: str, source: sources.Source, mesh) -> dict:
-    """Shapes, dtypes and shardings of the global batches of stage `name`, without an image."""
-    rows, place = config[name].batch_size, sharding.batch_split(mesh)
-    example = record(config, name, source)((0, 0))
-    del example["bad"]  # which stays on the host
-    return {
-        key: jax.ShapeDtypeStruct((rows, *value.shape), value.dtype, sharding=place)
-        for key, value in example.items()
-    }
+def _first_state(
+    training: Training, stage: Stage, checkpoints: Checkpoints, stream, done: int
+) -> TrainState:
+    """The state after `done` steps, to which the batches are set; the first one for 0."""
+    run = training.run
+    # Every stage of a pipeline draws random numbers of its own.
+    key = jax.random.fold_in(jax.random.key(run.config.seed), stage.number)
+    if not done:
+        return create_state(stage, key, training.start(), run.mesh)
+    state, position = checkpoints.restore(done, abstract_state(stage, key, {}, run.mesh))
+    if (then := position["images"]) != len(training.images):
+        raise UserError(
+            f"--workdir={run.folder}: stage {stage.name} was trained on {then:,} images to step "
+            f"{done}, and now there are {len(training.images):,}. Restore the images or use "
+            "another --workdir."
+        )
+    stream.set_state(position["loader"])
+    return state
 
 
-def run(
-    config: ConfigDict,
-    name: str,
-    source: sources.Source,
-    broken: bad_images.Damage,
-    watched: snapshots.Watched,
-    measure: Callable | None,
-    workdir: Path,
-    mesh,
-    start: Callable[[], dict],
-    check: Callable[[], None],
-) -> None:
-    """Trains stage `name` to its end, from the last checkpoint if there is one.
-
-    Args:
-      config: a whole config.
-      name: one of `build.TRAINING`.
-      source: the stage's training images (`build.training_images`).
-      broken: counts those that cannot be read.
-      watched: images to write down at each checkpoint what the stage makes of them.
-      measure: what `monitor.monitor` returns.
-      workdir: the run's folder.
-      mesh: the device mesh, which must be the current one.
-      start: reads what the stage takes over; called only at its first start.
-      check: is called now and then, and raises where the run must not go on.
+def run(training: Training) -> None:
+    """Trains a stage to its end, from its last checkpoint if there is one.
 
     Raises:
       PreemptedError: a signal has asked for the end, and the state is saved.
@@ -85,109 +85,78 @@ def run(
       RunFailedError: a step was not finite, and the last checkpoint is from before it; too many
         images cannot be read; nothing can be written.
     """
-    stage = build.stage_for(config, name, source)
-    log = None  # where it goes on is known below
+    run, images, bad = training.run, training.images, training.bad_images
+    config, mesh, name = run.config, run.mesh, training.stage.name
+    stage = training.stage.for_images(config, images)
+    logger = None  # where it resumes is known below
 
-    def told(step, values):
-        log.note(step, values)
-        log.keep()
+    def on_saved(step, values):
+        logger.note(step, values)
+        logger.sync()
 
-    folder, settings = stage_folder(workdir, name), config.checkpoint
-    checkpoints = Checkpoints(folder, settings.keep, settings.best, told)
+    keep, best = config.checkpoint.keep, config.checkpoint.best
+    checkpoints = Checkpoints(stage_folder(run.folder, name), keep, best, on_saved)
     done = checkpoints.latest() or 0
     if done == stage.steps:
         checkpoints.close()
         return
-    # Every stage of a pipeline draws random numbers of its own.
-    key = jax.random.fold_in(jax.random.key(config.seed), build.TRAINING.index(name))
-    stream = batches(config, name, source, stage.steps, mesh)
-    if done:
-        abstract = state.abstract(stage, key, {}, mesh)
-        train_state, position = checkpoints.restore(done, abstract)
-        if (then := position["images"]) != len(source):
-            raise UserError(
-                f"--workdir={workdir}: stage {name} was trained on {then:,} images to step {done}, "
-                f"and now there are {len(source):,}; bring those back, or name another folder"
-            )
-        stream.set_state(position["loader"])
-    else:
-        train_state = state.create(stage, key, start(), mesh)
-    places = state.shardings_of(train_state)
-    update = compiled(stage, places)
-    look = snapshots.watcher(stage, watched, workdir, name, mesh)
+    stream = batches(config, training.stage, images, stage.steps, mesh)
+    state = _first_state(training, stage, checkpoints, stream, done)
+    train_step = jitted_step(stage, state_shardings(state))
+    snapshot = snapshots.writer(stage, training.examples, run)
     if jax.process_index() == 0:
-        _describe(name, stage, train_state, done)
-    log = _open_log(config, name, stage.steps, done, source, workdir)
-    trace = Trace(config.profile, workdir / "profile" / name, name)
-    per_epoch = build.updates_per_epoch(len(source), config[name].batch_size)
+        _log_parameters(stage, state, done)
+    logger = Logger(run, stage, done, images.name)
+    trace = Trace(config.profile, run.folder / "profile" / name, name)
+    per_epoch = training.stage.updates_per_epoch(config, len(images))
     save_every = config.checkpoint.every * per_epoch
     measure_every = config.monitor.every * per_epoch
     try:
-        with preemption.deferred() as asked:
-            for now in range(done + 1, stage.steps + 1):
-                vote = _STOP if asked() else _SAVE if checkpoints.due() else _GO_ON
-                batch = sharding.put_batch(broken.take(log.wait_for(stream)), mesh)
-                train_state, scalars = trace.run(now, update, train_state, batch)
-                scalars["vote"] = sharding.highest(vote, mesh)
-                wish = log.add(now, scalars, batch["index"])
-                if log.tells(now):
-                    broken.check()
-                    check()
+        with preemption.deferred() as signalled:
+            for step in range(done + 1, stage.steps + 1):
+                vote = preemption.vote(signalled(), checkpoints.due())
+                batch = sharding.put_batch(bad.collect(logger.wait_for(stream)), mesh)
+                state, metrics = trace.run(step, train_step, state, batch)
+                metrics["action"] = sharding.max_over_hosts(vote, mesh)
+                action = logger.add(step, metrics, batch["index"])  # reads the step before
+                if logger.is_due(step):
+                    bad.check()
+                    run.check_lock()
                 measured = {}
-                if measure and now % measure_every == 0:
-                    wish = max(wish, log.flush())
-                    measured, seconds = measure(train_state)
-                    log.note(now, measured)
-                    log.leave_out(seconds)
-                last = now == stage.steps
-                regular = last or now % save_every == 0
-                if regular or wish > _GO_ON:
-                    wish = max(wish, log.flush())  # a step that is not finite must not be saved
-                    check()
+                if training.monitor and step % measure_every == 0:
+                    action = max(action, logger.flush())
+                    measured = logger.time_apart(step, training.monitor, state)
+                last = step == stage.steps
+                regular = last or step % save_every == 0
+                if regular or action > Action.CONTINUE:
+                    # A step that is not finite must not be saved.
+                    action = max(action, logger.flush())
+                    run.check_lock()
                     if regular:
-                        look(now, train_state)
+                        snapshot(step, state)
                     position = dict(
-                        loader=stream.get_state(), steps=stage.steps, images=len(source)
+                        loader=stream.get_state(), steps=stage.steps, images=len(images)
                     )
-                    saved = now, train_state, position, measured
+                    saved = step, state, position, measured
                     checkpoints.save(*saved)
-                if last or wish == _STOP:
+                if last or action == Action.STOP:
                     checkpoints.finish(*saved)
-                if wish == _STOP or (last and not sharding.on_all_hosts(not asked())):
+                if action == Action.STOP or (last and not sharding.all_hosts(not signalled())):
                     raise PreemptedError(
-                        f"stage {name} is saved at step {now} of {stage.steps}; the same command "
-                        "goes on from there"
+                        f"preempted, resumable: stage {name} is saved at step {step} of "
+                        f"{stage.steps}. Run the same command to resume."
                     )
     finally:
         stream.close()
         trace.close()
         checkpoints.close()
-        log.close()
+        logger.close()
 
 
-def _open_log(
-    config: ConfigDict, name: str, steps: int, done: int, source: sources.Source, workdir: Path
-) -> logger.Log:
-    policy = config.nan_policy, config.nan_limit
-    bad_steps = BadSteps(workdir / "bad_steps.jsonl", name, done, *policy, source.name)
-    return logger.Log(
-        workdir / "metrics.jsonl",
-        name,
-        steps,
-        done,
-        config[name].batch_size,
-        config.log_every,
-        shown=jax.process_index() == 0,
-        bad_steps=bad_steps,
-        board=workdir / "tensorboard" / name if config.tensorboard else None,
-    )
-
-
-def _describe(name: str, stage, train_state: state.TrainState, done: int) -> None:
-    trained = parameter_overview.get_parameter_overview(train_state.params, include_stats=False)
-    frozen = parameter_overview.count_parameters(train_state.frozen)
+def _log_parameters(stage: Stage, state: TrainState, done: int) -> None:
+    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
     where = f"from step {done} " if done else ""
     _LOGGER.debug(
-        "stage %s: %d steps %s\ntrained parameters:\n%s", name, stage.steps, where, trained
+        "stage %s: %d steps %s\ntrained parameters:\n%s", stage.name, stage.steps, where, overview
     )
-    _LOGGER.debug("frozen parameters: %d", frozen)
+    _LOGGER.debug("frozen parameters: %d", parameter_overview.count_parameters(state.frozen))

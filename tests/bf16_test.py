@@ -80,8 +80,8 @@ def test_ct_forward_and_gradients(case):
 
     def look(stage, state, batch, positions):
         with mock.patch.object(support_queue, "choose", return_value=positions):
-            (_, (_, carried)), grads = gradients(stage, state, batch)
-        return carried, grads
+            (_, (_, aux)), grads = gradients(stage, state, batch)
+        return aux, grads
 
     @jax.jit
     def draw(state, batch, positions, scale):
@@ -89,13 +89,13 @@ def test_ct_forward_and_gradients(case):
         params, frozen, target, images = rounded(trees, scale)
         state = state.replace(params=params, frozen=frozen, target=target)
         inputs = (state, {**batch, "image": images}, positions)
-        carried, grads = emulated(partial(look, single, *inputs), scale)
-        return carried, rounded(grads, scale)
+        aux, grads = emulated(partial(look, single, *inputs), scale)
+        return aux, rounded(grads, scale)
 
-    def quantities(carried, grads):
-        stats = head_names.head_to_torch({"batch_stats": carried["batch_stats"]})
+    def quantities(aux, grads):
+        stats = head_names.head_to_torch({"batch_stats": aux["batch_stats"]})
         return {
-            **{name: carried[name] for name in ("projected", "predicted")},
+            **{name: aux[name] for name in ("projected", "predicted")},
             **{f"running statistics/{name}": x for name, x in stats.items()},
             **tensors_of(trained_to_torch(case, grads), True),
         }
@@ -105,7 +105,7 @@ def test_ct_forward_and_gradients(case):
     with jax.set_mesh(mesh_of(*ONE)):
         for s, step in enumerate(run(case, "all")):
             state = step.before.replace(rng=jax.random.key(0))
-            inputs = (state, batch_of(case, s), step.carried["positions"].ravel())
+            inputs = (state, batch_of(case, s), step.aux["positions"].ravel())
             exact, got = quantities(*exactly(*inputs)), quantities(*halfly(*inputs))
             draws = [quantities(*draw(*inputs, scale)) for scale in SCALES]
             assert_as_exact_as_bf16("ct", got, exact, draws)
@@ -115,11 +115,11 @@ def test_ct_forward_and_gradients(case):
 def test_ct_losses_and_neighbours_are_exact_whatever_the_dtype(case):
     """Of the step's own projections and predictions, which alone are off."""
     for s, step in enumerate(run(case, "all", "bfloat16")):
-        queue, unit = step.before.queue, np.float64(step.carried["predicted"])
+        queue, unit = step.before.queue, np.float64(step.aux["predicted"])
         rows = np.float64(queue.rows.reshape(-1, queue.rows.shape[-1]))
         own = case[f"step{s}/ids"][:, None, None] == queue.ids.ravel()
-        cosines = np.where(own, -2, np.float64(step.carried["projected"]) @ rows.T)
-        positions = step.carried["positions"]
+        cosines = np.where(own, -2, np.float64(step.aux["projected"]) @ rows.T)
+        positions = step.aux["positions"]
         chosen = np.take_along_axis(cosines, positions[..., None], -1)[..., 0]
         assert_close("bf16 ct cosine of the nearest", chosen, cosines.max(-1), 1e-6)
         unit /= np.linalg.norm(unit, axis=-1, keepdims=True)

@@ -11,15 +11,15 @@ import pytest
 
 from maect_jax import config
 from maect_jax.errors import UserError
-from maect_jax.run import checkpoints, jsonl, lineage, logger
-from maect_jax.stages import build
+from maect_jax.run import checkpoints, jsonl, lineage
+from maect_jax.stages import STAGES
 from tests.helpers import CONFIGS, SMALL
 from tests.helpers.commands import metrics_of, run_main
-from tests.helpers.common import assert_trees_equal, mesh_of, run_on
+from tests.helpers.common import assert_trees_equal, logger_at, mesh_of, run_on
 
 QUICK = "configs/quickstart.py:test"
 MAP = "--config.eval.map=pca"  # t-SNE, which `report_test` draws, takes seconds
-STAGES = ("mae", "head", "ct")
+CHAIN = ("mae", "head", "ct")
 
 
 # `python -m maect_jax.main` in a process where importing TensorFlow fails.
@@ -124,9 +124,9 @@ def test_a_torn_line_of_metrics_is_told_again_and_the_time_goes_on(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [{"stage": "ct", "step": step, "seconds": 100.0 * step} for step in (1, 2, 3)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"stage": "ct", "st')
-    log = logger.Log(path, "ct", 5, 2, 1, 1, shown=True, bad_steps=None)
+    log = logger_at(tmp_path, done=2, steps=5)
     log.wait_for(slow() for _ in range(1))
-    log.add(3, {"loss": 1.0, "finite": True, "vote": 0}, index=None)
+    log.add(3, {"loss": 1.0, "finite": True, "action": 0}, index=None)
     log.flush()
     log.close()
     *before, last = jsonl.read(path)
@@ -143,7 +143,7 @@ def last_state(workdir, stage):
 
 
 def test_ct_takes_over_head_and_queue_and_freezes_the_lower_half(finished):
-    mae, head, ct = (last_state(finished[0], stage) for stage in STAGES)
+    mae, head, ct = (last_state(finished[0], stage) for stage in CHAIN)
     jax.tree.map(np.testing.assert_array_equal, mae["params"]["encoder"], head["frozen"]["encoder"])
     lower = jax.tree.map(lambda x: x[:2], mae["params"]["encoder"]["blocks"])
     jax.tree.map(np.testing.assert_array_equal, lower, ct["frozen"]["encoder"]["frozen_blocks"])
@@ -152,7 +152,7 @@ def test_ct_takes_over_head_and_queue_and_freezes_the_lower_half(finished):
         upper["fc1"]["kernel"], ct["params"]["encoder"]["blocks"]["fc1"]["kernel"]
     )
     # What is evaluated: the frozen half as it is, the tuned half's average.
-    evaluated = build.evaluated_encoder("ct", ct)
+    evaluated = STAGES["ct"].encoder_params(ct)
     whole = jax.tree.map(
         lambda x, y: np.concatenate([x, y]),
         ct["frozen"]["encoder"]["frozen_blocks"], ct["ema"]["encoder"]["blocks"],

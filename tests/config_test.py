@@ -5,11 +5,12 @@ from functools import partial
 import jax
 import pytest
 
-from maect_jax import config as pages
-from maect_jax import files, plan, validate
+from maect_jax import config as configs
+from maect_jax import files, pipeline
 from maect_jax.errors import UserError
 from maect_jax.models import vit
-from maect_jax.stages import build, flops
+from maect_jax.stages import STAGES
+from maect_jax.stages.nnclr import warmup_updates
 from maect_jax.stages.step import step
 from tests.helpers import CONFIGS, ROOT
 
@@ -39,7 +40,7 @@ TUNING = {
 
 
 def load(name, *overrides):
-    return pages.load(str(CONFIGS / f"{name.replace(':', '.py:')}"
+    return configs.load(str(CONFIGS / f"{name.replace(':', '.py:')}"
                           f"{'' if ':' in name else '.py'}"), overrides)  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def test_every_row_of_the_tables_has_its_page():
 
 def test_long_is_the_quickstart_on_more_epochs():
     quick, long = load("quickstart"), load("quickstart:long")
-    changed = {line.partition(":")[0] for line in pages.differing(quick, long)}
+    changed = {line.partition(":")[0] for line in configs.differences(quick, long)}
     assert changed == {"name", "checkpoint.every", "mae.epochs", "head.epochs", "ct.epochs"}
     assert all(long[stage].epochs > 3 * quick[stage].epochs for stage in ("mae", "head", "ct"))
     with pytest.raises(UserError, match="no argument or 'test' or 'long', not 'lung'"):
@@ -64,7 +65,7 @@ def test_page_has_the_papers_numbers(name):
     kind, _, size = name.rpartition("_vit")
     width, depth, heads, patch, pool, batch, frozen = SIZES[size]
     model = config.model
-    assert build.encoder_size(model) == vit.Size(width, depth, heads)
+    assert vit.size_of(model) == vit.Size(width, depth, heads)
     assert (model.patch_size, model.pool) == (patch, pool)
     assert (model.image_size, model.channels, model.ln_eps) == ((224, 224), 3, 1e-6)
     assert model.dtype == "bfloat16"
@@ -122,7 +123,7 @@ def batch_of(config, stage):
     """Shapes of a batch of cut views."""
     rows = (config[stage].batch_size,)
     shapes = {
-        "image": ((*rows, 2, *build.image_shape(config.model)), "uint8"),
+        "image": ((*rows, 2, *config.model.image_size, config.model.channels), "uint8"),
         "index": (rows, "int32"),
         "label": (rows, "int32"),
         "seed": ((*rows, 2), "uint32"),
@@ -135,10 +136,10 @@ def batch_of(config, stage):
 def test_page_builds_locks_and_its_full_state_has_a_shape(name, variant):
     config = load(name + variant)
     assert config.is_locked
-    validate.settings(config, devices=8)
+    pipeline.check(config, devices=8)
     for stage in config.stages:
         if stage != "eval":
-            built = build.stage(config, stage, plan.IMAGENET_TRAIN)
+            built = STAGES[stage].from_config(config, pipeline.IMAGENET_TRAIN)
             state = jax.eval_shape(built.init, jax.random.key(0), {})
             assert state.queue is None or state.queue.rows.shape[1] == config[stage].batch_size
             after, metrics = jax.eval_shape(partial(step, built), state, batch_of(config, stage))
@@ -163,17 +164,17 @@ def test_test_variants_chain_in_folders_of_their_own():
 @pytest.mark.parametrize("percent", [0, 20, 29, 57, 70, 100])
 @pytest.mark.parametrize("steps", [1, 7, 90, 100, 75060])
 def test_warm_up_is_the_floor_of_its_share(percent, steps):
-    assert build.warmup_updates(percent / 100, steps) == percent * steps // 100
+    assert warmup_updates(percent / 100, steps) == percent * steps // 100
 
 
 def test_showpiece_has_the_known_number_of_parameters():
     config = load("ct_vith16")
-    stage = build.stage(config, "ct", plan.IMAGENET_TRAIN)
+    stage = STAGES["ct"].from_config(config, pipeline.IMAGENET_TRAIN)
     state = jax.eval_shape(stage.init, jax.random.key(0), {})
     block = 12 * 1280**2 + 13 * 1280
-    assert plan.count(state.frozen) == 16 * block + (768 + 1) * 1280 + 1280
+    assert pipeline.count_parameters(state.frozen) == 16 * block + (768 + 1) * 1280 + 1280
     head = 1280 * 2048 + 2048**2 + 2048 * 256 + 2 * (2048 + 2048 + 256) + 2 * 256 * 4096 + 2 * 4096
-    assert plan.count(state.params) == 16 * block + 2 * 1280 + head
+    assert pipeline.count_parameters(state.params) == 16 * block + 2 * 1280 + head
     assert stage.steps == 30 * (1_281_167 // 512) == 75060
     assert stage.warmup == 15012
     assert stage.groups["encoder"].lr == pytest.approx(1e-4 * 512 * 2 / 256)
@@ -203,7 +204,7 @@ def test_a_page_that_misspells_a_key_is_one_clear_line(tmp_path):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "page.py").write_text(text)
     with pytest.raises(UserError, match=r"page\.py: not a config page: .*temprature") as error:
-        pages.load(str(tmp_path / "configs" / "page.py"))
+        configs.load(str(tmp_path / "configs" / "page.py"))
     assert "\n" not in str(error.value)
 
 
@@ -228,8 +229,8 @@ def test_value_that_is_not_allowed_is_one_clear_line(override, message):
     config = load("quickstart", override)
 
     def check():
-        validate.stages(config)
-        validate.settings(config, devices=8)
+        pipeline.check_stages(config)
+        pipeline.check(config, devices=8)
 
     with pytest.raises(UserError, match=message):
         check()
@@ -255,16 +256,16 @@ def test_overrides_are_typed():
 )
 def test_page_that_is_none_is_one_clear_line(page, message):
     with pytest.raises(UserError, match=message):
-        pages.load(str(ROOT / page))
+        configs.load(str(ROOT / page))
 
 
 def test_config_survives_its_file(tmp_path):
     config = load("quickstart")
     files.write_json(tmp_path / "config.json", config.to_dict())
-    again = pages.read(tmp_path / "config.json")
-    assert pages.differing(config, again) == []
+    again = configs.read(tmp_path / "config.json")
+    assert configs.differences(config, again) == []
     again.ct.epochs = 99
-    assert pages.differing(config, again) == [f"ct.epochs: {config.ct.epochs!r} -> 99"]
+    assert configs.differences(config, again) == [f"ct.epochs: {config.ct.epochs!r} -> 99"]
 
 
 @pytest.mark.parametrize("name", ["mae", "ct"])
@@ -278,11 +279,11 @@ def test_flops_formula_equals_the_compilers_count(name):
     if name == "mae":
         with config.unlocked():
             config.model.depth = 1
-    stage = build.stage(config, name, 8000)
+    stage = STAGES[name].from_config(config, 8000)
     state = jax.eval_shape(stage.init, jax.random.key(0), {})
     views = jax.ShapeDtypeStruct((64, 2, 28, 28, 1), "float32")
     rows = {key: jax.ShapeDtypeStruct((64,), "int32") for key in ("index", "label")}
     grad = jax.jit(jax.grad(stage.loss, has_aux=True))
     lowered = grad.lower(state.params, state, views, rows, jax.eval_shape(jax.random.key, 0))
     counted = lowered.compile().cost_analysis()["flops"]
-    assert flops.per_step(stage, 64, 2) == pytest.approx(counted, rel=0.05)
+    assert stage.flops_per_step(64) == pytest.approx(counted, rel=0.05)

@@ -13,7 +13,7 @@ from maect_jax import config, sharding
 from maect_jax.convert import head_names
 from maect_jax.convert import names as convert
 from maect_jax.evals import cluster, features, knn
-from maect_jax.stages import build, optim, state
+from maect_jax.stages import STAGES, optim, state
 from maect_jax.stages.step import gradients, step
 from tests.helpers import CONFIGS
 from tests.helpers import golden_figures as figures
@@ -28,7 +28,7 @@ from tests.helpers.golden_figures import (
     optimiser_bound,
 )
 from tests.helpers.gradient_bounds import assert_gradients, grad_parts, update_bound
-from tests.helpers.tiny_stages import ENCODER, STAGES, batch_of
+from tests.helpers.tiny_stages import ENCODER, TINY_STAGES, batch_of
 
 # Data-parallel, sharded, and both.
 MESHES = [(8, 1), (1, 4), (2, 4)]
@@ -70,16 +70,16 @@ def _to_torch(params):
 @cache
 def one_step(name, shape):
     """The loss, what was drawn, the gradients, and the parameters before and after one step."""
-    stage, mesh = STAGES[name], mesh_of(*shape)
+    stage, mesh = TINY_STAGES[name], mesh_of(*shape)
 
     def update(now, batch):
-        (_, (_, carried)), grads = gradients(stage, now, batch)
-        drawn = carried["mask" if name == "mae" else "positions"]
+        (_, (_, aux)), grads = gradients(stage, now, batch)
+        drawn = aux["mask" if name == "mae" else "positions"]
         return *step(stage, now, batch), drawn, grads
 
     with jax.set_mesh(mesh):
-        before = state.create(stage, jax.random.key(0), {}, mesh)
-        out = (state.shardings_of(before), None, None, None)
+        before = state.create_state(stage, jax.random.key(0), {}, mesh)
+        out = (state.state_shardings(before), None, None, None)
         batch = sharding.put_batch(batch_of(0), mesh)
         after, metrics, drawn, grads = jax.jit(update, out_shardings=out)(before, batch)
         trees = (_to_torch(jax.device_get(x)) for x in (grads, before.params, after.params))
@@ -90,7 +90,7 @@ def one_step(name, shape):
 @pytest.mark.parametrize("name", ["mae", "head"])
 def test_a_step_of_mae_and_head_equals_that_of_one_device(name, shape):
     """Masks and neighbours are equal; the gradients are compared, and so Adam hides nothing."""
-    stage, contrastive = STAGES[name], name == "head"
+    stage, contrastive = TINY_STAGES[name], name == "head"
     loss, drawn, grads, before, params, _ = one_step(name, (1, 1))
     got_loss, got_drawn, got_grads, _, got_params, _ = one_step(name, shape)
     np.testing.assert_array_equal(got_drawn, drawn)
@@ -113,8 +113,11 @@ def test_a_step_of_mae_and_head_equals_that_of_one_device(name, shape):
 @pytest.mark.parametrize(("page", "name"), [("mae_vith16", "mae"), ("ct_vith16", "ct")])
 def test_parameters_moments_and_averages_are_sharded(page, name):
     """Of the paper's model each of eight devices holds an eighth, but for what is small."""
-    stage, mesh = build.stage(config.load(str(CONFIGS / f"{page}.py")), name, 10_000), mesh_of(1, 8)
-    start = state.abstract(stage, jax.random.key(0), {}, mesh)
+    stage, mesh = (
+        STAGES[name].from_config(config.load(str(CONFIGS / f"{page}.py")), 10_000),
+        mesh_of(1, 8),
+    )
+    start = state.abstract_state(stage, jax.random.key(0), {}, mesh)
     for part in ("params", "opt_state", "ema", "target", "frozen", "queue"):
         leaves = jax.tree.leaves(getattr(start, part))
         whole = sum(leaf.size for leaf in leaves)

@@ -10,8 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from maect_jax import config as pages
-from maect_jax import pipeline, validate  # fmt: skip
+from maect_jax import config as configs
+from maect_jax import pipeline  # fmt: skip
 from maect_jax.data import arrays, decode, folder, loader, sources, subsets
 from maect_jax.errors import BadImageError
 from tests.helpers.fuzz import DEEP, bounded, load, one_line, only, refused
@@ -20,7 +20,7 @@ PAGES = ("quickstart:test", "ct_vitb16", "eval:test", "finetune:test", "tune_my_
 
 
 MODEL = load("quickstart:test").model
-KEYS = {name: list(pages.flat(load(name))) for name in PAGES}
+KEYS = {name: list(configs.flat(load(name))) for name in PAGES}
 NUMBERS = st.one_of(
     st.integers().map(str),
     st.floats().map(str),
@@ -56,8 +56,8 @@ def planned(name, changes):
     if "model" not in config:
         with config.unlocked():
             config.model = MODEL
-    validate.stages(config)
-    validate.settings(config, 1)
+    pipeline.check_stages(config)
+    pipeline.check(config, 1)
     with contextlib.redirect_stdout(io.StringIO()):
         pipeline.dry_run(config)
 
@@ -200,14 +200,14 @@ def test_a_list_of_names_is_read_or_refused(tmp_path, lines):
     path = tmp_path / "list.txt"
     path.write_bytes(lines)
     with one_line():
-        subsets.listed(str(path), ["a/1.png", "a/2.png"])
+        subsets.from_list(str(path), ["a/1.png", "a/2.png"])
 
 
 def test_a_list_without_an_end_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, tmp_path / ("x" * 300), "/dev/zero"):
         with refused("cannot be read"):
-            subsets.listed(str(path), ["a"])
+            subsets.from_list(str(path), ["a"])
 
 
 @pytest.fixture

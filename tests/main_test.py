@@ -121,18 +121,19 @@ def test_dry_run_tells_what_would_run(tmp_path):
     [
         (
             "KeyError('x')",
-            "unexpected KeyError: 'x'; if it is not the machine's, please report the lines above",
+            "unexpected KeyError: 'x'. If the machine is not to blame, please report the lines "
+            "above.",
         ),
         ("FloatingPointError('nan in mul\\nmore')", "debug_nans: nan in mul"),
     ],
 )
 def test_what_nobody_foresaw_ends_with_a_line_after_its_traceback(error, last):
     code = f"""
-from maect_jax import command, main, pipeline
+from maect_jax import main, pipeline
 def dry_run(config):
     raise {error}
 pipeline.dry_run = dry_run
-command.run(main.main, "")
+main.main()
 """
     done = run_main(QUICK, "--dry_run", python=("-c", code))
     lines = done.stderr.splitlines()

@@ -85,7 +85,7 @@ def test_ct_forward(case, given):
         for view in (0, 1):
             np.testing.assert_array_equal(step.neighbours[view], case[f"step{s}/nn{view}"])
             for name in ("predicted", "projected")[: 1 if given == "start" else 2]:
-                got = step.carried[name][:, view]
+                got = step.aux[name][:, view]
                 assert_close(f"ct {name}", got, case[f"step{s}/{name}{view}"], FORWARD)
         assert_close("ct loss", step.scalars["loss"], case[f"step{s}/loss"], FORWARD)
         accuracy = case[f"step{s}/nn_accuracy"]

@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from maect_jax.models import mae, nnclr, vit
-from maect_jax.stages import losses, optim, support_queue
-from maect_jax.stages.mae import Mae
+from maect_jax.stages import losses, support_queue
 from maect_jax.stages.step import gradients
 from maect_jax.stages.support_queue import EXCLUDED
 from tests.helpers.common import mesh_of
-from tests.helpers.tiny_stages import BATCH, STAGES, batch_of, started
+from tests.helpers.tiny_stages import BATCH, TINY_STAGES, batch_of, mae_stage_of, started
 
 # The same draws in every session, so that what is green stays green.
 drawn = settings(deadline=None, derandomize=True, max_examples=60)
@@ -124,10 +123,8 @@ def test_a_mask_keeps_its_share_and_comes_back(noise, ratio):
 @pytest.mark.parametrize(("ratio", "kept"), [(0.0, 16), (0.95, 0), (0.999, 0)])
 def test_mae_with_nothing_or_everything_masked(rng, ratio, kept):
     """No patch masked: the loss is zero. All of them: the class token alone is encoded."""
-    group = optim.Group(0.1, 0.0)
-    groups = {"encoder": group, "decoder": group}
     networks = vit.ViT(16, 2, 2, 2), mae.Decoder(8, 1, 2, 2, 3)
-    stage = Mae(*networks, (8, 8, 3), ratio, None, groups, 1, 0)
+    stage = mae_stage_of(*networks, (8, 8, 3), ratio)
     params = jax.jit(stage.init)(jax.random.key(0), {}).params
     images, noise = rng.normal(size=(2, 8, 8, 3)), jnp.asarray(rng.random((2, 16)))
 
@@ -168,7 +165,7 @@ def test_batch_norm_of_one_row_is_its_bias(row):
 
 @cache
 def started_and_look():
-    return started(STAGES["ct"]), jax.jit(partial(gradients, STAGES["ct"]))
+    return started(TINY_STAGES["ct"]), jax.jit(partial(gradients, TINY_STAGES["ct"]))
 
 
 labels_of = partial(arrays, np.int32, elements=st.integers(-1, 2))
@@ -186,8 +183,8 @@ def test_a_step_without_labels_or_allowed_neighbours(labels, stored, excluded):
     queue = train_state.queue.replace(ids=jnp.asarray(ids), labels=jnp.asarray(stored))
     train_state = train_state.replace(queue=queue)
     batch = batch_of(0) | {"index": np.full(BATCH, 7, np.int32), "label": labels}
-    (loss, (metrics, carried)), grads = look(train_state, batch)
-    positions = np.asarray(carried["positions"])
+    (loss, (metrics, aux)), grads = look(train_state, batch)
+    positions = np.asarray(aux["positions"])
     for x in (loss, *jax.tree.leaves(grads)):
         assert np.isfinite(x).all()
     if excluded == "all":

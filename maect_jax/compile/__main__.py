@@ -15,26 +15,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from absl import flags
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from maect_jax import command, files, plan, sharding, train, validate
-from maect_jax import config as pages
+from maect_jax import config as configs
+from maect_jax import errors, files, pipeline, sharding
 from maect_jax.compile import chips, collectives
 from maect_jax.errors import RunFailedError, UserError
-from maect_jax.stages import build, flops, state
-from maect_jax.stages.finetune import Finetune
-from maect_jax.stages.mae import Mae
-from maect_jax.stages.nnclr import Contrast
-from maect_jax.stages.step import compiled
-
-_TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "the slice (needed): CHIP:SHAPE, such as v5e:4x4; an unknown one lists all"
-)
-_OUT = flags.DEFINE_string(
-    "out", None, "the JSON file; runs/compile/<config name>.<topology>.json unless given"
-)
+from maect_jax.stages.base import Stage
+from maect_jax.stages.state import abstract_state, state_shardings
+from maect_jax.stages.step import abstract_batch, jitted_step
 
 # Without these libtpu looks for a TPU, and lets one process in at a time.
 _LIBTPU = {
@@ -66,24 +56,24 @@ class Lowered(NamedTuple):
     """A stage and its step as `train` jits it, lowered for the devices of a mesh; the bytes of its
     arguments on each device."""
 
-    stage: Mae | Contrast | Finetune
+    stage: Stage
     step: jax.stages.Lowered
     arguments: int
 
 
-def lower(config: ConfigDict, name: str, mesh) -> Lowered:
-    """The step of stage `name` for a mesh, whose devices need not be there."""
-    images, _ = plan.training_images(config)
-    images = build.training_images(config, name, images)
-    stage = build.stage_for(config, name, images)
-    start = state.abstract(stage, jax.random.key(config.seed), {}, mesh)
-    batch = train.abstract_batch(config, name, images, mesh)
+def lower(config: ConfigDict, stage_type: type[Stage], mesh) -> Lowered:
+    """The step of a stage for a mesh, whose devices need not be there."""
+    images, _ = pipeline.images_to_plan(config)
+    images = stage_type.training_images(config, images)
+    stage = stage_type.for_images(config, images)
+    start = abstract_state(stage, jax.random.key(config.seed), {}, mesh)
+    batch = abstract_batch(stage_type, config, images, mesh)
     arguments = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves((start, batch))
     )
     with jax.set_mesh(mesh):
-        step = compiled(stage, state.shardings_of(start)).lower(start, batch)
+        step = jitted_step(stage, state_shardings(start)).lower(start, batch)
     return Lowered(stage, step, arguments)
 
 
@@ -127,25 +117,25 @@ def bound_of(chip: chips.Chip, devices: int, cost: float, memory: dict, sent: fl
     return {**seconds, "step": step, "mfu": seconds["compute"] / step}
 
 
-def _advice(config: ConfigDict, name: str, mesh) -> list[str]:
+def _advice(config: ConfigDict, stage: type[Stage], mesh) -> list[str]:
     """Settings that save memory and that this config and mesh allow."""
-    tries = {f"mesh.{axis}": size for axis, size in sharding.more_sharded(mesh).items()}
-    if name != "head":  # whose encoder has no backward pass
+    tries = {f"mesh.{axis}": size for axis, size in sharding.larger_fsdp(mesh).items()}
+    if stage.tuned_blocks(config):  # without, the encoder has no backward pass
         tries |= {"remat": "blocks", "encoder_microbatches": 2 * config.encoder_microbatches}
     allowed = []
     for key, value in tries.items():
         changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict({key: value})
         try:
-            validate.settings(changed, mesh.size)
+            pipeline.check(changed, mesh.size)
         except UserError:
             continue
-        if pages.differing(config, changed):
+        if configs.differences(config, changed):
             allowed.append(f"--config.{key}={value}")
     return allowed
 
 
-def report(config: ConfigDict, name: str, topology: str, mesh) -> dict:
+def report(config: ConfigDict, stage: type[Stage], topology: str, mesh) -> dict:
     """All that is known of a stage's step on a slice, as plain JSON; `mesh` is of its devices.
 
     Raises:
@@ -153,10 +143,10 @@ def report(config: ConfigDict, name: str, topology: str, mesh) -> dict:
     """
     chip = chips.find(topology)
     start = time.monotonic()
-    lowered = lower(config, name, mesh)
+    name, lowered = stage.name, lower(config, stage, mesh)
     memory, program = memory_of(lowered, chip.hbm)
     seconds = time.monotonic() - start
-    cost = flops.per_step(lowered.stage, config[name].batch_size, build.views(name))
+    cost = lowered.stage.flops_per_step(config[name].batch_size)
     found = {
         "config": config.name,
         "stage": name,
@@ -172,7 +162,7 @@ def report(config: ConfigDict, name: str, topology: str, mesh) -> dict:
         "memory": memory,
     }
     if program is None:
-        return found | {"to_save_memory": _advice(config, name, mesh)}
+        return found | {"to_save_memory": _advice(config, stage, mesh)}
     exchanged = collectives.by_kind(collectives.read(program.as_text(), mesh.size))
     sent = sum(kind["sent_bytes"] for kind in exchanged.values())
     bound = bound_of(chip, mesh.size, cost, memory, sent)
@@ -197,7 +187,7 @@ def text(found: dict) -> str:
     peak, capacity = _size(memory["peak"]), _size(memory["capacity"])
     parts = {part: _size(memory[part]) for part in ("arguments", "temporaries") if part in memory}
     rows = [
-        ("devices", f"{count} ({sharding.sizes(found['mesh'])}), {batch // count} images each"),
+        ("devices", f"{count} ({sharding.mesh_text(found['mesh'])}), {batch // count} images each"),
         ("compiled in", f"{found['compile_seconds']:.0f} s"),
         ("FLOPs a step", f"{found['flops']:.3g}"),
         ("memory a chip", f"{peak} of {capacity}"),
@@ -221,40 +211,44 @@ def text(found: dict) -> str:
     return "\n".join([title, *(f"  {name:20}{value}" for name, value in rows)])
 
 
-def main(argv: list[str]) -> None:
-    """Ends with status 1 where a step does not fit."""
+def main() -> None:
+    """Raises `SystemExit` with status 1 where a step does not fit."""
+    parser = configs.parser(__doc__)
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="CHIP:SHAPE",
+        help="the slice, such as v5e:4x4; an unknown one lists all",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="runs/compile/<config name>.<topology>.json unless given"
+    )
+    config, arguments = configs.from_command_line(parser)
+    pipeline.check_stages(config)
+    stages = pipeline.training_stages(config)
+    if not stages:
+        raise UserError(f"config.stages={config.stages!r}: no training stage to compile")
+    pipeline.require_model(config)
+    topology = arguments.topology
+    devices = devices_of(topology)
+    pipeline.check(config, len(devices))
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    slug = topology.replace(":", "-")
+    out = arguments.out or Path("runs/compile") / f"{config.name}.{slug}.json"
     try:
-        if not _TOPOLOGY.value:
-            command.stop("--topology=CHIP:SHAPE is needed, such as v5e:4x4")
-        config = command.load_config(argv)
-        validate.stages(config)
-        names = [name for name in config.stages if name != "eval"]
-        if not names:
-            raise UserError(f"config.stages={config.stages!r}: no training stage to compile")
-        validate.has_model(config)
-        devices = devices_of(_TOPOLOGY.value)
-        validate.settings(config, len(devices))
-        mesh = sharding.make_mesh(**config.mesh, devices=devices)
-        slug = _TOPOLOGY.value.replace(":", "-")
-        out = Path(_OUT.value or f"runs/compile/{config.name}.{slug}.json")
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out={out}: cannot write there: {error}") from error
-        found = {}
-        for name in names:
-            found[name] = report(config, name, _TOPOLOGY.value, mesh)
-            print(text(found[name]), flush=True)
-        files.write_json(out, found)
-        print(out)
-    except UserError as error:
-        command.stop(error)
-    except RunFailedError as error:
-        command.stop(error, status=1)
-    if not all(stage["memory"]["fits"] for stage in found.values()):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={out}: cannot write there: {error}") from error
+    reports = {}
+    for stage in stages:
+        reports[stage.name] = report(config, stage, topology, mesh)
+        print(text(reports[stage.name]), flush=True)
+    files.write_json(out, reports)
+    print(out)
+    if not all(stage["memory"]["fits"] for stage in reports.values()):
         sys.exit(1)
 
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # a slice is compiled for, never looked for
-    command.run(main, __doc__, _TOPOLOGY, _OUT)
+    sys.exit(errors.run_command(main))

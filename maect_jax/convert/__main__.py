@@ -5,12 +5,11 @@ python -m maect_jax.convert export RUN FILE --format={timm,hf,maect,mae}
 """
 
 import argparse
-import math
 import sys
 import tempfile
 from pathlib import Path
 
-from maect_jax import checks, files
+from maect_jax import errors, files
 from maect_jax.convert import exporting, importing
 from maect_jax.convert.told import Given
 from maect_jax.errors import UserError
@@ -32,19 +31,6 @@ needs PyTorch).
 """
 
 
-def _positive(kind: type):
-    """A number above 0, for argparse."""
-
-    def parse(text: str):
-        value = kind(text)
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError
-        return value
-
-    parse.__name__ = "number above 0"  # by which argparse calls it
-    return parse
-
-
 def _size(text: str) -> tuple[int, int]:
     sides = tuple(int(side) for side in text.split(","))
     if len(sides) != 2 or min(sides) < 1:
@@ -59,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     def formatted(prog):
         return argparse.RawDescriptionHelpFormatter(prog, width=100)
 
-    parser = argparse.ArgumentParser(
+    parser = errors.OneLineParser(
         prog="python -m maect_jax.convert", formatter_class=formatted, description=__doc__
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -67,10 +53,14 @@ def _parser() -> argparse.ArgumentParser:
     take.add_argument("file", nargs="+", type=Path, metavar="FILE", help="of weights")
     take.add_argument("run", type=Path, metavar="OUT_RUN", help="a new folder")
     take.add_argument(
-        "--heads", type=_positive(int), help="attention heads, where the file does not tell"
+        "--heads", type=errors.positive(int), help="attention heads, where the file does not tell"
     )
-    take.add_argument("--decoder_heads", type=_positive(int), help="of MAE's decoder, likewise")
-    take.add_argument("--ln_eps", type=_positive(float), help="epsilon of LayerNorm, likewise")
+    take.add_argument(
+        "--decoder_heads", type=errors.positive(int), help="of MAE's decoder, likewise"
+    )
+    take.add_argument(
+        "--ln_eps", type=errors.positive(float), help="epsilon of LayerNorm, likewise"
+    )
     take.add_argument(
         "--image_size", type=_size, metavar="H,W",
         help="of the images to come; the position grid is resized (bicubic) where it differs",
@@ -80,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the feature: the class token, or the patches' mean (by default for an MAE "
         "of ViT-B, as in the paper), or that mean before the final norm",
     )  # fmt: skip
-    take.add_argument("--dtype", choices=checks.DTYPES, help="of activations (bfloat16)")
+    take.add_argument("--dtype", choices=vit.DTYPES, help="of activations (bfloat16)")
     give = commands.add_parser("export", formatter_class=formatted, description=_EXPORT)
     give.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
     give.add_argument("file", type=Path, metavar="FILE", help="a new file, for hf a folder")
@@ -118,18 +108,14 @@ def _import(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     arguments = _parser().parse_args()
-    try:
-        if arguments.command == "import":
-            _import(arguments)
-        else:
-            told = exporting.export(
-                arguments.run, arguments.file, arguments.format, arguments.stage, arguments.weights
-            )
-            print("\n".join(told))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    if arguments.command == "import":
+        _import(arguments)
+        return
+    written = exporting.export(
+        arguments.run, arguments.file, arguments.format, arguments.stage, arguments.weights
+    )
+    print("\n".join(written))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(errors.run_command(main))

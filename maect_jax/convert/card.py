@@ -7,7 +7,6 @@ from maect_jax.convert.recognise import LN_EPS
 from maect_jax.evals import runner, table
 from maect_jax.models import vit
 from maect_jax.run import lineage
-from maect_jax.stages import build
 
 _TIMM = {
     "Ti": ("vit_tiny_patch16_224", 16),
@@ -47,7 +46,7 @@ _SCRATCH = (
 
 def timm_call(model, file: str) -> str:
     """The call by which timm builds an exported model (`exporting.Model`) with its weights."""
-    section, size = model.config.model, build.encoder_size(model.config.model)
+    section, size = model.config.model, vit.size_of(model.config.model)
     name, patch = _TIMM[section.variant]
     height, width = section.image_size
     known = vit.VARIANTS[section.variant]
@@ -151,7 +150,7 @@ def text(run: Path, model, file: Path, kind: str, weights: str, left: str) -> st
       left: what the format had no place for, if anything.
     """
     data, stage, section = model.config.get("data", {}), model.stage, model.config.model
-    size, (height, width) = build.encoder_size(section), section.image_size
+    size, (height, width) = vit.size_of(section), section.image_size
     shape = (
         f"width {size.width}, depth {size.depth}, {size.heads} heads, patch {section.patch_size}"
     )

@@ -8,8 +8,7 @@ from ml_collections import ConfigDict
 from maect_jax.convert import recognise
 from maect_jax.convert.layouts import ENCODER, Parts, Sorted
 from maect_jax.convert.tensors import Content, Stored
-from maect_jax.models import positions
-from maect_jax.stages import build
+from maect_jax.models import positions, vit
 
 
 def lines(
@@ -31,7 +30,7 @@ def lines(
     for content, one in zip(contents, found, strict=True):
         yield f"{content.path}: {one.layout} names, {content.container}"
     main = next(one for one in found if ENCODER in one.parts)
-    model, size = config.model, build.encoder_size(config.model)
+    model, size = config.model, vit.size_of(config.model)
     height, width = model.image_size
     yield f"kind       {config.stages[0]}: {' + '.join(sorted(parts, key=ENCODER.__ne__))}"
     yield (

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from maect_jax import config as pages
+from maect_jax import config as configs
 from maect_jax import files, sharding
 from maect_jax.convert import card, head_names, layouts, names, tensors
 from maect_jax.errors import UserError
 from maect_jax.models import positions, vit
 from maect_jax.run import checkpoints, lineage
-from maect_jax.stages import build
+from maect_jax.stages import SAVED
 
 FORMATS = ("timm", "hf", "maect", "mae")
 _ENDINGS = {"timm": (".safetensors",), "maect": (".safetensors", ".pth", ".th"),
@@ -65,8 +65,8 @@ def load(
     if not (run / "config.json").is_file():
         file = "; a file must be imported first" if run.is_file() else ""
         raise UserError(f"{run}: there is no run (no config.json); name the folder of a run{file}")
-    config = pages.read(run / "config.json")
-    there = checkpoints.trained_stages(run, tuple(build.SAVED_PARTS))
+    config = configs.read(run / "config.json")
+    there = checkpoints.trained_stages(run, tuple(SAVED))
     if not there or stage not in (None, *there):
         has = f"it has {', '.join(there)}" if there else "it has no checkpoint yet"
         raise UserError(f"{run}: no stage {stage or 'to export'}; {has}")
@@ -75,13 +75,13 @@ def load(
         lineage.finished(run, stage, f"{run}: ")
     else:
         lineage.has_step(run, stage, step, f"{run}: ")
-    wanted = build.SAVED_PARTS[stage] + (("target",) if stage == "ct" else ())
+    wanted = SAVED[stage].saved + (("target",) if stage == "ct" else ())
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     parts = checkpoints.read_parts(checkpoints.stage_folder(run, stage), wanted, mesh, step)
     if weights == "trained" and stage == "ct":
         params = vit.merge_blocks({**parts["frozen"]["encoder"], **parts["params"]["encoder"]})
     else:
-        params = build.evaluated_encoder(stage, parts)
+        params = SAVED[stage].encoder_params(parts)
     return Model(stage, config, jax.device_get(params), jax.device_get(parts))
 
 
@@ -136,7 +136,7 @@ def _about(model: Model) -> dict[str, str]:
     """What the tensors do not tell, by HuggingFace's keys, for the header of a safetensors file."""
     section = model.config.model
     told = {
-        "num_attention_heads": build.encoder_size(section).heads,
+        "num_attention_heads": vit.size_of(section).heads,
         "layer_norm_eps": section.ln_eps,
         "image_size": list(section.image_size),
     }
@@ -207,7 +207,7 @@ def _maect(model: Model, file: Path) -> bool:
 
 
 def _hf(model: Model, folder: Path) -> bool:
-    section, size = model.config.model, build.encoder_size(model.config.model)
+    section, size = model.config.model, vit.size_of(model.config.model)
     found = layouts.to_hf(_with_class_row(_encoder(model)), "vit." if model.classifies else "")
     height, width = section.image_size
     config = {

@@ -13,7 +13,6 @@ from maect_jax.convert.tensors import Stored
 from maect_jax.convert.told import Given
 from maect_jax.errors import UserError
 from maect_jax.models import positions, vit
-from maect_jax.stages import build
 
 _CLASSIFIER = {"kernel": "weight", "bias": "bias"}
 _STATISTICS = {"mean": "running_mean", "var": "running_var"}
@@ -26,7 +25,7 @@ class Imported:
 
     Attributes:
       files: where they are.
-      kind: the stage that a run with such variables has saved, a key of `build.SAVED_PARTS`.
+      kind: the stage that a run with such variables has saved, a key of `SAVED`.
       config: of such a run: `model`, `data` where the normalisation is known, the sizes of a head.
       described: for people, a line each.
     """
@@ -40,7 +39,7 @@ class Imported:
     _grid: tuple[int, int]
 
     def read(self) -> dict:
-        """The variables, NumPy arrays: what `build.SAVED_PARTS` names and, for ct, `target`."""
+        """The variables, NumPy arrays: what `Saved.saved` names and, for ct, `target`."""
         model = self.config.model
         grids = self._grid, positions.grid(model.image_size, model.patch_size)
         encoder = names.encoder_from_torch(self._parts[ENCODER], self._grid)
@@ -69,7 +68,7 @@ class Imported:
         if self.kind == "head":
             return parts | {"params": head["params"], "frozen": {"encoder": encoder}}
         # As after tuning with all blocks frozen: the average is the encoder itself.
-        trained, frozen = vit.split_blocks(encoder, build.encoder_size(model).depth)
+        trained, frozen = vit.split_blocks(encoder, vit.size_of(model).depth)
         return parts | {
             "params": head["params"] | {"encoder": trained},
             "frozen": {"encoder": frozen},

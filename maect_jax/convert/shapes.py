@@ -10,8 +10,7 @@ from ml_collections import ConfigDict
 from maect_jax.convert import head_names, names
 from maect_jax.convert.layouts import CLASSIFIER, DECODER, ENCODER, HEAD, Parts
 from maect_jax.errors import UserError
-from maect_jax.models import mae, nnclr, positions
-from maect_jax.stages import build
+from maect_jax.models import mae, nnclr, positions, vit
 
 Shapes = dict[str, tuple[int, ...]]
 _WHOLE_NUMBERS = ("queue_id", "queue_y", "queue_ptr")
@@ -67,10 +66,10 @@ def expected(
       decoding: the decoder, if there is one.
       stored_grid: of the position embeddings.
     """
-    key, width = jax.random.key(0), build.encoder_size(section).width
-    image = jax.ShapeDtypeStruct((1, *build.image_shape(section)), np.float32)
+    key, width = jax.random.key(0), vit.size_of(section).width
+    image = jax.ShapeDtypeStruct((1, *section.image_size, section.channels), np.float32)
     patches = math.prod(stored_grid)
-    tree = jax.eval_shape(build.encoder(section).init, key, image)["params"]
+    tree = jax.eval_shape(vit.from_config(section).init, key, image)["params"]
     encoder = names.encoder_to_torch(_zeros(tree), section.patch_size)
     shapes = {ENCODER: _shapes(encoder) | {"pos_embed": (1, patches, width)}}
     if DECODER in parts:

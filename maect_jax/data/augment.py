@@ -243,7 +243,7 @@ def views(batch: dict, recipe: Recipe) -> jax.Array:
     """
     if jnp.issubdtype(batch["image"].dtype, jnp.floating):
         return batch["image"]
-    make = sharding.on_own_rows(partial(_views, recipe))
+    make = sharding.shard_map_batch(partial(_views, recipe))
     return make(batch["image"], batch["seed"])
 
 

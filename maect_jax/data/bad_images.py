@@ -14,7 +14,7 @@ _LOGGER = logging.getLogger(__name__)
 _LISTED = 20
 
 
-class Damage:
+class BadImages:
     """Counts the images of a source that could not be read, on any host, and names each once.
 
     A run that goes on counts anew: files may have been mended since.
@@ -30,7 +30,7 @@ class Damage:
         self._bad: set[int] = set()
         self._named: dict[int, str] = {}
 
-    def take(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def collect(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The batch without its field `bad`, whose records are counted."""
         batch = dict(batch)
         self._bad |= set(batch.pop("bad").tolist()) - {-1}
@@ -42,7 +42,7 @@ class Damage:
         Raises:
           RunFailedError: on all hosts, more images are bad than are allowed; the text lists them.
         """
-        self._bad = sharding.of_all_hosts(self._bad)
+        self._bad = sharding.gather_set(self._bad)
         for record in sorted(self._bad - self._named.keys()):
             self._named[record] = f"{self._source.name(record)}: {self._why(record)}"
             if jax.process_index() == 0:

@@ -7,7 +7,10 @@ so the same crops come out on any number of hosts, workers or threads, and after
 """
 
 import dataclasses
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 
@@ -20,7 +23,6 @@ from maect_jax.data.randaugment import randaugment
 from maect_jax.data.sources import Source
 from maect_jax.data.subsets import Subset
 from maect_jax.errors import BadImageError, RunFailedError
-from maect_jax.run.preemption import in_worker
 
 _AHEAD = 4  # batches made ahead of the step
 _TRIED = 100  # images in a row, for one that can be read
@@ -35,7 +37,23 @@ def _stream(dataset: grain.MapDataset, rows: int, workers: int):
     # then, with a warning to whoever looks at the terminal.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     processes = grain.MultiprocessingOptions(workers, per_worker_buffer_size=1)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(processes, in_worker))
+    return iter(
+        dataset.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(processes, _init_worker)
+    )
+
+
+def _init_worker(*_) -> None:
+    """Leaves SIGTERM and SIGINT to the main process, which a terminal or a scheduler signals as
+    well, and which still wants batches; and ends with it, however that ends."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+    def follow(main):
+        main.join()
+        os._exit(1)
+
+    if main := multiprocessing.parent_process():
+        threading.Thread(target=follow, args=[main], daemon=True).start()
 
 
 def _in_memory(source: Source) -> bool:

@@ -32,7 +32,7 @@ def _cut(key: jax.Array, shape: tuple[int, int], kept: jax.Array) -> jax.Array:
     return jnp.where(inside, 0.0, 1.0)
 
 
-def own_share(
+def kept_fraction(
     key: jax.Array, shape: tuple[int, int], mixup_alpha: float, cutmix_alpha: float
 ) -> jax.Array:
     """How much of each pixel `[H, W]` an image keeps when it is mixed with another.
@@ -57,7 +57,7 @@ def mix(images: jax.Array, targets: jax.Array, share: jax.Array) -> tuple[jax.Ar
     Args:
       images: `[B, H, W, C]`.
       targets: `[B, classes]`.
-      share: of the pixels, that an image keeps (`own_share`); the mean is what its target keeps.
+      share: of the pixels, that an image keeps (`kept_fraction`); the mean is what its target keeps.
     """
     pixels, target = share[..., None], share.mean()
     images = pixels * images + (1 - pixels) * images[::-1]

@@ -7,6 +7,7 @@ none.
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,6 +16,8 @@ from typing import Protocol
 
 import numpy as np
 
+from maect_jax import config as configs
+from maect_jax.config import Rule, Rules, at_most, between, one_of
 from maect_jax.data import arrays
 from maect_jax.data.folder import Folder
 from maect_jax.errors import UserError
@@ -178,3 +181,42 @@ def splits(data, needed: Sequence[str], channels: int, run: Path | None = None) 
         classes = (found["train"].classes or None) if "train" in found else None
         found[split] = make(data, split, channels, classes, run)
     return found
+
+
+# Rules of the `data` section
+
+_MOST_WORKERS = 1024
+_MOST_PIXELS = 2**14
+RULES: Rules = {
+    "source": one_of(KINDS),
+    "short_side": at_most(_MOST_PIXELS),
+    "workers": between(0, _MOST_WORKERS),
+    "max_bad_fraction": between(0, 1),
+    "mean": Rule("finite numbers", lambda v, _: all(map(math.isfinite, v))),
+    "std": Rule("above 0", lambda v, _: all(0 < x < math.inf for x in v)),
+}
+_PACKAGED: Rules = {
+    "path": Rule(
+        "empty for the packaged images; set config.data.source=folder as well",
+        lambda v, _: not v,
+    ),
+    "train_split": one_of(arrays.FASHION_MNIST),
+    "val_split": one_of(arrays.FASHION_MNIST),
+}
+
+
+def check(config) -> None:
+    """Checks the `data` section of a config. Raises `UserError`."""
+    channels, side = config.model.channels, max(config.model.image_size)
+    a_channel = Rule(f"as many numbers as channels, {channels}", lambda v, _: len(v) == channels)
+    configs.check(config, "data", RULES)
+    if config.data.source == "fashion_mnist":
+        configs.check(config, "data", _PACKAGED)
+    of_model = {
+        "mean": a_channel,
+        "std": a_channel,
+        "short_side": Rule(
+            f"at least the larger side of the image, {side}", lambda v, _: v >= side
+        ),
+    }
+    configs.check(config, "data", of_model)

@@ -47,16 +47,16 @@ def _places(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return places, counts[own]
 
 
-def few(labels: np.ndarray, images: int, seed: int) -> np.ndarray:
+def per_class(labels: np.ndarray, images: int, seed: int) -> np.ndarray:
     """Record numbers, ascending, of so many images of each class; of all, where it has fewer.
 
-    Those of one seed are nested: the fewer are among the more, and among those of `share`.
+    Those of one seed are nested: the fewer are among the more, and among those of `fraction_of`.
     """
     return np.flatnonzero(_places(labels, seed)[0] < images)
 
 
-def share(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Record numbers, ascending, of this share of each class, at least one; nested as in `few`."""
+def fraction_of(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Record numbers, ascending, of this share of each class, at least one; nested as in `per_class`."""
     places, counts = _places(labels, seed)
     return np.flatnonzero(places < np.maximum(np.round(fraction * counts), 1))
 
@@ -67,7 +67,7 @@ def _bare(name: str) -> PurePosixPath:
     return path.with_suffix("") if path.name else path
 
 
-def listed(path: str, names: Sequence[str]) -> np.ndarray:
+def from_list(path: str, names: Sequence[str]) -> np.ndarray:
     """Record numbers of the images that a text file lists, one name a line, in its order.
 
     Args:
@@ -100,12 +100,12 @@ def listed(path: str, names: Sequence[str]) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)  # a run asks several times, and names may take a pass over a prepared set
-def chosen(source: Source, images: str, seed: int) -> Source:
+def select(source: Source, images: str, seed: int) -> Source:
     """Those images of a source that `config.finetune.images` asks for.
 
     Args:
       source: labelled images.
-      images: "all"; a share of each class, such as "1%"; or the path of a list (`listed`).
+      images: "all"; a share of each class, such as "1%"; or the path of a list (`from_list`).
       seed: of the draw of a share.
 
     Raises:
@@ -114,16 +114,24 @@ def chosen(source: Source, images: str, seed: int) -> Source:
     if images == "all":
         return source
     if images.endswith("%"):
-        return Subset(source, share(labels_of(source), percent(images) / 100, seed))
+        return Subset(source, fraction_of(labels_of(source), percentage(images) / 100, seed))
     try:
-        return Subset(source, listed(images, [source.name(i) for i in range(len(source))]))
+        return Subset(source, from_list(images, [source.name(i) for i in range(len(source))]))
     except UserError as error:
         raise UserError(f"config.finetune.images={images!r}: {error}") from error
 
 
-def percent(text: str) -> float:
+def percentage(text: str) -> float:
     """The number before a percent sign. Raises `ValueError` where it is none."""
     return float(text.removesuffix("%"))
+
+
+def is_percentage(text: str) -> bool:
+    """Whether a text is a share from above `0%` to `100%`."""
+    try:
+        return 0 < percentage(text) <= 100
+    except ValueError:
+        return False
 
 
 def classes_of(source: Source) -> int:

@@ -77,7 +77,7 @@ def fingerprint(params: dict) -> str:
     return digest(
         {
             "names": str(jax.tree.structure(params)),
-            "sums": sharding.fetch(_checksum(params)).tolist(),
+            "sums": sharding.to_host(_checksum(params)).tolist(),
         }
     )
 
@@ -106,10 +106,10 @@ def extract(
         images = _normalise(batch["image"], mean, std)
         found = encode(images), batch["label"], batch["valid"]
         if pending is not None:  # one batch late, so that the device never waits
-            yield sharding.fetch(pending)
+            yield sharding.to_host(pending)
         pending = found
     if pending is not None:
-        yield sharding.fetch(pending)
+        yield sharding.to_host(pending)
 
 
 def collected(batches: Iterator[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, np.ndarray]:
@@ -137,7 +137,7 @@ class _Growing:
         self._file.write(np.ascontiguousarray(rows, self._dtype).data)
 
     def keep(self) -> None:
-        files.to_disk(self._file)
+        files.fsync(self._file)
 
     def close(self) -> None:
         self._file.close()
@@ -169,11 +169,11 @@ def stored(
     settings = json.loads(json.dumps(settings))
     kept = _kept(folder)
     done = kept["done"] if kept and kept["settings"] == settings else 0
-    sharding.on_all_hosts(True)  # all have read before one writes
+    sharding.all_hosts(True)  # all have read before one writes
     if done < images:
         first = done // batch_size
         _write(folder, settings, images, first * batch_size, batches(first))
-    sharding.on_all_hosts(True)
+    sharding.all_hosts(True)
     return load(folder)
 
 

@@ -11,7 +11,7 @@ from maect_jax import files
 from maect_jax.data import bad_images, sources
 from maect_jax.evals import features, runner
 from maect_jax.run import checkpoints
-from maect_jax.stages import build
+from maect_jax.stages import STAGES
 
 _NAME = "finetune"
 
@@ -19,7 +19,7 @@ _NAME = "finetune"
 def classify(
     config: ConfigDict,
     images: dict[str, sources.Source],
-    broken: bad_images.Damage,
+    broken: bad_images.BadImages,
     run: Path,
     mesh,
 ) -> dict:
@@ -40,11 +40,11 @@ def classify(
     path = run / "results.json"
     results = runner.read_results(run)
     folder = checkpoints.stage_folder(run, _NAME)
-    parts = checkpoints.read_parts(folder, build.SAVED_PARTS[_NAME], mesh)
+    parts = checkpoints.read_parts(folder, STAGES[_NAME].saved, mesh)
     weights = features.fingerprint(parts["params"])
     if results.get(_NAME, {}).get(_NAME, {}).get("weights") != weights:
-        trained = build.training_images(config, _NAME, images["train"])
-        stage = build.stage_for(config, _NAME, trained)
+        trained = STAGES[_NAME].training_images(config, images["train"])
+        stage = STAGES[_NAME].for_images(config, trained)
         rank = partial(jax.jit(stage.ranked), parts["params"], parts["frozen"])
         size = config[_NAME].batch_size
         batches = runner.extracted(config, rank, images["val"], broken, size, mesh)

@@ -102,7 +102,7 @@ def _pass(rows: Rows, centres):
         start = jnp.zeros_like(centres), jnp.zeros(centres.shape[:2])
         return sharding.sum_over_devices(jax.lax.scan(add, start, (x, weight))[0])
 
-    return sharding.on_own_rows(own, shared=1, whole=True)(*rows, centres)
+    return sharding.shard_map_batch(own, replicated_args=1, replicated_out=True)(*rows, centres)
 
 
 def _means(sums, counts, centres):
@@ -216,7 +216,7 @@ def mini_batch(rows: Rows, centres: jax.Array):
         start = centres, jnp.zeros(centres.shape[:2])
         return jax.lax.fori_loop(0, _EPOCHS, epoch, start)[0]
 
-    return sharding.on_own_rows(own, shared=1, whole=True)(*rows, centres)
+    return sharding.shard_map_batch(own, replicated_args=1, replicated_out=True)(*rows, centres)
 
 
 @jax.jit
@@ -232,7 +232,7 @@ def _judged(rows: Rows, centres: jax.Array):
 
         return jax.lax.map(judge, (x, weight))
 
-    nearest, loss = sharding.on_own_rows(own, shared=1)(*rows, centres)
+    nearest, loss = sharding.shard_map_batch(own, replicated_args=1)(*rows, centres)
     return nearest, loss.sum(0)
 
 
@@ -292,7 +292,7 @@ def kmeans(
         else:
             centres, passes = lloyd(rows, centres, limit)
         nearest, loss = _judged(rows, centres)
-        centres, nearest, loss, passes = sharding.fetch((centres, nearest, loss, passes))
+        centres, nearest, loss, passes = sharding.to_host((centres, nearest, loss, passes))
         clusters = np.empty((len(own), len(x)), np.int32)
         clusters[:, numbers[numbers >= 0]] = np.moveaxis(nearest, 1, 0)[:, numbers >= 0]
         found.append(Clustering(centres + middle, clusters, loss, passes))

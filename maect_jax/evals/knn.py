@@ -80,7 +80,9 @@ def _merge(best, queries, tile, start, rows, mean, deviation, *, block: int):
         joined = jax.lax.map(one, tuple(parts))
         return tuple(x.reshape(-1, x.shape[-1]) for x in joined)
 
-    return sharding.on_own_rows(own, shared=5)(*best, queries, tile, start, rows, mean, deviation)
+    return sharding.shard_map_batch(own, replicated_args=5)(
+        *best, queries, tile, start, rows, mean, deviation
+    )
 
 
 @jax.jit
@@ -120,7 +122,7 @@ def nearest(
     width = bank.shape[1]
     size, block, tile = plan(len(bank), len(queries), width, k, mesh.size, memory_mb)
     moments = deviations(bank) if standardise else (np.zeros(width), np.ones(width))
-    moments = [sharding.put_whole(np.float32(part), mesh) for part in moments]
+    moments = [sharding.replicate(np.float32(part), mesh) for part in moments]
     rows, found = np.int32(len(bank)), []
     for part, count in _chunks(queries, size):
         part = _prepared(sharding.put_rows(part, mesh), *moments)
@@ -129,10 +131,10 @@ def nearest(
         for start in range(0, len(bank), tile):
             rest = bank[start : start + tile]
             rest = np.pad(rest, ((0, tile - len(rest)), (0, 0)))
-            there = sharding.put_whole(rest, mesh)
+            there = sharding.replicate(rest, mesh)
             jax.block_until_ready(best)  # no more than one tile waits for its turn
             best = _merge(best, part, there, np.int32(start), rows, *moments, block=block)
-        found.append([array[:count] for array in sharding.fetch(best)])
+        found.append([array[:count] for array in sharding.to_host(best)])
     return tuple(np.concatenate(arrays) for arrays in zip(*found, strict=True))
 
 

@@ -96,5 +96,5 @@ def fit(
     x = np.pad(np.float32(x), ((0, more), (0, 0)))
     labels = np.pad(np.int32(labels), (0, more), constant_values=-1)
     rows = (sharding.put_rows(array, mesh) for array in (x, labels))
-    penalties = sharding.put_whole(np.float32(penalties), mesh)
+    penalties = sharding.replicate(np.float32(penalties), mesh)
     return _solve(*rows, penalties, classes=classes, max_steps=max_steps)

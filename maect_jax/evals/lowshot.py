@@ -34,7 +34,7 @@ def _accuracies(train: Features, records: np.ndarray, test: Features, decays, me
     hits = 0
     for x, truths in features.parts(test, mesh, logistic.prepare):
         hits = hits + _hits(found.weights, x, truths)
-    hits, norm, steps = sharding.fetch((hits, found.gradient_norm, found.steps))
+    hits, norm, steps = sharding.to_host((hits, found.gradient_norm, found.steps))
     return {"accuracy": hits / len(test.labels), "gradient_norm": norm, "steps": steps}
 
 
@@ -112,7 +112,7 @@ def lowshot(
             by_name.setdefault(Path(path).name, []).append(path)
         entries = []
         for name, paths in by_name.items():
-            records = [subsets.listed(path, known).tolist() for path in paths]
+            records = [subsets.from_list(path, known).tolist() for path in paths]
             parts = [np.array([place[r] for r in part if r in place]) for part in records]
             size = _size(train.labels, parts[0])
             entries.append({"list": name, **size, "drawn": list(paths), **tested(parts)})
@@ -124,9 +124,9 @@ def lowshot(
             reason = f"a class has only {counts.min()} images"
             entries.append({**entry, "skipped": reason})
             continue
-        parts = [subsets.few(train.labels, number, seed + split) for split in range(splits)]
+        parts = [subsets.per_class(train.labels, number, seed + split) for split in range(splits)]
         entries.append({**entry, **tested(parts)})
     for fraction in shares:
-        part = subsets.share(train.labels, fraction, seed)
+        part = subsets.fraction_of(train.labels, fraction, seed)
         entries.append({"share": fraction, "drawn": DRAWN, **tested([part])})
     return entries

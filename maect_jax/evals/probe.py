@@ -68,7 +68,7 @@ def _update(probes: Probes, x, labels, lrs, *, steps: int) -> Probes:
 
     weights = jax.tree.map(descend, probes.weights, velocity)
     unbiased = var * len(x) / max(len(x) - 1, 1)
-    running = optim.average((probes.mean, probes.var), (mean, unbiased), _BN_DECAY)
+    running = optim.ema((probes.mean, probes.var), (mean, unbiased), _BN_DECAY)
     return Probes(weights, velocity, *running, probes.step + 1)
 
 
@@ -107,7 +107,7 @@ def fit(
       For each of `tests` the top-1 and top-5 accuracies (0 to 1) `[epochs, P, 2]`.
     """
     places = {name: list(features.parts(found, mesh)) for name, found in tests.items()}
-    rates = sharding.put_whole(np.float32(lrs), mesh)
+    rates = sharding.replicate(np.float32(lrs), mesh)
     width = next(iter(tests.values())).x.shape[1]
     probes = _init(jax.random.key(seed), len(lrs), width, classes)
     curves = {name: [] for name in tests}
@@ -121,7 +121,7 @@ def fit(
         for name, parts in places.items():
             curves[name].append(sum(_hits(probes, *part) for part in parts))
     return {
-        name: np.asarray(sharding.fetch(curve)) / len(tests[name].labels)
+        name: np.asarray(sharding.to_host(curve)) / len(tests[name].labels)
         for name, curve in curves.items()
     }
 

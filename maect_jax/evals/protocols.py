@@ -1,5 +1,7 @@
 """From features and a config to the results of each protocol."""
 
+import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -9,11 +11,25 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from maect_jax import config as configs
 from maect_jax import sharding
+from maect_jax.config import (
+    Rule,
+    Rules,
+    fraction,
+    not_negative,
+    numbers_above_0,
+    one_of,
+    positive,
+    some_of,
+)
 from maect_jax.data import augment, bad_images, loader, sources, subsets
-from maect_jax.evals import cluster, features, knn, lowshot, probe
+from maect_jax.errors import UserError
+from maect_jax.evals import cluster, export, features, knn, lowshot, maps, probe
 from maect_jax.evals.features import Features
+from maect_jax.models import vit
 from maect_jax.stages import optim
+from maect_jax.stages.base import CROP_SCALE
 
 _PART = 8192  # images that are classified at a time
 _QUERIES, _NEIGHBOURS = 8, 5  # of the page's sheet of neighbours
@@ -37,7 +53,7 @@ class Row:
     encode: features.Encode
     features: Mapping[str, Features]
     splits: Mapping[str, sources.Source]
-    broken: Mapping[str, bad_images.Damage]
+    broken: Mapping[str, bad_images.BadImages]
     mesh: object
     classifier: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -144,14 +160,14 @@ def probed_augmented(row: Row) -> dict:
         images, lost = source, broken
         if len(train.index) < len(source):
             images = subsets.Subset(source, train.index)
-            lost = bad_images.Damage(images, config.model.channels, data.max_bad_fraction)
+            lost = bad_images.BadImages(images, config.model.channels, data.max_bad_fraction)
         make = loader.TrainRecord(
             images, config.model.channels, size, (scale,), seed, data.scaled_jpeg
         )
         rows = sharding.local_rows(batch_size, row.mesh)
         order = loader.Order(len(images), batch_size, steps, seed, rows)
         for batch in loader.train_batches(order, make, data.workers):
-            placed = sharding.put_batch(lost.take(batch), row.mesh)
+            placed = sharding.put_batch(lost.collect(batch), row.mesh)
             yield row.encode(_only_view(placed, recipe)), placed["label"]
         lost.check()
 
@@ -241,3 +257,70 @@ def skipped(protocol: str, found: Mapping[str, Features]) -> str:
     ):
         return ""
     return "the images have no labels"
+
+
+# Rules of the `eval` section
+
+RULES: Rules = {
+    "batch_size": positive,
+    "protocols": some_of(NAMES),
+    "pool": one_of(("", *vit.POOLS, "cls+mean")),
+    "dtype": one_of(("", *vit.DTYPES)),
+    "map": one_of(maps.NAMES),
+    "export": one_of(("", *export.KINDS)),
+    **dict.fromkeys(
+        ("memory_mb", "knn.temperature", "lowshot.splits", "probe.epochs", "probe.batch_size",
+         "cluster.runs"),
+        positive,
+    ),
+    "probe.held_out": fraction,
+    "probe.crop_scale": CROP_SCALE,
+    **dict.fromkeys(("knn.k", "probe.base_lrs", "lowshot.weight_decays"), numbers_above_0),
+    "lowshot.images": Rule("numbers above 0", lambda v, _: all(n > 0 for n in v)),
+    "lowshot.shares": Rule("from above 0 to 1", lambda v, _: all(0 < s <= 1 for s in v)),
+    "lowshot.lists": Rule(
+        "paths of text files that exist",
+        lambda v, _: all(isinstance(path, str) and os.path.isfile(path) for path in v),
+    ),
+    "cluster.split": one_of(sources.SPLITS),
+    **dict.fromkeys(("cluster.clusters", "cluster.pca", "cluster.minibatch"), not_negative),
+    "cluster.subsets": some_of(cluster.SUBSETS),
+}  # fmt: skip
+
+
+def check(config: ConfigDict, devices: int) -> None:
+    """Checks the `eval` section of a config. Raises `UserError`."""
+    configs.check(config, "eval", RULES)
+    sharding.check_batch("config.eval.batch_size", config.eval.batch_size, devices)
+    if config.eval.map == "umap" and not importlib.util.find_spec("umap"):
+        raise UserError("config.eval.map='umap': install the extra, pip install -e '.[umap]'")
+
+
+def check_neighbours(config: ConfigDict, images: sources.Source) -> None:
+    """Raises `UserError` where k-NN wants more neighbours than there are training images."""
+    most = max(config.eval.knn.k)
+    if "knn" in config.eval.protocols and images.labelled and most > len(images):
+        raise UserError(
+            f"config.eval.knn.k={config.eval.knn.k}: must be at most the {len(images)} training "
+            "images"
+        )
+
+
+def check_images(config: ConfigDict, images: Mapping[str, sources.Source]) -> None:
+    """Raises `UserError` where k-means cannot tell how many clusters are wanted, or there are fewer
+    images."""
+    if "cluster" not in config.eval.protocols:
+        return
+    section, split = config.eval.cluster, cluster_split(config, images)
+    count = len(images[split])
+    if not section.clusters and not images[split].labelled:
+        raise UserError(
+            f"config.eval.cluster.clusters=0: the {split} images have no labels to count; say how "
+            "many clusters to find"
+        )
+    for key in ("pca", "clusters"):
+        if section[key] > count:
+            raise UserError(
+                f"config.eval.cluster.{key}={section[key]}: must be at most the {count} {split} "
+                "images"
+            )

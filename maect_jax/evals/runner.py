@@ -16,8 +16,10 @@ from maect_jax import files, sharding
 from maect_jax.data import bad_images, loader, sources
 from maect_jax.errors import UserError
 from maect_jax.evals import export, features, protocols
+from maect_jax.evals.classifier import fold_batch_norm
+from maect_jax.models import vit
 from maect_jax.run import lineage
-from maect_jax.stages import build
+from maect_jax.stages import SAVED
 
 PIXELS = "pixels"
 AGAIN = "remove it, and the run's command measures again"
@@ -35,7 +37,7 @@ def extracted(
     config: ConfigDict,
     encode: features.Encode,
     source: sources.Source,
-    broken: bad_images.Damage,
+    broken: bad_images.BadImages,
     batch_size: int,
     mesh,
     title: str = "",
@@ -55,7 +57,7 @@ def extracted(
         leave=False,
     )
     data = config.data
-    yield from features.extract(encode, map(broken.take, bar), data.mean, data.std, mesh)
+    yield from features.extract(encode, map(broken.collect, bar), data.mean, data.std, mesh)
     broken.check()
 
 
@@ -66,9 +68,9 @@ def _encoder(config: ConfigDict, saved: lineage.Saved | None, mesh):
     if saved is None:
         return features.pixels(data.mean, data.std), {"kind": "raw pixels"}, None
     parts = saved.read(mesh)
-    params = build.evaluated_encoder(saved.stage, parts)
+    params = SAVED[saved.stage].encoder_params(parts)
     pool, dtype = section.pool or model.pool, section.dtype or model.dtype
-    module = build.encoder(model).clone(dtype=dtype, final_norm=section.final_norm)
+    module = vit.from_config(model).clone(dtype=dtype, final_norm=section.final_norm)
     norm = "after" if section.final_norm else "before"
     made_of = {
         "kind": f"{pool}, {norm} the final norm",
@@ -80,7 +82,7 @@ def _encoder(config: ConfigDict, saved: lineage.Saved | None, mesh):
     classifier = None
     if own and pool == model.pool and section.final_norm:  # the features that it was trained on
         eps = saved.config[saved.stage].get("bn_eps", 0.0)
-        classifier = build.classifier(sharding.fetch(own), eps)
+        classifier = fold_batch_norm(sharding.to_host(own), eps)
         made_of["classifier"] = features.fingerprint(dict(enumerate(classifier)))
     return features.encoder(module, params, pool), made_of, classifier
 
@@ -113,7 +115,7 @@ def _row(config: ConfigDict, name, saved, splits, broken, workdir: Path, mesh):
         found[split] = features.stored(place, settings[split], len(source), size, batches)
         # Also those that were found bad when an earlier call extracted them.
         absent = np.setdiff1d(np.arange(len(source)), found[split].index)
-        broken[split].take({"bad": absent})
+        broken[split].collect({"bad": absent})
         broken[split].check()
     return protocols.Row(config, encode, found, splits, broken, mesh, classifier), settings
 
@@ -121,7 +123,7 @@ def _row(config: ConfigDict, name, saved, splits, broken, workdir: Path, mesh):
 def run(
     config: ConfigDict,
     splits: dict[str, sources.Source],
-    broken: dict[str, bad_images.Damage],
+    broken: dict[str, bad_images.BadImages],
     rows: Mapping[str, lineage.Saved],
     workdir: Path,
     mesh,
@@ -186,7 +188,7 @@ def _evaluate(row: protocols.Row, task: str, settings: dict, entry: dict, folder
     made_with = features.digest({"features": settings} | protocols.settings(row.config, task))
     arrays = folder / f"{task}.npz" if task in (_RETRIEVAL, _CLUSTERS) else None
     there = arrays is None or arrays.exists() or "skipped" in entry.get(task, {})
-    if entry["made_with"].get(task) == made_with and sharding.on_all_hosts(there):
+    if entry["made_with"].get(task) == made_with and sharding.all_hosts(there):
         return
     start = time.monotonic()
     reason = protocols.skipped(task, row.features)
@@ -232,7 +234,7 @@ def read_retrieval(workdir: Path, name: str) -> dict[str, np.ndarray]:
     such), and `neighbours` `[Q, k]`, those of the nearest training images; nothing where there is
     no such row."""
     path = folder_of(workdir, name) / f"{_RETRIEVAL}.npz"
-    return files.kept_arrays(path, "index", "neighbours") if path.exists() else {}
+    return files.read_saved_arrays(path, "index", "neighbours") if path.exists() else {}
 
 
 def read_clusters(workdir: Path, name: str) -> dict[str, np.ndarray]:
@@ -241,7 +243,7 @@ def read_clusters(workdir: Path, name: str) -> dict[str, np.ndarray]:
     path = folder_of(workdir, name) / f"{_CLUSTERS}.npz"
     if not path.exists():
         return {}
-    found = files.kept_arrays(path, "index", "labels", "clusters", "distance")
+    found = files.read_saved_arrays(path, "index", "labels", "clusters", "distance")
     if len({array.shape for array in found.values()}) > 1:
         raise UserError(f"{path}: is damaged (its arrays are of several lengths); remove it")
     return found

@@ -6,6 +6,7 @@ embedding, initialisation and block order follow MAE (He et al., 2022).
 Shapes: B images, H x W pixels, C channels, N patches, D width, L layers.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,8 +14,17 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from maect_jax import config as configs
 from maect_jax import sharding
+from maect_jax.config import Rule, Rules, one_of, positive
+from maect_jax.errors import UserError
 from maect_jax.models import positions
+
+DTYPES = ("float32", "bfloat16")  # of activations
+# Bounds far above what can be trained, below which a dry run takes a moment and little memory.
+MOST_UNITS = 2**16  # width, depth or heads
+MOST_PIXELS = 2**14  # a side of an image
+_MOST_POSITIONS = 2**25  # numbers in the table of positions
 
 
 class Size(NamedTuple):
@@ -264,3 +274,72 @@ def features(model: ViT, params: dict, images: jax.Array, how: str, **inputs) ->
     x = pool(model.clone(final_norm=False).apply({"params": params}, images, **inputs), "mean")
     norm = nn.LayerNorm(model.ln_eps, use_fast_variance=False)
     return norm.apply({"params": params["norm"]}, x) if model.final_norm else x
+
+
+# From the `model` section of a config
+
+
+def size_of(model) -> Size:
+    """Width, depth and heads: the variant's, but for those that are set."""
+    given = {key: model[key] for key in Size._fields if model[key] is not None}
+    return VARIANTS[model.variant]._replace(**given)
+
+
+def from_config(model, frozen_blocks: int = 0, remat: str = "none") -> ViT:
+    """The encoder that a section describes."""
+    return ViT(
+        *size_of(model),
+        patch_size=model.patch_size,
+        frozen_blocks=frozen_blocks,
+        ln_eps=model.ln_eps,
+        dtype=model.dtype,
+        remat=remat,
+    )
+
+
+RULES: Rules = {
+    "variant": one_of(VARIANTS),
+    **dict.fromkeys(
+        Size._fields,
+        Rule(
+            f"above 0 and at most {MOST_UNITS:,}, or None",
+            lambda v, _: v is None or 0 < v <= MOST_UNITS,
+        ),
+    ),
+    **dict.fromkeys(("patch_size", "channels", "ln_eps"), positive),
+    "pool": one_of(POOLS),
+    "dtype": one_of(DTYPES),
+    "image_size": Rule(
+        "(height, width), each a multiple of the patch size {patch_size}, and at most "
+        f"{MOST_PIXELS:,}",
+        lambda v, model: (
+            len(v) == 2
+            and all(0 < side <= MOST_PIXELS and side % model.patch_size == 0 for side in v)
+        ),
+    ),
+}
+
+
+def check(config) -> None:
+    """Checks the `model` section of a config. Raises `UserError`."""
+    configs.check(config, "model", RULES)
+    size = size_of(config.model)
+    check_width("model.width", size.width, size.heads)
+    check_positions(config.model, size.width)
+
+
+def check_width(key: str, width: int, heads: int) -> None:
+    """Raises `UserError` where a width does not suit the positions and the heads."""
+    if width % 4 or width % heads:
+        raise UserError(f"config.{key}={width}: must be a multiple of 4 and of the {heads} heads")
+
+
+def check_positions(model, width: int) -> None:
+    """Raises `UserError` where the table of positions, a row a patch, is too large to compute."""
+    patches = math.prod(positions.grid(model.image_size, model.patch_size))
+    if patches * width > _MOST_POSITIONS:
+        raise UserError(
+            f"config.model.image_size={model.image_size}: must be at most "
+            f"{_MOST_POSITIONS // width:,} patches of {model.patch_size} x {model.patch_size} "
+            f"pixels for a width of {width}"
+        )

@@ -9,14 +9,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from maect_jax import config as pages
+from maect_jax import config as configs
 from maect_jax import files
 from maect_jax.data import sources
 from maect_jax.errors import UserError
 from maect_jax.evals import features, maps, paper, protocols, runner, table
 from maect_jax.report import plots, sheets, style, words
 from maect_jax.run import jsonl, snapshots
-from maect_jax.stages import build as stages
+from maect_jax.stages import STAGES
 
 _TUNED = ("ct", "head", "mae")  # whose clusters are shown: the first that is there
 _MAPPED = ("mae", "ct")
@@ -48,7 +48,7 @@ def build(run: Path, images: dict[str, sources.Source]) -> Path:
     config, environment = read_config(run), files.read_json(run / "environment.json")
     results = runner.read_results(run)
     # A stage that was trained again is at the end of the file.
-    order = {name: place for place, name in enumerate(stages.TRAINING)}
+    order = {name: place for place, name in enumerate(STAGES)}
     history = jsonl.read(run / "metrics.jsonl")
     history.sort(key=lambda entry: order.get(entry["stage"], len(order)))
     counts = {split: len(source) for split, source in images.items()}
@@ -83,7 +83,7 @@ def build(run: Path, images: dict[str, sources.Source]) -> Path:
         captions=captions,
         timings=timings,
         machine=machine,
-        values={key: repr(value) for key, value in pages.flat(config).items()},
+        values={key: repr(value) for key, value in configs.flat(config).items()},
     )
     path = run / "report.html"
     files.write_text(path, page)
@@ -121,10 +121,10 @@ def read_config(run: Path) -> ConfigDict:
     if not (run / "config.json").is_file():
         raise UserError(f"{str(run)!r}: there is no run (no config.json); name the folder of a run")
     path = run / "config.json"
-    config = pages.read(path)
-    pages.needs(path, config, "data", _DATA)
+    config = configs.read(path)
+    configs.require(path, config, "data", _DATA)
     for key in ("checkpoint", "monitor", *config.get("stages", ("stages",))):
-        pages.needs(path, config, key)
+        configs.require(path, config, key)
     return config
 
 

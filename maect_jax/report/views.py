@@ -1,26 +1,25 @@
 """Draws what a page trains on: some raw images, and the views that are made of them.
 
-    python -m maect_jax.data.show --config=configs/ct_aug_vith16.py --out=views.png
+    python -m maect_jax.report.views --config=configs/ct_aug_vith16.py --out=views.png
 
 One block a stage, one row an image: the raw image, then the views of three epochs, as the step
 sees them.
 """
 
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
-from maect_jax import command, train, validate
+from maect_jax import config as configs
+from maect_jax import errors, pipeline
 from maect_jax.data import augment, decode, sources
-from maect_jax.errors import BadImageError, RunFailedError, UserError
+from maect_jax.errors import UserError
 from maect_jax.report import sheets, style
-from maect_jax.stages import build
-
-_OUT = flags.DEFINE_string("out", "views.png", "the picture that is written")
+from maect_jax.stages import STAGES
 
 _IMAGES, _EPOCHS = 8, 3
 _TILE, _GAP, _HEAD = 144, 6, 26  # pixels
@@ -45,9 +44,9 @@ def rows(config: ConfigDict, name: str, source: sources.Source) -> list[list[np.
       UserError: the stage names images that are not there.
       RunFailedError: no image can be read.
     """
-    source = build.training_images(config, name, source)
-    stage = build.stage_for(config, name, source)
-    make = train.record(config, name, source)
+    source = STAGES[name].training_images(config, source)
+    stage = STAGES[name].for_images(config, source)
+    make = STAGES[name].example_maker(config, source)
     chosen = sheets.spread(len(source), _IMAGES)
     see = jax.jit(lambda batch: augment.views(batch, stage.recipe))
     shown = [[] for _ in chosen]
@@ -72,7 +71,7 @@ def sheet(blocks: dict[str, list[list[np.ndarray]]]) -> Image.Image:
     ink, top = ImageDraw.Draw(drawn), _GAP
 
     for name, block in blocks.items():
-        views = build.views(name)
+        views = STAGES[name].views
 
         def left(column, views=views):  # more room between epochs
             return _GAP + column * step + (column + views - 1) // views * 2 * _GAP
@@ -90,28 +89,24 @@ def sheet(blocks: dict[str, list[list[np.ndarray]]]) -> Image.Image:
     return drawn
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
+    parser = configs.parser(__doc__)
+    parser.add_argument("--out", type=Path, default="views.png", help="the picture (%(default)s)")
+    config, arguments = configs.from_command_line(parser)
+    pipeline.check_stages(config)
+    names = [stage.name for stage in pipeline.training_stages(config)]
+    if not names:
+        raise UserError(f"config.stages={config.stages!r}: no training stage, and so no views")
+    pipeline.require_model(config)
+    pipeline.check(config, devices=1)
+    source = sources.make(config.data, "train", config.model.channels)
+    drawn = sheet({name: rows(config, name, source) for name in names})
     try:
-        config = command.load_config(argv)
-        validate.stages(config)
-        names = [name for name in config.stages if name != "eval"]
-        if not names:
-            raise UserError(f"config.stages={config.stages!r}: no training stage, and so no views")
-        validate.has_model(config)
-        validate.settings(config, 1)
-        source = sources.make(config.data, "train", config.model.channels)
-        drawn = sheet({name: rows(config, name, source) for name in names})
-        out = Path(_OUT.value)
-        try:
-            drawn.save(out)
-        except (OSError, ValueError) as error:  # ValueError: an ending that is no picture's
-            raise UserError(f"--out={out}: cannot write there: {error}") from error
-        print(out)
-    except UserError as error:
-        command.stop(error)
-    except (RunFailedError, BadImageError) as error:
-        command.stop(error, status=1)
+        drawn.save(arguments.out)
+    except (OSError, ValueError) as error:  # ValueError: an ending that is no picture's
+        raise UserError(f"--out={arguments.out}: cannot write there: {error}") from error
+    print(arguments.out)
 
 
 if __name__ == "__main__":
-    command.run(main, __doc__, _OUT)
+    sys.exit(errors.run_command(main))

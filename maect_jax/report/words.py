@@ -5,8 +5,9 @@ import statistics
 from ml_collections import ConfigDict
 
 from maect_jax.evals import maps, table
+from maect_jax.models import vit
 from maect_jax.report import plots, style
-from maect_jax.stages import build
+from maect_jax.stages import STAGES
 
 _DID = {
     "mae": "masked pre-training",
@@ -31,8 +32,8 @@ def _listed(parts: list[str]) -> str:
 
 def sentence(config: ConfigDict, images: dict[str, int], history: list[dict], results: dict) -> str:
     """What was run, in one sentence or two. `images` are their numbers by split."""
-    model, size = config.model, build.encoder_size(config.model)
-    vit = f"A ViT of width {size.width}, depth {size.depth} and patch size {model.patch_size}"
+    model, size = config.model, vit.size_of(config.model)
+    what = f"A ViT of width {size.width}, depth {size.depth} and patch size {model.patch_size}"
     data = config.data.name if config.data.source == "tfds" else config.data.path
     data = data or config.data.source
     held_out = f"{images['val']:,} held-out images" if "val" in images else "the images themselves"
@@ -40,11 +41,13 @@ def sentence(config: ConfigDict, images: dict[str, int], history: list[dict], re
     stages = _stages(history)
     if not stages:
         start = f", from {config.init_from}," if config.init_from else ""
-        return f"{vit}{start} {f'was {evaluated} of {data}' if results else 'before its training'}."
+        return (
+            f"{what}{start} {f'was {evaluated} of {data}' if results else 'before its training'}."
+        )
     done = []
     for row in stages:
         section = config[row["name"]]
-        upper = size.depth - build.frozen_blocks(config.model, section)
+        upper = STAGES[row["name"]].tuned_blocks(config)
         done.append(f"{_DID[row['name']].format(upper)} ({_counted(section.epochs, 'epoch')})")
     whose = f"{images['train']:,} training images of {data}"
     whose += "" if stages[-1]["name"] == "finetune" else ", without labels"
@@ -52,7 +55,7 @@ def sentence(config: ConfigDict, images: dict[str, int], history: list[dict], re
     left = [s for s in config.stages if s in _DID and s not in [row["name"] for row in stages]]
     so_far = " so far" if left else ""
     after = f"; {evaluated}" if evaluated else ""
-    return f"{vit}: {_listed(done)} on {whose}, in {took}{so_far}{after} (seed {config.seed})."
+    return f"{what}: {_listed(done)} on {whose}, in {took}{so_far}{after} (seed {config.seed})."
 
 
 def _counted(number: int, what: str) -> str:

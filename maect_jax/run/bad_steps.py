@@ -39,7 +39,7 @@ class BadSteps:
         before = [e for e in jsonl.read(path) if e["stage"] == stage and e["step"] <= done]
         self._count = len(before)
         if self._shown and path.exists():
-            jsonl.forget(path, stage, done)
+            jsonl.truncate(path, stage, done)
 
     def take(self, step: int, values: dict[str, float], index: jax.Array) -> None:
         """Notes a bad step; every process must call it.
@@ -52,14 +52,14 @@ class BadSteps:
         Raises:
           RunFailedError: by the policy, or as there were too many.
         """
-        records = np.asarray(sharding.fetch(index)).tolist()
+        records = np.asarray(sharding.to_host(index)).tolist()
         if self._shown:
             told = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
             images = [self._name(record) for record in records]
             entry = {"stage": self._stage, "step": step, **told, "index": records, "images": images}
-            lines = jsonl.Lines(self._path)
+            lines = jsonl.Writer(self._path)
             lines.add(entry)
-            lines.keep()  # a checkpoint past it counts on it
+            lines.sync()  # a checkpoint past it counts on it
             lines.close()
         self._count += 1
         what = (

@@ -143,7 +143,7 @@ def read_parts(folder: Path, parts: tuple[str, ...], mesh, step: int | None = No
         wrong = manifest.damage(folder / str(step)) if jax.process_index() == 0 else None
     except OSError as error:
         wrong = f"it cannot be read: {error}"
-    if not sharding.on_all_hosts(wrong is None):
+    if not sharding.all_hosts(wrong is None):
         raise _damaged(path, wrong or "the first host names the file")
     with _reader() as reader:
         saved = reader.metadata(path).item_metadata.state.tree

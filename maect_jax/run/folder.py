@@ -1,5 +1,6 @@
 """A run's folder: whose it is, what may change when the run goes on, and one run at a time."""
 
+import dataclasses
 import logging
 import os
 import platform
@@ -8,10 +9,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from maect_jax import __version__, files
-from maect_jax import config as pages
+from maect_jax import config as configs
 from maect_jax.errors import UserError
 from maect_jax.run import checkpoints, lineage, lock
 
@@ -23,6 +25,23 @@ _HARMLESS = (
     "checkpoint.", "monitor.", "mesh.", "encoder_microbatches", "remat", "data.workers",
     "data.max_bad_fraction", "eval.",
 )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run whose folder is this process's.
+
+    Attributes:
+      config: of the run.
+      folder: where everything that it leaves is.
+      mesh: the device mesh, which is the current one.
+      check_lock: raises `RunFailedError` where another process has taken the folder.
+    """
+
+    config: ConfigDict
+    folder: Path
+    mesh: Mesh
+    check_lock: Callable[[], None]
 
 
 @contextmanager
@@ -67,13 +86,13 @@ def _claim(
     workdir.mkdir(parents=True, exist_ok=True)
     check = held.enter_context(lock.held(workdir))
     if path.exists():
-        differing = pages.differing(pages.read(path), config)
+        differing = configs.differences(configs.read(path), config)
         if other := [line for line in differing if not line.startswith(_HARMLESS)]:
             raise UserError(
                 f"--workdir={workdir}: holds another run ({'; '.join(other)}); name another "
                 "folder, or remove that one"
             )
-        changed = differing + pages.differing(
+        changed = differing + configs.differences(
             ConfigDict(files.read_json(workdir / "environment.json")), ConfigDict(environment)
         )
         if changed:

@@ -33,7 +33,7 @@ def read(path: Path) -> list[dict]:
     return found
 
 
-def forget(path: Path, stage: str, step: int) -> list[dict]:
+def truncate(path: Path, stage: str, step: int) -> list[dict]:
     """Drops the lines of `stage` past `step`: what is done again must not be told twice.
 
     Returns what is left of the stage.
@@ -54,7 +54,7 @@ def _text(entry: dict) -> str:
     return json.dumps({key: short(value) for key, value in entry.items()})
 
 
-class Lines:
+class Writer:
     """Such a file, open."""
 
     def __init__(self, path: Path):
@@ -73,9 +73,9 @@ class Lines:
                 self._file.truncate(end)
                 raise
 
-        files.patiently(self._path, whole)
+        files.retry_io(self._path, whole)
 
-    def keep(self) -> None:
+    def sync(self) -> None:
         """Has the lines outlast a power cut."""
         os.fsync(self._file.fileno())
 

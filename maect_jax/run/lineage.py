@@ -9,24 +9,22 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from maect_jax import config as pages
+from maect_jax import config as configs
 from maect_jax import files, sharding
 from maect_jax.convert import importing
 from maect_jax.errors import UserError
-from maect_jax.models import positions
+from maect_jax.models import positions, vit
 from maect_jax.run import checkpoints
-from maect_jax.stages import build
+from maect_jax.stages import SAVED, STAGES
+from maect_jax.stages.base import Stage
+from maect_jax.stages.nnclr import check_same_head
 
 RANDOM = "random"
 SCRATCH = {"start": "random weights"}  # the end of a lineage
 _LINEAGE = "origin.json"
+# Two stages must agree on the encoder; the image size may differ.
+_ENCODER_KEYS = ("patch_size", "channels", "ln_eps")
 
-# Of a run with several stages, where each stage starts.
-_PREFERRED = {
-    "head": ("mae", "head", "ct", "finetune"),
-    "ct": ("head", "ct", "mae", "finetune"),
-    "finetune": ("ct", "head", "mae", "finetune"),
-}  # and an evaluation from its last
 _ALONE = ("encoder", "probe")  # what an imported run may have, and nothing else
 
 
@@ -36,7 +34,7 @@ class Saved(NamedTuple):
     Attributes:
       stage: its name.
       config: that it was made with; of files, what is known of it.
-      read: `build.SAVED_PARTS` of it, each array placed by the rules of the mesh that it is given.
+      read: `Saved.saved` of it, each array placed by the rules of the mesh that it is given.
     """
 
     stage: str
@@ -47,8 +45,8 @@ class Saved(NamedTuple):
 def saved(run: Path, stage: str, step: int | None = None) -> Saved:
     """A stage of a run, at its end unless a step is named."""
     folder = checkpoints.stage_folder(run, stage)
-    parts = build.SAVED_PARTS[stage]
-    config = pages.read(run / "config.json")
+    parts = SAVED[stage].saved
+    config = configs.read(run / "config.json")
     return Saved(stage, config, lambda mesh: checkpoints.read_parts(folder, parts, mesh, step))
 
 
@@ -57,7 +55,7 @@ def encoders(run: Path) -> dict[str, Saved]:
 
     A head's encoder is the MAE's; it counts only where the run has no MAE of its own.
     """
-    found = checkpoints.trained_stages(run, tuple(build.SAVED_PARTS))
+    found = checkpoints.trained_stages(run, tuple(SAVED))
     return {name: saved(run, name) for name in found if name != "head" or "mae" not in found}
 
 
@@ -77,12 +75,50 @@ class Origin:
     rows: Callable[[], dict[str, Saved]]
     lineage: Callable[[], list[dict]]
 
-    def start(self, model: ConfigDict, stage: str, mesh) -> dict:
-        """What `stage` takes over, fitted to the image size of its `model` section."""
-        start = build.handover(self.saved.stage, self.saved.read(mesh), stage)
+    def start(self, model: ConfigDict, stage: type[Stage], mesh) -> dict:
+        """What a stage takes over, fitted to the image size of its `model` section."""
+        found = SAVED[self.saved.stage].handover(self.saved.read(mesh))
+        start = {part: found[part] for part in stage.takes}
         both = (self.saved.config.model, model)
         old, new = (positions.grid(m.image_size, m.patch_size) for m in both)
         return start | {"encoder": positions.fitted(start["encoder"], old, new)}
+
+    def check_fits(self, config: ConfigDict, first: str) -> None:
+        """Checks that the first stage of a config can take over what is saved.
+
+        Raises:
+          UserError: the encoders or the heads differ, or there is no head for a stage that needs
+            one.
+        """
+        where, old = f"config.init_from={config.init_from!r}", self.saved.config
+        sizes = vit.size_of(old.model)._asdict(), vit.size_of(config.model)._asdict()
+        for key, value in sizes[0].items():
+            if value != sizes[1][key]:
+                raise UserError(
+                    f"{where}: its encoder has {key} {value}, config.model has {sizes[1][key]}"
+                )
+        for key in _ENCODER_KEYS:
+            if old.model[key] != config.model[key]:
+                raise UserError(
+                    f"{where}: its config.model.{key} is {old.model[key]!r}, not "
+                    f"{config.model[key]!r}"
+                )
+        if old.model.pool == "fc_norm" != config.model.pool:
+            raise UserError(
+                f"{where}: its final norm is that of the pooled feature; set "
+                "config.model.pool=fc_norm"
+            )
+        for key in ("mean", "std"):
+            value = config.data[key]
+            if (before := old.data.get(key, value)) != value:  # files do not always tell
+                raise UserError(f"{where}: its config.data.{key} is {before!r}, not {value!r}")
+        takes = set(STAGES[first].takes) if first in STAGES else set()
+        if not takes <= set(SAVED[self.saved.stage].hands_on):
+            raise UserError(
+                f"{where}: stage {first} starts from a run with a head, this one has none"
+            )
+        if "projector" in takes:
+            check_same_head(old[self.saved.stage], config[first], f"{where}: that run")
 
 
 def of_run(run: Path, stage: str, step: int | None = None) -> Origin:
@@ -131,13 +167,15 @@ def find(init_from: str, stage: str, needs_run: bool = True) -> Origin:
     run, at, step = checkpoints.run_of(Path(init_from))
     if not os.path.isfile(run / "config.json"):
         raise UserError(f"{where}there is no run; must be {allowed}")
-    trained = checkpoints.trained_stages(run, tuple(build.SAVED_PARTS))
+    trained = checkpoints.trained_stages(run, tuple(SAVED))
     if not trained:
         raise UserError(f"{where}the run has no checkpoint yet; must be {allowed}")
     if step is not None:
         has_step(run, at, step, where)
         return of_run(run, at, step)
-    preferred = (*_PREFERRED[stage], *_ALONE) if stage in _PREFERRED else reversed(trained)
+    preferred = reversed(trained)  # for an evaluation the last one
+    if stage in STAGES:
+        preferred = (*STAGES[stage].starts_from, *_ALONE)
     name = next(name for name in preferred if name in trained)
     finished(run, name, where)
     return of_run(run, name)
@@ -146,7 +184,7 @@ def find(init_from: str, stage: str, needs_run: bool = True) -> Origin:
 def has_step(run: Path, stage: str, step: int, where: str) -> None:
     """Raises `UserError` where a run has no such checkpoint."""
     there = checkpoints.steps_of(checkpoints.stage_folder(run, stage))
-    if stage not in build.SAVED_PARTS or step not in there:
+    if stage not in SAVED or step not in there:
         saved = f"steps {', '.join(map(str, there))} are saved" if there else "no step is saved"
         raise UserError(f"{where}there is no such checkpoint; of stage {stage!r} {saved}")
 

@@ -3,8 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import jax
 from tqdm import tqdm
@@ -12,58 +11,52 @@ from tqdm import tqdm
 from maect_jax.run import jsonl
 from maect_jax.run.bad_steps import BadSteps
 from maect_jax.run.board import Board
+from maect_jax.run.folder import Run
+from maect_jax.run.preemption import Action
+from maect_jax.stages.base import Stage
 
 
-class Log:
+class Logger:
     """Takes each step's metrics as device arrays and reads them one step late.
 
     So the device never waits for the host. `metrics.jsonl` gets one JSON object a line for the
-    first step, every `every` steps and the last one: `stage`, `step`, scalars, `images_per_second`
-    and `input_wait`, the share of the time in which the host waited for images, both since the line
-    before, and `seconds`, all the time that the stage has taken, compiling included. A step that
-    was not finite has null in it.
+    first step, every `log_every` steps and the last one: `stage`, `step`, scalars,
+    `images_per_second` and `input_wait`, the fraction of the time in which the host waited for
+    images, both since the line before, and `seconds`, all the time that the stage has taken,
+    compiling included. A step that was not finite has null in it.
 
     Args:
-      path: of metrics.jsonl.
-      stage: its name.
-      steps: of the whole stage.
-      done: steps that were done before, when a stage goes on.
-      batch_size: images a step.
-      every: steps between two lines.
-      shown: whether this process writes and draws at all (one of all processes does).
-      bad_steps: takes those that were not finite.
-      board: a folder for TensorBoard, `None` for none.
+      run: config, folder and mesh.
+      stage: that is trained.
+      done: steps that were done before, when a stage resumes.
+      image_name: of an image by its record number, for `bad_steps.jsonl`.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        stage: str,
-        steps: int,
-        done: int,
-        batch_size: int,
-        every: int,
-        shown: bool,
-        bad_steps: BadSteps,
-        board: Path | None = None,
-    ):
-        self._stage, self._steps, self._batch_size, self._every = stage, steps, batch_size, every
-        self._bad_steps = bad_steps
+    def __init__(self, run: Run, stage: Stage, done: int, image_name: Callable[[int], str]):
+        config, folder = run.config, run.folder
+        self._stage, self._steps, self._every = stage.name, stage.steps, config.log_every
+        self._batch_size = config[stage.name].batch_size
+        self._bad_steps = BadSteps(
+            folder / "bad_steps.jsonl", stage.name, done, config.nan_policy, config.nan_limit,
+            image_name,
+        )  # fmt: skip
         self._pending: tuple[int, dict, jax.Array] | None = None
         self._start = time.monotonic()
         self._clock = (self._start, done)
         self._waited = 0.0
         self._file = self._board = None
         self._writing = threading.Lock()  # a checkpoint tells of itself from its own thread
+        shown = jax.process_index() == 0
         if shown:
-            before = jsonl.forget(path, stage, done)
+            before = jsonl.truncate(folder / "metrics.jsonl", stage.name, done)
             self._start -= max((entry.get("seconds", 0.0) for entry in before), default=0.0)
-            self._file = jsonl.Lines(path)
-            self._board = Board(board, before) if board else None
+            self._file = jsonl.Writer(folder / "metrics.jsonl")
+            if config.tensorboard:
+                self._board = Board(folder / "tensorboard" / stage.name, before)
         self._bar = tqdm(
-            total=steps * batch_size,
-            initial=done * batch_size,
-            desc=f"{stage:>4}",
+            total=self._steps * self._batch_size,
+            initial=done * self._batch_size,
+            desc=f"{stage.name:>4}",
             unit="img",
             unit_scale=True,
             disable=not shown,
@@ -79,37 +72,37 @@ class Log:
         self._waited += time.monotonic() - start
         return batch
 
-    def tells(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Whether a step gets a line in `metrics.jsonl`."""
         return step == 1 or step % self._every == 0 or step == self._steps
 
-    def add(self, step: int, scalars: dict[str, jax.Array], index: jax.Array) -> int:
+    def add(self, step: int, scalars: dict[str, jax.Array], index: jax.Array) -> Action:
         """Remembers this step's metrics and the record numbers of its images, and reads those of
         the step before (`flush`)."""
-        vote = self.flush()
+        action = self.flush()
         self._pending = (step, scalars, index)
-        return vote
+        return action
 
-    def flush(self) -> int:
+    def flush(self) -> Action:
         """Waits for the step that is remembered, and writes its metrics.
 
         Returns:
-          Its `vote`; 0 where nothing is remembered.
+          Its `action`, which all hosts agree on; CONTINUE if none is remembered.
 
         Raises:
           RunFailedError: the step was bad (`bad_steps`).
         """
         if self._pending is None:
-            return 0
+            return Action.CONTINUE
         (step, scalars, index), self._pending = self._pending, None
         values = {key: float(value) for key, value in jax.device_get(scalars).items()}
-        finite, vote = values.pop("finite"), int(values.pop("vote"))
+        finite, action = values.pop("finite"), Action(int(values.pop("action")))
         if not finite:
             self._bad_steps.take(step, values, index)
         self._bar.update(self._batch_size)
         shown = {k: f"{values[k]:.3f}" for k in ("loss", "nn_accuracy") if k in values}
         self._bar.set_postfix(shown, refresh=False)
-        if self._file and self.tells(step):
+        if self._file and self.is_due(step):
             (then, before), now = self._clock, time.monotonic()
             self._clock = (now, step)
             passed = max(now - then, 1e-9)
@@ -118,17 +111,21 @@ class Log:
             times["seconds"] = now - self._start
             self._waited = 0.0
             self._write({"stage": self._stage, "step": step, **values, **times})
-        return vote
+        return action
 
     def note(self, step: int, values: dict[str, float]) -> None:
         """Writes a line of its own; may be called from any thread."""
         entry = {"stage": self._stage, "step": step, **values}
         self._write(entry | {"seconds": time.monotonic() - self._start})
 
-    def leave_out(self, seconds: float) -> None:
-        """Has some seconds, which were spent on something else, not count in the rates."""
+    def time_apart(self, step: int, measure: Callable, state) -> dict[str, float]:
+        """Writes a line of what `measure(state)` returns, whose time does not count in the rates."""
+        start = time.monotonic()
+        values = measure(state)
+        self.note(step, values)
         then, before = self._clock
-        self._clock = (then + seconds, before)
+        self._clock = (then + time.monotonic() - start, before)
+        return values
 
     def _write(self, entry: dict) -> None:
         if self._file is None:
@@ -138,10 +135,10 @@ class Log:
             if self._board:
                 self._board.write(entry)
 
-    def keep(self) -> None:
+    def sync(self) -> None:
         """Has all lines outlast a power cut."""
         if self._file:
-            self._file.keep()
+            self._file.sync()
 
     def close(self) -> None:
         self._bar.close()

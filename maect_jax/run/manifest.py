@@ -35,7 +35,7 @@ def seal(folder: Path, listed: dict[str, dict], measured: dict[str, float]) -> N
     files.write_text(folder / NAME, _text({"measured": measured, "files": listed}))
     inside = [path for path in folder.rglob("*") if path.is_dir()]
     for place in (*inside, folder, *folder.parents[:3]):  # of the stage, of all, of the run
-        files.folder_to_disk(place)
+        files.fsync_folder(place)
 
 
 def measured(folder: Path) -> dict[str, float]:
@@ -111,6 +111,6 @@ def _digest(path: Path, keep: bool = False) -> tuple[int, str]:
     """Size and SHA-256 of a file; with `keep` it is on the disk then."""
     with path.open("rb") as file:
         if keep:
-            files.to_disk(file)
+            files.fsync(file)
         sha = hashlib.file_digest(file, "sha256").hexdigest()
         return file.tell(), sha

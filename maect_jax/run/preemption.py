@@ -1,15 +1,33 @@
 """Machines are taken away: SIGTERM and SIGINT end a run so that it can go on."""
 
+import enum
 import multiprocessing
 import os
 import signal
 import sys
-import threading
 from contextlib import contextmanager
 
-STATUS = 75  # sysexits' EX_TEMPFAIL: not done, and to be tried again
+from maect_jax.errors import STATUS as STATUS_OF
+from maect_jax.errors import PreemptedError
+
+STATUS = STATUS_OF[PreemptedError]  # sysexits' EX_TEMPFAIL: not done, and to be tried again
 _AT_ONCE = 130  # the shells' status of a program that SIGINT has ended
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Action(enum.IntEnum):
+    """What the loop does after a step; of several hosts' votes the highest counts."""
+
+    CONTINUE = 0
+    SAVE = 1
+    STOP = 2
+
+
+def vote(signalled: bool, save_due: bool) -> Action:
+    """What this host wants after the current step."""
+    if signalled:
+        return Action.STOP
+    return Action.SAVE if save_due else Action.CONTINUE
 
 
 def _say(text: str) -> None:
@@ -80,17 +98,3 @@ def leave() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     _exit(STATUS)
-
-
-def in_worker(*_) -> None:
-    """Has a worker process leave both signals to the main one, whom a terminal or a scheduler sends
-    them as well, and which still wants batches; and end with it, however that ends."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-    def follow(main):
-        main.join()
-        os._exit(1)
-
-    if main := multiprocessing.parent_process():
-        threading.Thread(target=follow, args=[main], daemon=True).start()

@@ -65,7 +65,7 @@ class Checkpoints:
         self._folder, self._keep, self._best, self._told = folder, keep, best, told
         self._last = self._open() if jax.process_index() == 0 else None
         # Process 0 has looked, and tells the others.
-        found = sharding.of_all_hosts(set() if self._last is None else {self._last})
+        found = sharding.gather_set(set() if self._last is None else {self._last})
         self._last = max(found, default=None)
         handlers = dict(state=ocp.StandardCheckpointHandler(), position=ocp.JsonCheckpointHandler())
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
@@ -133,15 +133,15 @@ class Checkpoints:
         """
         start = time.monotonic()
         ready = self._settle() or start >= self._due
-        go_on = sharding.on_all_hosts(len(self._failures) <= len(_PAUSES))
+        go_on = sharding.all_hosts(len(self._failures) <= len(_PAUSES))
         self._tidy()
         if not go_on:
             reason = self._failures[-1] if self._failures else "on another host"
             raise RunFailedError(f"{self._folder}: a checkpoint cannot be written ({reason})")
-        if not sharding.on_all_hosts(ready):
+        if not sharding.all_hosts(ready):
             return  # the next try comes later
         wrong = self._no_room()
-        if not sharding.on_all_hosts(wrong is None):
+        if not sharding.all_hosts(wrong is None):
             self._failed(wrong or RuntimeError("another host says so"))
             return
         items = dict(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
@@ -249,7 +249,7 @@ class Checkpoints:
           RunFailedError: it could not be saved, time and again.
         """
         self._due = 0.0  # at once, for the first time
-        while not sharding.on_all_hosts(self._settle()):
+        while not sharding.all_hosts(self._settle()):
             time.sleep(max(self._due - time.monotonic(), 0.0))
             self.save(*again)
 

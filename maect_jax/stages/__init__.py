@@ -1,1 +1,11 @@
-"""The training stages: what is fixed, the first state, the loss, the update."""
+"""The training stages: all that is inside the jitted step. A new stage is a file and a line here."""
+
+from maect_jax.stages.base import ImportedEncoder, ImportedProbe
+from maect_jax.stages.finetune import Finetune
+from maect_jax.stages.mae import MAE
+from maect_jax.stages.nnclr import ContrastiveTuning, Head
+
+# By name, in the order in which a config runs them.
+STAGES = {stage.name: stage for stage in (MAE, Head, ContrastiveTuning, Finetune)}
+# All that a run may hold: what is trained here, and what is only imported.
+SAVED = STAGES | {kind.name: kind for kind in (ImportedEncoder, ImportedProbe)}

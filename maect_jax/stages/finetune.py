@@ -12,29 +12,54 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from maect_jax.data import augment, mix
-from maect_jax.data.augment import Recipe
+from maect_jax.config import Rule, at_most, between, fraction, not_negative
+from maect_jax.data import augment, loader, mix, subsets
+from maect_jax.data.sources import Source
 from maect_jax.models import vit
-from maect_jax.stages import optim
-from maect_jax.stages.microbatch import over_microbatches
+from maect_jax.stages import base
+from maect_jax.stages.base import Stage, over_microbatches
 from maect_jax.stages.state import TrainState
 
 _RANKED = 5
 _kernel_init = nn.initializers.truncated_normal(0.01)
 
 
-@dataclasses.dataclass(frozen=True)
-class Finetune:
-    """What is fixed in fine-tuning.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finetune(Stage):
+    """The whole encoder and a classifier.
 
-    `drop_path` is the rate of the last block (`vit.drop_paths`), `erasing` the probability that an
-    image loses a box (`mix.erase`); `mixup_alpha` and `cutmix_alpha` are 0 for none (`mix.mix`).
-    `groups`, `steps` and `warmup` are the optimiser's (`optim.adamw`), of the parts `encoder` and
-    `classifier`; `image_shape` is (H, W, C); the encoder runs over `microbatches` parts of a batch.
+    Attributes:
+      pool: how tokens become a feature (`vit.features`).
+      classes: number of classes.
+      drop_path: rate of the last block (`vit.drop_paths`).
+      label_smoothing: the part of a target that is spread over all classes.
+      mixup_alpha, cutmix_alpha: of `mix.mix`; 0 for none.
+      erasing: probability that an image loses a box (`mix.erase`).
     """
 
-    encoder: vit.ViT
-    image_shape: tuple[int, int, int]
+    name = "finetune"
+    number = 3
+    title = "fine-tuning with labels"
+    row = "the fine-tuned encoder"
+    views = 1
+    needs_labels = True
+    changes_encoder = False  # it does, but it has seen the labels
+    saved = ("params", "frozen")
+    starts_from = ("ct", "head", "mae", "finetune")
+    rules = base.TRAINING | {
+        "warmup_epochs": base.WARMUP_EPOCHS,
+        "images": Rule(
+            "'all', a share from above '0%' to '100%', or the path of a list of names",
+            lambda v, _: subsets.is_percentage(v) if v.endswith("%") else bool(v),
+        ),
+        "layer_decay": at_most(1),
+        "drop_path": fraction,
+        "label_smoothing": fraction,
+        "mixup_alpha": not_negative,
+        "cutmix_alpha": not_negative,
+        "erasing": between(0, 1),
+    }  # fmt: skip
+
     pool: str
     classes: int
     drop_path: float
@@ -42,20 +67,51 @@ class Finetune:
     mixup_alpha: float
     cutmix_alpha: float
     erasing: float
-    recipe: Recipe
-    groups: Mapping[str, optim.Group]
-    steps: int
-    warmup: int
-    microbatches: int = 1
 
-    def optimizer(self, params):
-        return optim.adamw(params, self.groups, self.steps, self.warmup)
+    @staticmethod
+    def encoder_params(parts: Mapping) -> dict:
+        return {**parts["frozen"]["encoder"], **parts["params"]["encoder"]}
+
+    @classmethod
+    def training_images(cls, config, images: Source) -> Source:
+        """Those that `config.finetune.images` names.
+
+        Raises:
+          UserError: it names images that are not there.
+        """
+        return subsets.select(images, config.finetune.images, config.seed)
+
+    @classmethod
+    def for_images(cls, config, images: Source) -> "Finetune":
+        return cls.from_config(config, len(images), subsets.classes_of(images))
+
+    @classmethod
+    def example_maker(cls, config, images: Source) -> loader.FinetuneRecord:
+        mean = config.data.mean if config.finetune.randaugment else None
+        return loader.FinetuneRecord(**cls._record_settings(config, images), mean=mean)
+
+    @classmethod
+    def from_config(cls, config, records: int, classes: int = 0) -> "Finetune":
+        section = config.finetune
+        return cls(
+            encoder=vit.from_config(config.model, remat=config.remat),
+            pool=config.model.pool,
+            classes=classes,
+            drop_path=section.drop_path,
+            label_smoothing=section.label_smoothing,
+            mixup_alpha=section.mixup_alpha,
+            cutmix_alpha=section.cutmix_alpha,
+            erasing=section.erasing,
+            groups={
+                "encoder": cls._group(config, layer_decay=section.layer_decay),
+                "classifier": cls._group(config),
+            },
+            warmup=section.warmup_epochs * cls.updates_per_epoch(config, records),
+            **cls._shared_settings(config, records),
+        )
 
     def init(self, key: jax.Array, start: dict) -> TrainState:
-        """The first state; `start` may hold `encoder`, else that is initialised at random, too.
-
-        A learned position embedding of the encoder stays as it is.
-        """
+        """`start` may hold `encoder`, whose learned position embedding stays as it is."""
         encoder_key, classifier_key, rng = jax.random.split(key, 3)
         images = jnp.zeros((1, *self.image_shape))
         encoder = start.get("encoder") or self.encoder.init(encoder_key, images)["params"]
@@ -66,17 +122,7 @@ class Finetune:
             "bias": jnp.zeros(self.classes),
         }
         params = {"encoder": trained, "classifier": classifier}
-        return TrainState(
-            step=jnp.int32(0),
-            params=params,
-            frozen={"encoder": frozen},
-            batch_stats={},
-            opt_state=self.optimizer(params).init(params),
-            ema={},
-            target={},
-            queue=None,
-            rng=rng,
-        )
+        return self._init_state(rng, params, frozen={"encoder": frozen})
 
     def _features(
         self, encoder: dict, images: jax.Array, paths: jax.Array | None = None
@@ -103,8 +149,8 @@ class Finetune:
             images = mix.erase(erase_key, images, self.erasing)
         if self.mixup_alpha or self.cutmix_alpha:
             shape = self.image_shape[:2]
-            share = mix.own_share(mix_key, shape, self.mixup_alpha, self.cutmix_alpha)
-            images, targets = mix.mix(images, targets, share)
+            kept = mix.kept_fraction(mix_key, shape, self.mixup_alpha, self.cutmix_alpha)
+            images, targets = mix.mix(images, targets, kept)
         rows = [images]
         if self.drop_path:
             depth = self.encoder.depth
@@ -118,13 +164,15 @@ class Finetune:
         scores = self.logits(params, frozen, images)
         return jax.lax.top_k(scores, min(_RANKED, self.classes))[1]
 
-    def watch(self, state: TrainState, images: jax.Array, ids: jax.Array) -> dict:
-        """`ranked` of some images uint8 `[Q, H, W, C]`."""
+    def snapshot(self, state: TrainState, images: jax.Array, ids: jax.Array) -> dict:
+        """`ranked` of images uint8 `[Q, H, W, C]`."""
         del ids
         x = augment.normalise_pixels(images, self.recipe.mean, self.recipe.std)
         return {"ranked": self.ranked(state.params, state.frozen, x)}
 
-    def advance(self, state: TrainState, carried: dict, finite: jax.Array) -> TrainState:
-        """Nothing but the parameters moves."""
-        del carried, finite
-        return state
+    def flops_per_step(self, batch_size: int) -> int:
+        encoder, patches = self.encoder, self._patches
+        embed = 2 * patches * self._patch_pixels * encoder.width
+        blocks = base.block_flops(encoder.depth, encoder.width, patches + 1)
+        classifier = 2 * encoder.width * self.classes
+        return batch_size * self.views * 3 * (embed + blocks + classifier)

@@ -1,36 +1,69 @@
 """Stage 1: the masked autoencoder (He et al., 2022)."""
 
 import dataclasses
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
+from maect_jax.config import at_most, fraction
 from maect_jax.data import augment
-from maect_jax.data.augment import Recipe
+from maect_jax.errors import UserError
 from maect_jax.models import mae, vit
-from maect_jax.stages import losses, optim
-from maect_jax.stages.microbatch import over_microbatches
+from maect_jax.stages import base, losses
+from maect_jax.stages.base import Stage, over_microbatches
 from maect_jax.stages.state import TrainState
 
 
-@dataclasses.dataclass(frozen=True)
-class Mae:
-    """What is fixed in stage 1. `image_shape` is (H, W, C); `groups`, `steps` and `warmup` are the
-    optimiser's (`optim.adamw`); the encoder runs over `microbatches` parts of a batch."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MAE(Stage):
+    """Reconstructs masked patches. Every view is an image of its own, with its own mask."""
 
-    encoder: vit.ViT
+    name = "mae"
+    number = 0
+    title = "masked pre-training (MAE)"
+    row = "the encoder after stage 1"
+    saved = ("params",)
+    takes = ()
+    rules = base.TRAINING | base.PHOTOMETRIC | {
+        "mask_ratio": fraction,
+        "warmup_epochs": base.WARMUP_EPOCHS,
+        **{f"decoder.{key}": at_most(vit.MOST_UNITS) for key in vit.Size._fields},
+    }  # fmt: skip
+
     decoder: mae.Decoder
-    image_shape: tuple[int, int, int]
     mask_ratio: float
-    recipe: Recipe
-    groups: Mapping[str, optim.Group]
-    steps: int
-    warmup: int
-    microbatches: int = 1
 
-    def optimizer(self, params):
-        return optim.adamw(params, self.groups, self.steps, self.warmup)
+    @classmethod
+    def check(cls, config, devices: int) -> None:
+        super().check(config, devices)
+        decoder = config.mae.decoder
+        vit.check_width("mae.decoder.width", decoder.width, decoder.heads)
+        vit.check_positions(config.model, decoder.width)
+        if config.init_from:
+            raise UserError(
+                f"config.init_from={config.init_from!r}: stage mae starts from random weights; "
+                "leave it empty"
+            )
+
+    @classmethod
+    def from_config(cls, config, records: int, classes: int = 0) -> "MAE":
+        section, model = config.mae, config.model
+        group = cls._group(config)
+        return cls(
+            encoder=vit.from_config(model, remat=config.remat),
+            decoder=mae.Decoder(
+                **section.decoder,
+                patch_size=model.patch_size,
+                channels=model.channels,
+                ln_eps=model.ln_eps,
+                dtype=model.dtype,
+                remat=config.remat,
+            ),
+            mask_ratio=section.mask_ratio,
+            groups={"encoder": group, "decoder": group},
+            warmup=section.warmup_epochs * cls.updates_per_epoch(config, records),
+            **cls._shared_settings(config, records),
+        )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -38,26 +71,14 @@ class Mae:
         return tuple(size // self.encoder.patch_size for size in self.image_shape[:2])
 
     def init(self, key: jax.Array, start: dict) -> TrainState:
-        """A fresh state; stage 1 takes nothing over, so `start` is empty."""
-        del start
+        del start  # stage 1 takes nothing over
         encoder_key, decoder_key, rng = jax.random.split(key, 3)
         images = jnp.zeros((1, *self.image_shape))
         restore = jnp.arange(self.grid[0] * self.grid[1])[None]
         encoder = self.encoder.init(encoder_key, images)["params"]
         latent = jnp.zeros((1, 1, self.encoder.width))
         decoder = self.decoder.init(decoder_key, latent, restore, self.grid)["params"]
-        params = {"encoder": encoder, "decoder": decoder}
-        return TrainState(
-            step=jnp.int32(0),
-            params=params,
-            frozen={},
-            batch_stats={},
-            opt_state=self.optimizer(params).init(params),
-            ema={},
-            target={},
-            queue=None,
-            rng=rng,
-        )
+        return self._init_state(rng, {"encoder": encoder, "decoder": decoder})
 
     def forward(
         self, params: dict, images: jax.Array, noise: jax.Array, microbatches: int = 1
@@ -75,15 +96,14 @@ class Mae:
         return dict(loss=loss, latent=latent, restore=restore, mask=mask, prediction=prediction)
 
     def loss(self, params, state: TrainState, views: jax.Array, batch: dict, key: jax.Array):
-        """Every view is an image of its own, with a mask of its own. `views`: `[B, V, H, W, C]`."""
         del state, batch
         images = views.reshape(-1, *views.shape[2:])
         noise = jax.random.uniform(key, (len(images), self.grid[0] * self.grid[1]))
-        found = self.forward(params, images, noise, self.microbatches)
-        return found["loss"], ({}, {"mask": found["mask"]})
+        outputs = self.forward(params, images, noise, self.microbatches)
+        return outputs["loss"], ({}, {"mask": outputs["mask"]})
 
-    def watch(self, state: TrainState, images: jax.Array, ids: jax.Array) -> dict:
-        """Masks some images uint8 `[Q, H, W, C]`, the same way at every call, and fills them in.
+    def snapshot(self, state: TrainState, images: jax.Array, ids: jax.Array) -> dict:
+        """Masks images uint8 `[Q, H, W, C]`, the same way at every call, and fills them in.
 
         Returns:
           `mask` bool `[Q, H, W]`, true where removed; `filled` uint8 `[Q, H, W, C]`.
@@ -92,15 +112,24 @@ class Mae:
         recipe, patch = self.recipe, self.encoder.patch_size
         x = augment.normalise_pixels(images, recipe.mean, recipe.std)
         noise = jax.random.uniform(jax.random.key(0), (len(x), self.grid[0] * self.grid[1]))
-        found = self.forward(state.params, x, noise)
-        filled = losses.fill_patches(x, found["prediction"], found["mask"], patch)
-        pixels = jnp.repeat(found["mask"][..., None], patch**2, axis=-1)
+        outputs = self.forward(state.params, x, noise)
+        filled = losses.fill_patches(x, outputs["prediction"], outputs["mask"], patch)
+        pixels = jnp.repeat(outputs["mask"][..., None], patch**2, axis=-1)
         return {
             "mask": vit.unpatchify(pixels, patch, self.grid)[..., 0] > 0,
             "filled": augment.denormalise(filled, recipe.mean, recipe.std),
         }
 
-    def advance(self, state: TrainState, carried: dict, finite: jax.Array) -> TrainState:
-        """Nothing but the parameters moves in stage 1."""
-        del carried, finite
-        return state
+    def flops_per_step(self, batch_size: int) -> int:
+        encoder, decoder, patches, pixels = (
+            self.encoder, self.decoder, self._patches, self._patch_pixels
+        )  # fmt: skip
+        kept = mae.kept_patches(patches, self.mask_ratio)
+        forward = (
+            2 * kept * pixels * encoder.width
+            + base.block_flops(encoder.depth, encoder.width, kept + 1)
+            + 2 * (kept + 1) * encoder.width * decoder.width
+            + base.block_flops(decoder.depth, decoder.width, patches + 1)
+            + 2 * patches * decoder.width * pixels
+        )
+        return batch_size * self.views * 3 * forward

@@ -104,6 +104,6 @@ def adamw(
     )
 
 
-def average(mean, new, decay: float):
+def ema(mean, new, decay: float):
     """Exponential moving average of two trees: `decay * mean + (1 - decay) * new`."""
     return jax.tree.map(lambda m, x: decay * m + (1 - decay) * x, mean, new)

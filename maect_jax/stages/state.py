@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 from maect_jax import sharding
 from maect_jax.stages.support_queue import Queue
@@ -36,30 +37,33 @@ class TrainState:
     queue: Queue | None
     rng: jax.Array
 
+    @classmethod
+    def at_start(cls, rng: jax.Array, params, opt_state, **parts) -> "TrainState":
+        """The state at step 0; fields that are not among `parts` are empty."""
+        empty = dict(frozen={}, batch_stats={}, ema={}, target={}, queue=None)
+        given = empty | parts
+        return cls(step=jnp.int32(0), params=params, opt_state=opt_state, rng=rng, **given)
 
-def abstract(stage, key: jax.Array, start, mesh) -> TrainState:
-    """Shapes, dtypes and shardings of a stage's state, without making it (see `create`)."""
+
+def abstract_state(stage, key: jax.Array, start, mesh) -> TrainState:
+    """Shapes, dtypes and shardings of a stage's state, without making it (see `create_state`)."""
     shapes = jax.eval_shape(stage.init, key, start)
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        shapes,
-        sharding.tree_shardings(shapes, mesh),
-    )
+    return sharding.abstract(shapes, mesh)
 
 
-def create(stage, key: jax.Array, start, mesh) -> TrainState:
+def create_state(stage, key: jax.Array, start, mesh) -> TrainState:
     """Makes a stage's first state, every array born where it will stay.
 
     Args:
-      stage: a `stages.mae.Mae`, `stages.contrast.Contrast` or `stages.finetune.Finetune`.
+      stage: a `Stage`.
       key: typed key of the run's seed.
       start: what the stage takes over from the one before, a dict of trees (may be empty).
       mesh: the device mesh.
     """
-    places = shardings_of(abstract(stage, key, start, mesh))
-    return jax.jit(stage.init, out_shardings=places)(key, start)
+    shardings = state_shardings(abstract_state(stage, key, start, mesh))
+    return jax.jit(stage.init, out_shardings=shardings)(key, start)
 
 
-def shardings_of(state: TrainState) -> TrainState:
+def state_shardings(state: TrainState) -> TrainState:
     """The sharding of each (abstract) array of a state."""
     return jax.tree.map(lambda leaf: leaf.sharding, state)

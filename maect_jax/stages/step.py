@@ -8,31 +8,33 @@ import optax
 
 from maect_jax import sharding
 from maect_jax.data import augment
+from maect_jax.data.sources import Source
 from maect_jax.stages import optim
+from maect_jax.stages.base import Stage
 from maect_jax.stages.state import TrainState
 
 
-def gradients(stage, state: TrainState, batch: dict):
-    """`((loss, (metrics, carried)), grads)` of a step: `stage.loss` and its gradient."""
+def gradients(stage: Stage, state: TrainState, batch: dict):
+    """`((loss, (metrics, aux)), grads)` of a step: `stage.loss` and its gradient."""
     key = jax.random.fold_in(state.rng, state.step)
     views = augment.views(batch, stage.recipe)
     return jax.value_and_grad(stage.loss, has_aux=True)(state.params, state, views, batch, key)
 
 
-def step(stage, state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Pure: `(state, batch) -> (state, metrics)` for a stage (`Mae`, `Contrast`, `Finetune`).
+def step(stage: Stage, state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Pure: `(state, batch) -> (state, metrics)`.
 
     A step whose loss or gradients are not finite counts as a step and changes nothing else:
     not the parameters, moments, averages, statistics, nor the queue. Metrics are scalars;
     `finite` tells.
     """
-    (loss, (metrics, carried)), grads = gradients(stage, state, batch)
+    (loss, (metrics, aux)), grads = gradients(stage, state, batch)
     grad_norm = optax.tree.norm(grads)
     # The norm of the gradients is finite only if each of them is.
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = stage.optimizer(state.params).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    new = stage.advance(state.replace(params=params, opt_state=opt_state), carried, finite)
+    new = stage.update_buffers(state.replace(params=params, opt_state=opt_state), aux, finite)
     # The queue guards itself: selecting it whole would copy it at every step.
     queue, new = new.queue, new.replace(queue=None)
     old = state.replace(queue=None)
@@ -43,21 +45,33 @@ def step(stage, state: TrainState, batch: dict) -> tuple[TrainState, dict[str, j
     return new, dict(loss=loss, learning_rate=lr, grad_norm=grad_norm, finite=finite, **metrics)
 
 
-def compiled(stage, places: TrainState):
+def jitted_step(stage: Stage, shardings: TrainState):
     """`step` as it is run: jitted, the state donated, its new arrays where the old ones were.
 
-    `places` are the shardings of the state (`state.shardings_of`).
+    `shardings` are those of the state (`state_shardings`).
     """
-    return jax.jit(partial(step, stage), donate_argnums=0, out_shardings=(places, None))
+    return jax.jit(partial(step, stage), donate_argnums=0, out_shardings=(shardings, None))
 
 
-def watched(stage, mesh):
-    """`stage.watch` as it is run: `(state, batch) -> dict`, jitted, results on every device.
+def jitted_snapshot(stage: Stage, mesh):
+    """`stage.snapshot` as it is run: `(state, batch) -> dict`, jitted, results on every device.
 
     `batch` has `images` and `ids`.
     """
 
-    def watch(state, batch):
-        return stage.watch(state, batch["images"], batch["ids"])
+    def snapshot(state, batch):
+        return stage.snapshot(state, batch["images"], batch["ids"])
 
-    return jax.jit(watch, out_shardings=sharding.replicated(mesh))
+    return jax.jit(snapshot, out_shardings=sharding.replicated_sharding(mesh))
+
+
+def abstract_batch(stage: type[Stage], config, images: Source, mesh) -> dict:
+    """Shapes, dtypes and shardings of a stage's global batches, without reading an image."""
+    rows = config[stage.name].batch_size
+    example = stage.example_maker(config, images)((0, 0))
+    del example["bad"]  # which stays on the host
+    split = sharding.batch_sharding(mesh)
+    return {
+        key: jax.ShapeDtypeStruct((rows, *value.shape), value.dtype, sharding=split)
+        for key, value in example.items()
+    }

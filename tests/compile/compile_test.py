@@ -17,6 +17,8 @@ from maect_jax.compile import __main__ as compile
 from maect_jax.compile import chips
 from maect_jax.data import sources
 from maect_jax.errors import UserError
+from maect_jax.stages import STAGES
+from maect_jax.stages.step import abstract_batch
 from tests.helpers import CONFIGS, ROOT
 from tests.helpers.common import mesh_of
 
@@ -73,8 +75,8 @@ def test_the_abstract_batch_is_that_of_the_loader(source):
         2000, 1
     )  # fmt: skip
     mesh = mesh_of(4, 2)
-    abstract = train.abstract_batch(page, "ct", found, mesh)
-    batch = next(train.batches(page, "ct", found, 1, mesh))
+    abstract = abstract_batch(STAGES["ct"], page, found, mesh)
+    batch = next(train.batches(page, STAGES["ct"], found, 1, mesh))
     del batch["bad"]  # which stays on the host
     shapes = {key: (x.shape, x.dtype) for key, x in batch.items()}
     assert shapes == {key: (x.shape, x.dtype) for key, x in abstract.items()}

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 import maect_jax
-from maect_jax import config as pages
+from maect_jax import config as configs
 from maect_jax.convert import exporting, importing, names, tensors
 from maect_jax.errors import UserError
 from maect_jax.evals import protocols
+from maect_jax.evals.classifier import fold_batch_norm
 from maect_jax.evals.features import Features
 from maect_jax.models import positions, vit
-from maect_jax.stages import build
 from tests.helpers import CONFIGS, SMALL
 from tests.helpers import golden_figures as figures
 from tests.helpers.common import assert_trees_equal, run_on
@@ -39,7 +39,7 @@ def test_a_file_is_evaluated_under_its_name_with_its_classifier(tmp_path, monkey
     settings = (f"init_from={both}", "eval.protocols=('knn',)", "data.train_split=train[80%:]",
                 "monitor.every=0", "eval.dtype=float32")  # fmt: skip
     workdir = tmp_path / "eval"
-    run_on(monkeypatch, (1, 2), pages.load(str(CONFIGS / "eval.py:test"), settings), workdir)
+    run_on(monkeypatch, (1, 2), configs.load(str(CONFIGS / "eval.py:test"), settings), workdir)
     results = json.loads((workdir / "results.json").read_text())
     assert list(results) == ["vit7"]
     x, labels = (np.load(workdir / f"features/vit7/val/{n}.npy") for n in ("x", "labels"))
@@ -48,7 +48,7 @@ def test_a_file_is_evaluated_under_its_name_with_its_classifier(tmp_path, monkey
     imported = importing.recognised(importing.paths_of(both))
     parts = imported.read()
     own = {key: parts[key]["classifier"] for key in ("params", "batch_stats")}
-    kernel, bias = build.classifier(own, imported.config.probe.bn_eps)
+    kernel, bias = fold_batch_norm(own, imported.config.probe.bn_eps)
     np.testing.assert_allclose(x @ kernel + bias, scores, rtol=1e-3, atol=1e-3)
     found = results["vit7"]["classifier"]
     assert found["top1"] == pytest.approx((scores.argmax(1) == labels).mean(), abs=1e-3)
@@ -62,7 +62,7 @@ def test_a_file_is_evaluated_under_its_name_with_its_classifier(tmp_path, monkey
     )
     before, settings = (workdir / "config.json").read_text(), [*settings, "log_every=7"]
     with pytest.raises(UserError, match=r"probe\.safetensors: is another file than"):
-        run_on(monkeypatch, (1, 2), pages.load(str(CONFIGS / "eval.py:test"), settings), workdir)
+        run_on(monkeypatch, (1, 2), configs.load(str(CONFIGS / "eval.py:test"), settings), workdir)
     assert (workdir / "config.json").read_text() == before
     assert json.loads((workdir / "origin.json").read_text())["from"] == origins
 
@@ -127,7 +127,7 @@ def test_a_stage_starts_from_a_file_at_another_image_size(tmp_path, monkeypatch)
     path = tmp_path / "small.safetensors"
     tensors.write(path, names.encoder_to_torch(jax.device_get(params), 7, (2, 2)), about=about)
     page, workdir = str(CONFIGS / "head_vith14.py:test"), tmp_path / "head"
-    run_on(monkeypatch, (1, 2), pages.load(page, [f"init_from={path}", SMALL]), workdir)
+    run_on(monkeypatch, (1, 2), configs.load(page, [f"init_from={path}", SMALL]), workdir)
     found = exporting.load(workdir)
     assert found.stage == "head"
     want = positions.resize(positions.sincos((2, 2), 32), (2, 2), (4, 4))
@@ -135,7 +135,7 @@ def test_a_stage_starts_from_a_file_at_another_image_size(tmp_path, monkeypatch)
     assert_trees_equal(found.encoder, jax.device_get(params))
     # What the page says of its model must be the file's.
     for override, message in (("model.heads=4", "heads 2"), ("model.patch_size=14", "patch_size")):
-        config = pages.load(page, [f"init_from={path}", override])
+        config = configs.load(page, [f"init_from={path}", override])
         with pytest.raises(UserError, match=message):
             run_on(monkeypatch, (1, 2), config, tmp_path / "other")
     assert not (tmp_path / "other").exists()

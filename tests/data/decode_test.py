@@ -138,18 +138,18 @@ def test_the_next_image_stands_for_one_that_cannot_be_read(broken):
 
 
 def test_bad_images_are_named_once_and_too_many_end_the_run(broken, caplog):
-    some = bad_images.Damage(broken, 3, allowed=0.1)
+    some = bad_images.BadImages(broken, 3, allowed=0.1)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            batch = some.take({"x": np.arange(3), "bad": np.array([-1, 2, 3])})
+            batch = some.collect({"x": np.arange(3), "bad": np.array([-1, 2, 3])})
             some.check()
     assert list(batch) == ["x"]
     named = [record.getMessage() for record in caplog.records]
     assert [name.split(": ")[1][-6:] for name in named] == ["02.png", "03.png"]
-    few = bad_images.Damage(broken, 3, allowed=0.05)
-    few.take({"bad": np.array([2])})
+    few = bad_images.BadImages(broken, 3, allowed=0.05)
+    few.collect({"bad": np.array([2])})
     few.check()
-    few.take({"bad": np.array([3, 2])})
+    few.collect({"bad": np.array([3, 2])})
     message = r"^2 of 21 images .*max_bad_fraction=0\.05: .*ant/02\.png: .*; .*ant/03\.png: cannot"
     with pytest.raises(RunFailedError, match=message):
         few.check()
@@ -165,8 +165,8 @@ def test_bad_images_of_all_hosts_are_counted(broken, monkeypatch):
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(sharding.multihost_utils, "process_allgather", gathered)
-    found = bad_images.Damage(broken, 3, allowed=0.05)
-    found.take({"bad": np.array([2])})
+    found = bad_images.BadImages(broken, 3, allowed=0.05)
+    found.collect({"bad": np.array([2])})
     with pytest.raises(RunFailedError, match=r"2 of 21 images .*02\.png.*03\.png"):
         found.check()
 

@@ -212,7 +212,7 @@ def test_lowshot_draws_nested_splits_and_tells_how_it_did(blobs, mesh):
     one, five, many, share = entries
     assert one["images"] == 7
     assert five["images"] == 35
-    assert share["images"] == len(subsets.share(train.labels, 0.01, 3))
+    assert share["images"] == len(subsets.fraction_of(train.labels, 0.01, 3))
     assert "a class has only" in many["skipped"]
     assert 0.2 < one["accuracy"] < five["accuracy"] < 0.99
     for entry in (one, five):
@@ -225,7 +225,7 @@ def test_lowshot_draws_nested_splits_and_tells_how_it_did(blobs, mesh):
         assert entry["weight_decays"][0]["accuracy"] == entry["accuracy"]
         assert 0 < entry["gradient_norm"] < 0.01
     # By hand: the regression on the same images.
-    part = subsets.few(train.labels, 5, 3)
+    part = subsets.per_class(train.labels, 5, 3)
     x, queries = logistic.prepare(train.x[part]), logistic.prepare(test.x)
     peer = LogisticRegression(C=1 / 2.5e-4, fit_intercept=False, tol=1e-8, max_iter=10_000)
     peer.fit(x.astype(np.float64), train.labels[part])
@@ -240,7 +240,7 @@ def test_lowshot_takes_lists_of_names(blobs, mesh, tmp_path):
     for split in range(2):
         (tmp_path / f"{split}").mkdir()
         paths.append(str(tmp_path / f"{split}" / "5imgs.txt"))
-        part = subsets.few(train.labels, 5, split) + 1
+        part = subsets.per_class(train.labels, 5, split) + 1
         chosen = [names[i] for i in part] + ["c/0.jpg"]
         (tmp_path / f"{split}" / "5imgs.txt").write_text("\n".join(chosen))
     (entry,) = lowshot.lowshot(
@@ -250,7 +250,7 @@ def test_lowshot_takes_lists_of_names(blobs, mesh, tmp_path):
     assert entry["accuracies"] == pytest.approx(drawn["accuracies"], abs=0.002)
     assert (entry["list"], entry["splits"], entry["images"]) == ("5imgs.txt", 2, 35)
     assert entry["images_per_class"] == 5
-    assert lowshot._size(train.labels, subsets.share(train.labels, 0.1, 0)) == {"share": 0.1}
+    assert lowshot._size(train.labels, subsets.fraction_of(train.labels, 0.1, 0)) == {"share": 0.1}
     assert entry["drawn"] == paths
     with pytest.raises(UserError, match=r"list '.*absent'"):
         lowshot.lowshot(

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from maect_jax import config as pages
-from maect_jax import files, inputs
+from maect_jax import config as configs
+from maect_jax import files, pipeline
 from maect_jax.data import arrays, sources
 from maect_jax.errors import RunFailedError, UserError
 from maect_jax.evals import export, features, protocols, runner
@@ -32,7 +32,7 @@ def evaluated(tmp_path_factory):
     settings = (*SHORT, f"eval.protocols={ALL}", "eval.export=npz", "monitor.every=1")
     settings += ("eval.probe.held_out=0.1", "monitor.images=500", "eval.pool=cls+mean")
     with pytest.MonkeyPatch.context() as patch:
-        run_on(patch, (1, 2), pages.load(QUICK, settings), workdir)
+        run_on(patch, (1, 2), configs.load(QUICK, settings), workdir)
     return workdir, settings
 
 
@@ -66,22 +66,22 @@ def test_the_same_command_computes_nothing_again(evaluated, tmp_path, monkeypatc
     shutil.copytree(evaluated[0], workdir)
     monkeypatch.setattr(features, "extract", None)
     before = (workdir / "results.json").read_bytes()
-    run_on(monkeypatch, (1, 2), pages.load(QUICK, evaluated[1]), workdir, page=False)
+    run_on(monkeypatch, (1, 2), configs.load(QUICK, evaluated[1]), workdir, page=False)
     assert (workdir / "results.json").read_bytes() == before
     # What was lost is made again, on the same features.
     lost = runner.folder_of(workdir, "mae") / "cluster.npz"
     clusters = runner.read_clusters(workdir, "mae")["clusters"]
     lost.unlink()
-    run_on(monkeypatch, (1, 2), pages.load(QUICK, evaluated[1]), workdir, page=False)
+    run_on(monkeypatch, (1, 2), configs.load(QUICK, evaluated[1]), workdir, page=False)
     assert (runner.read_clusters(workdir, "mae")["clusters"] == clusters).all()
     # Another setting of one protocol: that one alone is run, on the same features.
-    other = pages.load(QUICK, [*evaluated[1], "eval.knn.temperature=0.5"])
+    other = configs.load(QUICK, [*evaluated[1], "eval.knn.temperature=0.5"])
     run_on(monkeypatch, (1, 2), other, workdir, page=False)
     old, new = json.loads(before), results_of(workdir)
     assert new["mae"]["knn"] != old["mae"]["knn"]
     for protocol in set(ALL) - {"knn"}:
         assert new["mae"][protocol] == old["mae"][protocol]
-    assert pages.read(workdir / "config.json").eval.knn.temperature == 0.5
+    assert configs.read(workdir / "config.json").eval.knn.temperature == 0.5
 
 
 def test_features_are_made_anew_where_what_makes_them_has_changed(evaluated, tmp_path, monkeypatch):
@@ -90,7 +90,7 @@ def test_features_are_made_anew_where_what_makes_them_has_changed(evaluated, tmp
     other = [*evaluated[1], "eval.pool=mean", "eval.protocols=('knn',)", "eval.pixels=False"]
     place = runner.folder_of(workdir, "mae") / "val"
     both = np.array(features.load(place).x)
-    run_on(monkeypatch, (1, 2), pages.load(QUICK, other), workdir, page=False)
+    run_on(monkeypatch, (1, 2), configs.load(QUICK, other), workdir, page=False)
     mean = np.array(features.load(place).x)
     assert both.shape == (2000, 64)
     np.testing.assert_allclose(mean, both[:, 32:], atol=1e-5)
@@ -101,7 +101,7 @@ def test_features_are_made_anew_where_what_makes_them_has_changed(evaluated, tmp
     kept = json.loads((place / "settings.json").read_text())
     assert kept["settings"]["kind"] == "mean, after the final norm"
     other.append("eval.final_norm=False")
-    run_on(monkeypatch, (1, 2), pages.load(QUICK, other), workdir, page=False)
+    run_on(monkeypatch, (1, 2), configs.load(QUICK, other), workdir, page=False)
     raw = features.load(place).x
     # A norm whose scale and bias have hardly moved leaves each token a mean of nought.
     assert np.abs(mean.mean(1)).mean() < 0.02 < np.abs(raw.mean(1)).mean()
@@ -210,7 +210,7 @@ def of_photos(photos, *settings):
     first += ("data.short_side=32", "model.channels=3", "data.max_bad_fraction=0.1")
     first += ("data.mean=(0.5,0.5,0.5)", "data.std=(0.25,0.25,0.25)", "mae.batch_size=16")
     first += ("stages=('mae','eval')", "eval.batch_size=16", "eval.cluster.runs=2")
-    return pages.load(QUICK, [*first, *settings])
+    return configs.load(QUICK, [*first, *settings])
 
 
 def test_images_without_labels_are_clustered_and_the_rest_is_said_to_be_skipped(
@@ -250,7 +250,7 @@ def test_a_page_of_an_evaluation_that_was_stopped_has_what_is_whole(evaluated, t
     files.write_json(path, json.loads(path.read_text()) | {"done": 256})
     runner.folder_of(workdir, "pixels").joinpath("cluster.npz").unlink()
     config = page.read_config(workdir)
-    page.build(workdir, inputs.open_sources(config, workdir))
+    page.build(workdir, pipeline.open_images(config, workdir))
     pictures = {path.stem for path in (workdir / "pictures").iterdir()}
     assert "map_mae" not in pictures
     assert "clusters" in pictures
@@ -258,10 +258,10 @@ def test_a_page_of_an_evaluation_that_was_stopped_has_what_is_whole(evaluated, t
 
 def test_images_without_labels_want_a_number_of_clusters(photos):
     with pytest.raises(UserError, match=r"clusters=0: the train images have no labels to count"):
-        inputs.open_sources(of_photos(photos), photos / "run")
+        pipeline.open_images(of_photos(photos), photos / "run")
     with pytest.raises(UserError, match=r"clusters=99: must be at most the 60 train images"):
-        inputs.open_sources(of_photos(photos, "eval.cluster.clusters=99"), photos / "run")
-    inputs.open_sources(of_photos(photos, "eval.protocols=('knn',)"), photos / "run")
+        pipeline.open_images(of_photos(photos, "eval.cluster.clusters=99"), photos / "run")
+    pipeline.open_images(of_photos(photos, "eval.protocols=('knn',)"), photos / "run")
 
 
 @pytest.mark.usefixtures("in_root")
@@ -274,7 +274,7 @@ def test_well_known_subsets_are_clustered_by_their_wordnet_ids(rng, monkeypatch)
     source = sources.Blank(120, 1)
     source.classes = ["n0", "n1", "n2", "n3"]
     settings = ["eval.cluster.subsets=('imagenet10','imagenet_dogs15')", "eval.cluster.runs=2"]
-    config = pages.load(QUICK, settings)
+    config = configs.load(QUICK, settings)
     mesh = mesh_of(1, 1)
     row = protocols.Row(config, None, {"val": found}, {"val": source}, {}, mesh)
     with jax.set_mesh(mesh):

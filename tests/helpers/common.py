@@ -1,11 +1,16 @@
 """Meshes, runs in this process, pictures and comparisons."""
 
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
+from ml_collections import ConfigDict
 from PIL import Image
+
+from maect_jax.run.folder import Run
+from maect_jax.run.logger import Logger
 
 
 def mesh_of(data: int, fsdp: int) -> Mesh:
@@ -56,3 +61,11 @@ def assert_trees_equal(a, b) -> None:
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
         np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+def logger_at(folder, done, steps, log_every=1, tensorboard=False):
+    """A logger of a stage `ct` of so many steps, with batches of one image."""
+    settings = dict(log_every=log_every, nan_policy="stop", nan_limit=0, tensorboard=tensorboard)
+    config = ConfigDict(settings | {"ct": {"batch_size": 1}})
+    stage = SimpleNamespace(name="ct", steps=steps)
+    return Logger(Run(config, folder, None, None), stage, done, str)

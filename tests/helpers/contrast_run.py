@@ -11,7 +11,7 @@ from maect_jax.convert import head_names
 from maect_jax.convert import names as convert
 from maect_jax.models import vit
 from maect_jax.stages import state
-from maect_jax.stages.step import compiled, gradients
+from maect_jax.stages.step import gradients, jitted_step
 from tests.helpers import golden_figures as figures
 from tests.helpers.common import assert_trees_equal, mesh_of
 from tests.helpers.golden_figures import TINY, Case, assert_within, norm, optimiser_bound
@@ -25,7 +25,7 @@ class Step(NamedTuple):
 
     before: state.TrainState
     tokens: np.ndarray  # [2B, N, D], view 0 first
-    carried: dict
+    aux: dict
     grads: dict[str, np.ndarray]
     neighbours: np.ndarray  # [2, B], as rows of the reference's flat queue
     scalars: dict
@@ -61,7 +61,7 @@ def started(case: Case, stage, shape=ONE) -> state.TrainState:
         queue=head["queue"],
         **head["params"],
     )
-    first = state.create(stage, jax.random.key(0), start, mesh_of(*shape))
+    first = state.create_state(stage, jax.random.key(0), start, mesh_of(*shape))
     assert_trees_equal(first.target, head["target"])
     return first
 
@@ -98,14 +98,14 @@ def programs(case: Case, dtype: str, shape):
     """The stage, its step as `train` jits it, and what looks into the step."""
     stage = figures.stage_of(case, dtype)
     with jax.set_mesh(mesh_of(*shape)):
-        update = compiled(stage, state.shardings_of(started(case, stage, shape)))
+        update = jitted_step(stage, state.state_shardings(started(case, stage, shape)))
 
     def look(now, batch):
-        (_, (_, carried)), grads = gradients(stage, now, batch)
+        (_, (_, aux)), grads = gradients(stage, now, batch)
         encoder = {**now.frozen["encoder"], **now.params["encoder"]}
         views = batch["image"].swapaxes(0, 1)
         tokens = stage.encoder.apply({"params": encoder}, views.reshape(-1, *views.shape[2:]))
-        return carried, grads, tokens
+        return aux, grads, tokens
 
     return stage, update, jax.jit(look)
 
@@ -129,16 +129,16 @@ def run(case: Case, given: str, dtype: str = "float32", shape=ONE) -> list[Step]
             if given != "start" and s:
                 now = given_state(case, s - 1, now, given)
             batch = sharding.put_batch(batch_of(case, s), mesh)
-            carried, grads, tokens = look(now, batch)
+            aux, grads, tokens = look(now, batch)
             before = jax.device_get(now.replace(rng=None))
             now, scalars = update(now, batch)
             steps.append(
                 Step(
                     before=before,
                     tokens=np.float32(tokens),
-                    carried=jax.device_get(carried),
+                    aux=jax.device_get(aux),
                     grads=trained_to_torch(case, grads),
-                    neighbours=_flat_rows(case, s, before.queue, carried["positions"]),
+                    neighbours=_flat_rows(case, s, before.queue, aux["positions"]),
                     scalars=jax.device_get(scalars),
                     after=jax.device_get(now.replace(rng=None)),
                 )

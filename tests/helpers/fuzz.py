@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
-from maect_jax import config as pages
+from maect_jax import config as configs
 from maect_jax.data import arrays
 from maect_jax.errors import RunFailedError, UserError
 from tests.helpers import CONFIGS
@@ -63,4 +63,4 @@ def refused(match):
 
 def load(name, *overrides):
     stem, _, argument = name.partition(":")
-    return pages.load(f"{CONFIGS / stem}.py" + (f":{argument}" if argument else ""), overrides)
+    return configs.load(f"{CONFIGS / stem}.py" + (f":{argument}" if argument else ""), overrides)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from configs import common
-from maect_jax.stages import build
+from maect_jax.stages import STAGES
 from tests.helpers import ROOT
 
 FOLDER = Path(os.environ.get("MAECT_GOLDEN") or ROOT / "tests" / "golden")
@@ -124,7 +124,7 @@ def stage_of(case: Case, dtype: str = "float32"):
         section.decoder.update(
             {key: meta[f"dec_{key}"] for key in ("width", "depth", "heads")},
         )
-        return build.stage(config, "mae", records=batch)
+        return STAGES["mae"].from_config(config, batch)
     encoder, head = meta["encoder_groups"], meta["head_groups"]
     last_block = encoder.get(f"blocks.{meta['depth'] - 1}.norm1.bias", [1.0])
     section = common.add_ct(
@@ -147,4 +147,4 @@ def stage_of(case: Case, dtype: str = "float32"):
         predictor_hidden=meta["pred_hidden"],
     )
     assert section.epochs == 1
-    return build.stage(config, "ct", records=meta["total_steps"] * batch)
+    return STAGES["ct"].from_config(config, meta["total_steps"] * batch)

@@ -7,10 +7,9 @@ WHAT is `checkpoints` or `metrics`.
 
 import errno
 import os
-import runpy
 import sys
 
-from maect_jax import command
+from maect_jax import main
 from maect_jax.run import jsonl, manifest, saving
 
 
@@ -21,11 +20,11 @@ def away(*_):
 if __name__ == "__main__":
     _, what, *flags = sys.argv
     saving._PAUSES = (0.1, 0.1, 0.1)
-    command._PATIENCE = 3.0
     if os.environ["JAX_PROCESS_ID"] == "0":
         if what == "checkpoints":
             manifest.of = away
         else:
-            jsonl.Lines.add = away
+            jsonl.Writer.add = away
     sys.argv = ["maect_jax.main", *flags]
-    runpy.run_module("maect_jax.main", run_name="__main__")
+    main._PATIENCE = 3.0
+    main.main()

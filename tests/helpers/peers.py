@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maect_jax.models import vit
-from maect_jax.stages import build
+from maect_jax.stages import SAVED
 
 reason = "the extra [peers] is not installed"
 
@@ -53,6 +53,6 @@ def pixels(images):
 def features(found, images):
     """What an import makes of normalised images."""
     model = found.config.model
-    module = build.encoder(model).clone(dtype="float32")
-    params = build.evaluated_encoder(found.kind, found.read())
+    module = vit.from_config(model).clone(dtype="float32")
+    params = SAVED[found.kind].encoder_params(found.read())
     return np.asarray(vit.features(module, params, images, model.pool))

@@ -5,9 +5,8 @@ import numpy as np
 
 from maect_jax.data.augment import Photometric, Recipe
 from maect_jax.models import mae, nnclr, vit
-from maect_jax.stages import optim
-from maect_jax.stages.mae import Mae
-from maect_jax.stages.nnclr import Contrast
+from maect_jax.stages import STAGES, optim
+from maect_jax.stages.mae import MAE
 
 BATCH = 16
 
@@ -26,7 +25,7 @@ HEAD = optim.Group(0.01, 1e-5)
 
 def mae_stage():
     group = optim.Group(0.01, 0.05)
-    return Mae(
+    return MAE(
         encoder=ENCODER,
         decoder=mae.Decoder(8, 1, 2, 4, 3),
         image_shape=SHAPE,
@@ -39,12 +38,13 @@ def mae_stage():
 
 
 def contrast_stage(name, **changes):
-    tunes = name == "ct"
-    groups = {"projector": HEAD, "predictor": HEAD}
-    if tunes:
+    kind, groups = STAGES[name], {"projector": HEAD, "predictor": HEAD}
+    tuning = {}
+    if name == "ct":
         groups["encoder"] = optim.Group(0.01, 0.05, 0.65, 4)
+        tuning = dict(target_momentum=0.9, ema_decay=0.99)
     settings = dict(
-        encoder=ENCODER.clone(frozen_blocks=2 if tunes else 0),
+        encoder=ENCODER.clone(frozen_blocks=2 if tuning else 0),
         projector=nnclr.Projector(24, 8),
         predictor=nnclr.Predictor(24, 8),
         image_shape=SHAPE,
@@ -53,17 +53,15 @@ def contrast_stage(name, **changes):
         queue_size=48,
         top_k=4,
         temperature=0.2,
-        target_factor=0.9 if tunes else None,
-        ema_decay=0.99 if tunes else None,
         recipe=RECIPE,
         groups=groups,
         steps=40,
         warmup=2,
     )
-    return Contrast(**settings | changes)
+    return kind(**settings | tuning | changes)
 
 
-STAGES = {
+TINY_STAGES = {
     "mae": mae_stage(),
     "head": contrast_stage("head", top_k=1),
     "ct": contrast_stage("ct"),
@@ -82,3 +80,18 @@ def batch_of(seed):
 
 def started(stage):
     return jax.jit(stage.init)(jax.random.key(0), {})
+
+
+def mae_stage_of(encoder, decoder, image_shape, mask_ratio):
+    """An MAE without views or an optimiser to speak of."""
+    group = optim.Group(0.1, 0.0)
+    return MAE(
+        encoder=encoder,
+        decoder=decoder,
+        image_shape=image_shape,
+        mask_ratio=mask_ratio,
+        recipe=None,
+        groups={"encoder": group, "decoder": group},
+        steps=1,
+        warmup=0,
+    )

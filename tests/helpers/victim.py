@@ -18,7 +18,7 @@ from maect_jax.run import logger, manifest, saving
 
 # What is entered at each point.
 POINTS = {
-    "step": (logger.Log, "add"),
+    "step": (logger.Logger, "add"),
     "save": (saving.Checkpoints, "save"),
     "seal": (manifest, "of"),  # written and renamed, but not sealed
     "remove": (saving.Checkpoints, "_remove_old"),
@@ -34,10 +34,10 @@ def arm(point: str, stage: str, count: int, seconds: float) -> None:
     entered, run = getattr(holder, name), train.run
     stages, times = ["eval"], [0]
 
-    def enter_stage(config, name, *rest):
-        stages.append(name)
+    def enter_stage(training):
+        stages.append(training.stage.name)
         try:
-            return run(config, name, *rest)
+            return run(training)
         finally:
             stages.append("eval")
 

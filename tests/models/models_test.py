@@ -7,9 +7,9 @@ import pytest
 from scipy.special import erf
 
 from maect_jax.models import mae, nnclr, positions, vit
-from maect_jax.stages import losses, optim
-from maect_jax.stages.mae import Mae
+from maect_jax.stages import losses
 from tests.helpers.common import assert_trees_equal
+from tests.helpers.tiny_stages import mae_stage_of
 
 
 def np_layer_norm(x, p, eps):
@@ -150,8 +150,7 @@ def test_mae_forward_equals_numpy(rng):
     images = rng.normal(size=(2, 6, 8, 3)).astype(np.float32)
     noise = rng.random((2, 12))
     encoder, decoder = vit.ViT(16, 2, 2, 2), mae.Decoder(8, 2, 2, 2, 3)
-    group = optim.Group(0.1, 0.0)
-    stage = Mae(encoder, decoder, (6, 8, 3), 0.75, None, {"encoder": group, "decoder": group}, 1, 0)
+    stage = mae_stage_of(encoder, decoder, (6, 8, 3), 0.75)
     params = jax.jit(stage.init)(jax.random.key(0), {}).params
     params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
     got = stage.forward(params, images, jnp.asarray(noise))
@@ -184,12 +183,10 @@ def test_bf16_sums_its_gradients_over_the_batch_in_fp32(rng):
     and more; what is left is the rounding of the addends (2^-8 each)."""
     images = jnp.asarray(rng.normal(size=(400, 8, 10, 3)), jnp.float32)
     noise, towards = jnp.asarray(rng.random((400, 20))), jnp.asarray(rng.normal(size=12))
-    group = optim.Group(0.1, 0.0)
 
     def gradient(dtype):
         networks = vit.ViT(16, 1, 2, 2, dtype=dtype), mae.Decoder(16, 1, 2, 2, 3, dtype=dtype)
-        groups = {"encoder": group, "decoder": group}
-        stage = Mae(*networks, (8, 10, 3), 0.5, None, groups, 1, 0)
+        stage = mae_stage_of(*networks, (8, 10, 3), 0.5)
         params = jax.jit(stage.init)(jax.random.key(0), {}).params
         return jax.jit(
             jax.grad(lambda p: (stage.forward(p, images, noise)["prediction"] * towards).sum())

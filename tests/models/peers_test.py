@@ -8,11 +8,10 @@ import pytest
 
 from maect_jax.convert import names as convert
 from maect_jax.models import mae, positions, vit
-from maect_jax.stages import optim
-from maect_jax.stages.mae import Mae
 from tests.helpers.golden_figures import FORWARD, GRADIENT, assert_close, under
 from tests.helpers.gradient_bounds import assert_gradients
 from tests.helpers.peers import arrays, perturbed, timm, torch, transformers
+from tests.helpers.tiny_stages import mae_stage_of
 
 # HuggingFace's names for the tensors of a block, and MAE's.
 BLOCK = {
@@ -85,11 +84,8 @@ def test_vit_mae_of_transformers(rng, side, patch, eps, ratio):
     want = peer(pixels, noise=torch_noise)
     want.loss.backward()
 
-    group = optim.Group(0.1, 0.0)
-    stage = Mae(
-        vit.ViT(24, 3, 2, patch, ln_eps=eps), mae.Decoder(16, 2, 4, patch, 3, ln_eps=eps),
-        (side, side, 3), ratio, None, {"encoder": group, "decoder": group}, 1, 0,
-    )  # fmt: skip
+    networks = vit.ViT(24, 3, 2, patch, ln_eps=eps), mae.Decoder(16, 2, 4, patch, 3, ln_eps=eps)
+    stage = mae_stage_of(*networks, (side, side, 3), ratio)
     encoder, decoder = split(arrays(peer.state_dict().items()))
     # A fresh encoder codes rows before columns; its class token has no position.
     encoder["pos_embed"] = encoder["pos_embed"][:, 1:]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maect_jax import config as pages
-from maect_jax import files, inputs
+from maect_jax import config as configs
+from maect_jax import files, pipeline
 from maect_jax.errors import UserError
 from maect_jax.evals import features, maps, paper, runner, table
 from maect_jax.report import page, plots, sheets, words
@@ -58,7 +58,7 @@ def run(tmp_path_factory):
     """The folder of a short run with all stages."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        quick = pages.load(str(CONFIGS / "quickstart.py:test"), [SMALL])
+        quick = configs.load(str(CONFIGS / "quickstart.py:test"), [SMALL])
         run_on(patch, (1, 1), quick, workdir)
     return workdir
 
@@ -147,7 +147,7 @@ def test_page_of_an_unfinished_run_has_what_there_is(run, tmp_path):
     shutil.rmtree(copy / "watch" / "ct")
     lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
     (copy / "metrics.jsonl").write_text("".join(x for x in lines if '"mae"' in x) + '{"stage": "he')
-    images = inputs.open_sources(page.read_config(copy), copy)
+    images = pipeline.open_images(page.read_config(copy), copy)
     html = page.build(copy, images).read_text()
     assert html.count("<figure") == 2  # the loss, and what is filled in
     assert "Results" not in html
@@ -352,8 +352,8 @@ def folder_run(tmp_path):
     files.write_arrays(place / "retrieval.npz", **found)
     settings = [f"data.path={tmp_path}", "data.source=folder", "data.train_split=train"]
     settings += ["data.short_side=240", "init_from=runs/other"]
-    config = pages.load("configs/eval.py:test", settings)
-    quick = pages.load("configs/quickstart.py:test", ["model.channels=3"])
+    config = configs.load("configs/eval.py:test", settings)
+    quick = configs.load("configs/quickstart.py:test", ["model.channels=3"])
     with config.unlocked():
         config.model = quick.model
         config.model.image_size = (238, 238)
@@ -372,9 +372,9 @@ def folder_run(tmp_path):
 def test_page_of_many_photographs(folder_run, monkeypatch):
     mapped = {}
     monkeypatch.setattr(maps, "points", lambda x, how: mapped.update(x=x) or x[:, :2])
-    monkeypatch.setattr(inputs, "enough", lambda config, images: None)  # to train on
+    monkeypatch.setattr(pipeline, "check_enough", lambda config, images: None)  # to train on
     config = page.read_config(folder_run)
-    html = page.build(folder_run, inputs.open_sources(config, folder_run)).read_text()
+    html = page.build(folder_run, pipeline.open_images(config, folder_run)).read_text()
     assert {path.stem for path in (folder_run / "pictures").iterdir()} == {
         "map_ct", "clusters", "confusion", "retrieval",
     }  # fmt: skip
@@ -392,7 +392,7 @@ def test_page_of_many_photographs(folder_run, monkeypatch):
 
 @pytest.mark.usefixtures("in_root")
 def test_words_of_a_run_that_is_not_finished():
-    config = pages.load("configs/quickstart.py:test")
+    config = configs.load("configs/quickstart.py:test")
     history = [{"stage": "mae", "step": 1, "images_per_second": 1.0, "seconds": 7200.0}]
     text = words.sentence(config, {"train": 5, "val": 3}, history, {})
     assert text == (

@@ -13,7 +13,7 @@ import pytest
 from maect_jax import sharding
 from maect_jax.errors import RunFailedError, UserError
 from maect_jax.run import checkpoints, manifest, saving
-from maect_jax.stages import build, state
+from maect_jax.stages import STAGES, state
 from tests.helpers import CONFIGS
 from tests.helpers.common import assert_trees_equal, mesh_of
 
@@ -251,15 +251,15 @@ def test_a_restored_state_is_bit_equal_on_other_devices(tmp_path):
     from maect_jax import config
 
     page = config.load(str(CONFIGS / "quickstart.py:test"))
-    stage = build.stage(page, "ct", 1600)
+    stage = STAGES["ct"].from_config(page, 1600)
     key, one, eight = jax.random.key(5), mesh_of(1, 1), mesh_of(4, 2)
     with jax.set_mesh(one):
-        made = state.create(stage, key, {}, one)
+        made = state.create_state(stage, key, {}, one)
         saver = open_at(tmp_path / "ct")
         saver.save(1, made, {"loader": {"next": 1}})
         saver.finish()
-    found, position = saver.restore(1, state.abstract(stage, key, {}, eight))
+    found, position = saver.restore(1, state.abstract_state(stage, key, {}, eight))
     saver.close()
     assert position == {"loader": {"next": 1}}
     assert {x.sharding.mesh.size for x in jax.tree.leaves(found)} == {8}
-    assert_trees_equal(sharding.fetch(found), jax.device_get(made))
+    assert_trees_equal(sharding.to_host(found), jax.device_get(made))

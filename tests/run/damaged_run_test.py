@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maect_jax import config as pages
-from maect_jax import files, pipeline, validate
+from maect_jax import config as configs
+from maect_jax import files, pipeline
 from maect_jax.data import arrays
 from maect_jax.evals import features, runner
 from maect_jax.report import page
@@ -115,11 +115,11 @@ def read_whole(run):
     config, place = load("quickstart:test"), run / "features" / "mae" / "val"
     for read in (
         lambda: page.build(run, SPLITS),
-        lambda: pages.differing(pages.read(run / "config.json"), config),
-        lambda: validate.settings(pages.read(run / "config.json"), 1),
+        lambda: configs.differences(configs.read(run / "config.json"), config),
+        lambda: pipeline.check(configs.read(run / "config.json"), 1),
         lambda: lineage.write_lineage(run, [{"file": "x", "sha256": "y"}]),
         lambda: bad_steps.BadSteps(run / "bad_steps.jsonl", "mae", 1, "skip", 9, IMAGES.name),
-        lambda: jsonl.forget(run / "metrics.jsonl", "mae", 1),
+        lambda: jsonl.truncate(run / "metrics.jsonl", "mae", 1),
         lambda: runner._table(run, ["mae"], IMAGES),
     ):
         with one_line():

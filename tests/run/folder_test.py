@@ -14,9 +14,9 @@ import pytest
 
 from maect_jax import config
 from maect_jax.errors import RunFailedError, UserError
-from maect_jax.run import board, folder, jsonl, lock, logger
+from maect_jax.run import board, folder, jsonl, lock
 from tests.helpers import CONFIGS
-from tests.helpers.common import run_on, save
+from tests.helpers.common import logger_at, run_on, save
 
 
 def page(*overrides):
@@ -191,15 +191,10 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
         claim(tmp_path)
 
 
-class Nothing:
-    def take(self, *_):
-        raise AssertionError
-
-
-def logged(path, folder, done, steps):
-    log = logger.Log(path, "ct", 9, done, 4, 1, True, Nothing(), folder)
+def logged(folder, tensorboard, done, steps):
+    log = logger_at(folder, done, 9, tensorboard=tensorboard)
     for step in steps:
-        scalars = {"loss": step / 2, "finite": True, "vote": 0}
+        scalars = {"loss": step / 2, "finite": True, "action": 0}
         log.add(step, scalars, None)
     log.flush()
     log.close()
@@ -224,9 +219,9 @@ def events(folder):
 
 def test_tensorboard_has_each_step_once_also_when_a_stage_goes_on(tmp_path):
     path, folder = tmp_path / "metrics.jsonl", tmp_path / "tensorboard" / "ct"
-    logged(path, None, 0, range(1, 3))  # it was off at first
-    logged(path, folder, 2, range(3, 7))
-    logged(path, folder, 4, range(5, 10))  # it was stopped after step 6, and goes on from 4
+    logged(tmp_path, False, 0, range(1, 3))  # it was off at first
+    logged(tmp_path, True, 2, range(3, 7))
+    logged(tmp_path, True, 4, range(5, 10))  # it was stopped after step 6, and goes on from 4
     assert [line["step"] for line in jsonl.read(path)] == list(range(1, 10))
     assert events(folder) == [(step, step / 2) for step in range(1, 10)]
 

@@ -63,7 +63,7 @@ def cut_back(run, stage, step):
 
 
 def left_by(run):
-    """All that a run leaves but times: states, metrics, watched images, results, file names."""
+    """All that a run leaves but times: states, metrics images, results, file names."""
     parts = (
         "step", "params", "frozen", "batch_stats", "opt_state", "ema", "target", "queue", "rng",
     )  # fmt: skip

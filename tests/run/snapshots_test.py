@@ -9,10 +9,11 @@ from maect_jax import sharding
 from maect_jax.data import arrays, loader
 from maect_jax.models import vit
 from maect_jax.run import snapshots
+from maect_jax.run.folder import Run
 from maect_jax.stages import losses, state, support_queue
-from maect_jax.stages.step import watched
+from maect_jax.stages.step import jitted_snapshot
 from tests.helpers.common import mesh_of
-from tests.helpers.tiny_stages import SHAPE, STAGES, started
+from tests.helpers.tiny_stages import SHAPE, TINY_STAGES, started
 
 QUERIES = 8
 
@@ -36,15 +37,15 @@ def test_the_targets_of_an_image_fill_it_in_again(rng):
 
 
 def test_mae_shows_the_mask_and_leaves_visible_pixels_as_they_are(images):
-    stage = STAGES["mae"]
+    stage = TINY_STAGES["mae"]
     first = started(stage)
-    seen = stage.watch(first, images, np.arange(QUERIES))
+    seen = stage.snapshot(first, images, np.arange(QUERIES))
     assert seen["mask"].shape == (QUERIES, *SHAPE[:2])
     assert (seen["mask"].mean((1, 2)) == 0.75).all()
     np.testing.assert_array_equal(seen["filled"][~seen["mask"]], images[~seen["mask"]])
     assert (seen["filled"][seen["mask"]] != images[seen["mask"]]).mean() > 0.5
     other = jax.jit(stage.init)(jax.random.key(1), {})
-    again = stage.watch(other, images, np.arange(QUERIES))
+    again = stage.snapshot(other, images, np.arange(QUERIES))
     np.testing.assert_array_equal(again["mask"], seen["mask"])
 
 
@@ -63,10 +64,10 @@ def contrast_state(stage, rng):
 
 @pytest.mark.parametrize("name", ["head", "ct"])
 def test_contrast_shows_the_nearest_rows_of_the_queue_by_the_plain_formula(name, images, rng):
-    stage = STAGES[name]
+    stage = TINY_STAGES[name]
     now = contrast_state(stage, rng)
     ids = np.arange(QUERIES)
-    seen = stage.watch(now, images, ids)
+    seen = stage.snapshot(now, images, ids)
     x = (images / 255 - 0.5) / 0.25
     encoder = {**now.frozen["encoder"], **now.params.get("encoder", {})}
     features = stage.encoder.apply({"params": encoder}, jnp.asarray(x, jnp.float32))[:, 0]
@@ -84,7 +85,7 @@ def test_contrast_shows_the_nearest_rows_of_the_queue_by_the_plain_formula(name,
 
 @pytest.mark.parametrize("name", ["mae", "ct"])
 def test_eight_devices_show_what_one_shows(name, images, rng):
-    stage = STAGES[name]
+    stage = TINY_STAGES[name]
     shown = []
     for mesh in (mesh_of(1, 1), mesh_of(4, 2)):
         first = started(stage) if name == "mae" else contrast_state(
@@ -94,20 +95,20 @@ def test_eight_devices_show_what_one_shows(name, images, rng):
             first = jax.device_put(first, sharding.tree_shardings(first, mesh))
             ids = np.arange(QUERIES)
             batch = sharding.put_batch({"images": images, "ids": ids}, mesh)
-            shown.append(jax.device_get(watched(stage, mesh)(first, batch)))
+            shown.append(jax.device_get(jitted_snapshot(stage, mesh)(first, batch)))
     for key, value in shown[0].items():
         np.testing.assert_allclose(shown[1][key], value, atol=1e-5)
 
 
 def test_what_is_watched_is_written_and_read_by_step(tmp_path):
-    stage, mesh = STAGES["mae"], mesh_of(4, 2)
+    stage, mesh = TINY_STAGES["mae"], mesh_of(4, 2)
     source = arrays.Arrays(
         np.random.default_rng(0).integers(0, 256, (20, *SHAPE), dtype=np.uint8), np.arange(20), []
     )
-    images = snapshots.Watched(loader.EvalRecord(source, SHAPE[2], SHAPE[:2], 8), held_out=False)
+    images = snapshots.Examples(loader.EvalRecord(source, SHAPE[2], SHAPE[:2], 8), held_out=False)
     with jax.set_mesh(mesh):
-        now = state.create(stage, jax.random.key(0), {}, mesh)
-        write = snapshots.watcher(stage, images, tmp_path, "mae", mesh)
+        now = state.create_state(stage, jax.random.key(0), {}, mesh)
+        write = snapshots.writer(stage, images, Run(None, tmp_path, mesh, None))
         write(10, now)
         write(9, now)
     files = snapshots.saved(tmp_path, "mae")

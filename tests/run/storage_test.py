@@ -93,7 +93,7 @@ def test_an_outage_is_waited_for_and_leaves_no_hole(tmp_path, monkeypatch, quick
         def __getattr__(self, name):
             return getattr(self._file, name)
 
-    class Lines(jsonl.Lines):
+    class Lines(jsonl.Writer):
         def __init__(self, path):
             super().__init__(path)
             self._file = File(self._file)

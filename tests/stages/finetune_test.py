@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maect_jax import config as pages
-from maect_jax import inputs, pipeline, plan, train, validate
+from maect_jax import config as configs
+from maect_jax import pipeline
 from maect_jax.data import arrays, augment, folder, loader, mix, subsets
 from maect_jax.data.augment import Photometric, Recipe
 from maect_jax.errors import UserError
 from maect_jax.evals import finetuned
 from maect_jax.models import vit
 from maect_jax.run import checkpoints
-from maect_jax.stages import build, flops, optim, state
+from maect_jax.stages import STAGES, optim, state
 from maect_jax.stages.finetune import Finetune
-from maect_jax.stages.step import gradients, step
+from maect_jax.stages.step import abstract_batch, gradients, step
 from tests.helpers import CONFIGS
 from tests.helpers.common import assert_trees_equal, mesh_of, run_on, save
 
@@ -124,7 +124,7 @@ def test_cutmix_cuts_the_box_of_its_formula(kept):
 
 def test_one_of_mixup_and_cutmix_is_drawn_with_its_own_beta():
     draw = jax.jit(
-        jax.vmap(partial(mix.own_share, shape=(16, 16), mixup_alpha=0.8, cutmix_alpha=1.0))
+        jax.vmap(partial(mix.kept_fraction, shape=(16, 16), mixup_alpha=0.8, cutmix_alpha=1.0))
     )
     found = np.asarray(draw(jax.random.split(jax.random.key(0), 4000))).reshape(4000, -1)
     cut = ((found == 0) | (found == 1)).all(1)
@@ -137,7 +137,7 @@ def test_one_of_mixup_and_cutmix_is_drawn_with_its_own_beta():
     assert 0.6 < found[cut].mean() < 0.8
     for alphas, kinds in (((0.8, 0.0), {False}), ((0.0, 1.0), {True})):
         keys = jax.random.split(jax.random.key(1), 8)
-        found = np.stack([mix.own_share(key, (16, 16), *alphas) for key in keys])
+        found = np.stack([mix.kept_fraction(key, (16, 16), *alphas) for key in keys])
         assert set(((found == 0) | (found == 1)).all((1, 2)).tolist()) == kinds
 
 
@@ -148,7 +148,7 @@ def test_mixed_targets_sum_to_one_and_match_the_pixels():
     np.testing.assert_allclose(targets[0], [1 - 0.1 + 0.1 / 3, 0.1 / 3, 0.1 / 3], rtol=1e-6)
     images = np.broadcast_to(np.arange(5.0)[:, None, None, None], (5, 12, 20, 3))
     for seed in range(30):
-        share = mix.own_share(jax.random.key(seed), (12, 20), 0.8, 1.0)
+        share = mix.kept_fraction(jax.random.key(seed), (12, 20), 0.8, 1.0)
         got, mixed = mix.mix(jnp.asarray(images, jnp.float32), targets, share)
         np.testing.assert_allclose(mixed.sum(1), 1, rtol=1e-5)
         share = np.asarray(share, np.float64)
@@ -199,7 +199,7 @@ def test_learning_rate_and_weight_decay_of_every_tensor():
     """As in MAE's fine-tuning: classifier and final norm at the full rate, block i of D (from 0) at
     its 0.75^(D - i), embedding and class token at its 0.75^(D + 1)."""
     config = tiny("finetune.base_lr=0.002", "finetune.layer_decay=0.75")
-    built = build.stage(config, "finetune", 1000, 10)
+    built = STAGES["finetune"].from_config(config, 1000, 10)
     params = jax.eval_shape(built.init, jax.random.key(0), {}).params
     lrs, decays = optim.per_tensor(params, built.groups)
     assert optim.scaled_lr(0.002, 256, 1) == 0.002  # one view
@@ -234,7 +234,10 @@ def test_loss_without_regularisation_equals_numpy():
 def test_everything_starts_from_what_is_handed_over_and_moves_but_a_learned_position(rng):
     whole = jax.jit(ENCODER.init)(jax.random.key(3), jnp.zeros((1, *SHAPE)))["params"]
     whole["pos_embed"] = jnp.asarray(rng.normal(size=(4, 16)), jnp.float32)
-    start = build.handover("mae", {"params": {"encoder": whole}}, "finetune")
+    start = {
+        part: STAGES["mae"].handover({"params": {"encoder": whole}})[part]
+        for part in STAGES["finetune"].takes
+    }
     stage = stage_of(drop_path=0.1)
     before = jax.jit(stage.init)(jax.random.key(0), start)
     assert_trees_equal(before.frozen, {"encoder": {"pos_embed": whole["pos_embed"]}})
@@ -244,8 +247,8 @@ def test_everything_starts_from_what_is_handed_over_and_moves_but_a_learned_posi
     for x, y in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
         assert not np.array_equal(x, y)
     assert_trees_equal(before.frozen, after.frozen)
-    parts = {part: getattr(after, part) for part in build.SAVED_PARTS["finetune"]}
-    found = build.evaluated_encoder("finetune", parts)
+    parts = {part: getattr(after, part) for part in STAGES["finetune"].saved}
+    found = STAGES["finetune"].encoder_params(parts)
     assert_trees_equal(found, {**after.params["encoder"], **after.frozen["encoder"]})
 
 
@@ -254,7 +257,7 @@ def test_the_regularised_loss_is_the_same_on_any_devices_and_microbatches():
         stage = dataclasses.replace(stage_of(**FULL), microbatches=microbatches)
         mesh = mesh_of(*shape)
         with jax.set_mesh(mesh):
-            now = state.create(stage, jax.random.key(0), {}, mesh)
+            now = state.create_state(stage, jax.random.key(0), {}, mesh)
             (loss, _), grads = jax.jit(partial(gradients, stage))(now, batch_of(0))
         return float(loss), jax.device_get(grads)
 
@@ -296,7 +299,7 @@ def test_flops_formula_equals_the_compilers_count():
     grad = jax.jit(jax.grad(stage.loss, has_aux=True))
     lowered = grad.lower(now.params, now, views, labels, jax.eval_shape(jax.random.key, 0))
     counted = lowered.compile().cost_analysis()["flops"]
-    assert flops.per_step(stage, BATCH, 1) == pytest.approx(counted, rel=0.05)
+    assert stage.flops_per_step(BATCH) == pytest.approx(counted, rel=0.05)
 
 
 def test_accuracies_by_hand():
@@ -337,7 +340,7 @@ def make_fields(make):
 def test_images_in_memory_are_cut_on_the_host_in_the_same_way(part):
     source = arrays.fashion_mnist("train[80%:]")
     if part:
-        source = subsets.chosen(source, "10%", 0)
+        source = subsets.select(source, "10%", 0)
     make = loader.FinetuneRecord(source, 1, (14, 14), ((0.3, 1.0),), (5, 3), False, (0.3,))
     order = loader.Order(len(source), 16, 2, make.seed, range(4, 8))
     for step_, batch in enumerate(loader.train_batches(order, make, workers=8)):
@@ -352,31 +355,31 @@ def test_images_in_memory_are_cut_on_the_host_in_the_same_way(part):
 
 def test_images_are_chosen_by_share_or_list(images, tmp_path):
     source = folder.Folder(str(images / "train"))
-    assert subsets.chosen(source, "all", 0) is source
-    few, more = (subsets.chosen(source, share, 7) for share in ("10%", "50%"))
+    assert subsets.select(source, "all", 0) is source
+    few, more = (subsets.select(source, share, 7) for share in ("10%", "50%"))
     assert set(few.records) < set(more.records)
     assert sorted(few[i][1] for i in range(len(few))) == [0, 1]
     (tmp_path / "names.txt").write_text("ant/03.png\nbee/deep/er/99\n")
-    listed = subsets.chosen(source, str(tmp_path / "names.txt"), 0)
+    listed = subsets.select(source, str(tmp_path / "names.txt"), 0)
     assert [listed[i][1] for i in range(2)] == [0, 1]
     assert subsets.classes_of(listed) == 2
     with pytest.raises(UserError, match=r"config\.finetune\.images='no\.txt': list 'no\.txt': can"):
-        subsets.chosen(source, "no.txt", 0)
+        subsets.select(source, "no.txt", 0)
 
 
 # Configs, and the whole run.
 
 
 def tiny(*overrides):
-    config = pages.load(f"{PAGE}:test", ["init_from=random", *overrides])
+    config = configs.load(f"{PAGE}:test", ["init_from=random", *overrides])
     with config.unlocked():
-        config.model = pages.load(str(CONFIGS / "mae_vitb16.py:test")).model
+        config.model = configs.load(str(CONFIGS / "mae_vitb16.py:test")).model
     return config
 
 
 def test_pages_have_the_published_settings():
     """Absolute learning rates: 1e-3 at batch 256, 3e-5 at batch 512."""
-    ten, one, whole = (pages.load(f"{PAGE}{a}").finetune for a in (":10percent", ":1percent", ""))
+    ten, one, whole = (configs.load(f"{PAGE}{a}").finetune for a in (":10percent", ":1percent", ""))
     assert (ten.images, one.images, whole.images) == ("10%", "1%", "all")
     assert (ten.batch_size, one.batch_size, whole.batch_size) == (256, 512, 1024)
     assert optim.scaled_lr(ten.base_lr, 256, 1) == pytest.approx(1e-3)
@@ -412,35 +415,35 @@ def test_pages_have_the_published_settings():
 def test_setting_that_is_not_allowed_is_one_clear_line(override, message):
     config = tiny(f"finetune.{override}")
     with pytest.raises(UserError, match=message):
-        validate.settings(config, devices=8)
+        pipeline.check(config, devices=8)
 
 
 def test_what_cannot_start_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match=r"must be the folder of a run or a file of weights$"):
-        pipeline.prepare(pages.load(f"{PAGE}:test", ["init_from=random"]))
+        pipeline.prepare(configs.load(f"{PAGE}:test", ["init_from=random"]))
     with pytest.raises(UserError, match=r"no section 'model', which it takes from a run"):
-        validate.has_model(pages.load(PAGE))
+        pipeline.require_model(configs.load(PAGE))
     with pytest.raises(UserError, match=r"batch_size=256: must be at most the 80 training images"):
-        inputs.open_sources(tiny("finetune.images=1%"), tmp_path)
+        pipeline.open_images(tiny("finetune.images=1%"), tmp_path)
     for split in ("train", "val"):
         save(tmp_path / "bare" / split / "a.png")
     config = tiny("data.source=folder", f"data.path={tmp_path}/bare")
     with pytest.raises(UserError, match=r"train and val have no labels, which finetune needs"):
-        inputs.open_sources(config, tmp_path / "run")
+        pipeline.open_images(config, tmp_path / "run")
 
 
 def test_plan_counts_the_chosen_images_and_one_view():
-    config = pages.load(f"{PAGE}:10percent", ["data.path=absent"])
+    config = configs.load(f"{PAGE}:10percent", ["data.path=absent"])
     with config.unlocked():
-        config.model = pages.load(str(CONFIGS / "mae_vitb16.py")).model
-    source, _ = plan.training_images(config)
-    (text,) = plan.describe(config, source)
+        config.model = configs.load(str(CONFIGS / "mae_vitb16.py")).model
+    source, _ = pipeline.images_to_plan(config)
+    (text,) = pipeline._described(config, source)
     assert "25,000 (50 epochs of 128,117 images, warm-up 2,500)" in text
     assert "256 images x 1 view\n" in text
     block, width = 12 * 768**2 + 13 * 768, 768
     trained = 12 * block + (768 + 1) * width + width + 2 * width + (width + 1) * 1000
     assert f"{trained:,}" in text
-    batch = train.abstract_batch(config, "finetune", source, mesh_of(1, 8))
+    batch = abstract_batch(STAGES["finetune"], config, source, mesh_of(1, 8))
     assert batch["image"].shape == (256, 1, 224, 224, 3)
 
 
@@ -464,7 +467,7 @@ def test_a_chain_ends_with_the_accuracy_of_the_classifier(tmp_path, monkeypatch,
         "finetune.cutmix_alpha=0.0", "finetune.erasing=0.0", "finetune.crop_scale=(0.6,1.0)",
         "finetune.batch_size=64",
     ]  # fmt: skip
-    config = pages.load(f"{page}:test", settings)
+    config = configs.load(f"{page}:test", settings)
     run = tmp_path / "run"
     run_on(monkeypatch, (2, 1), config, run)
     line, *rest = told = capsys.readouterr().out.splitlines()
@@ -483,7 +486,7 @@ def test_a_chain_ends_with_the_accuracy_of_the_classifier(tmp_path, monkeypatch,
     parts = checkpoints.read_parts(folder_, ("params", "frozen"), mesh_of(1, 1))
     held_out = arrays.fashion_mnist("val")
     pixels = (held_out.images / 255 - config.data.mean) / config.data.std
-    tokens = jax.jit(build.encoder(config.model).apply)(
+    tokens = jax.jit(vit.from_config(config.model).apply)(
         {"params": parts["params"]["encoder"]}, jnp.asarray(pixels, jnp.float32)
     )
     logits = tokens[:, 0] @ parts["params"]["classifier"]["kernel"]

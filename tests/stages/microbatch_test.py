@@ -13,7 +13,7 @@ from maect_jax.stages import state
 from maect_jax.stages.step import gradients
 from tests.helpers.common import mesh_of
 from tests.helpers.golden_figures import norm
-from tests.helpers.tiny_stages import STAGES, batch_of, contrast_stage, started
+from tests.helpers.tiny_stages import TINY_STAGES, batch_of, contrast_stage, started
 
 # More layers and tokens than the other tests have, so that activations are what memory holds.
 ENCODER = vit.ViT(64, 8, 4, 2, frozen_blocks=3)
@@ -22,20 +22,20 @@ ENCODER = vit.ViT(64, 8, 4, 2, frozen_blocks=3)
 @cache
 def gradients_of(name, shape=(1, 1), microbatches=1, remat="none"):
     """The loss and all gradients of the first step."""
-    stage = STAGES[name]
+    stage = TINY_STAGES[name]
     stage = dataclasses.replace(
         stage, encoder=stage.encoder.clone(remat=remat), microbatches=microbatches
     )
     mesh = mesh_of(*shape)
     with jax.set_mesh(mesh):
-        now = state.create(stage, jax.random.key(0), {}, mesh)
+        now = state.create_state(stage, jax.random.key(0), {}, mesh)
         batch = sharding.put_batch(batch_of(0), mesh)
         run = jax.jit(lambda now, batch: gradients(stage, now, batch))
         (loss, _), grads = run(now, batch)
     return float(loss), jax.device_get(grads)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", TINY_STAGES)
 @pytest.mark.parametrize(
     "how",
     [

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from maect_jax.models import vit
-from maect_jax.stages import build, support_queue
+from maect_jax.stages import STAGES, support_queue
 from maect_jax.stages.step import step
 from tests.helpers.common import assert_trees_equal
-from tests.helpers.tiny_stages import BATCH, SHAPE, STAGES, batch_of, contrast_stage, started
+from tests.helpers.tiny_stages import BATCH, SHAPE, TINY_STAGES, batch_of, contrast_stage, started
 
 
 @cache
 def compiled(name):
-    return jax.jit(partial(step, STAGES[name]))
+    return jax.jit(partial(step, TINY_STAGES[name]))
 
 
 def updated(name, train_state, batches):
@@ -25,9 +25,9 @@ def updated(name, train_state, batches):
     return train_state, metrics
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", TINY_STAGES)
 def test_loss_falls_on_one_batch(name):
-    train_state = started(STAGES[name])
+    train_state = started(TINY_STAGES[name])
     _, first = updated(name, train_state, [batch_of(0)])
     train_state, last = updated(name, train_state, [batch_of(0)] * 40)
     assert last["loss"] < 0.9 * first["loss"]
@@ -36,7 +36,7 @@ def test_loss_falls_on_one_batch(name):
 
 def test_averages_follow_their_formula():
     """Encoder EMA and target projector: decay * old + (1 - decay) * new, from the first update."""
-    states = [started(STAGES["ct"])]
+    states = [started(TINY_STAGES["ct"])]
     for seed in range(3):
         states.append(updated("ct", states[-1], [batch_of(seed)])[0])
     for average, part, decay in (("ema", "encoder", 0.99), ("target", "projector", 0.9)):
@@ -53,7 +53,7 @@ def test_averages_follow_their_formula():
 
 def test_frozen_stays_bit_equal_and_everything_trained_moves():
     for name in ("head", "ct"):
-        before = started(STAGES[name])
+        before = started(TINY_STAGES[name])
         after, _ = updated(name, before, [batch_of(0), batch_of(1)])
         assert jax.tree.leaves(before.frozen)
         assert_trees_equal(before.frozen, after.frozen)
@@ -69,9 +69,12 @@ def test_frozen_stays_bit_equal_and_everything_trained_moves():
 
 def test_ct_takes_over_the_whole_head():
     """Encoder, projector, predictor, their statistics and the queue of the stage before."""
-    head, _ = updated("head", started(STAGES["head"]), [batch_of(0), batch_of(1)])
-    parts = {part: getattr(head, part) for part in build.SAVED_PARTS["head"]}
-    ct = jax.jit(STAGES["ct"].init)(jax.random.key(9), build.handover("head", parts, "ct"))
+    head, _ = updated("head", started(TINY_STAGES["head"]), [batch_of(0), batch_of(1)])
+    parts = {part: getattr(head, part) for part in STAGES["head"].saved}
+    ct = jax.jit(TINY_STAGES["ct"].init)(
+        jax.random.key(9),
+        {part: STAGES["head"].handover(parts)[part] for part in STAGES["ct"].takes},
+    )
     for part in ("projector", "predictor"):
         assert_trees_equal(ct.params[part], head.params[part])
     assert_trees_equal(ct.target["projector"], head.params["projector"])
@@ -89,21 +92,21 @@ def test_view_0_enters_the_queue_and_own_rows_are_excluded():
     batch = batch_of(0)
     run = jax.jit(stage.loss)
     views = jnp.asarray(batch["image"], jnp.float32) / 255
-    _, (_, carried) = run(train_state.params, train_state, views, batch, jax.random.key(0))
-    pushed = stage.advance(train_state, carried, True).queue
-    np.testing.assert_array_equal(pushed.rows[0], carried["projected"][:, 0])
+    _, (_, aux) = run(train_state.params, train_state, views, batch, jax.random.key(0))
+    pushed = stage.update_buffers(train_state, aux, True).queue
+    np.testing.assert_array_equal(pushed.rows[0], aux["projected"][:, 0])
     np.testing.assert_array_equal(pushed.ids[0], batch["index"])
     np.testing.assert_array_equal(pushed.labels[0], batch["label"])
     # The same images again: the nearest row is the image's own, and must not be chosen.
     train_state = train_state.replace(queue=pushed)
-    _, (metrics, carried) = run(train_state.params, train_state, views, batch, jax.random.key(0))
+    _, (metrics, aux) = run(train_state.params, train_state, views, batch, jax.random.key(0))
     own = np.arange(BATCH)
-    assert not (carried["positions"][:, 0] == own).any()
+    assert not (aux["positions"][:, 0] == own).any()
     free = train_state.replace(queue=pushed.replace(ids=jnp.full_like(pushed.ids, -1)))
     _, (_, unchecked) = run(free.params, free, views, batch, jax.random.key(0))
     np.testing.assert_array_equal(unchecked["positions"][:, 0], own)
     # Neighbour accuracy: view 0's neighbours, by the labels in the queue.
-    labels = np.asarray(pushed.labels).ravel()[carried["positions"][:, 0]]
+    labels = np.asarray(pushed.labels).ravel()[aux["positions"][:, 0]]
     np.testing.assert_allclose(metrics["nn_accuracy"], (labels == batch["label"]).mean())
 
 
@@ -111,12 +114,12 @@ def test_loss_is_symmetric_and_mixes_neighbour_and_prediction():
     stage = contrast_stage("ct", top_k=1)
     train_state, batch = started(stage), batch_of(0)
     views = jnp.asarray(batch["image"], jnp.float32) / 255
-    loss, (_, carried) = jax.jit(stage.loss)(
+    loss, (_, aux) = jax.jit(stage.loss)(
         train_state.params, train_state, views, batch, jax.random.key(0)
     )
     queue = np.asarray(train_state.queue.rows).reshape(48, -1)
-    neighbours = queue[np.asarray(carried["positions"])]
-    unit = np.asarray(support_queue.normalise(carried["predicted"]))
+    neighbours = queue[np.asarray(aux["positions"])]
+    unit = np.asarray(support_queue.normalise(aux["predicted"]))
     terms = []
     for view in (0, 1):
         logits = neighbours[:, view] @ unit[:, 1 - view].T / 0.2
@@ -126,10 +129,10 @@ def test_loss_is_symmetric_and_mixes_neighbour_and_prediction():
 
 def test_the_head_alone_gets_gradients_through_the_predictor_only():
     """Stage 2 looks neighbours up with the projector's own output, without gradient."""
-    stage, batch = STAGES["head"], batch_of(0)
+    stage, batch = TINY_STAGES["head"], batch_of(0)
     train_state = started(stage)
     views = jnp.asarray(batch["image"], jnp.float32) / 255
-    _, (_, carried) = jax.jit(stage.loss)(
+    _, (_, aux) = jax.jit(stage.loss)(
         train_state.params, train_state, views, batch, jax.random.key(0)
     )
     features = stage.features(train_state.params, train_state.frozen, views)
@@ -141,7 +144,7 @@ def test_the_head_alone_gets_gradients_through_the_predictor_only():
         features[:, 0], train=True, mutable=["batch_stats"],
     )  # fmt: skip
     np.testing.assert_allclose(
-        carried["projected"][:, 0], support_queue.normalise(z), rtol=1e-5, atol=1e-6
+        aux["projected"][:, 0], support_queue.normalise(z), rtol=1e-5, atol=1e-6
     )
 
     def look_up(params):
@@ -154,7 +157,7 @@ def test_the_head_alone_gets_gradients_through_the_predictor_only():
 
 @pytest.mark.parametrize("name", ["mae", "ct"])
 def test_a_step_that_is_not_finite_changes_nothing(name):
-    before, _ = updated(name, started(STAGES[name]), [batch_of(0)])
+    before, _ = updated(name, started(TINY_STAGES[name]), [batch_of(0)])
     bad = batch_of(1)
     bad["image"] = np.full((BATCH, 2, *SHAPE), np.nan, np.float32)
     after, metrics = updated(name, before, [bad])

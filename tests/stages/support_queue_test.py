@@ -12,7 +12,7 @@ import pytest
 from maect_jax import sharding
 from maect_jax.compile import collectives
 from maect_jax.stages import state, support_queue
-from maect_jax.stages.step import compiled
+from maect_jax.stages.step import jitted_step
 from maect_jax.stages.support_queue import EXCLUDED
 from tests.helpers.common import mesh_of
 from tests.helpers.tiny_stages import batch_of, contrast_stage
@@ -142,15 +142,15 @@ def test_push_moves_nothing(rng):
 def collectives_of(size, shape=(4, 2), rows=BATCH):
     """What the compiled step of ct exchanges, for a queue of that size and a batch of `rows`."""
     stage, mesh = contrast_stage("ct", queue_size=size, batch_size=rows), mesh_of(*shape)
-    start = state.abstract(stage, jax.random.key(0), {}, mesh)
+    start = state.abstract_state(stage, jax.random.key(0), {}, mesh)
     batch = {
         key: jax.ShapeDtypeStruct(
-            (rows, *x.shape[1:]), x.dtype, sharding=sharding.batch_split(mesh)
+            (rows, *x.shape[1:]), x.dtype, sharding=sharding.batch_sharding(mesh)
         )
         for key, x in batch_of(0).items()
     }
     with jax.set_mesh(mesh):
-        program = compiled(stage, state.shardings_of(start)).lower(start, batch).compile()
+        program = jitted_step(stage, state.state_shardings(start)).lower(start, batch).compile()
     return collectives.read(program.as_text(), mesh.size)
 
 

@@ -1,0 +1,309 @@
+"""What a stage is: what it reads from its config, trains, saves and hands on to the next."""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+
+from maect_jax import config as configs
+from maect_jax import sharding
+from maect_jax.config import Rule, Rules, between, not_negative, positive
+from maect_jax.data import loader
+from maect_jax.data.augment import Photometric, Recipe
+from maect_jax.data.sources import Source
+from maect_jax.errors import UserError
+from maect_jax.models import vit
+from maect_jax.stages import optim
+from maect_jax.stages.state import TrainState
+
+_PER_VIEW = ("jitter", "blur", "grayscale", "solarize")  # keys of `photometric` with a value a view
+
+
+class Saved:
+    """A trained network as a run keeps it.
+
+    Attributes:
+      name: in a run's folder, and of the stage's config section.
+      title: what it is, for reports and model cards; `{}` stands for the number of tuned blocks.
+      row: what its row of the results holds.
+      saved: the fields of the state that a later stage or an evaluation reads; never the moments.
+      hands_on: what `handover` gives.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    row: ClassVar[str]
+    saved: ClassVar[tuple[str, ...]]
+    hands_on: ClassVar[tuple[str, ...]] = ("encoder",)
+
+    @staticmethod
+    def encoder_params(parts: Mapping) -> dict:
+        """The encoder to evaluate, one stack of blocks, from the saved fields."""
+        return parts["params"]["encoder"]
+
+    @classmethod
+    def handover(cls, parts: Mapping) -> dict:
+        """What the next stage may start from, by name."""
+        return {"encoder": cls.encoder_params(parts)}
+
+
+class ImportedEncoder(Saved):
+    """An encoder alone, from a file."""
+
+    name, title, row = "encoder", "imported", "the imported encoder"
+    saved = ("params",)
+
+
+class ImportedProbe(Saved):
+    """An encoder with a linear probe on batch-normalised features, from files."""
+
+    name, title, row = "probe", "imported, with a linear probe", "the imported encoder of a probe"
+    saved = ("params", "frozen", "batch_stats")
+
+    @staticmethod
+    def encoder_params(parts: Mapping) -> dict:
+        return parts["frozen"]["encoder"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage(Saved, abc.ABC):
+    """A training stage: static settings, and pure functions of state and batch.
+
+    Class attributes:
+      number: enters the seeds, so that no stage repeats another's random numbers.
+      views: crops of an image in a batch.
+      needs_labels: whether it trains on labels.
+      changes_encoder: whether k-NN on held-out images is worth measuring while it trains.
+      starts_from: stages of another run that it may start from, the preferred one first.
+      takes: what it takes over of their `handover`.
+      rules: of its config section, by the key within it.
+
+    Attributes:
+      encoder: the network.
+      image_shape: (H, W, C) of a view.
+      recipe: how a batch becomes normalised views.
+      groups: the optimiser's settings of each part of the parameters.
+      steps: updates of the whole stage.
+      warmup: those in which the learning rate rises.
+      microbatches: parts of a batch that the encoder sees one after the other.
+    """
+
+    number: ClassVar[int]
+    views: ClassVar[int] = 2
+    needs_labels: ClassVar[bool] = False
+    changes_encoder: ClassVar[bool] = True
+    starts_from: ClassVar[tuple[str, ...]] = ()
+    takes: ClassVar[tuple[str, ...]] = ("encoder",)
+    rules: ClassVar[Rules]
+
+    encoder: vit.ViT
+    image_shape: tuple[int, int, int]
+    recipe: Recipe
+    groups: Mapping[str, optim.Group]
+    steps: int
+    warmup: int
+    microbatches: int = 1
+
+    # From the config
+
+    @classmethod
+    def check(cls, config, devices: int) -> None:
+        """Checks the stage's section for a number of devices that share a batch.
+
+        Raises:
+          UserError: a value is not allowed.
+        """
+        configs.check(config, cls.name, cls.rules)
+        batch, parts = config[cls.name].batch_size, config.encoder_microbatches
+        sharding.check_batch(f"config.{cls.name}.batch_size", batch, devices)
+        crops = batch * cls.views // devices
+        if crops % parts:
+            raise UserError(
+                f"config.encoder_microbatches={parts}: must divide the {crops} crops of each "
+                f"device (config.{cls.name}.batch_size={batch}, views: {cls.views}, devices: "
+                f"{devices})"
+            )
+
+    @classmethod
+    @abc.abstractmethod
+    def from_config(cls, config, records: int, classes: int = 0) -> "Stage":
+        """The stage of a config, for `records` training images of so many classes."""
+
+    @classmethod
+    def for_images(cls, config, images: Source) -> "Stage":
+        """The stage of a config, for its own training images (`training_images`)."""
+        return cls.from_config(config, len(images))
+
+    @classmethod
+    def training_images(cls, config, images: Source) -> Source:
+        """Those of the training images that the stage sees."""
+        del config
+        return images
+
+    @classmethod
+    def example_maker(cls, config, images: Source) -> loader.TrainRecord:
+        """What makes the training examples of the stage from its images."""
+        return loader.TrainRecord(**cls._record_settings(config, images))
+
+    @classmethod
+    def _record_settings(cls, config, images: Source) -> dict[str, Any]:
+        return dict(
+            source=images,
+            channels=config.model.channels,
+            size=config.model.image_size,
+            scales=(config[cls.name].crop_scale,) * cls.views,
+            seed=(config.seed, cls.number),
+            scaled_jpeg=config.data.scaled_jpeg,
+        )
+
+    @classmethod
+    def updates_per_epoch(cls, config, records: int) -> int:
+        """Whole batches in an epoch; the rest of the images waits for the next shuffle."""
+        return records // config[cls.name].batch_size
+
+    @classmethod
+    def tuned_blocks(cls, config) -> int:
+        """How many of the encoder's blocks are trained."""
+        return vit.size_of(config.model).depth
+
+    @classmethod
+    def _shared_settings(cls, config, records: int) -> dict[str, Any]:
+        """The fields that every stage has but `encoder`, `groups` and `warmup`."""
+        section, data = config[cls.name], config.data
+        colours = section.photometric.to_dict() if "photometric" in section else {}
+        photometric = tuple(
+            Photometric(**{k: v[view] if k in _PER_VIEW else v for k, v in colours.items()})
+            for view in range(cls.views)
+        )
+        size = config.model.image_size
+        return dict(
+            image_shape=(*size, config.model.channels),
+            recipe=Recipe(size, section.crop_scale, data.mean, data.std, photometric),
+            steps=section.epochs * cls.updates_per_epoch(config, records),
+            microbatches=config.encoder_microbatches,
+        )
+
+    @classmethod
+    def _group(cls, config, prefix: str = "", layer_decay: float = 1.0) -> optim.Group:
+        """The optimiser's settings that the keys `<prefix>base_lr` and so on of a section give."""
+        section = config[cls.name]
+        lr = optim.scaled_lr(section[f"{prefix}base_lr"], section.batch_size, cls.views)
+        depth = vit.size_of(config.model).depth
+        return optim.Group(lr, section[f"{prefix}weight_decay"], layer_decay, depth)
+
+    # Inside the step
+
+    def optimizer(self, params):
+        """AdamW for the trained parameters."""
+        return optim.adamw(params, self.groups, self.steps, self.warmup)
+
+    @abc.abstractmethod
+    def init(self, key: jax.Array, start: dict) -> TrainState:
+        """The first state. What `start` does not hold is initialised at random."""
+
+    def _init_state(self, rng: jax.Array, params: dict, **parts) -> TrainState:
+        """A state at step 0 with fresh moments; fields that are not given are empty."""
+        return TrainState.at_start(rng, params, self.optimizer(params).init(params), **parts)
+
+    @abc.abstractmethod
+    def loss(self, params, state: TrainState, views: jax.Array, batch: dict, key: jax.Array):
+        """`(loss, (metrics, aux))` of normalised views `[B, V, H, W, C]`.
+
+        Metrics are scalars; `aux` is what `update_buffers` and tests want to see.
+        """
+
+    def update_buffers(self, state: TrainState, aux: dict, finite: jax.Array) -> TrainState:
+        """What follows the optimiser: averages, statistics, queue; nothing unless overridden."""
+        del aux, finite
+        return state
+
+    @abc.abstractmethod
+    def snapshot(self, state: TrainState, images: jax.Array, ids: jax.Array) -> dict:
+        """What the stage makes of some images uint8 `[Q, H, W, C]`, for the report."""
+
+    @abc.abstractmethod
+    def flops_per_step(self, batch_size: int) -> int:
+        """FLOPs of one update on the global batch, by formula (`block_flops`)."""
+
+    @property
+    def _patches(self) -> int:
+        height, width, _ = self.image_shape
+        return (height // self.encoder.patch_size) * (width // self.encoder.patch_size)
+
+    @property
+    def _patch_pixels(self) -> int:
+        return self.encoder.patch_size**2 * self.image_shape[2]
+
+
+def block_flops(depth: int, width: int, tokens: int) -> int:
+    """Forward pass of `depth` transformer blocks over one image of `tokens` tokens.
+
+    Here and in each stage a multiplication and an addition count as two. Matrix products only:
+    norms, activations and the optimiser are below one percent. A backward pass costs twice its
+    forward pass.
+    """
+    linear = 12 * width**2  # qkv 3, projection 1, MLP 8
+    attention = 2 * tokens * width  # scores and weighted sum
+    return 2 * depth * tokens * (linear + attention)
+
+
+def over_microbatches(encode: Callable[..., jax.Array], parts: int, *rows: jax.Array) -> jax.Array:
+    """`encode(*rows)` on one of `parts` equal parts of the rows after the other.
+
+    An encoder has no batch statistics, so the features of a batch are those of its parts. What the
+    backward pass needs of a part is computed again when its turn comes (the idea of GradCache, Gao
+    et al., 2021, inside one compiled step), while the head sees the whole batch.
+
+    Args:
+      encode: from arrays `[b, ...]` to an array `[b, ...]`, row by row.
+      parts: number of microbatches; each device must hold a multiple of that many rows.
+      *rows: arrays `[B, ...]`.
+
+    Returns:
+      What `encode` returns for all rows at once, `[B, ...]`, up to rounding.
+    """
+    if parts == 1:
+        return encode(*rows)
+
+    def split(x):
+        # [B] -> [B / m, m] keeps every row on its device; the other way round moves them.
+        x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+        return sharding.constrain_batch(x, axis=1)
+
+    # Frozen blocks have no backward pass: what they computed is kept, as it is not large.
+    policy = jax.checkpoint_policies.save_only_these_names(vit.FROZEN)
+    once = jax.checkpoint(encode, policy=policy, prevent_cse=False)
+    _, outputs = jax.lax.scan(lambda _, part: ((), once(*part)), (), tuple(map(split, rows)))
+    return sharding.constrain_batch(outputs.swapaxes(0, 1).reshape(-1, *outputs.shape[2:]))
+
+
+# Rules that several sections share
+
+CROP_SCALE = Rule(
+    "(low, high) with 0 < low <= high <= 1", lambda v, _: len(v) == 2 and 0 < v[0] <= v[1] <= 1
+)
+TRAINING: Rules = {
+    "batch_size": positive,
+    "epochs": positive,
+    "base_lr": positive,
+    "weight_decay": not_negative,
+    "crop_scale": CROP_SCALE,
+}
+WARMUP_EPOCHS = Rule("from 0 to the {epochs} epochs", lambda v, section: 0 <= v <= section.epochs)
+_PROBABILITIES = Rule(
+    f"{Stage.views} probabilities, one for each view",
+    lambda v, _: len(v) == Stage.views and all(0 <= p <= 1 for p in v),
+)
+PHOTOMETRIC: Rules = {
+    "photometric.solarize_threshold": not_negative,
+    "photometric.brightness": between(0, 1),
+    "photometric.contrast": between(0, 1),
+    "photometric.saturation": between(0, 1),
+    "photometric.hue": between(0, 0.5),
+    "photometric.blur_sigma": Rule(
+        "(low, high) with 0 < low <= high <= 2", lambda v, _: len(v) == 2 and 0 < v[0] <= v[1] <= 2
+    ),
+    **{f"photometric.{key}": _PROBABILITIES for key in _PER_VIEW},
+}
