@@ -1,142 +1,151 @@
 """The command line: help, dry run, and bad input, each through the real `main`."""
 
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
 import pytest
 
+from maect_jax import config, main, pipeline, sharding
 from tests.helpers import ROOT
-from tests.helpers.commands import run_main
 
 QUICK = "--config=configs/quickstart.py:test"
 BAD = {
-    "no page": ((), "--config=PAGE is needed, such as configs/quickstart.py; --help lists"),
-    "unknown key": (
-        (QUICK, "--config.ct.epoch=3"),
-        "--config.ct.epoch=3: there is no key 'ct.epoch'; did you mean 'ct.epochs'?",
+    "no config": ((), ".*--config"),
+    "unknown key": ((QUICK, "--config.ct.epoch=3"), "--config.ct.epoch=3: .* 'ct.epochs'"),
+    "unknown config": (
+        ("--config=configs/quickstrat.py",), "--config=configs/quickstrat.py: .*quickstart.py",
     ),
-    "unknown page": (
-        ("--config=configs/quickstrat.py",),
-        "--config=configs/quickstrat.py: there is no such file; did you mean "
-        "configs/quickstart.py?",
-    ),
-    "unknown flag": ((QUICK, "--wrokdir=x"), "Unknown command line flag 'wrokdir'"),
-    "stray word": ((QUICK, "runs/x"), "unexpected argument 'runs/x'"),
+    "unknown flag": ((QUICK, "--wrokdir=x"), ".*--wrokdir=x"),
+    "stray word": ((QUICK, "runs/x"), ".*runs/x"),
     "batch and devices": (
-        (QUICK, "--config.head.batch_size=255"),
-        "config.head.batch_size=255: the 2 devices must divide it, as they do 254",
+        (QUICK, "--config.head.batch_size=255"), r"config.head.batch_size=255: .*\(2\).* 254",
     ),
     "batch and images": (
-        (QUICK, "--config.mae.batch_size=9000"),
-        "config.mae.batch_size=9000: must be at most the 8000 training images",
+        (QUICK, "--config.mae.batch_size=9000"), "config.mae.batch_size=9000: .*8000",
     ),
     "mesh and devices": (
-        (QUICK, "--config.mesh.fsdp=3"),
-        "config.mesh=(data=-1, fsdp=3): the sizes must multiply to the number of devices, which "
-        "is 2; one of them may be -1",
+        (QUICK, "--config.mesh.fsdp=3"), r"config.mesh=\(data=-1, fsdp=3\): .* is 2;",
     ),
     "patch and image": (
         (QUICK, "--config.model.patch_size=5"),
-        "config.model.image_size=(28, 28): must be (height, width), each a multiple of the patch "
-        "size 5",
+        r"config.model.image_size=\(28, 28\): .* patch size 5",
     ),
-    "top-k and queue": (
-        (QUICK, "--config.ct.top_k=600"),
-        "config.ct.top_k=600: must be at most the queue size, 512",
-    ),
+    "top-k and queue": ((QUICK, "--config.ct.top_k=600"), "config.ct.top_k=600: .* 512"),
     "frozen and depth": (
-        (QUICK, "--config.ct.frozen_blocks=5"),
-        "config.ct.frozen_blocks=5: must be from 0 to the depth, 4",
+        (QUICK, "--config.ct.frozen_blocks=5"), "config.ct.frozen_blocks=5: .* depth, 4",
     ),
     "no predecessor": (
         ("--config=configs/ct_vitb16.py:test", "--config.init_from=runs/absent"),
-        "config.init_from='runs/absent': there is no run; must be the folder of a run",
+        "config.init_from='runs/absent': ",
     ),
     "no start": (
-        ("--config=configs/head_vith14.py",),
-        "config.init_from='': stage head must start from something: the folder of a run, "
-        "a file of weights, or 'random' weights",
+        ("--config=configs/head_vith14.py",), "config.init_from='': stage head .*'random'",
     ),
     "no images": (
         ("--config=configs/mae_vitb16.py", "--config.data.path=absent"),
-        "config.data.path: there is no folder 'absent/train'",
+        "config.data.path: .*'absent/train'",
     ),
     "path without source": (
-        (QUICK, "--config.data.path=mine"),
-        "config.data.path='mine': must be empty for the packaged images; set config.data.source",
+        (QUICK, "--config.data.path=mine"), "config.data.path='mine': .*config.data.source",
     ),
-    "value of no kind": (
+    "unknown value": (
         (QUICK, "--config.data.source=jpeg"),
-        "config.data.source='jpeg': must be one of 'fashion_mnist', 'folder', 'tfds'",
+        "config.data.source='jpeg': .*'fashion_mnist', 'folder', 'tfds'",
     ),
-}
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, in_root):
+    """Runs `main` in this process on two devices; gives status, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["main", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main.main()
+        return SimpleNamespace(status=ended.value.code, **capsys.readouterr()._asdict())
+
+    two = jax.devices()[:2]
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda **sizes: make_mesh(**sizes, devices=two))
+    # What a real command sets for its process.
+    monkeypatch.setattr(config, "_silence_failed_saves", lambda: None)
+    return run
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD.keys())
-def test_bad_input_is_one_line_and_status_2_and_writes_nothing(tmp_path, arguments, message):
-    workdir = tmp_path / "run"
-    done = run_main(*arguments, f"--workdir={workdir}", devices=2)
-    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {message}"), done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert not workdir.exists()
+def test_bad_input_is_one_line_and_status_2_and_writes_nothing(run, tmp_path, arguments, message):
+    done = run(*arguments, f"--workdir={tmp_path / 'run'}")
+    (line,) = done.err.splitlines()
+    assert re.match(f"error: {message}", line), line
+    assert (done.status, done.out) == (2, "")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["batch and images", "mesh and devices", "patch and image"])
-def test_dry_run_refuses_what_a_run_would(name):
+def test_dry_run_refuses_what_a_run_would(run, name):
     arguments, message = BAD[name]
-    done = run_main(*arguments, "--dry_run", devices=2)
-    assert done.stderr.startswith(f"error: {message}")
-    assert (done.returncode, done.stdout) == (2, "")
+    done = run(*arguments, "--dry_run")
+    assert re.match(f"error: {message}", done.err), done.err
+    assert (done.status, done.out) == (2, "")
 
 
-def test_help_lists_every_page():
-    done = run_main("--help")
-    assert done.returncode == 0, done.stderr
-    for page in (ROOT / "configs").glob("*.py"):
-        assert (f"configs/{page.name} " in done.stdout) == (page.stem != "common")
-    assert "Stage 3: contrastive tuning of the upper half of ViT-H/16" in done.stdout
+def test_help_lists_every_config(run):
+    done = run("--help")
+    assert done.status == 0
+    for path in (ROOT / "configs").glob("*.py"):
+        assert (f"configs/{path.name} " in done.out) == (path.stem != "common")
+    assert "Stage 3: contrastive tuning of the upper half of ViT-H/16" in done.out
 
 
-def test_dry_run_tells_what_would_run(tmp_path):
-    workdir = tmp_path / "run"
-    done = run_main("--config=configs/ct_vith16.py", "--dry_run", f"--workdir={workdir}")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1:3] == [
-        "on 1 cpu (data 1 x fsdp 1)",
-        "from nothing yet: config.init_from='runs/head_vith16': there is no run; must be the "
-        "folder of a run, a file of weights, or 'random' weights",
-    ]
-    lines = {line.split("  ")[1]: line for line in done.stdout.splitlines() if line[:2] == "  "}
-    assert "75,060 (30 epochs of 1,281,167 images, warm-up 15,012)" in lines["steps"]
-    assert "512 images x 2 views" in lines["batch"]
-    assert "38,430,720 (76,861,440 views)" in lines["images seen"]
-    assert "324,295,680" in lines["parameters trained"]
-    assert "315,824,640" in lines["parameters frozen"]
-    assert "6,210 MiB" in lines["memory of the state"]
-    assert "5.21e+14" in lines["FLOPs per step"]
-    assert not workdir.exists()
+def test_dry_run_tells_what_would_run(run, tmp_path):
+    done = run("--config=configs/ct_vith16.py", "--dry_run", f"--workdir={tmp_path / 'run'}")
+    assert done.status == 0, done.err
+    first, second, *rows = done.out.splitlines()[1:]
+    assert first == "on 2 cpu (data 2 x fsdp 1)"
+    assert "config.init_from='runs/head_vith16'" in second
+    rows = {row[2:24].strip(): row[24:] for row in rows if row[:2] == "  "}
+    assert rows["steps"].startswith("75,060 (30 epochs of 1,281,167 images, warm-up 15,012)")
+    assert rows["batch"] == "512 images x 2 views"
+    assert rows["images seen"] == "38,430,720 (76,861,440 views)"
+    assert rows["parameters trained"] == "324,295,680"
+    assert rows["parameters frozen"] == "315,824,640"
+    assert rows["memory of the state"].startswith("6,210 MiB")
+    assert rows["FLOPs per step"] == "5.21e+14"
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("error", "last"),
     [
-        (
-            "KeyError('x')",
-            "unexpected KeyError: 'x'. If the machine is not to blame, please report the lines "
-            "above.",
-        ),
-        ("FloatingPointError('nan in mul\\nmore')", "debug_nans: nan in mul"),
+        (KeyError("x"), "error: unexpected KeyError: 'x'"),
+        (FloatingPointError("nan in mul\nmore"), "error: debug_nans: nan in mul"),
     ],
 )
-def test_what_nobody_foresaw_ends_with_a_line_after_its_traceback(error, last):
-    code = f"""
-from maect_jax import main, pipeline
-def dry_run(config):
-    raise {error}
-pipeline.dry_run = dry_run
-main.main()
-"""
-    done = run_main(QUICK, "--dry_run", python=("-c", code))
-    lines = done.stderr.splitlines()
-    assert done.returncode == 1
+def test_an_unforeseen_error_ends_with_a_line_after_its_traceback(run, monkeypatch, error, last):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr(pipeline, "dry_run", fail)
+    done = run(QUICK, "--dry_run")
+    lines = done.err.splitlines()
+    assert done.status == 1
     assert "Traceback (most recent call last):" in lines
-    assert lines[-1] == f"error: {last}"
+    assert lines[-1].startswith(last)
+
+
+def test_every_command_is_one_line_for_a_mistake():
+    """In interpreters of their own, as people start them."""
+    for command, status in (("main", 2), ("compile", 2), ("report", 2), ("convert", 2)):
+        done = subprocess.run(
+            [sys.executable, "-m", f"maect_jax.{command}"],
+            cwd=ROOT, env=os.environ, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == status, done.stderr
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("error: ")
