@@ -101,7 +101,7 @@ def max_over_hosts(number: int, mesh: Mesh):
 
 
 def gather_set(numbers: set[int]) -> set[int]:
-    """All processes' numbers (int32, none negative). Each must call it, and waits for the others."""
+    """All processes' numbers (int32, none negative). Each must call it and waits for the others."""
     if jax.process_count() == 1:
         return numbers
     longest = int(multihost_utils.process_allgather(np.int32(len(numbers))).max())
@@ -180,7 +180,7 @@ def tree_shardings(tree, mesh: Mesh):
 
 
 def abstract(tree, mesh: Mesh):
-    """The shapes and dtypes of a tree of (abstract) arrays, with the shardings that `RULES` give."""
+    """Shapes and dtypes of a tree of (abstract) arrays, with the shardings that `RULES` give."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
@@ -215,17 +215,20 @@ def put_batch(batch, mesh: Mesh):
     size = len(jax.tree.leaves(batch)[0]) // len(mesh.local_devices) * mesh.size
     rows = local_rows(size, mesh)
 
-    def part(x, index):
-        wanted = range(size)[index[0]]
-        first = int(np.searchsorted(rows, wanted.start))
-        return x[first : first + len(wanted)]
-
     def put(x):
         x = np.asarray(x)
-        shape = (size, *x.shape[1:])
-        return jax.make_array_from_callback(shape, batch_sharding(mesh), partial(part, x))
+        shape, part = (size, *x.shape[1:]), partial(part_of, x, rows, size)
+        return jax.make_array_from_callback(shape, batch_sharding(mesh), part)
 
     return jax.tree.map(put, batch)
+
+
+def part_of(x: np.ndarray, rows: np.ndarray, size: int, index: tuple[slice, ...]) -> np.ndarray:
+    """What a device holds at `index` of a global batch of `size` rows, of which this process has
+    `x`, its `rows`."""
+    wanted = range(size)[index[0]]
+    first = int(np.searchsorted(rows, wanted.start))
+    return x[first : first + len(wanted)]
 
 
 def _put(x, sharding: NamedSharding) -> jax.Array:

@@ -1,4 +1,7 @@
-"""Several processes as one program, through the launch script and the unchanged `main`."""
+"""Several processes as one program, through the launch script and the unchanged `main`.
+
+Marked slow: their evaluation, and a host that cannot write its metrics.
+"""
 
 import json
 import os
@@ -14,7 +17,8 @@ import jax
 import numpy as np
 import pytest
 
-from maect_jax import config, sharding
+from maect_jax import config, main, sharding
+from maect_jax.errors import UserError
 from maect_jax.evals import features, runner
 from maect_jax.run import checkpoints, jsonl
 from tests.helpers import CONFIGS, FAST_COMPILE, ROOT, SMALL
@@ -37,8 +41,9 @@ SETTINGS = (
     "eval.probe.epochs=1", "eval.cluster.runs=2", "eval.map=pca",
     "mae.base_lr=1e-5", "head.base_lr=1e-7", "ct.base_lr=1e-5", "ct.head_base_lr=1e-7",
 )  # fmt: skip
-PAGE = "configs/quickstart.py:test"
+CONFIG = "configs/quickstart.py:test"
 STAGES = ("mae", "head", "ct")
+TRAINED = (*SETTINGS, f"stages={STAGES}")
 
 
 def free_address():
@@ -48,11 +53,11 @@ def free_address():
 
 
 @contextmanager
-def pod(workdir, output, settings=SETTINGS):
+def pod(workdir, output, settings=TRAINED):
     """Two processes of two devices each, which write into the file `output`."""
     flags = f"--xla_force_host_platform_device_count=2 {FAST_COMPILE}"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = ["launch/local_pod.sh", "2", f"--config={PAGE}", f"--workdir={workdir}"]
+    command = ["launch/local_pod.sh", "2", f"--config={CONFIG}", f"--workdir={workdir}"]
     command += [f"--config.{setting}" for setting in settings]
     with (
         output.open("w") as file,
@@ -86,8 +91,8 @@ def pod_run(tmp_path_factory):
 
 def alone(monkeypatch, workdir, *settings):
     """The same in this process, on four devices."""
-    page = config.load(str(CONFIGS / "quickstart.py:test"), [*SETTINGS, *settings])
-    run_on(monkeypatch, (2, 2), page, workdir, page=False)
+    alike = config.load(str(CONFIGS / "quickstart.py:test"), [*SETTINGS, *settings])
+    run_on(monkeypatch, (2, 2), alike, workdir, page=False)
     return workdir
 
 
@@ -121,7 +126,7 @@ def test_two_processes_go_on_after_a_stop_and_tell_everything_once(pod_run):
     assert status == 75
     assert last["stage"] == "mae"
     assert 4 <= last["step"] < 24
-    saved = f"preempted, resumable: stage mae is saved at step {last['step']} of 24;"
+    saved = f"preempted, resumable: stage mae is saved at step {last['step']} of 24"
     assert told.count(saved) == 2  # both, at the same step
     assert told.count("SIGTERM: saving") == 1
     for stage, steps in (("mae", 24), ("head", 3), ("ct", 3)):
@@ -130,8 +135,7 @@ def test_two_processes_go_on_after_a_stop_and_tell_everything_once(pod_run):
     # Only the first process speaks.
     lines = output.splitlines()
     assert lines.count(str(workdir / "report.html")) == 1
-    assert sum(line.startswith("percent") for line in lines) == 1
-    assert {"report.html", "pictures", "results.json"} <= {p.name for p in workdir.iterdir()}
+    assert {"report.html", "pictures"} <= {p.name for p in workdir.iterdir()}
     environment = json.loads((workdir / "environment.json").read_text())
     assert (environment["hosts"], environment["devices"]) == (2, 4)
 
@@ -157,10 +161,16 @@ def test_their_updates_equal_those_of_one_process(pod_run, tmp_path, monkeypatch
             )
 
 
+@pytest.mark.slow
 def test_their_evaluation_equals_that_of_one_process(pod_run, tmp_path, monkeypatch):
     """Of the same weights."""
-    one = alone(monkeypatch, tmp_path / "eval", "stages=('eval',)", f"init_from={pod_run[0]}")
-    ours, theirs = (json.loads((run / "results.json").read_text()) for run in (pod_run[0], one))
+    settings, both = ("stages=('eval',)", f"init_from={pod_run[0]}"), tmp_path / "both"
+    one = alone(monkeypatch, tmp_path / "eval", *settings)
+    with pod(both, tmp_path / "output", (*SETTINGS, *settings)) as process:
+        assert process.wait(400) == 0, (tmp_path / "output").read_text()
+    lines = (tmp_path / "output").read_text().splitlines()
+    assert sum(line.startswith("percent") for line in lines) == 1
+    ours, theirs = (json.loads((run / "results.json").read_text()) for run in (both, one))
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert ours[name]["features"] == theirs[name]["features"]
@@ -170,9 +180,9 @@ def test_their_evaluation_equals_that_of_one_process(pod_run, tmp_path, monkeypa
             assert best[0] == pytest.approx(best[1], abs=0.002)
         shots = [r[name]["lowshot"][0]["accuracies"] for r in (ours, theirs)]
         assert shots[0] == pytest.approx(shots[1], abs=0.002)
-        a, b = (runner.read_clusters(run, name) for run in (pod_run[0], one))
+        a, b = (runner.read_clusters(run, name) for run in (both, one))
         assert (a["clusters"] == b["clusters"]).mean() > 0.99
-        a, b = (features.load(runner.folder_of(run, name) / "val") for run in (pod_run[0], one))
+        a, b = (features.load(runner.folder_of(run, name) / "val") for run in (both, one))
         np.testing.assert_allclose(a.x, b.x, atol=1e-4)
 
 
@@ -184,7 +194,7 @@ def test_a_host_that_cannot_write_leaves_none_waiting(tmp_path, what, both):
     """Where a save fails for good all hosts agree on the end; else JAX ends the others."""
     settings = (SMALL, "stages=('mae',)", "mae.batch_size=400", "log_every=1", "monitor.every=0")
     command = [
-        sys.executable, "-m", "tests.helpers.lame_host", what, f"--config={PAGE}",
+        sys.executable, "-m", "tests.helpers.lame_host", what, f"--config={CONFIG}",
         f"--workdir={tmp_path / 'run'}", *(f"--config.{setting}" for setting in settings),
     ]  # fmt: skip
     pod = {"JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": "2"}
@@ -236,7 +246,7 @@ def test_a_host_that_does_not_come_is_one_line_and_no_hang(monkeypatch, tmp_path
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     monkeypatch.setenv("JAX_PROCESS_ID", str(process))
     start = time.monotonic()
-    done = run_main(f"--config={PAGE}", f"--workdir={tmp_path / 'run'}", "--host_timeout=2")
+    done = run_main(f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", "--host_timeout=2")
     assert time.monotonic() - start < 60
     assert done.returncode == 1
     assert done.stderr == (
@@ -245,26 +255,20 @@ def test_a_host_that_does_not_come_is_one_line_and_no_hang(monkeypatch, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("number", [None, "two"])
-def test_hosts_that_cannot_be_counted_are_one_line(monkeypatch, tmp_path, number):
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setenv("JAX_PROCESS_ID", "0")
-    if number:
-        monkeypatch.setenv("JAX_NUM_PROCESSES", number)
-    done = run_main(f"--config={PAGE}", f"--workdir={tmp_path / 'run'}")
-    wrong = f"error: JAX_COORDINATOR_ADDRESS is set, with JAX_NUM_PROCESSES={number}, "
-    assert done.stderr.startswith(wrong)
-    assert len(done.stderr.splitlines()) == 1
-    assert done.returncode == 2
-
-
-def test_hosts_without_an_address_are_one_line(monkeypatch, tmp_path):
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-    done = run_main(f"--config={PAGE}", f"--workdir={tmp_path / 'run'}")
-    assert done.stderr == (
-        "error: JAX_NUM_PROCESSES set without JAX_COORDINATOR_ADDRESS=HOST:PORT of the first host\n"
-    )
-    assert done.returncode == 2
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [
+        (("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID"), "JAX_NUM_PROCESSES=None"),
+        (("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES"), "JAX_NUM_PROCESSES=two"),
+        (("JAX_NUM_PROCESSES",), "JAX_NUM_PROCESSES set without JAX_COORDINATOR_ADDRESS"),
+    ],
+)
+def test_hosts_that_cannot_be_counted_are_an_error(monkeypatch, given, wrong):
+    values = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_PROCESS_ID": "0"}
+    for name in given:
+        monkeypatch.setenv(name, values.get(name, "two"))
+    with pytest.raises(UserError, match=wrong):
+        main._join_hosts(5)
 
 
 def test_a_folder_that_hosts_do_not_share_ends_all_of_them(monkeypatch, tmp_path):
@@ -279,13 +283,13 @@ exec {sys.executable} "$@" --workdir={tmp_path}/$JAX_PROCESS_ID/run
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:21977")
     done = subprocess.run(
-        ["launch/local_pod.sh", "2", f"--config={PAGE}"],
+        ["launch/local_pod.sh", "2", f"--config={CONFIG}"],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     errors = sorted(line for line in done.stderr.splitlines() if line.startswith("error"))
     assert errors == [
         "error: --workdir=" + f"{tmp_path}/1/run: all hosts must see this folder, on storage that "
         "they share",
-        "error: another host has stopped, and says why",
+        "error: another host failed; see its log",
     ]
     assert done.returncode == 2

@@ -1,6 +1,10 @@
-"""The launch scripts and the notebook."""
+"""The launch scripts and the notebook.
+
+Marked slow: the notebook from top to bottom.
+"""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -96,7 +100,15 @@ while true; do sleep 0.05; done
     )
     stub.chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    with subprocess.Popen([LAUNCH / "local_pod.sh", "3"], env=os.environ | {"PATH": path}) as pod:
+
+    def default_signals():  # a shell cannot trap what is ignored where it starts, as under nohup
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        [LAUNCH / "local_pod.sh", "3"],
+        env=os.environ | {"PATH": path},
+        preexec_fn=default_signals,
+    ) as pod:
         while not (tmp_path / "log").exists() or (tmp_path / "log").read_text().count("d\n") < 3:
             time.sleep(0.05)
         pod.send_signal(getattr(signal, how))
@@ -134,6 +146,15 @@ def images_in(folder):
     return folder
 
 
+def test_the_notebook_names_configs_that_exist():
+    notebook = nbformat.read(LAUNCH / "colab_tpu.ipynb", as_version=4)
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    named = set(re.findall(r"configs/\w+\.py", code))
+    assert named
+    assert all((ROOT / path).is_file() for path in named)
+
+
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     """As committed, but for the tiny page, a folder of its own, and images."""
     notebook = nbformat.read(LAUNCH / "colab_tpu.ipynb", as_version=4)

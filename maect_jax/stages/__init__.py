@@ -1,4 +1,4 @@
-"""The training stages: all that is inside the jitted step. A new stage is a file and a line here."""
+"""All that is inside the jitted step. A new stage is a new file and a line in `STAGES`."""
 
 from maect_jax.stages.base import ImportedEncoder, ImportedProbe
 from maect_jax.stages.finetune import Finetune
