@@ -1,4 +1,4 @@
-"""Files, written whole or not at all: a reader finds the old content or the new, never a half."""
+"""Atomic writing and patient I/O: a reader finds the old content of a file or the new, never half."""
 
 import errno
 import json
@@ -16,8 +16,8 @@ from maect_jax.errors import UserError, shown
 
 _LOGGER = logging.getLogger(__name__)
 _PAUSES = (1.0, 4.0, 15.0, 60.0)  # seconds before a write is tried again
-# What will not pass by itself.
-_LASTING = {
+# What does not pass by itself.
+_PERMANENT = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY,
     errno.ENAMETOOLONG, errno.EBADF, errno.EINVAL,
@@ -25,27 +25,27 @@ _LASTING = {
 
 
 def retry_io(path: Path, write: Callable[[], None]) -> None:
-    """Calls `write`, again and again within 80 seconds where the storage fails for a while.
+    """Calls `write` until it succeeds, for at most 80 seconds: storage may fail for a while.
 
     Raises:
-      OSError: what lasts, such as a full disk, at once; an outage that takes longer.
+      OSError: a permanent error, such as a full disk, at once; an outage that takes longer.
     """
     for pause in (*_PAUSES, None):
         try:
             write()
             return
         except OSError as error:
-            if pause is None or error.errno in _LASTING:
+            if pause is None or error.errno in _PERMANENT:
                 raise
             _LOGGER.warning("%s: cannot be written (%s); next try in %g s", path, error, pause)
             time.sleep(pause)
 
 
 def read_json(path: Path) -> dict:
-    """The content of a JSON file, an object; nothing where there is none.
+    """The content of a JSON file, an object; empty if there is no such file.
 
     Raises:
-      UserError: it is something else.
+      UserError: it holds something else.
     """
     try:
         content = json.loads(path.read_text()) if path.exists() else {}
@@ -56,40 +56,40 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def _put(path: Path, write: Callable[[Path], None]) -> None:
+def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     draft = path.with_suffix(".tmp")
 
-    def whole():
+    def attempt():
         write(draft)
         with draft.open("rb") as file:
             fsync(file)  # or a power cut might leave the name without its content
         draft.replace(path)
 
     try:
-        retry_io(path, whole)
+        retry_io(path, attempt)
     except BaseException:  # a KeyboardInterrupt is one
         draft.unlink(missing_ok=True)
         raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file; its folder must be there."""
-    _put(path, lambda draft: draft.write_text(text))
+    """Writes a text file into an existing folder."""
+    _write_atomically(path, lambda draft: draft.write_text(text))
 
 
 def write_json(path: Path, values: dict) -> None:
-    """Writes a JSON file; its folder must be there."""
+    """Writes a JSON file into an existing folder."""
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def fsync(file) -> None:
-    """Has what was written to an open file outlast a power cut."""
+    """Forces what was written to an open file to the disk, so that it survives a power cut."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def fsync_folder(folder: Path) -> None:
-    """Has the names in a folder outlast a power cut."""
+    """Forces the names in a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -104,8 +104,8 @@ def read_arrays(path: Path | str) -> dict[str, np.ndarray]:
       ValueError: there is no such file, or it is damaged or something else.
     """
     try:
-        with open(path, "rb") as file, np.load(file) as saved:
-            return dict(saved)
+        with open(path, "rb") as file, np.load(file) as arrays:
+            return dict(arrays)
     # numpy and zipfile have one for each way in which a file can be wrong: RuntimeError for what
     # claims to be encrypted or of another kind, MemoryError for what claims to be too large.
     except (
@@ -116,18 +116,18 @@ def read_arrays(path: Path | str) -> dict[str, np.ndarray]:
 
 
 def read_saved_arrays(path: Path, *keys: str) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz` that a run has written, which has `keys`.
+    """The arrays of an `.npz` that a run has written, which must have `keys`.
 
     Raises:
       UserError: it is damaged.
     """
     try:
-        found = read_arrays(path)
-        if absent := ", ".join(key for key in keys if key not in found):
+        arrays = read_arrays(path)
+        if absent := ", ".join(key for key in keys if key not in arrays):
             raise ValueError(f"has no {absent}")
     except ValueError as error:
-        raise UserError(f"{path}: is damaged ({error}); remove it, to do without") from error
-    return found
+        raise UserError(f"{path}: is damaged ({error}). Remove it to do without.") from error
+    return arrays
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
@@ -138,4 +138,4 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
         with draft.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
-    _put(path, write)
+    _write_atomically(path, write)

@@ -1,4 +1,4 @@
-"""The two training losses, in fp32."""
+"""The training losses, in fp32."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from maect_jax.stages.support_queue import normalise
 
 
 def _patch_statistics(patches):
-    """Mean and unbiased deviation of each patch, `[B, N, 1]`."""
+    """Mean and unbiased standard deviation of each patch, `[B, N, 1]`."""
     mean = patches.mean(-1, keepdims=True)
     return mean, jnp.sqrt(patches.var(-1, keepdims=True, ddof=1) + 1e-6)
 
@@ -17,27 +17,27 @@ def _patch_statistics(patches):
 def patch_targets(images: jax.Array, patch_size: int) -> jax.Array:
     """Pixels of each patch `[B, N, P*P*C]`, normalised by its mean and unbiased variance."""
     patches = vit.patchify(images.astype(jnp.float32), patch_size)
-    mean, deviation = _patch_statistics(patches)
-    return (patches - mean) / deviation
+    mean, std = _patch_statistics(patches)
+    return (patches - mean) / std
 
 
 def fill_patches(
     images: jax.Array, prediction: jax.Array, mask: jax.Array, patch_size: int
 ) -> jax.Array:
-    """`images [B, H, W, C]` whose removed patches are those of `prediction`.
+    """`images [B, H, W, C]` with their removed patches replaced by those of `prediction`.
 
-    The inverse of `patch_targets` needs the mean and deviation of each removed patch, which are
-    taken from the images, as nobody predicts them.
+    The inverse of `patch_targets` needs the mean and standard deviation of each removed patch; the
+    model does not predict them, so they are taken from the images.
     """
     patches = vit.patchify(images, patch_size)
-    mean, deviation = _patch_statistics(patches)
-    filled = jnp.where(mask[..., None] > 0, prediction * deviation + mean, patches)
+    mean, std = _patch_statistics(patches)
+    filled = jnp.where(mask[..., None] > 0, prediction * std + mean, patches)
     grid = (images.shape[1] // patch_size, images.shape[2] // patch_size)
     return vit.unpatchify(filled, patch_size, grid)
 
 
 def reconstruction(prediction: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean squared error over all masked patches of the batch (MAE, section 3); 0 if none is.
+    """Mean squared error over all masked patches of the batch (MAE, section 3); 0 without any.
 
     `prediction`, `target`: `[B, N, P*P*C]`; `mask`: `[B, N]`, 1 where the patch was removed.
     """
@@ -50,8 +50,8 @@ def nearest_neighbour(neighbours: jax.Array, predicted: jax.Array, temperature: 
 
     Args:
       neighbours: unit vectors `[B, D]`, the neighbours of one view, without gradient.
-      predicted: `[B, D]`, the predictor's output for the other view; every row of the global
-        batch but a row's own is its negative.
+      predicted: `[B, D]`, the predictor's output for the other view; the negatives of a row are
+        all other rows of the global batch.
       temperature: divides the cosines.
     """
     # On TPU a matmul rounds its inputs to bf16 unless told otherwise.

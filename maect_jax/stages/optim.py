@@ -1,4 +1,4 @@
-"""AdamW with a learning rate and a weight decay of its own for every tensor."""
+"""AdamW with a learning rate and a weight decay for each tensor."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -51,7 +51,7 @@ def _lr(path: tuple[str, ...], leaf, group: Group) -> np.ndarray:
     if group.layer_decay == 1.0 or path[1] == "norm":
         return np.float32(group.lr)
     if path[1] == "blocks":
-        # Stacked [layers, ...]: the layers that are here are the last ones of `depth`.
+        # Stacked [layers, ...]: the last ones of `depth`, as the frozen ones are elsewhere.
         distance = np.arange(leaf.shape[0], 0, -1).reshape(-1, *[1] * (leaf.ndim - 1))
     else:
         distance = group.depth + 1
@@ -105,5 +105,5 @@ def adamw(
 
 
 def ema(mean, new, decay: float):
-    """Exponential moving average of two trees: `decay * mean + (1 - decay) * new`."""
+    """One update of an exponential moving average: `decay * mean + (1 - decay) * new`, by leaf."""
     return jax.tree.map(lambda m, x: decay * m + (1 - decay) * x, mean, new)

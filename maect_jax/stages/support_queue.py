@@ -4,8 +4,8 @@ The queue is a ring of whole batches, `[slots, B, D]`, split over the devices al
 axis like every activation, so a device writes the rows that it has computed itself: `push`
 moves no data between devices. `nearest` moves only queries and candidates, never the queue.
 
-Order is defined on any number of devices: by score, descending, then by ring position
-`slot * B + row`, ascending. A queue size that the batch does not divide is rounded up to whole
+The order of neighbours is defined on any number of devices: by descending score, then by ascending
+ring position `slot * B + row`. A queue size that the batch does not divide is rounded up to whole
 slots, and the surplus of the oldest slot is left out of every search.
 """
 
@@ -24,8 +24,13 @@ _ABSENT = -3.0  # below the excluded ones: rows beyond the queue's size
 
 @flax.struct.dataclass
 class Queue:
-    """Rows fp32 `[slots, B, D]`, L2-normalised; dataset index and label int32 `[slots, B]`, -1
-    where unknown; `slot` int32 `[]`, the slot that is written next, which is the oldest."""
+    """A ring of batches.
+
+    Attributes:
+      rows: fp32 `[slots, B, D]`, L2-normalised.
+      ids, labels: dataset index and label of each row, int32 `[slots, B]`, -1 if unknown.
+      slot: int32 `[]`, the slot that is written next, which is the oldest.
+    """
 
     rows: jax.Array
     ids: jax.Array
@@ -99,13 +104,13 @@ def rebatch(queue: Queue, size: int, batch: int) -> Queue:
 
 
 def _merge(scores, positions, k):
-    """The best `k` of candidates `[Q, n]`: by score descending, then position ascending."""
+    """The best `k` of candidates `[Q, n]`: by descending score, then by ascending position."""
     order = jax.lax.sort((-scores, positions), dimension=1, num_keys=2)
     return -order[0][:, :k], order[1][:, :k]
 
 
-def _slots_together(slots: int, rows: int) -> int:
-    """How many slots of `rows` rows make a tile: as many as `_TILE` holds and divide `slots`."""
+def _slots_per_tile(slots: int, rows: int) -> int:
+    """How many slots of `rows` rows make a tile: the largest divisor of `slots` that fits."""
     fitting = (n for n in range(1, slots + 1) if slots % n == 0 and n * rows <= _TILE)
     return max(fitting, default=1)
 
@@ -114,7 +119,7 @@ def _search(queue: Queue, queries, ids, *, size, k, first_row, batch):
     """Best `k` for each of `queries [Q, D]` in the part of the ring from row `first_row` on."""
     slots, rows_here = queue.ids.shape
     surplus = slots * batch - size
-    together = _slots_together(slots, rows_here)
+    together = _slots_per_tile(slots, rows_here)
     tiles = slots // together
     place = jnp.arange(together * rows_here, dtype=jnp.int32)
     row = first_row + place % rows_here
@@ -165,25 +170,25 @@ def nearest(queue: Queue, queries: jax.Array, ids: jax.Array, *, size: int, k: i
 
     def on_device(queue, queries, ids):
         first_row = jax.lax.axis_index(axes) * queue.ids.shape[1]
-        everyone = partial(jax.lax.all_gather, axis_name=axes, tiled=True)
-        found = search(queue, everyone(queries), everyone(ids), first_row=first_row)
-        # [Q, k] candidates of this device's rows for everyone -> [Q / n, n k] of everyone's
-        # rows for this device's queries.
+        gather = partial(jax.lax.all_gather, axis_name=axes, tiled=True)
+        candidates = search(queue, gather(queries), gather(ids), first_row=first_row)
+        # [Q, k] candidates among this device's rows for all queries -> [Q / n, n k] among all
+        # devices' rows for this device's queries.
         swap = partial(jax.lax.all_to_all, axis_name=axes, split_axis=0, concat_axis=1, tiled=True)
-        return _merge(*map(swap, found), k)
+        return _merge(*map(swap, candidates), k)
 
-    parts = Queue(P(None, axes), P(None, axes), P(None, axes), P())
-    found = jax.shard_map(
-        on_device, in_specs=(parts, P(axes), P(axes)), out_specs=P(axes), check_vma=False
+    specs = Queue(P(None, axes), P(None, axes), P(None, axes), P())
+    nearest = jax.shard_map(
+        on_device, in_specs=(specs, P(axes), P(axes)), out_specs=P(axes), check_vma=False
     )(queue, queries, ids.astype(jnp.int32))
-    return Neighbours(*found)
+    return Neighbours(*nearest)
 
 
 def choose(neighbours: Neighbours, key: jax.Array) -> jax.Array:
     """Draws one of each query's neighbours uniformly: ring positions int32 `[Q]`.
 
-    Only allowed rows are drawn, as many or few as there are. Where every row is excluded there is
-    no neighbour to be had: the first of the list, the row at the lowest ring position, stands in.
+    Only allowed rows are drawn, however few. If every row is excluded, the first of the list, the
+    row at the lowest ring position, is taken.
     """
     allowed = jnp.maximum((neighbours.scores > EXCLUDED).sum(1), 1)
     uniform = jax.random.uniform(key, allowed.shape)
@@ -205,15 +210,15 @@ def take(queue: Queue, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     axes = mesh.axis_names
 
     def on_device(rows, labels, positions):
-        here = labels.shape[1]
+        local = labels.shape[1]
         positions = jax.lax.all_gather(positions, axes, tiled=True)
-        slot, row = positions // batch, positions % batch - jax.lax.axis_index(axes) * here
-        mine = (row >= 0) & (row < here)
-        row = jnp.clip(row, 0, here - 1)
-        give = partial(jax.lax.psum_scatter, axis_name=axes, tiled=True)
+        slot, row = positions // batch, positions % batch - jax.lax.axis_index(axes) * local
+        is_local = (row >= 0) & (row < local)
+        row = jnp.clip(row, 0, local - 1)
+        reduce_scatter = partial(jax.lax.psum_scatter, axis_name=axes, tiled=True)
         return (
-            give(jnp.where(mine[:, None], rows[slot, row], 0.0)),
-            give(jnp.where(mine, labels[slot, row], 0)),
+            reduce_scatter(jnp.where(is_local[:, None], rows[slot, row], 0.0)),
+            reduce_scatter(jnp.where(is_local, labels[slot, row], 0)),
         )
 
     return jax.shard_map(

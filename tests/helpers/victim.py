@@ -23,7 +23,7 @@ POINTS = {
     "seal": (manifest, "of"),  # written and renamed, but not sealed
     "remove": (saving.Checkpoints, "_remove_old"),
     "restore": (saving.Checkpoints, "restore"),
-    "file": (files, "_put"),
+    "file": (files, "_write_atomically"),
     "evaluate": (runner, "run"),
 }
 
