@@ -9,23 +9,23 @@ import numpy as np
 
 from maect_jax import sharding
 from maect_jax.convert import importing
-from maect_jax.convert.told import Given
+from maect_jax.convert.importing import Given
 from maect_jax.data import augment
 from maect_jax.errors import UserError
 from maect_jax.models import positions, vit
 from maect_jax.run import checkpoints, lineage
 from maect_jax.stages import SAVED
 
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 class Encoder:
-    """A trained encoder: call it with images, it gives features.
+    """A trained encoder: call it with images to get features.
 
     Attributes:
-      image_size: (H, W) of the images it takes.
+      image_size: (H, W) of the images.
       channels: C.
-      mean, std: of each channel, of pixels from 0 to 1; by these it normalises what it is given.
+      mean, std: of each channel, of pixels from 0 to 1, by which it normalises images.
       pool: what the feature is, "cls", "mean" or "fc_norm" (`vit.features`).
       width: D of a feature.
     """
@@ -34,35 +34,34 @@ class Encoder:
         self.image_size, self.channels, self.pool = tuple(image_size), channels, pool
         self.mean, self.std = tuple(mean), tuple(std)
         self._params = params
-        self._run = jax.jit(partial(_features, model, pool, self.mean, self.std))
-        wanted = jax.ShapeDtypeStruct((1, *self.image_size, channels), np.uint8)
-        self.width = jax.eval_shape(self._run, params, wanted).shape[1]
+        self._encode = jax.jit(partial(_features, model, pool, self.mean, self.std))
+        images = jax.ShapeDtypeStruct((1, *self.image_size, channels), np.uint8)
+        self.width = jax.eval_shape(self._encode, params, images).shape[1]
 
     def __call__(self, images) -> jax.Array:
         """Features fp32 `[B, D]` of images `[B, H, W, C]`, jitted for each B.
 
         Args:
-          images: uint8, 0 to 255, or floating point, 0 to 1; not normalised, which is done here.
+          images: uint8 from 0 to 255, or floating point from 0 to 1; not normalised.
 
         Raises:
-          ValueError: they have another shape, dtype or range, or are none.
+          ValueError: there are none, or they have another shape, dtype or range.
         """
         images = images if isinstance(images, jax.Array) else np.asarray(images)
-        wanted = (*self.image_size, self.channels)
-        if images.shape[1:] != wanted:
+        shape, dtype = (*self.image_size, self.channels), images.dtype
+        if images.shape[1:] != shape:
             raise ValueError(
-                f"images of shape {images.shape}: must be (B, {', '.join(map(str, wanted))})"
+                f"images of shape {images.shape}: must be (B, {', '.join(map(str, shape))})"
             )
-        dtype = images.dtype
         if dtype != np.uint8 and not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
-                f"images of {dtype}: must be uint8, 0 to 255, or floating point, 0 to 1"
+                f"images of {dtype}: must be uint8 from 0 to 255, or floating point from 0 to 1"
             )
-        # Of arrays on a device it is not asked, which would have to wait for them.
+        # Arrays on a device are not checked, which would wait for them.
         floats = isinstance(images, np.ndarray) and dtype != np.uint8
         if not len(images) or (floats and not (images.min() >= 0 and images.max() <= 1)):
-            raise ValueError("images must be there, and floats from 0 to 1")
-        return self._run(self._params, images)
+            raise ValueError("images: must be at least one, and floats from 0 to 1")
+        return self._encode(self._params, images)
 
 
 def _features(model: vit.ViT, pool: str, mean, std, params, images) -> jax.Array:
@@ -71,7 +70,7 @@ def _features(model: vit.ViT, pool: str, mean, std, params, images) -> jax.Array
 
 
 def load_encoder(
-    where: str | Path,
+    path: str | Path,
     *,
     image_size: tuple[int, int] | None = None,
     mean: tuple[float, ...] | None = None,
@@ -81,19 +80,18 @@ def load_encoder(
     heads: int | None = None,
     ln_eps: float | None = None,
 ) -> Encoder:
-    """The encoder of a run (of its last stage; of ct the average), or of a file from elsewhere.
-
-    It lives on the first device.
+    """Loads the encoder of a run (of its last stage; of ct the average), or of a PyTorch,
+    safetensors or HuggingFace file, onto the first device.
 
     Args:
-      where: the folder of a run, or what `python -m maect_jax.convert import` takes.
-      image_size: (H, W) of the images to come, by default those it was trained for; else its
-        positions are resized.
-      mean, std: of each channel of pixels from 0 to 1; by default the run's, the folder's, or
-        ImageNet's where a file does not tell.
+      path: the folder of a run, or what `python -m maect_jax.convert import` takes.
+      image_size: (H, W) of the images, by default those it was trained for; for another size its
+        position embedding is resized.
+      mean, std: of each channel of pixels from 0 to 1; by default the run's, the file's, or
+        ImageNet's if a file has none.
       pool: "cls", "mean" or "fc_norm"; by default the model's own.
       dtype: of the activations, "float32" or "bfloat16".
-      heads, ln_eps: what a file does not tell of an unusual width.
+      heads, ln_eps: what a file of an unusual width does not say.
 
     Raises:
       UserError: there is no such run or file, or it cannot be read.
@@ -105,27 +103,27 @@ def load_encoder(
     for key, value, allowed in (("pool", pool, vit.POOLS), ("dtype", dtype, vit.DTYPES)):
         if value not in (None, *allowed):
             raise UserError(f"{key}={value!r}: must be one of {', '.join(allowed)}")
-    if importing.is_file(str(where)):
+    if importing.is_file(str(path)):
         given = Given(heads=heads, ln_eps=ln_eps, image_size=image_size)
-        found = lineage.of_files(importing.recognised(importing.paths_of(str(where)), given))
+        origin = lineage.of_files(importing.recognised(importing.paths_of(str(path)), given))
     elif heads or ln_eps:
-        raise UserError(f"{where}: heads and ln_eps are for files; a run tells its own")
-    elif not (checkpoints.run_of(Path(where))[0] / "config.json").is_file():
-        raise UserError(f"{where}: there is no such run or file")
+        raise UserError(f"{path}: heads and ln_eps are for files; a run has its own")
+    elif not (checkpoints.run_of(Path(path))[0] / "config.json").is_file():
+        raise UserError(f"{path}: there is no such run or file")
     else:
-        found = lineage.find(str(where), "eval")
-    model, data = found.saved.config.model, found.saved.config.get("data", {})
+        origin = lineage.find(str(path), "eval")
+    model, data = origin.saved.config.model, origin.saved.config.get("data", {})
     size = image_size or model.image_size
     if any(side < 1 or side % model.patch_size for side in size):
         raise UserError(f"image_size={size}: must be multiples of the patch, {model.patch_size}")
     mean, std = (
-        tuple(float(x) for x in np.ravel(data.get(key, default) if own is None else own))
-        for own, key, default in ((mean, "mean", _IMAGENET[0]), (std, "std", _IMAGENET[1]))
+        tuple(float(x) for x in np.ravel(data.get(key, _IMAGENET[key]) if given is None else given))
+        for key, given in (("mean", mean), ("std", std))
     )
     if not len(mean) == len(std) == model.channels:
-        raise UserError(f"{where}: name the mean and std of its {model.channels} channels")
+        raise UserError(f"{path}: give the mean and std of its {model.channels} channels")
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-    params = SAVED[found.saved.stage].encoder_params(found.saved.read(mesh))
+    params = SAVED[origin.saved.stage].encoder_params(origin.saved.read(mesh))
     old, new = (positions.grid(s, model.patch_size) for s in (model.image_size, size))
     params = jax.device_put(positions.fitted(params, old, new), jax.local_devices()[0])
     module = vit.from_config(model).clone(dtype=dtype)

@@ -10,7 +10,7 @@ from maect_jax import files, pipeline
 from maect_jax.errors import UserError
 from maect_jax.models import vit
 from maect_jax.stages import STAGES
-from maect_jax.stages.nnclr import warmup_updates
+from maect_jax.stages.base import warmup_updates
 from maect_jax.stages.step import step
 from tests.helpers import CONFIGS, ROOT
 

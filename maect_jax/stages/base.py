@@ -10,7 +10,7 @@ import jax
 from maect_jax import config as configs
 from maect_jax import sharding
 from maect_jax.config import Rule, Rules, between, not_negative, positive
-from maect_jax.data import loader
+from maect_jax.data import loader, subsets
 from maect_jax.data.augment import Photometric, Recipe
 from maect_jax.data.sources import Source
 from maect_jax.errors import UserError
@@ -127,63 +127,44 @@ class Stage(Saved, abc.ABC):
             )
 
     @classmethod
-    @abc.abstractmethod
     def from_config(cls, config, records: int, classes: int = 0) -> "Stage":
-        """The stage of a config, for `records` training images of so many classes."""
+        """The stage of a config, for `records` training images of so many classes.
 
-    @classmethod
-    def for_images(cls, config, images: Source) -> "Stage":
-        """The stage of a config, for its own training images (`training_images`)."""
-        return cls.from_config(config, len(images))
-
-    @classmethod
-    def training_images(cls, config, images: Source) -> Source:
-        """Those of the training images that the stage sees."""
-        del config
-        return images
-
-    @classmethod
-    def example_maker(cls, config, images: Source) -> loader.TrainRecord:
-        """What makes the training examples of the stage from its images."""
-        return loader.TrainRecord(**cls._record_settings(config, images))
-
-    @classmethod
-    def _record_settings(cls, config, images: Source) -> dict[str, Any]:
-        return dict(
-            source=images,
-            channels=config.model.channels,
-            size=config.model.image_size,
-            scales=(config[cls.name].crop_scale,) * cls.views,
-            seed=(config.seed, cls.number),
-            scaled_jpeg=config.data.scaled_jpeg,
-        )
-
-    @classmethod
-    def updates_per_epoch(cls, config, records: int) -> int:
-        """Whole batches in an epoch; the rest of the images waits for the next shuffle."""
-        return records // config[cls.name].batch_size
-
-    @classmethod
-    def tuned_blocks(cls, config) -> int:
-        """How many of the encoder's blocks are trained."""
-        return vit.size_of(config.model).depth
-
-    @classmethod
-    def _shared_settings(cls, config, records: int) -> dict[str, Any]:
-        """The fields that every stage has but `encoder`, `groups` and `warmup`."""
-        section, data = config[cls.name], config.data
+        A field whose name is a key of the section takes that value, unless `_parts` has it.
+        """
+        section, model, data = config[cls.name], config.model, config.data
+        steps = section.epochs * cls.updates_per_epoch(config, records)
+        if "warmup_epochs" in section:
+            warmup = section.warmup_epochs * cls.updates_per_epoch(config, records)
+        else:
+            warmup = warmup_updates(section.warmup_fraction, steps)
         colours = section.photometric.to_dict() if "photometric" in section else {}
         photometric = tuple(
             Photometric(**{k: v[view] if k in _PER_VIEW else v for k, v in colours.items()})
             for view in range(cls.views)
         )
-        size = config.model.image_size
-        return dict(
-            image_shape=(*size, config.model.channels),
-            recipe=Recipe(size, section.crop_scale, data.mean, data.std, photometric),
-            steps=section.epochs * cls.updates_per_epoch(config, records),
+        shared = dict(
+            encoder=vit.from_config(model, cls.frozen_blocks(config), config.remat),
+            image_shape=(*model.image_size, model.channels),
+            recipe=Recipe(model.image_size, section.crop_scale, data.mean, data.std, photometric),
+            steps=steps,
+            warmup=warmup,
             microbatches=config.encoder_microbatches,
         )
+        fields = {field.name for field in dataclasses.fields(cls)}
+        settings = {key: value for key, value in section.items() if key in fields}
+        return cls(**settings | shared | cls._parts(config, steps, classes))
+
+    @classmethod
+    def for_images(cls, config, images: Source) -> "Stage":
+        """The stage of a config, for its own training images (`training_images`)."""
+        classes = subsets.classes_of(images) if cls.needs_labels else 0
+        return cls.from_config(config, len(images), classes)
+
+    @classmethod
+    @abc.abstractmethod
+    def _parts(cls, config, steps: int, classes: int) -> dict[str, Any]:
+        """Fields of a stage that are not plain values of its section: networks, `groups`."""
 
     @classmethod
     def _group(cls, config, prefix: str = "", layer_decay: float = 1.0) -> optim.Group:
@@ -192,6 +173,41 @@ class Stage(Saved, abc.ABC):
         lr = optim.scaled_lr(section[f"{prefix}base_lr"], section.batch_size, cls.views)
         depth = vit.size_of(config.model).depth
         return optim.Group(lr, section[f"{prefix}weight_decay"], layer_decay, depth)
+
+    @classmethod
+    def training_images(cls, config, images: Source) -> Source:
+        """Those of the training images that the stage sees."""
+        del config
+        return images
+
+    @classmethod
+    def example_maker(cls, config, images: Source, make=loader.TrainRecord, **settings):
+        """What makes the training examples of the stage from its images."""
+        return make(
+            source=images,
+            channels=config.model.channels,
+            size=config.model.image_size,
+            scales=(config[cls.name].crop_scale,) * cls.views,
+            seed=(config.seed, cls.number),
+            scaled_jpeg=config.data.scaled_jpeg,
+            **settings,
+        )
+
+    @classmethod
+    def updates_per_epoch(cls, config, records: int) -> int:
+        """Whole batches in an epoch; the rest of the images waits for the next shuffle."""
+        return records // config[cls.name].batch_size
+
+    @classmethod
+    def frozen_blocks(cls, config) -> int:
+        """How many of the encoder's first blocks the stage leaves as they are."""
+        del config
+        return 0
+
+    @classmethod
+    def tuned_blocks(cls, config) -> int:
+        """How many of the encoder's blocks are trained."""
+        return vit.size_of(config.model).depth - cls.frozen_blocks(config)
 
     # Inside the step
 
@@ -235,6 +251,11 @@ class Stage(Saved, abc.ABC):
     @property
     def _patch_pixels(self) -> int:
         return self.encoder.patch_size**2 * self.image_shape[2]
+
+
+def warmup_updates(fraction: float, steps: int) -> int:
+    """`floor(fraction * steps)`, of the fraction as it is written: 0.29 of 100 is 29, not 28."""
+    return int(round(fraction * steps, 6))
 
 
 def block_flops(depth: int, width: int, tokens: int) -> int:

@@ -82,33 +82,15 @@ class Finetune(Stage):
         return subsets.select(images, config.finetune.images, config.seed)
 
     @classmethod
-    def for_images(cls, config, images: Source) -> "Finetune":
-        return cls.from_config(config, len(images), subsets.classes_of(images))
-
-    @classmethod
     def example_maker(cls, config, images: Source) -> loader.FinetuneRecord:
         mean = config.data.mean if config.finetune.randaugment else None
-        return loader.FinetuneRecord(**cls._record_settings(config, images), mean=mean)
+        return super().example_maker(config, images, loader.FinetuneRecord, mean=mean)
 
     @classmethod
-    def from_config(cls, config, records: int, classes: int = 0) -> "Finetune":
-        section = config.finetune
-        return cls(
-            encoder=vit.from_config(config.model, remat=config.remat),
-            pool=config.model.pool,
-            classes=classes,
-            drop_path=section.drop_path,
-            label_smoothing=section.label_smoothing,
-            mixup_alpha=section.mixup_alpha,
-            cutmix_alpha=section.cutmix_alpha,
-            erasing=section.erasing,
-            groups={
-                "encoder": cls._group(config, layer_decay=section.layer_decay),
-                "classifier": cls._group(config),
-            },
-            warmup=section.warmup_epochs * cls.updates_per_epoch(config, records),
-            **cls._shared_settings(config, records),
-        )
+    def _parts(cls, config, steps: int, classes: int) -> dict:
+        encoder = cls._group(config, layer_decay=config.finetune.layer_decay)
+        groups = {"encoder": encoder, "classifier": cls._group(config)}
+        return {"pool": config.model.pool, "classes": classes, "groups": groups}
 
     def init(self, key: jax.Array, start: dict) -> TrainState:
         """`start` may hold `encoder`, whose learned position embedding stays as it is."""

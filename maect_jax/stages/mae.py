@@ -46,24 +46,17 @@ class MAE(Stage):
             )
 
     @classmethod
-    def from_config(cls, config, records: int, classes: int = 0) -> "MAE":
-        section, model = config.mae, config.model
-        group = cls._group(config)
-        return cls(
-            encoder=vit.from_config(model, remat=config.remat),
-            decoder=mae.Decoder(
-                **section.decoder,
-                patch_size=model.patch_size,
-                channels=model.channels,
-                ln_eps=model.ln_eps,
-                dtype=model.dtype,
-                remat=config.remat,
-            ),
-            mask_ratio=section.mask_ratio,
-            groups={"encoder": group, "decoder": group},
-            warmup=section.warmup_epochs * cls.updates_per_epoch(config, records),
-            **cls._shared_settings(config, records),
+    def _parts(cls, config, steps: int, classes: int) -> dict:
+        model, group = config.model, cls._group(config)
+        decoder = mae.Decoder(
+            **config.mae.decoder,
+            patch_size=model.patch_size,
+            channels=model.channels,
+            ln_eps=model.ln_eps,
+            dtype=model.dtype,
+            remat=config.remat,
         )
+        return {"decoder": decoder, "groups": {"encoder": group, "decoder": group}}
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -121,9 +114,8 @@ class MAE(Stage):
         }
 
     def flops_per_step(self, batch_size: int) -> int:
-        encoder, decoder, patches, pixels = (
-            self.encoder, self.decoder, self._patches, self._patch_pixels
-        )  # fmt: skip
+        encoder, decoder = self.encoder, self.decoder
+        patches, pixels = self._patches, self._patch_pixels
         kept = mae.kept_patches(patches, self.mask_ratio)
         forward = (
             2 * kept * pixels * encoder.width

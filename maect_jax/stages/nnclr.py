@@ -24,11 +24,6 @@ _SNAPSHOT_NEIGHBOURS = 3
 HEAD_KEYS = ("projector_hidden", "projector_out", "predictor_hidden", "queue_size")
 
 
-def warmup_updates(fraction: float, steps: int) -> int:
-    """`floor(fraction * steps)`, of the fraction as it is written: 0.29 of 100 is 29, not 28."""
-    return int(round(fraction * steps, 6))
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NNCLR(Stage):
     """A contrastive head on an encoder, with a queue of past projections.
@@ -56,20 +51,14 @@ class NNCLR(Stage):
     temperature: float
 
     @classmethod
-    def _head_settings(cls, config, records: int) -> dict:
-        """The fields that both stages have but `encoder` and `groups`."""
-        section, model = config[cls.name], config.model
-        shared = cls._shared_settings(config, records)
+    def _parts(cls, config, steps: int, classes: int) -> dict:
+        section, model, group = config[cls.name], config.model, cls._group(config)
         out, dtype = section.projector_out, model.dtype
-        return shared | dict(
+        return dict(
             projector=nnclr.Projector(section.projector_hidden, out, dtype),
             predictor=nnclr.Predictor(section.predictor_hidden, out, dtype),
             pool=model.pool,
-            batch_size=section.batch_size,
-            queue_size=section.queue_size,
-            top_k=section.top_k,
-            temperature=section.temperature,
-            warmup=warmup_updates(section.warmup_fraction, shared["steps"]),
+            groups={"projector": group, "predictor": group},
         )
 
     @classmethod
@@ -258,15 +247,6 @@ class Head(NNCLR):
     def tuned_blocks(cls, config) -> int:
         return 0
 
-    @classmethod
-    def from_config(cls, config, records: int, classes: int = 0) -> "Head":
-        group = cls._group(config)
-        return cls(
-            encoder=vit.from_config(config.model, remat=config.remat),
-            groups={"projector": group, "predictor": group},
-            **cls._head_settings(config, records),
-        )
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContrastiveTuning(NNCLR):
@@ -304,13 +284,9 @@ class ContrastiveTuning(NNCLR):
 
     @classmethod
     def frozen_blocks(cls, config) -> int:
-        """How many of the first blocks stay as they are: for None, half of them."""
+        """`config.ct.frozen_blocks`; for None, half of the blocks."""
         half = vit.size_of(config.model).depth // 2
         return half if config.ct.frozen_blocks is None else config.ct.frozen_blocks
-
-    @classmethod
-    def tuned_blocks(cls, config) -> int:
-        return vit.size_of(config.model).depth - cls.frozen_blocks(config)
 
     @classmethod
     def check(cls, config, devices: int) -> None:
@@ -325,22 +301,16 @@ class ContrastiveTuning(NNCLR):
             check_same_head(config.head, config.ct, "config.head")
 
     @classmethod
-    def from_config(cls, config, records: int, classes: int = 0) -> "ContrastiveTuning":
-        section, settings = config.ct, cls._head_settings(config, records)
-        head = cls._group(config, "head_")
+    def _parts(cls, config, steps: int, classes: int) -> dict:
+        section, head = config.ct, cls._group(config, "head_")
         decay = section.ema_decay
         if decay is None:
-            decay = 1 - 1 / max(settings["steps"] / 10, 1)
-        return cls(
-            encoder=vit.from_config(config.model, cls.frozen_blocks(config), config.remat),
-            groups={
-                "encoder": cls._group(config, layer_decay=section.layer_decay),
-                "projector": head,
-                "predictor": head,
-            },
+            decay = 1 - 1 / max(steps / 10, 1)
+        encoder = cls._group(config, layer_decay=section.layer_decay)
+        return super()._parts(config, steps, classes) | dict(
+            groups={"encoder": encoder, "projector": head, "predictor": head},
             target_momentum=section.target_factor,
             ema_decay=decay,
-            **settings,
         )
 
     def _split(self, encoder: dict) -> tuple[dict, dict]:
