@@ -32,9 +32,6 @@ _INT64 = 2**63 - 1
 _INT32 = 2**31  # steps, record numbers and sizes of arrays stay below it
 
 
-# Loading
-
-
 def load(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """Loads a locked config.
 
@@ -121,9 +118,6 @@ def _typed(value, kind: type):
     if kind is int and abs(value) > _INT64:
         raise OverflowError("more than 64 bits")
     return value
-
-
-# The command line
 
 
 def parser(doc: str) -> OneLineParser:
@@ -245,9 +239,6 @@ def check(config: ConfigDict, section: str, rules: Rules) -> None:
             name = f"{section}.{key}" if section else key
             wanted = rule.allowed.format_map(values) if "{" in rule.allowed else rule.allowed
             raise UserError(f"config.{name}={shown(repr(value))}: must be {wanted}")
-
-
-# Values
 
 
 def flat(config: ConfigDict) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,7 +15,8 @@ from ml_collections import ConfigDict
 from maect_jax import config as configs
 from maect_jax import sharding, train
 from maect_jax.config import Rule, Rules, between, not_negative, one_of, positive
-from maect_jax.data import bad_images, sources
+from maect_jax.data import sources
+from maect_jax.data.bad_images import BadImages
 from maect_jax.errors import RunFailedError, UserError
 from maect_jax.evals import finetuned, monitor, protocols, runner, table
 from maect_jax.models import vit
@@ -31,13 +33,6 @@ _KNOWN = {"imagenet2012": (IMAGENET_TRAIN, None, 1000), "cifar10": (50_000, (32,
 _MOST_STEPS = 2**31 - 1  # what an int32 counts
 _LOGGER = logging.getLogger(__name__)
 
-# Checking
-
-
-def _is_range(steps: tuple, _) -> bool:
-    whole = all(type(step) is int for step in steps)
-    return not steps or (len(steps) == 2 and whole and 0 < steps[0] <= steps[1])
-
 
 RULES: Rules = {
     "seed": between(0, 2**32 - 1),
@@ -48,7 +43,10 @@ RULES: Rules = {
     "nan_limit": not_negative,
     "log_level": one_of(("info", "debug")),
     "nan_policy": one_of(bad_steps.POLICIES),
-    "profile": Rule("(), or the first step and the last, from 1 on", _is_range),
+    "profile": Rule(
+        "(), or the first step and the last, from 1 on",
+        lambda v, _: not v or (len(v) == 2 and all(type(s) is int for s in v) and 0 < v[0] <= v[1]),
+    ),
     "checkpoint.best": one_of(("", *monitor.MEASURED)),
     "remat": one_of(vit.REMAT),
     "encoder_microbatches": positive,
@@ -114,9 +112,6 @@ def check(config: ConfigDict, devices: int) -> None:
         stage.check(config, devices)
     if EVAL in config.stages:
         protocols.check(config, devices)
-
-
-# The images
 
 
 def open_images(config: ConfigDict, workdir: Path) -> dict[str, sources.Source]:
@@ -193,9 +188,6 @@ def images_to_plan(config: ConfigDict) -> tuple[sources.Source, str]:
     why = f"there is no {data.path!r}" if data.source == "folder" else "it is not prepared"
     name = data.name if data.source == "tfds" else "ImageNet-1k"
     return sources.Blank(known[0], channels, *known[1:]), f"{name}'s, as {why}"
-
-
-# Running
 
 
 def prepare(config: ConfigDict) -> lineage.Origin | None:
@@ -285,11 +277,18 @@ def _run_stages(
         sources.keep(images)
     held_out = images.get("val", images["train"])
     examples = snapshots.Examples(runner.record(config, held_out), held_out="val" in images)
-    bad = {split: _bad_images(config, source) for split, source in images.items()}
+
+    def bad_images_of(source):
+        return BadImages(source, config.model.channels, config.data.max_bad_fraction)
+
+    def start(stage, origin):
+        return origin.start(config.model, stage, run.mesh) if origin else {}
+
+    bad_images = {split: bad_images_of(source) for split, source in images.items()}
     for name in config.stages:
         if name == EVAL:
             rows = lineage.encoders(run.folder) if len(config.stages) > 1 else origin.rows()
-            results = runner.run(config, images, bad, rows, run.folder, run.mesh)
+            results = runner.run(config, images, bad_images, rows, run.folder, run.mesh)
             if is_main:
                 print(f"\n{table.text(table.cells(results))}", flush=True)
             continue
@@ -301,35 +300,19 @@ def _run_stages(
                 run=run,
                 stage=stage,
                 images=own,
-                bad_images=bad["train"] if own is images["train"] else _bad_images(config, own),
-                start=_start_of(run, origin, stage),
+                bad_images=bad_images["train"] if own is images["train"] else bad_images_of(own),
+                start=partial(start, stage, origin),
                 examples=examples,
                 monitor=monitor.Monitor(run, stage, images) if measured else None,
             )
         )
         origin = lineage.of_run(run.folder, name)
         if stage.needs_labels:
-            result = finetuned.classify(config, images, bad["val"], run.folder, run.mesh)
+            result = finetuned.classify(config, images, bad_images["val"], run.folder, run.mesh)
             if is_main:
                 print(finetuned.text(result), flush=True)
     if is_main:
         print(f"\n{page.build(run.folder, images)}")
-
-
-def _bad_images(config: ConfigDict, source: sources.Source) -> bad_images.BadImages:
-    return bad_images.BadImages(source, config.model.channels, config.data.max_bad_fraction)
-
-
-def _start_of(run: Run, origin: lineage.Origin | None, stage: type[Stage]):
-    """What reads what a stage takes over."""
-
-    def start():
-        return origin.start(run.config.model, stage, run.mesh) if origin else {}
-
-    return start
-
-
-# --dry_run
 
 
 def dry_run(config: ConfigDict) -> None:

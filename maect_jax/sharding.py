@@ -74,9 +74,6 @@ def check_batch(key: str, batch_size: int, devices: int) -> None:
         )
 
 
-# Between processes
-
-
 def all_hosts(holds: bool) -> bool:
     """Whether something holds on every process. Each must call it, and waits for the others."""
     if jax.process_count() == 1:
@@ -110,9 +107,6 @@ def gather_set(numbers: set[int]) -> set[int]:
     padded = np.full(longest, -1, np.int32)
     padded[: len(numbers)] = list(numbers)
     return set(multihost_utils.process_allgather(padded).ravel().tolist()) - {-1}
-
-
-# Inside a jitted function
 
 
 def shard_map_batch(
@@ -154,9 +148,6 @@ def constrain_batch(x: jax.Array, axis: int = 0) -> jax.Array:
 def path_name(path) -> str:
     """A leaf's key path as `a/b/c`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-# Placement
 
 
 def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
