@@ -41,6 +41,25 @@ class Clustering(NamedTuple):
     passes: np.ndarray
 
 
+class Settings(NamedTuple):
+    """How rows are clustered.
+
+    Attributes:
+      k: number of clusters, at most that of rows.
+      runs: R, restarts.
+      seed: restart r draws from (seed, r), no matter which ones run beside it.
+      memory_mb: MiB that each device may use beside its rows.
+      batch_size: of mini-batch k-means, which starts from a sample; 0 for Lloyd's algorithm, which
+        ends when the centres move less than scikit-learn's tolerance, or after 300 passes.
+    """
+
+    k: int
+    runs: int
+    seed: int
+    memory_mb: int
+    batch_size: int = 0
+
+
 def layout(order: np.ndarray, devices: int, tile: int, in_turns: bool = False) -> np.ndarray:
     """Numbers of rows `[G, T]`, -1 where filled up, of which each device has a part of G.
 
@@ -246,29 +265,11 @@ def restarts_at_a_time(
     return max(1, min(memory_mb * 2**20 // (4 * floats), -(-_COLUMNS // k)))
 
 
-def kmeans(
-    x: np.ndarray,
-    k: int,
-    runs: int,
-    seed: int,
-    mesh,
-    memory_mb: int,
-    batch_size: int = 0,
-) -> Clustering:
-    """k-means with many seeded restarts.
-
-    Args:
-      x: rows `[N, D]`; N at least k.
-      k: clusters.
-      runs: R, restarts.
-      seed: restart r draws from (seed, r), whichever run beside it.
-      mesh: the device mesh, which must be the current one.
-      memory_mb: MiB that each device may use beside its rows.
-      batch_size: of mini-batch k-means, which starts from a sample; 0 for Lloyd's algorithm, which
-        ends when the centres move less than scikit-learn asks them to, or after 300 passes.
-    """
+def kmeans(x: np.ndarray, settings: Settings, mesh) -> Clustering:
+    """Clusters rows `[N, D]` in many seeded restarts. `mesh` must be the current one."""
+    k, runs, seed, memory_mb, batch_size = settings
     middle = np.float32(np.asarray(x).mean(0, dtype=np.float64))
-    # Far from the origin, distances would lose their digits.
+    # Far from the origin distances would lose their digits.
     centred = np.asarray(x, np.float32) - middle
     limit = np.float32(_TOLERANCE * centred.var(0).mean())
     if batch_size:

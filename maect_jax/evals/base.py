@@ -1,0 +1,126 @@
+"""What a protocol is: from the frozen features of an encoder to its entry in the results."""
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from maect_jax import files
+from maect_jax.config import Rules
+from maect_jax.data.bad_images import BadImages
+from maect_jax.data.sources import Source
+from maect_jax.errors import UserError
+from maect_jax.evals.features import Encode, Features
+from maect_jax.run.folder import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """An encoder, which is a row of the results, and what is needed to evaluate it.
+
+    Attributes:
+      run: config, folder and device mesh, which must be the current one.
+      name: of the row.
+      made_of: by split, what the features are made of, plain JSON.
+      features: by split, "train" and "val"; only "train" where no images are held out.
+      images, bad_images: by split, the images and the counters of those that cannot be read.
+      encode: from normalised images to features.
+      classifier: on the features, kernel fp32 `[D, C]` and bias `[C]`, if the encoder has one.
+    """
+
+    run: Run
+    name: str
+    made_of: Mapping[str, dict]
+    features: Mapping[str, Features]
+    images: Mapping[str, Source]
+    bad_images: Mapping[str, BadImages]
+    encode: Encode
+    classifier: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def config(self) -> ConfigDict:
+        return self.run.config
+
+    @property
+    def classes(self) -> int:
+        """Number of classes; all images must have labels."""
+        return 1 + int(max(part.labels.max() for part in self.features.values()))
+
+
+class Result(NamedTuple):
+    """Metrics for `results.json`, plain JSON; and arrays for a file beside the features."""
+
+    metrics: dict | list[dict]
+    arrays: Mapping[str, np.ndarray] = {}
+
+
+class Protocol(abc.ABC):
+    """A measurement on frozen features.
+
+    Class attributes:
+      name: in `config.eval.protocols` and in the results.
+      section: of `config.eval`, with its settings; empty if it has none.
+      rules: of that section, by the key within it.
+      on_request: whether it runs if `config.eval.protocols` names it, or always if it `applies`.
+      needs_labels: whether it is skipped unless there are held-out images and all have labels.
+      arrays: the names of its arrays, if it has any.
+    """
+
+    name: ClassVar[str]
+    section: ClassVar[str] = ""
+    rules: ClassVar[Rules] = {}
+    on_request: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = True
+    arrays: ClassVar[tuple[str, ...]] = ()
+
+    def settings(self, config: ConfigDict) -> dict:
+        """What the result depends on beside the features, plain JSON."""
+        section = config.eval[self.section].to_dict() if self.section else {}
+        return {"seed": config.seed, "texts": [], self.name: section}
+
+    def check_training_images(self, config: ConfigDict, images: Source) -> None:
+        """Raises `UserError` if there are too few."""
+
+    def check_images(self, config: ConfigDict, images: Mapping[str, Source]) -> None:
+        """Raises `UserError` if it cannot run as configured on these images, by split."""
+
+    def applies(self, row: Row) -> bool:
+        """Whether it has something to measure."""
+        return True
+
+    def skip_reason(self, row: Row) -> str:
+        """Why it cannot run on these features; empty if it can."""
+        labelled = "val" in row.features and all(part.labelled for part in row.features.values())
+        return "the images have no labels" if self.needs_labels and not labelled else ""
+
+    @abc.abstractmethod
+    def run(self, row: Row) -> Result:
+        """Evaluates a row. All processes call it."""
+
+    def path(self, folder: Path, row: str) -> Path:
+        """The file of its arrays for a row, in a run's folder."""
+        return folder_of(folder, row) / f"{self.name}.npz"
+
+    def read_arrays(self, folder: Path, row: str) -> dict[str, np.ndarray]:
+        """Reads the arrays of a row; empty if it was not measured.
+
+        Raises:
+          UserError: the file is damaged.
+        """
+        path = self.path(folder, row)
+        found = files.read_saved_arrays(path, *self.arrays) if path.exists() else {}
+        if len({array.shape[:1] for array in found.values()}) > 1:
+            raise UserError(f"{path}: is damaged (its arrays differ in length); remove it")
+        return found
+
+    def summarise(self, run: Run, rows: Sequence[str], images: Mapping[str, Source]) -> None:
+        """Writes a file on all rows together, if it has one; process 0 calls it at the end."""
+
+
+def folder_of(run: Path, row: str) -> Path:
+    """Where the features of a row are, in a folder for each split, and its protocols' arrays."""
+    return run / "features" / row
