@@ -1,6 +1,5 @@
 """What a protocol is: from the frozen features of an encoder to its entry in the results."""
 
-import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +57,7 @@ class Result(NamedTuple):
     arrays: Mapping[str, np.ndarray] = {}
 
 
-class Protocol(abc.ABC):
+class Protocol:
     """A measurement on frozen features.
 
     Class attributes:
@@ -97,21 +96,13 @@ class Protocol(abc.ABC):
         labelled = "val" in row.features and all(part.labelled for part in row.features.values())
         return "the images have no labels" if self.needs_labels and not labelled else ""
 
-    @abc.abstractmethod
     def run(self, row: Row) -> Result:
-        """Evaluates a row. All processes call it."""
-
-    def path(self, folder: Path, row: str) -> Path:
-        """The file of its arrays for a row, in a run's folder."""
-        return folder_of(folder, row) / f"{self.name}.npz"
+        """Evaluates a row; all processes call it."""
+        raise NotImplementedError
 
     def read_arrays(self, folder: Path, row: str) -> dict[str, np.ndarray]:
-        """Reads the arrays of a row; empty if it was not measured.
-
-        Raises:
-          UserError: the file is damaged.
-        """
-        path = self.path(folder, row)
+        """Reads the arrays of a row; empty if there are none. Raises `UserError` on damage."""
+        path = folder_of(folder, row) / f"{self.name}.npz"
         found = files.read_saved_arrays(path, *self.arrays) if path.exists() else {}
         if len({array.shape[:1] for array in found.values()}) > 1:
             raise UserError(f"{path}: is damaged (its arrays differ in length); remove it")

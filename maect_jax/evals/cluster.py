@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -145,7 +146,7 @@ class Cluster(Protocol):
     name = section = "cluster"
     needs_labels = False
     arrays = ("clusters", "distance", "index", "labels")
-    rules = {
+    rules: ClassVar = {
         "runs": positive,
         "split": one_of(sources.SPLITS),
         **dict.fromkeys(("clusters", "pca", "minibatch"), not_negative),

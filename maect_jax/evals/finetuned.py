@@ -23,8 +23,8 @@ def classify(run: Run, name: str, images: Mapping[str, Source], bad_images: BadI
     Args:
       run: has a checkpoint of the stage.
       name: of the stage, and of its row and its entry in the results.
-      images: "train", which the labels are numbered by, and "val".
-      bad_images: counts the held-out images that cannot be read, which are left out.
+      images: "train", which number the labels, and "val".
+      bad_images: counts the held-out images that cannot be read; they are left out.
 
     Returns:
       `top1` and `top5` (0 to 1), `images` and `training_images` (numbers), `settings`, `weights`.
@@ -38,10 +38,8 @@ def classify(run: Run, name: str, images: Mapping[str, Source], bad_images: BadI
         trained = kind.training_images(config, images["train"])
         stage = kind.for_images(config, trained)
         rank = partial(jax.jit(stage.ranked), parts["params"], parts["frozen"])
-        extraction = runner.Extraction(
-            config, run.mesh, images["val"], bad_images, section.batch_size
-        )
-        ranked = features.collected(extraction.run(rank))
+        extraction = runner.Extraction(run, images["val"], bad_images, section.batch_size)
+        ranked = features.collected(extraction.batches(rank))
         found = accuracies(ranked.x, ranked.labels) | {
             "images": len(ranked.labels),
             "training_images": len(trained),

@@ -7,7 +7,7 @@ test x train matrix never exists.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -188,7 +188,7 @@ class KNN(Protocol):
     """k-NN among the training images."""
 
     name = section = "knn"
-    rules = {"k": numbers_above_0, "temperature": positive}
+    rules: ClassVar = {"k": numbers_above_0, "temperature": positive}
 
     def check_training_images(self, config, images) -> None:
         most = max(config.eval.knn.k)

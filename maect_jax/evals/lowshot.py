@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +130,7 @@ class LowShot(Protocol):
     """
 
     name = section = "lowshot"
-    rules = {
+    rules: ClassVar = {
         "splits": positive,
         "weight_decays": numbers_above_0,
         "images": Rule("numbers above 0", lambda v, _: all(n > 0 for n in v)),

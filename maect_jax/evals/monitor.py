@@ -42,7 +42,7 @@ class Monitor:
             chosen = subsets.Subset(source, records)
             bad = BadImages(chosen, config.model.channels, config.data.max_bad_fraction)
             size = config[stage.name].batch_size
-            self._extractions[split] = runner.Extraction(config, run.mesh, chosen, bad, size)
+            self._extractions[split] = runner.Extraction(run, chosen, bad, size)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Measures `knn_accuracy` (10 neighbours) and `neighbour_accuracy` (the nearest one)."""
@@ -50,7 +50,8 @@ class Monitor:
         params = self._stage.encoder_params({k: getattr(state, k) for k in self._stage.saved})
         encode = features.encoder(vit.from_config(model), params, model.pool)
         train, test = (
-            features.collected(self._extractions[split].run(encode)) for split in ("train", "val")
+            features.collected(self._extractions[split].batches(encode))
+            for split in ("train", "val")
         )
         search = knn.Search(self._run.mesh, _MEMORY_MB)
         nearest, several = knn.classify(search, train, test, ks=(1, min(_K, len(train.x))))

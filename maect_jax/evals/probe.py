@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -183,7 +183,7 @@ class Probe(Protocol):
 
     name = section = "probe"
     crops = "centre crops, extracted once"
-    rules = {
+    rules: ClassVar = {
         "epochs": positive,
         "batch_size": positive,
         "base_lrs": numbers_above_0,

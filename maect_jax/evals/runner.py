@@ -3,15 +3,13 @@
 import importlib.util
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -76,34 +74,38 @@ class Extraction:
     """How the features of some images are computed.
 
     Attributes:
-      config: of the run.
-      mesh: the device mesh, which must be the current one.
+      run: config and device mesh, which must be the current one.
       images: a source.
       bad_images: counts those that cannot be read.
       batch_size: images a batch, of all devices together.
     """
 
-    config: ConfigDict
-    mesh: Mesh
+    run: Run
     images: sources.Source
     bad_images: BadImages
     batch_size: int
 
-    def run(self, encode: features.Encode, first: int = 0, title: str = "") -> features.Batches:
-        """Encodes all images in order; all processes call it.
+    def batches(self, encode: features.Encode, first: int = 0, title: str = "") -> features.Batches:
+        """Encodes all images, in order, from batch number `first` on; all processes call it.
 
-        Args:
-          encode: from normalised images to features.
-          first: number of the first batch.
-          title: of a progress bar; empty for none.
-
-        Yields:
-          For each batch, on every process: features fp32 `[B, D]`, labels int32 `[B]`, and `valid`
-          bool `[B]`, false for padding and images that cannot be read.
+        A `title` gives a progress bar. Yields, on every process, features fp32 `[B, D]`, labels
+        int32 `[B]`, and `valid` bool `[B]`, false for padding and images that cannot be read.
         """
-        data, pending = self.config.data, None
-        for local in self._batches(first, title):
-            batch = sharding.put_batch(self.bad_images.collect(local), self.mesh)
+        config, mesh, pending = self.run.config, self.run.mesh, None
+        data, rows = config.data, sharding.local_rows(self.batch_size, mesh)
+        hidden = not title or jax.process_index() != 0 or not sys.stderr.isatty()
+        bar = tqdm(
+            loader.eval_batches(
+                record(config, self.images), self.batch_size, data.workers, rows=rows, first=first
+            ),
+            desc=title,
+            initial=first,
+            total=-(-len(self.images) // self.batch_size),
+            disable=hidden,
+            leave=False,
+        )
+        for local in bar:
+            batch = sharding.put_batch(self.bad_images.collect(local), mesh)
             images = _normalise(batch["image"], data.mean, data.std)
             encoded = encode(images), batch["label"], batch["valid"]
             if pending is not None:  # one batch late, so that the device never waits
@@ -113,31 +115,12 @@ class Extraction:
             yield sharding.to_host(pending)
         self.bad_images.check()
 
-    def _batches(self, first: int, title: str) -> Iterator[dict[str, np.ndarray]]:
-        rows = sharding.local_rows(self.batch_size, self.mesh)
-        example, workers = record(self.config, self.images), self.config.data.workers
-        return tqdm(
-            loader.eval_batches(example, self.batch_size, workers, rows=rows, first=first),
-            desc=title,
-            initial=first,
-            total=-(-len(self.images) // self.batch_size),
-            disable=not title or jax.process_index() != 0 or not sys.stderr.isatty(),
-            leave=False,
-        )
 
-
-class _Encoder(NamedTuple):
-    """How a row encodes, what with (plain JSON), and the classifier of its features, if any."""
-
-    encode: features.Encode
-    made_of: dict
-    classifier: tuple[np.ndarray, np.ndarray] | None = None
-
-
-def _encoder(config: ConfigDict, saved: lineage.Saved | None, mesh: Mesh) -> _Encoder:
+def _encoder(config: ConfigDict, saved: lineage.Saved | None, mesh):
+    """How a row encodes, what with (plain JSON), and the classifier of its features or None."""
     data, section, model = config.data, config.eval, config.model
     if saved is None:
-        return _Encoder(features.pixels(data.mean, data.std), {"kind": "raw pixels"})
+        return features.pixels(data.mean, data.std), {"kind": "raw pixels"}, None
     parts = saved.read(mesh)
     params = SAVED[saved.stage].encoder_params(parts)
     pool, dtype = section.pool or model.pool, section.dtype or model.dtype
@@ -154,7 +137,7 @@ def _encoder(config: ConfigDict, saved: lineage.Saved | None, mesh: Mesh) -> _En
         eps = saved.config[saved.stage].get("bn_eps", 0.0)
         classifier = fold_batch_norm(sharding.to_host(heads), eps)
         made_of["classifier"] = features.fingerprint(dict(enumerate(classifier)))
-    return _Encoder(features.encoder(module, params, pool), made_of, classifier)
+    return features.encoder(module, params, pool), made_of, classifier
 
 
 def _row(
@@ -166,23 +149,24 @@ def _row(
 ) -> base.Row:
     """A row of the results with its features."""
     config, size = run.config, run.config.eval.batch_size
-    encoder, data = _encoder(config, saved, run.mesh), config.data.to_dict()
+    encode, encoder, classifier = _encoder(config, saved, run.mesh)
+    data = config.data.to_dict()
     described = {key: data[key] for key in ("source", "path", "name", "mean", "std", "short_side")}
     found, made_of = {}, {}
     for split, source in images.items():
-        made_of[split] = encoder.made_of | {
+        made_of[split] = encoder | {
             "data": described | {"split": data[f"{split}_split"]},
             "size": list(config.model.image_size),
             "images": len(source),
             "labels": sources.labels_digest(source),
         }
-        extraction = Extraction(config, run.mesh, source, bad_images[split], size)
-        batches = partial(extraction.run, encoder.encode, title=f"{name} {split}")
+        extraction = Extraction(run, source, bad_images[split], size)
+        batches = partial(extraction.batches, encode, title=f"{name} {split}")
         folder = folder_of(run.folder, name) / split
         found[split] = features.stored(folder, made_of[split], len(source), size, batches)
         # Those that an earlier call could not read count as well.
-        bad = np.setdiff1d(np.arange(len(source)), found[split].index)
-        bad_images[split].collect({"bad": bad})
+        unread = np.setdiff1d(np.arange(len(source)), found[split].index)
+        bad_images[split].collect({"bad": unread})
         bad_images[split].check()
     return base.Row(
         run=run,
@@ -191,8 +175,8 @@ def _row(
         features=found,
         images=images,
         bad_images=bad_images,
-        encode=encoder.encode,
-        classifier=encoder.classifier,
+        encode=encode,
+        classifier=classifier,
     )
 
 
@@ -256,7 +240,7 @@ def _entry(entry: dict, made_of: dict) -> dict:
 def _evaluate(row: base.Row, protocol: base.Protocol, entry: dict) -> None:
     """Notes a protocol's metrics and what they were made with, and writes its arrays, unless they
     are there already."""
-    name, path = protocol.name, protocol.path(row.run.folder, row.name)
+    name, path = protocol.name, folder_of(row.run.folder, row.name) / f"{protocol.name}.npz"
     made_with = features.digest({"features": row.made_of} | protocol.settings(row.config))
     written = not protocol.arrays or path.exists() or "skipped" in entry.get(name, {})
     if entry["made_with"].get(name) == made_with and sharding.all_hosts(written):
@@ -285,11 +269,7 @@ def _export(row: base.Row, entry: dict) -> None:
 
 
 def read_results(workdir: Path) -> dict[str, dict]:
-    """Reads a run's `results.json`, by row; empty if it was not evaluated.
-
-    Raises:
-      UserError: the file is damaged.
-    """
+    """Reads a run's `results.json`, by row; empty if there is none. Raises `UserError` on damage."""
     path = workdir / "results.json"
     results = files.read_json(path)
     if not all(isinstance(row, dict) for row in results.values()):

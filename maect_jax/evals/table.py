@@ -1,13 +1,19 @@
 """The results in one table: of a run, or of several runs as mean +- standard deviation."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from maect_jax.errors import UserError
 
 _K = 10
-_CLUSTERS = {"acc": "k-means ACC", "nmi": "NMI", "ami": "AMI", "ari": "ARI"}
+_CLUSTERS = {
+    "acc": "k-means ACC",
+    "nmi": "NMI",
+    "ami": "AMI",
+    "ari": "ARI",
+    "silhouette": "silhouette",
+}
 SUBSET_NAMES = {"imagenet_dogs15": "Dogs-15", "imagenet10": "ImageNet-10"}
 
 Rows = dict[str, dict[str, str]]  # cells as text, by row and column
@@ -31,14 +37,17 @@ def shot(entry: dict) -> str:
     return f"low-shot, {100 * entry['share']:g} %"
 
 
-def _clusters(result: dict, name: str = "") -> dict[str, float]:
-    best, columns = result["best"], {}
-    for key, title in _CLUSTERS.items():
-        if key in best:
-            columns[f"{name}{title}"] = best[key]
-        if key == "acc" in result["mean"]:
-            columns[f"{name}mean of runs"] = result["mean"][key]
-    return columns | ({f"{name}silhouette": best["silhouette"]} if "silhouette" in best else {})
+def _clusters(result: dict) -> dict[str, float]:
+    columns, subsets = {}, result.get("subsets", {})
+    parts = {f"{SUBSET_NAMES[name]} ": part for name, part in subsets.items() if "best" in part}
+    for name, part in ({"": result} | parts).items():
+        best = part["best"]
+        for key, title in _CLUSTERS.items():
+            if key in best:
+                columns[f"{name}{title}"] = best[key]
+            if key == "acc" in part["mean"]:
+                columns[f"{name}mean of runs"] = part["mean"]["acc"]
+    return columns
 
 
 # By protocol, in the order of the table, its columns from its results, in fractions.
@@ -88,20 +97,11 @@ def columns(rows: Mapping[str, Mapping]) -> list[str]:
 
 def cells(results: Mapping[str, dict]) -> Rows:
     """The table of one run."""
-    return {
-        name: {
-            column: f"{value:{'+' if is_difference(name) else ''}.1f}"
-            for column, value in row.items()
-        }
-        for name, row in percentages(results).items()
-    }
+    return _formatted([percentages(results)])
 
 
 def cells_of_several(runs: Mapping[str, dict]) -> Rows:
-    """The table of several runs: mean and unbiased standard deviation.
-
-    Args:
-      runs: the results of each, by its name.
+    """The table of several runs: mean and unbiased standard deviation of their results.
 
     Raises:
       UserError: they do not have the same rows and columns.
@@ -113,14 +113,18 @@ def cells_of_several(runs: Mapping[str, dict]) -> Rows:
             raise UserError(
                 f"{name!r} cannot be averaged with the other runs: evaluated are {have}"
             )
-    several = {}
+    return _formatted(tables)
+
+
+def _formatted(tables: Sequence[Mapping[str, dict[str, float]]]) -> Rows:
+    rows = {}
     for name, row in tables[0].items():
-        form = "{:+.1f} +- {:.1f}" if is_difference(name) else "{:.1f} +- {:.1f}"
-        values = {column: [rows[name][column] for rows in tables] for column in row}
-        several[name] = {
-            column: form.format(np.mean(v), np.std(v, ddof=1)) for column, v in values.items()
-        }
-    return several
+        rows[name], form = {}, "{:+.1f}" if is_difference(name) else "{:.1f}"
+        for column in row:
+            values = [table[name][column] for table in tables]
+            spread = f" +- {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+            rows[name][column] = form.format(np.mean(values)) + spread
+    return rows
 
 
 def _lines(rows: Rows) -> list[list[str]]:

@@ -14,13 +14,14 @@ from maect_jax import config as configs
 from maect_jax import files, pipeline
 from maect_jax.data import arrays, sources
 from maect_jax.errors import RunFailedError, UserError
-from maect_jax.evals import export, features, protocols, runner
+from maect_jax.evals import ON_REQUEST, PROTOCOLS, cluster, export, features, runner
 from maect_jax.report import page
 from maect_jax.run import jsonl
 from tests.helpers import CONFIGS, SMALL
 from tests.helpers.common import mesh_of, run_on
+from tests.helpers.rows import row_of
 
-ALL = protocols.NAMES
+ALL = ON_REQUEST
 QUICK = str(CONFIGS / "quickstart.py:test")
 SHORT = ("stages=('mae','eval')", "mae.epochs=2", SMALL, "eval.cluster.runs=2", "eval.map=pca")
 
@@ -64,7 +65,7 @@ def test_every_protocol_is_in_the_results_and_better_than_chance(evaluated):
 def test_the_same_command_computes_nothing_again(evaluated, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     shutil.copytree(evaluated[0], workdir)
-    monkeypatch.setattr(features, "extract", None)
+    monkeypatch.setattr(runner.loader, "eval_batches", None)
     before = (workdir / "results.json").read_bytes()
     run_on(monkeypatch, (1, 2), configs.load(QUICK, evaluated[1]), workdir, page=False)
     assert (workdir / "results.json").read_bytes() == before
@@ -127,7 +128,7 @@ def test_features_go_on_where_they_were_stopped(tmp_path, rng, batch_size):
 
     settings = {"weights": "a"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "_KEEP_EVERY", 2)
+        patch.setattr(features, "_SAVE_EVERY", 2)
         with pytest.raises(KeyboardInterrupt):
             features.stored(tmp_path, settings, 22, 4, batches(4, stop=12))
         assert files.read_json(tmp_path / "settings.json")["done"] == 8
@@ -257,28 +258,28 @@ def test_a_page_of_an_evaluation_that_was_stopped_has_what_is_whole(evaluated, t
 
 
 def test_images_without_labels_want_a_number_of_clusters(photos):
-    with pytest.raises(UserError, match=r"clusters=0: the train images have no labels to count"):
+    with pytest.raises(
+        UserError, match=r"eval\.cluster\.clusters=0: .* train images have no labels"
+    ):
         pipeline.open_images(of_photos(photos), photos / "run")
-    with pytest.raises(UserError, match=r"clusters=99: must be at most the 60 train images"):
+    with pytest.raises(UserError, match=r"eval\.cluster\.clusters=99: must be at most .*60"):
         pipeline.open_images(of_photos(photos, "eval.cluster.clusters=99"), photos / "run")
     pipeline.open_images(of_photos(photos, "eval.protocols=('knn',)"), photos / "run")
 
 
-@pytest.mark.usefixtures("in_root")
 def test_well_known_subsets_are_clustered_by_their_wordnet_ids(rng, monkeypatch):
     """Two classes of four, which are listed in another order."""
-    monkeypatch.setitem(protocols.cluster.SUBSETS, "imagenet10", ("n3", "n1"))
+    monkeypatch.setitem(cluster.SUBSETS, "imagenet10", ("n3", "n1"))
     labels = np.repeat(np.arange(4, dtype=np.int32), 30)
     x = 9 * np.eye(4, 6)[labels] + rng.normal(size=(120, 6))
     found = features.Features(x.astype(np.float32), labels, np.arange(120))
     source = sources.Blank(120, 1)
     source.classes = ["n0", "n1", "n2", "n3"]
     settings = ["eval.cluster.subsets=('imagenet10','imagenet_dogs15')", "eval.cluster.runs=2"]
-    config = configs.load(QUICK, settings)
     mesh = mesh_of(1, 1)
-    row = protocols.Row(config, None, {"val": found}, {"val": source}, {}, mesh)
+    row = row_of({"val": found}, mesh, *settings, images={"val": source})
     with jax.set_mesh(mesh):
-        own = protocols.clustered(row)[0]["subsets"]
+        own = PROTOCOLS["cluster"].run(row).metrics["subsets"]
     assert (own["imagenet10"]["clusters"], own["imagenet10"]["images"]) == (2, 60)
     assert own["imagenet10"]["best"]["acc"] == 1
     assert own["imagenet_dogs15"] == {"skipped": "the images have no class n02085936"}
