@@ -7,11 +7,7 @@ from maect_jax.evals.lowshot import LowShot
 from maect_jax.evals.probe import AugmentedProbe, Probe
 from maect_jax.evals.retrieval import Retrieval
 
-PROTOCOLS = {
-    protocol.name: protocol
-    for protocol in (
-        Retrieval(), Classifier(), KNN(), Probe(), AugmentedProbe(), LowShot(), Cluster()
-    )
-}  # fmt: skip
-# Those that `config.eval.protocols` may name; the others run without being asked for.
-ON_REQUEST = tuple(name for name, protocol in PROTOCOLS.items() if protocol.on_request)
+# Those that `config.eval.protocols` names, and those that run by themselves where they apply.
+ON_REQUEST = {p.name: p for p in (KNN(), Probe(), AugmentedProbe(), LowShot(), Cluster())}
+AUTOMATIC = {p.name: p for p in (Retrieval(), Classifier())}
+PROTOCOLS = AUTOMATIC | ON_REQUEST

@@ -17,7 +17,7 @@ from maect_jax.evals.features import Encode, Features
 from maect_jax.run.folder import Run
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Row:
     """An encoder, which is a row of the results, and what is needed to evaluate it.
 
@@ -25,8 +25,8 @@ class Row:
       run: config, folder and device mesh, which must be the current one.
       name: of the row.
       made_of: by split, what the features are made of, plain JSON.
-      features: by split, "train" and "val"; only "train" where no images are held out.
-      images, bad_images: by split, the images and the counters of those that cannot be read.
+      features: by split, "train" and "val"; only "train" if no images are held out.
+      images, bad_images: by split, the images and the counters of unreadable ones.
       encode: from normalised images to features.
       classifier: on the features, kernel fp32 `[D, C]` and bias `[C]`, if the encoder has one.
     """
@@ -64,7 +64,6 @@ class Protocol:
       name: in `config.eval.protocols` and in the results.
       section: of `config.eval`, with its settings; empty if it has none.
       rules: of that section, by the key within it.
-      on_request: whether it runs if `config.eval.protocols` names it, or always if it `applies`.
       needs_labels: whether it is skipped unless there are held-out images and all have labels.
       arrays: the names of its arrays, if it has any.
     """
@@ -72,7 +71,6 @@ class Protocol:
     name: ClassVar[str]
     section: ClassVar[str] = ""
     rules: ClassVar[Rules] = {}
-    on_request: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = True
     arrays: ClassVar[tuple[str, ...]] = ()
 
@@ -82,13 +80,13 @@ class Protocol:
         return {"seed": config.seed, "texts": [], self.name: section}
 
     def check_training_images(self, config: ConfigDict, images: Source) -> None:
-        """Raises `UserError` if there are too few."""
+        """Raises `UserError` if there are too few for its settings."""
 
     def check_images(self, config: ConfigDict, images: Mapping[str, Source]) -> None:
-        """Raises `UserError` if it cannot run as configured on these images, by split."""
+        """Raises `UserError` if its settings do not fit the images, by split."""
 
     def applies(self, row: Row) -> bool:
-        """Whether it has something to measure."""
+        """Whether it runs on a row; asked if it runs by itself."""
         return True
 
     def skip_reason(self, row: Row) -> str:

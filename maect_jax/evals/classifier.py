@@ -35,20 +35,15 @@ class Classifier(Protocol):
     """The accuracy of the classifier that the encoder comes with."""
 
     name = "classifier"
-    on_request = False
 
     def applies(self, row: Row) -> bool:
         return row.classifier is not None
 
     def skip_reason(self, row: Row) -> str:
-        if reason := super().skip_reason(row):
+        reason, known = super().skip_reason(row), len(row.classifier[1])
+        if reason or known == row.classes:
             return reason
-        known = len(row.classifier[1])
-        return (
-            f"the classifier knows {known} classes, the labels {row.classes}"
-            if known != row.classes
-            else ""
-        )
+        return f"the classifier knows {known} classes, the labels {row.classes}"
 
     def run(self, row: Row) -> Result:
         test, (kernel, bias) = row.features["val"], row.classifier

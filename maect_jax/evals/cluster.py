@@ -25,7 +25,6 @@ from maect_jax.data import sources
 from maect_jax.errors import UserError
 from maect_jax.evals import kmeans
 from maect_jax.evals.base import Protocol, Result, Row
-from maect_jax.run.folder import Run
 
 METRICS = ("acc", "nmi", "ami", "ari")
 _PART = 65_536  # images at a time whose distances are computed
@@ -90,24 +89,21 @@ def cluster(row: Row, x: np.ndarray, labels: np.ndarray | None, clusters: int):
 
     Args:
       row: config and mesh; its features are not used.
-      x: features `[N, D]`. They are L2-normalised, then reduced to principal components, where the
-        config says so.
+      x: features `[N, D]`; L2-normalised, then reduced to principal components, if the config says.
       labels: int `[N]`, used only to evaluate the clusters; `None` if there are none.
       clusters: how many; 0 for as many as there are classes.
 
     Returns:
       The settings; `best`, the metrics of the run with the lowest k-means loss, with its
-      silhouette; `mean` and (of all runs, so not unbiased) `deviation`. The clusters of that best
-      run, int32 `[N]`, numbered so that cluster i is matched with the i-th class; and each image's
-      distance from its centre, fp32 `[N]`.
+      silhouette; `mean` and standard `deviation` (not unbiased) over all runs. The clusters of that
+      best run, int32 `[N]`, cluster i being matched with the i-th class; and each image's distance
+      from its centre, fp32 `[N]`.
     """
     section, seed = row.config.eval.cluster, row.config.seed
     x = normalize(x) if section.normalise else np.asarray(x)
     x = PCA(section.pca, svd_solver="covariance_eigh").fit_transform(x) if section.pca else x
-    count = clusters or len(np.unique(labels))
-    settings = kmeans.Settings(
-        count, section.runs, seed, row.config.eval.memory_mb, section.minibatch
-    )
+    count, memory_mb = clusters or len(np.unique(labels)), row.config.eval.memory_mb
+    settings = kmeans.Settings(count, section.runs, seed, memory_mb, section.minibatch)
     found = kmeans.kmeans(x, settings, row.run.mesh)
     best = int(found.loss.argmin())
     assigned = found.clusters[best]
@@ -121,17 +117,18 @@ def cluster(row: Row, x: np.ndarray, labels: np.ndarray | None, clusters: int):
         assigned = matched(labels, assigned)
     names = list(runs[0])
     values = np.array([[run[name] for name in names] for run in runs])
-    metrics = {
-        "clusters": count,
-        "images": len(x),
-        "runs": section.runs,
-        "l2_normalised": section.normalise,
-        "pca": section.pca,
-        "minibatch": section.minibatch,
-        "best": {**runs[best], **silhouette(x, assigned, seed), "chosen_by": "k-means loss"},
-        "mean": dict(zip(names, values.mean(0).tolist(), strict=True)),
-        "deviation": dict(zip(names, values.std(0).tolist(), strict=True)),
-    }
+    sizes = {"clusters": count, "images": len(x), "runs": section.runs}
+    prepared = {"l2_normalised": section.normalise, "pca": section.pca}
+    metrics = (
+        sizes
+        | prepared
+        | {
+            "minibatch": section.minibatch,
+            "best": {**runs[best], **silhouette(x, assigned, seed), "chosen_by": "k-means loss"},
+            "mean": dict(zip(names, values.mean(0).tolist(), strict=True)),
+            "deviation": dict(zip(names, values.std(0).tolist(), strict=True)),
+        }
+    )
     return metrics, assigned, distance
 
 
@@ -141,7 +138,8 @@ def cluster_split(config: ConfigDict, splits: Mapping[str, object]) -> str:
 
 
 class Cluster(Protocol):
-    """k-means of the images of a split, and of well-known subsets."""
+    """k-means of the images of a split, and of well-known subsets; of each image of the split
+    `index`, `labels`, `clusters` and `distance` (from the centre) `[N]`."""
 
     name = section = "cluster"
     needs_labels = False
@@ -192,7 +190,7 @@ class Cluster(Protocol):
             return {"skipped": f"there are only {chosen.sum()} images of its classes"}
         return cluster(row, images.x[chosen], images.labels[chosen], 0)[0]
 
-    def summarise(self, run: Run, rows: Sequence[str], images) -> None:
+    def summarise(self, run, rows: Sequence[str], images) -> None:
         source = images[cluster_split(run.config, images)]
         files.write_text(run.folder / "clusters.csv", self.table(run.folder, rows, source))
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -112,60 +113,57 @@ def stored(
     sharding.all_hosts(True)  # all have read before one writes
     if done < images:
         first = done // batch_size
-        _write(folder, made_of, images, first * batch_size, batches(first))
+        state = {"settings": made_of, "images": images, "done": first * batch_size}
+        _write(folder, state, batches(first))
     sharding.all_hosts(True)
     return load(folder)
 
 
-def _write(folder: Path, made_of: dict, images: int, done: int, batches: Batches) -> None:
-    """Writes the batches after the `done` images, row by row."""
-    opened, is_writer = [], jax.process_index() == 0
-    if is_writer and not done:
+def _write(folder: Path, state: dict, batches: Batches) -> None:
+    """Writes the rows of the batches after those that are `done`; `state` is `settings.json`."""
+    opened, is_writer, images = [], jax.process_index() == 0, state["images"]
+    if is_writer and not state["done"]:
         shutil.rmtree(folder, ignore_errors=True)
-    try:
+    with ExitStack() as stack:
         for number, batch in enumerate(batches, start=1):
-            rows = min(len(batch[0]), images - done)
+            rows = min(len(batch[0]), images - state["done"])
             if is_writer and not opened:
-                shapes = [(images, *array.shape[1:]) for array in batch]
-                opened = [
-                    _open(folder, *array, done) for array in zip(_ARRAYS, shapes, strict=True)
-                ]
-            for file, array, (dtype, _) in zip(opened, batch, _ARRAYS.values(), strict=False):
-                file.write(np.ascontiguousarray(array[:rows], dtype))
-            done += rows
-            if is_writer and (number % _SAVE_EVERY == 0 or done == images):
+                shapes = [(images, *x.shape[1:]) for x in batch]
+                new = (_open(folder, *x, state["done"]) for x in zip(_ARRAYS, shapes, strict=True))
+                opened = [stack.enter_context(file) for file in new]
+            for file, x, (dtype, _) in zip(opened, batch, _ARRAYS.values(), strict=False):
+                file.write(np.ascontiguousarray(x[:rows], dtype))
+            state["done"] += rows
+            if is_writer and (number % _SAVE_EVERY == 0 or state["done"] == images):
                 for file in opened:
                     files.fsync(file)
-                state = {"settings": made_of, "images": images, "done": done}
                 files.write_json(folder / "settings.json", state)
-    finally:
-        for file in opened:
-            file.close()
 
 
 def _open(folder: Path, name: str, shape: tuple[int, ...], done: int):
-    """Opens an array's file, made in its full size if nothing is `done`, to write the next rows."""
+    """Opens an array's file to write the rows after those that are `done`; makes it if there are
+    none, in its full size."""
     folder.mkdir(parents=True, exist_ok=True)
     path, mode = folder / f"{name}.npy", "r+" if done else "w+"
     array = np.lib.format.open_memmap(path, mode, dtype=_ARRAYS[name][0], shape=shape)
-    # Written as a file: where the disk is full, that is an error, and through the map a crash.
+    # Rows are written to the file: through the map a full disk would be a crash, not an error.
     file = path.open("r+b")
     file.seek(array.offset + done * array.strides[0])
     return file
 
 
 def _saved(folder: Path) -> dict:
-    """What `settings.json` says: `settings`, the number of `images`, and how many are `done`; empty
-    if it or an array is damaged."""
+    """Reads `settings.json`: `settings`, the number of `images`, and how many are `done`; empty if
+    it or an array is damaged."""
     try:
         saved = files.read_json(folder / "settings.json")
-        arrays = [np.lib.format.open_memmap(folder / f"{name}.npy", "r") for name in _ARRAYS]
-    except (UserError, OSError, ValueError, OverflowError):
+        done, images = saved.get("done"), saved.get("images")
+        whole = type(done) is int and type(images) is int and 0 <= done <= images
+        for name, (dtype, axes) in _ARRAYS.items():
+            array = np.lib.format.open_memmap(folder / f"{name}.npy", "r")
+            whole &= array.dtype == dtype and array.ndim == axes and len(array) == images
+    except (UserError, OSError, ValueError, TypeError, OverflowError):
         return {}
-    done, images = saved.get("done"), saved.get("images")
-    whole = type(done) is int and type(images) is int and 0 <= done <= images
-    for array, (dtype, axes) in zip(arrays, _ARRAYS.values(), strict=True):
-        whole &= array.dtype == dtype and array.ndim == axes and len(array) == images
     return saved if whole and "settings" in saved else {}
 
 

@@ -25,39 +25,30 @@ _TOLERANCE = 1e-4  # of the mean variance: how far all centres together may stil
 
 
 class Rows(NamedTuple):
-    """Rows fp32 `[G, T, D]` and their weight `[G, T]`, 0 for padding."""
+    """Rows on the devices."""
 
-    x: jax.Array
-    weight: jax.Array
+    x: jax.Array  # fp32 [G, T, D]
+    weight: jax.Array  # [G, T], 0 for padding
 
 
 class Clustering(NamedTuple):
-    """Of R restarts: centres fp32 `[R, K, D]`, clusters int32 `[R, N]`, losses (the sum of squared
-    distances) `[R]`, and passes over the rows `[R]`."""
+    """The results of R restarts."""
 
-    centres: np.ndarray
-    clusters: np.ndarray
-    loss: np.ndarray
-    passes: np.ndarray
+    centres: np.ndarray  # fp32 [R, K, D]
+    clusters: np.ndarray  # int32 [R, N]
+    loss: np.ndarray  # [R], the sum of squared distances
+    passes: np.ndarray  # [R], over all rows
 
 
 class Settings(NamedTuple):
-    """How rows are clustered.
+    """How rows are clustered. Lloyd's algorithm ends when the centres move less than scikit-learn's
+    tolerance, or after 300 passes; mini-batch k-means starts from a sample."""
 
-    Attributes:
-      k: number of clusters, at most that of rows.
-      runs: R, restarts.
-      seed: restart r draws from (seed, r), no matter which ones run beside it.
-      memory_mb: MiB that each device may use beside its rows.
-      batch_size: of mini-batch k-means, which starts from a sample; 0 for Lloyd's algorithm, which
-        ends when the centres move less than scikit-learn's tolerance, or after 300 passes.
-    """
-
-    k: int
-    runs: int
-    seed: int
-    memory_mb: int
-    batch_size: int = 0
+    k: int  # clusters, at most as many as rows
+    runs: int  # R, restarts
+    seed: int  # restart r draws from (seed, r), no matter which ones run beside it
+    memory_mb: int  # MiB that each device may use beside its rows
+    batch_size: int = 0  # of mini-batch k-means; 0 for Lloyd's algorithm
 
 
 def layout(order: np.ndarray, devices: int, tile: int, in_turns: bool = False) -> np.ndarray:

@@ -24,8 +24,7 @@ _READ = 4096  # rows of the bank that its statistics are summed over at a time
 
 
 class _Tile(NamedTuple):
-    """Rows `x` `[T, D]` of the bank, from number `start` of its `rows`, and what normalises them,
-    `mean` and `std` `[D]`."""
+    """Bank rows `x` `[T, D]` from number `start` of `rows`, to normalise by `mean`, `std` `[D]`."""
 
     x: jax.Array
     start: jax.Array
@@ -79,27 +78,18 @@ def _padded(x: np.ndarray, rows: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Search:
-    """A search for nearest rows by cosine.
+    """A search for nearest rows by cosine."""
 
-    Attributes:
-      mesh: the device mesh, which must be the current one.
-      memory_mb: MiB that each device may use.
-      standardise: whether each dimension is first normalised by the bank's `moments`.
-    """
-
-    mesh: jax.sharding.Mesh
-    memory_mb: int
-    standardise: bool = False
+    mesh: jax.sharding.Mesh  # the current one
+    memory_mb: int  # MiB that each device may use
+    standardise: bool = False  # whether dimensions are first normalised by the bank's `moments`
 
     def plan(self, bank: tuple[int, int], queries: int, k: int) -> tuple[int, int, int]:
-        """Chooses how much to search at a time in a bank of some shape.
+        """Plans a search: queries of all devices at a time, queries in a block, rows in a tile.
 
         A device has its queries twice (as read and normalised), their best so far, two tiles (one
         is copied while the other is searched) and a third, normalised; and for a block the scores,
         with the row numbers, before and after they are merged with the best so far.
-
-        Returns:
-          Queries of all devices together, queries in a block, rows in a tile.
         """
         (rows, width), devices = bank, self.mesh.size
         floats = self.memory_mb * 2**20 // 4
@@ -157,13 +147,13 @@ def _vote(scores, labels, temperature, *, ks: tuple[int, ...], classes: int):
 def classify(
     search: Search, train: Features, test: Features, ks: tuple[int, ...], temperature: float = 0.07
 ) -> list[dict]:
-    """Measures accuracy for several k in one pass; votes are weighted by exp(cosine / T).
+    """Measures accuracy for several k in one pass; votes are weighted by exp(cosine / temperature).
 
     Args:
       search: finds the neighbours.
       train, test: features with labels.
       ks: numbers of neighbours; those above the number of training images are left out.
-      temperature: T.
+      temperature: of the votes.
 
     Returns:
       A dict for each k: `k`, `accuracy` (0 to 1), and the settings.

@@ -32,13 +32,12 @@ _SMALL = 1e-6  # or where the gradient, relative to the first one, is at roundin
 
 
 class Fit(NamedTuple):
-    """For each of P penalties: weights fp32 `[P, D, C]`, the objective, the norm of its gradient
-    and the number of steps `[P]`."""
+    """The optimum for each of P penalties."""
 
-    weights: jax.Array
-    objective: jax.Array
-    gradient_norm: jax.Array
-    steps: jax.Array
+    weights: jax.Array  # fp32 [P, D, C]
+    objective: jax.Array  # [P]
+    gradient_norm: jax.Array  # [P]
+    steps: jax.Array  # [P]
 
 
 def prepare(x: np.ndarray) -> np.ndarray:
@@ -151,7 +150,6 @@ class LowShot(Protocol):
         return Result(list(entries))
 
     def _of_lists(self, row: Row) -> Iterator[dict]:
-        """Raises `UserError` if a list cannot be read or names an unknown image."""
         train, images, by_name = row.features["train"], row.images["train"], {}
         names = [images.name(record) for record in range(len(images))]
         # Lists name all images, features are those of the readable ones.
@@ -165,11 +163,8 @@ class LowShot(Protocol):
             yield {"list": name, **size, "drawn": list(paths), **self._measured(row, parts)}
 
     def _of_draws(self, row: Row) -> Iterator[dict]:
-        section, seed, labels = (
-            row.config.eval.lowshot,
-            row.config.seed,
-            row.features["train"].labels,
-        )
+        section, seed = row.config.eval.lowshot, row.config.seed
+        labels = row.features["train"].labels
         fewest = np.unique(labels, return_counts=True)[1].min()
         for number in section.images:
             entry = {"images_per_class": number, "drawn": _DRAWN}
@@ -186,22 +181,25 @@ class LowShot(Protocol):
     def _measured(self, row: Row, parts: Sequence[np.ndarray]) -> dict:
         """Mean and unbiased standard deviation over parts of the training images, one for each
         split, for each penalty; those of the first penalty come first."""
-        decays, entries = row.config.eval.lowshot.weight_decays, []
+        decays = row.config.eval.lowshot.weight_decays
         splits = [self._accuracies(row, part, np.asarray(decays)) for part in parts]
-        for i, decay in enumerate(decays):
-            accuracies, norms, steps = zip(*(tuple(x[i] for x in s) for s in splits), strict=True)
-            entries.append(
-                {
-                    "weight_decay": decay,
-                    "accuracy": float(np.mean(accuracies)),
-                    "deviation": float(np.std(accuracies, ddof=1)) if len(parts) > 1 else None,
-                    "accuracies": [float(accuracy) for accuracy in accuracies],
-                    "gradient_norm": float(max(norms)),
-                    "steps": int(max(steps)),
-                }
-            )
-        sizes = {"images": len(parts[0]), "splits": len(parts)}
-        return {**sizes, **entries[0], "weight_decays": entries}
+        accuracies, norms, steps = (
+            np.stack(values, axis=1) for values in zip(*splits, strict=True)
+        )
+        entries = [
+            {
+                "weight_decay": decay,
+                "accuracy": float(accuracies[i].mean()),
+                "deviation": float(accuracies[i].std(ddof=1)) if len(parts) > 1 else None,
+                "accuracies": accuracies[i].tolist(),
+                "gradient_norm": float(norms[i].max()),
+                "steps": int(steps[i].max()),
+            }
+            for i, decay in enumerate(decays)
+        ]
+        return {
+            "images": len(parts[0]), "splits": len(parts), **entries[0], "weight_decays": entries
+        }  # fmt: skip
 
     def _accuracies(self, row: Row, part: np.ndarray, decays: np.ndarray):
         """Test accuracies, reached gradient norms and steps `[P]` of regressions on a part."""

@@ -28,8 +28,7 @@ Batches = Iterator[tuple[jax.Array, jax.Array]]  # features fp32 [B, D], labels 
 
 
 class Schedule(NamedTuple):
-    """How P probes are trained: peak learning rates `[P]`, epochs, updates an epoch, and the seed
-    of the initial weights."""
+    """Peak learning rates `[P]`, epochs, updates an epoch, and the seed of the initial weights."""
 
     lrs: np.ndarray
     epochs: int
@@ -38,10 +37,8 @@ class Schedule(NamedTuple):
 
 
 class Probes(NamedTuple):
-    """P probes. They share one batch normalisation, as it has no parameters.
-
-    `weights` and `velocity`: kernel fp32 `[P, D, C]`, bias `[P, C]`; `mean` and `var` `[D]`.
-    """
+    """P probes: kernels fp32 `[P, D, C]` and biases `[P, C]`. They share one batch normalisation,
+    `mean` and `var` `[D]`, as it has no parameters."""
 
     weights: dict
     velocity: dict
@@ -103,7 +100,7 @@ def fit(
     """Trains probes by SGD with momentum, linear warm-up and cosine, without weight decay.
 
     Args:
-      batches: enough batches of features and labels, split over the mesh.
+      batches: of features and labels, split over the mesh; at least `epochs * updates`.
       schedule: learning rates, length and seed.
       tests: features to evaluate the probes on after each epoch, by name.
       classes: C.
@@ -146,33 +143,32 @@ def cached_batches(train: Features, batch_size: int, seed: int, mesh) -> Batches
 def summary(
     curves: Mapping[str, np.ndarray], base_lrs: tuple[float, ...], chosen_on: str
 ) -> dict[str, object]:
-    """Summarises each probe's accuracies on the test images, and those of the best.
+    """Summarises the probes' accuracies on the test images.
 
     Args:
       curves: what `fit` returns, with "test".
       base_lrs: of the probes.
-      chosen_on: the name of the curve that the best is chosen on.
+      chosen_on: the curve that the best probe and epoch are chosen on.
 
     Returns:
-      `probes`: of each at the last epoch and at its best; `best_last_epoch`: the probe that is
-      best at the last epoch; `best_any_epoch`: the best probe and epoch of all; `epochs_top1`: the
-      accuracies of each epoch and probe.
+      `best_last_epoch`: the best probe at the last epoch; `best_any_epoch`: the best probe and
+      epoch; `probes`: each at the last and its best epoch; `epochs_top1`: `[epochs, P]`.
     """
     test, chosen = curves["test"], curves[chosen_on][..., 0]
+    last = len(chosen) - 1
 
     def entry(epoch: int, probe: int) -> dict:
         top1, top5 = test[epoch, probe].tolist()
         return {"base_lr": base_lrs[probe], "epoch": epoch + 1, "top1": top1, "top5": top5}
 
-    last = len(chosen) - 1
-    best_epoch, best_probe = np.unravel_index(chosen.argmax(), chosen.shape)
+    best_epochs = enumerate(chosen.argmax(0).tolist())
+    best_epoch, best_probe = divmod(int(chosen.argmax()), len(base_lrs))
     return {
         "chosen_on": chosen_on,
         "best_last_epoch": entry(last, int(chosen[-1].argmax())),
-        "best_any_epoch": entry(int(best_epoch), int(best_probe)),
+        "best_any_epoch": entry(best_epoch, best_probe),
         "probes": [
-            {"last_epoch": entry(last, p), "best_epoch": entry(int(chosen[:, p].argmax()), p)}
-            for p in range(len(base_lrs))
+            {"last_epoch": entry(last, p), "best_epoch": entry(e, p)} for p, e in best_epochs
         ],
         "epochs_top1": test[..., 0].tolist(),
     }
@@ -184,8 +180,7 @@ class Probe(Protocol):
     name = section = "probe"
     crops = "centre crops, extracted once"
     rules: ClassVar = {
-        "epochs": positive,
-        "batch_size": positive,
+        **dict.fromkeys(("epochs", "batch_size"), positive),
         "base_lrs": numbers_above_0,
         "crop_scale": CROP_SCALE,
         "held_out": fraction,
@@ -232,15 +227,12 @@ class AugmentedProbe(Probe):
 
     def _batches(self, row: Row, train: Features, batch_size: int, steps: int) -> Batches:
         data, model, mesh = row.config.data, row.config.model, row.run.mesh
-        images, bad, scale = (
-            row.images["train"],
-            row.bad_images["train"],
-            row.config.eval.probe.crop_scale,
-        )
+        images, bad = row.images["train"], row.bad_images["train"]
         if len(train.index) < len(images):
             images = subsets.Subset(images, train.index)
             bad = bad_images.BadImages(images, model.channels, data.max_bad_fraction)
-        seed, size = (row.config.seed, _SEED), model.image_size
+        scale, size = row.config.eval.probe.crop_scale, model.image_size
+        seed = row.config.seed, _SEED
         make = loader.TrainRecord(images, model.channels, size, (scale,), seed, data.scaled_jpeg)
         recipe = augment.Recipe(size, scale, data.mean, data.std, (augment.Photometric(),))
         rows = sharding.local_rows(batch_size, mesh)

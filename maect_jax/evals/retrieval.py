@@ -16,7 +16,7 @@ class Retrieval(Protocol):
     """
 
     name = "retrieval"
-    on_request = needs_labels = False
+    needs_labels = False
     arrays = ("index", "neighbours")
 
     def run(self, row: Row) -> Result:

@@ -19,7 +19,7 @@ from maect_jax.config import Rules, one_of, positive, some_of
 from maect_jax.data import augment, loader, sources
 from maect_jax.data.bad_images import BadImages
 from maect_jax.errors import UserError
-from maect_jax.evals import ON_REQUEST, PROTOCOLS, base, export, features, maps
+from maect_jax.evals import AUTOMATIC, ON_REQUEST, PROTOCOLS, base, export, features, maps
 from maect_jax.evals.classifier import fold_batch_norm
 from maect_jax.models import vit
 from maect_jax.run import lineage
@@ -52,15 +52,15 @@ def check(config: ConfigDict, devices: int) -> None:
 
 
 def check_training_images(config: ConfigDict, images: sources.Source) -> None:
-    """Raises `UserError` if a protocol needs more training images."""
+    """Raises `UserError` if there are too few for a protocol's settings."""
     for name in config.eval.protocols:
-        PROTOCOLS[name].check_training_images(config, images)
+        ON_REQUEST[name].check_training_images(config, images)
 
 
 def check_images(config: ConfigDict, images: Mapping[str, sources.Source]) -> None:
-    """Raises `UserError` if a protocol cannot run as configured on the images, by split."""
+    """Raises `UserError` if a protocol's settings do not fit the images, by split."""
     for name in config.eval.protocols:
-        PROTOCOLS[name].check_images(config, images)
+        ON_REQUEST[name].check_images(config, images)
 
 
 def record(config: ConfigDict, images: sources.Source) -> loader.EvalRecord:
@@ -71,19 +71,12 @@ def record(config: ConfigDict, images: sources.Source) -> loader.EvalRecord:
 
 @dataclass(frozen=True)
 class Extraction:
-    """How the features of some images are computed.
+    """How the features of some images are computed."""
 
-    Attributes:
-      run: config and device mesh, which must be the current one.
-      images: a source.
-      bad_images: counts those that cannot be read.
-      batch_size: images a batch, of all devices together.
-    """
-
-    run: Run
+    run: Run  # config and device mesh, which must be the current one
     images: sources.Source
-    bad_images: BadImages
-    batch_size: int
+    bad_images: BadImages  # counts those that cannot be read
+    batch_size: int  # images, of all devices together
 
     def batches(self, encode: features.Encode, first: int = 0, title: str = "") -> features.Batches:
         """Encodes all images, in order, from batch number `first` on; all processes call it.
@@ -91,20 +84,14 @@ class Extraction:
         A `title` gives a progress bar. Yields, on every process, features fp32 `[B, D]`, labels
         int32 `[B]`, and `valid` bool `[B]`, false for padding and images that cannot be read.
         """
-        config, mesh, pending = self.run.config, self.run.mesh, None
-        data, rows = config.data, sharding.local_rows(self.batch_size, mesh)
-        hidden = not title or jax.process_index() != 0 or not sys.stderr.isatty()
-        bar = tqdm(
-            loader.eval_batches(
-                record(config, self.images), self.batch_size, data.workers, rows=rows, first=first
-            ),
-            desc=title,
-            initial=first,
-            total=-(-len(self.images) // self.batch_size),
-            disable=hidden,
-            leave=False,
+        config, mesh, size = self.run.config, self.run.mesh, self.batch_size
+        data, rows, pending = config.data, sharding.local_rows(size, mesh), None
+        batches = loader.eval_batches(
+            record(config, self.images), size, data.workers, rows=rows, first=first
         )
-        for local in bar:
+        total, hidden = -(-len(self.images) // size), jax.process_index() or not sys.stderr.isatty()
+        bar = dict(desc=title, initial=first, total=total, disable=not title or hidden, leave=False)
+        for local in tqdm(batches, **bar):
             batch = sharding.put_batch(self.bad_images.collect(local), mesh)
             images = _normalise(batch["image"], data.mean, data.std)
             encoded = encode(images), batch["label"], batch["valid"]
@@ -125,12 +112,9 @@ def _encoder(config: ConfigDict, saved: lineage.Saved | None, mesh):
     params = SAVED[saved.stage].encoder_params(parts)
     pool, dtype = section.pool or model.pool, section.dtype or model.dtype
     module = vit.from_config(model).clone(dtype=dtype, final_norm=section.final_norm)
-    made_of = {
-        "kind": f"{pool}, {'after' if section.final_norm else 'before'} the final norm",
-        "dtype": dtype,
-        "weights": features.fingerprint(params),
-        "model": model.to_dict(),
-    }
+    kind = f"{pool}, {'after' if section.final_norm else 'before'} the final norm"
+    weights = {"weights": features.fingerprint(params), "model": model.to_dict()}
+    made_of = {"kind": kind, "dtype": dtype} | weights
     heads = {k: parts[k]["classifier"] for k in _CLASSIFIER if "classifier" in parts.get(k, ())}
     classifier = None
     if heads and pool == model.pool and section.final_norm:  # the features it was trained on
@@ -154,30 +138,21 @@ def _row(
     described = {key: data[key] for key in ("source", "path", "name", "mean", "std", "short_side")}
     found, made_of = {}, {}
     for split, source in images.items():
+        bad, folder = bad_images[split], folder_of(run.folder, name) / split
         made_of[split] = encoder | {
             "data": described | {"split": data[f"{split}_split"]},
             "size": list(config.model.image_size),
             "images": len(source),
             "labels": sources.labels_digest(source),
         }
-        extraction = Extraction(run, source, bad_images[split], size)
+        extraction = Extraction(run, source, bad, size)
         batches = partial(extraction.batches, encode, title=f"{name} {split}")
-        folder = folder_of(run.folder, name) / split
         found[split] = features.stored(folder, made_of[split], len(source), size, batches)
         # Those that an earlier call could not read count as well.
-        unread = np.setdiff1d(np.arange(len(source)), found[split].index)
-        bad_images[split].collect({"bad": unread})
-        bad_images[split].check()
-    return base.Row(
-        run=run,
-        name=name,
-        made_of=made_of,
-        features=found,
-        images=images,
-        bad_images=bad_images,
-        encode=encode,
-        classifier=classifier,
-    )
+        bad.collect({"bad": np.setdiff1d(np.arange(len(source)), found[split].index)})
+        bad.check()
+    inputs = dict(features=found, images=images, bad_images=bad_images)
+    return base.Row(run, name, made_of, **inputs, encode=encode, classifier=classifier)
 
 
 def run(
@@ -201,8 +176,7 @@ def run(
     """
     section, is_writer = run.config.eval, jax.process_index() == 0
     encoders = ({PIXELS: None} if section.pixels else {}) | encoders
-    always = [protocol for protocol in PROTOCOLS.values() if not protocol.on_request]
-    requested = [PROTOCOLS[name] for name in section.protocols]
+    requested = [ON_REQUEST[name] for name in section.protocols]
     path, results = run.folder / "results.json", read_results(run.folder)
     steps = len(encoders) * (1 + len(requested))
     with tqdm(total=steps, desc="eval", unit="step", disable=not is_writer) as bar:
@@ -213,12 +187,12 @@ def run(
             entry = results[name] = _entry(results.get(name, {}), row.made_of)
             entry["seconds"].setdefault("features", round(time.monotonic() - start, 1))
             bar.update()
-            for protocol in (*(one for one in always if one.applies(row)), *requested):
+            for protocol in (*(p for p in AUTOMATIC.values() if p.applies(row)), *requested):
                 bar.set_postfix_str(f"{name} {protocol.name}")
                 _evaluate(row, protocol, entry)
                 if is_writer:
                     files.write_json(path, results)
-                bar.update(protocol.on_request)
+                bar.update(protocol in requested)
             if is_writer and section.export:
                 _export(row, entry)
                 files.write_json(path, results)
@@ -269,7 +243,7 @@ def _export(row: base.Row, entry: dict) -> None:
 
 
 def read_results(workdir: Path) -> dict[str, dict]:
-    """Reads a run's `results.json`, by row; empty if there is none. Raises `UserError` on damage."""
+    """Reads a run's `results.json`; empty if there is none. Raises `UserError` on damage."""
     path = workdir / "results.json"
     results = files.read_json(path)
     if not all(isinstance(row, dict) for row in results.values()):
@@ -278,12 +252,10 @@ def read_results(workdir: Path) -> dict[str, dict]:
 
 
 def read_retrieval(workdir: Path, row: str) -> dict[str, np.ndarray]:
-    """Reads `index` `[Q]`, the record numbers of some images (held out, if there are any), and
-    `neighbours` `[Q, k]`, those of the nearest training images; empty without such a row."""
+    """Reads the arrays of `retrieval.Retrieval`; empty if there are none for a row."""
     return PROTOCOLS["retrieval"].read_arrays(workdir, row)
 
 
 def read_clusters(workdir: Path, row: str) -> dict[str, np.ndarray]:
-    """Reads `index`, `labels`, `clusters` and `distance` `[N]` of the images that were clustered;
-    empty if none were."""
+    """Reads the arrays of `cluster.Cluster`; empty if there are none for a row."""
     return PROTOCOLS["cluster"].read_arrays(workdir, row)

@@ -8,12 +8,8 @@ from maect_jax.errors import UserError
 
 _K = 10
 _CLUSTERS = {
-    "acc": "k-means ACC",
-    "nmi": "NMI",
-    "ami": "AMI",
-    "ari": "ARI",
-    "silhouette": "silhouette",
-}
+    "acc": "k-means ACC", "nmi": "NMI", "ami": "AMI", "ari": "ARI", "silhouette": "silhouette",
+}  # fmt: skip
 SUBSET_NAMES = {"imagenet_dogs15": "Dogs-15", "imagenet10": "ImageNet-10"}
 
 Rows = dict[str, dict[str, str]]  # cells as text, by row and column
@@ -41,10 +37,9 @@ def _clusters(result: dict) -> dict[str, float]:
     columns, subsets = {}, result.get("subsets", {})
     parts = {f"{SUBSET_NAMES[name]} ": part for name, part in subsets.items() if "best" in part}
     for name, part in ({"": result} | parts).items():
-        best = part["best"]
         for key, title in _CLUSTERS.items():
-            if key in best:
-                columns[f"{name}{title}"] = best[key]
+            if key in part["best"]:
+                columns[f"{name}{title}"] = part["best"][key]
             if key == "acc" in part["mean"]:
                 columns[f"{name}mean of runs"] = part["mean"]["acc"]
     return columns
@@ -58,27 +53,18 @@ _COLUMNS = {
     "lowshot": lambda result: {shot(e): e["accuracy"] for e in result if "accuracy" in e},
     "classifier": lambda result: {"its classifier": result["top1"]},
     "finetune": lambda result: {"fine-tuned": result["top1"]},
-    "cluster": lambda result: (
-        _clusters(result)
-        | {
-            column: value
-            for subset, part in result.get("subsets", {}).items()
-            if "best" in part
-            for column, value in _clusters(part, f"{SUBSET_NAMES[subset]} ").items()
-        }
-    ),
+    "cluster": _clusters,
 }
 
 
 def percentages(results: Mapping[str, dict]) -> dict[str, dict[str, float]]:
     """The numbers of the table, in percent, by row and column; if MAE and CT are both there, a row
     with what tuning has changed as well."""
-    rows = {}
+    rows = {name: {} for name in results}
     for name, result in results.items():
-        rows[name] = {}
-        for protocol, columns_of in _COLUMNS.items():
-            if there(result, protocol):
-                rows[name] |= {k: 100 * v for k, v in columns_of(result[protocol]).items()}
+        for protocol in (key for key in _COLUMNS if there(result, key)):
+            fractions = _COLUMNS[protocol](result[protocol])
+            rows[name] |= {column: 100 * value for column, value in fractions.items()}
     if {"mae", "ct"} <= set(rows):
         before, after = rows["mae"], rows["ct"]
         rows["ct - mae"] = {key: after[key] - before[key] for key in after if key in before}
