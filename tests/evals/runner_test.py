@@ -32,6 +32,7 @@ def evaluated(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "run"
     settings = (*SHORT, f"eval.protocols={ALL}", "eval.export=npz", "monitor.every=1")
     settings += ("eval.probe.held_out=0.1", "monitor.images=500", "eval.pool=cls+mean")
+    settings += ("eval.lowshot.splits=2",)
     with pytest.MonkeyPatch.context() as patch:
         run_on(patch, (1, 2), configs.load(QUICK, settings), workdir, page=False)
     return workdir, settings
@@ -209,6 +210,7 @@ def of_photos(photos, *settings):
     first = (f"data.path={photos}", "data.source=folder", "data.train_split=photos")
     first += ("data.short_side=32", "model.channels=3", "data.max_bad_fraction=0.1")
     first += ("data.mean=(0.5,0.5,0.5)", "data.std=(0.25,0.25,0.25)", "mae.batch_size=16")
+    first += ("eval.map=pca",)
     first += ("stages=('mae','eval')", "eval.batch_size=16", "eval.cluster.runs=2")
     return configs.load(QUICK, [*first, *settings])
 
