@@ -21,7 +21,7 @@ from tests.helpers import CONFIGS, SMALL
 from tests.helpers.common import mesh_of, run_on
 from tests.helpers.rows import row_of
 
-ALL = ON_REQUEST
+ALL = tuple(ON_REQUEST)
 QUICK = str(CONFIGS / "quickstart.py:test")
 SHORT = ("stages=('mae','eval')", "mae.epochs=2", SMALL, "eval.cluster.runs=2", "eval.map=pca")
 
