@@ -2,10 +2,9 @@
 
 from maect_jax.evals.classifier import Classifier
 from maect_jax.evals.cluster import Cluster
-from maect_jax.evals.knn import KNN
+from maect_jax.evals.knn import KNN, Retrieval
 from maect_jax.evals.lowshot import LowShot
 from maect_jax.evals.probe import AugmentedProbe, Probe
-from maect_jax.evals.retrieval import Retrieval
 
 # Those that `config.eval.protocols` names, and those that run by themselves where they apply.
 ON_REQUEST = {p.name: p for p in (KNN(), Probe(), AugmentedProbe(), LowShot(), Cluster())}

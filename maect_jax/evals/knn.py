@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification (Wu et al., 2018).
+"""Nearest neighbours: weighted k-NN classification (Wu et al., 2018), and examples for the report.
 
 The queries are split over the devices; tiles of the bank pass by, each on every device. So devices
 exchange nothing, no more than a tile of the bank leaves the disk at a time, and the whole
@@ -21,6 +21,7 @@ from maect_jax.evals.features import Features
 
 _BLOCK = 1024  # queries, at most, that a device compares with a tile at a time
 _READ = 4096  # rows of the bank that its statistics are summed over at a time
+_QUERIES, _NEIGHBOURS = 8, 5  # of the report
 
 
 class _Tile(NamedTuple):
@@ -192,3 +193,28 @@ class KNN(Protocol):
         section, (train, test) = row.config.eval.knn, (row.features[s] for s in ("train", "val"))
         search = Search(row.run.mesh, row.config.eval.memory_mb, section.standardise)
         return Result(classify(search, train, test, section.k, section.temperature))
+
+
+class Retrieval(Protocol):
+    """No metrics, but `index` int32 `[Q]`, the record numbers of some images, and `neighbours`
+    `[Q, k]`, those of the nearest training images.
+
+    The images are held out, or else training images, which are not their own neighbours.
+    """
+
+    name = "retrieval"
+    needs_labels = False
+    arrays = ("index", "neighbours")
+
+    def run(self, row: Row) -> Result:
+        train = row.features["train"]
+        test = row.features.get("val", train)
+        queries = np.unique(np.linspace(0, len(test.x) - 1, _QUERIES).astype(int))
+        k = min(_NEIGHBOURS + 1, len(train.x))
+        search = Search(row.run.mesh, row.config.eval.memory_mb)
+        _, nearest = search.nearest(train.x, test.x[queries], k)
+        itself = np.where("val" in row.features, -1, queries)[:, None]
+        # The sort is stable: all but the image itself move up.
+        order = np.argsort(nearest == itself, axis=1, kind="stable")[:, :_NEIGHBOURS]
+        neighbours = train.index[np.take_along_axis(nearest, order, 1)]
+        return Result({}, {"index": test.index[queries], "neighbours": neighbours})

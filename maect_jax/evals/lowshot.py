@@ -150,6 +150,7 @@ class LowShot(Protocol):
         return Result(list(entries))
 
     def _of_lists(self, row: Row) -> Iterator[dict]:
+        """Raises `UserError` if a list cannot be read or names an unknown image."""
         train, images, by_name = row.features["train"], row.images["train"], {}
         names = [images.name(record) for record in range(len(images))]
         # Lists name all images, features are those of the readable ones.
@@ -197,9 +198,8 @@ class LowShot(Protocol):
             }
             for i, decay in enumerate(decays)
         ]
-        return {
-            "images": len(parts[0]), "splits": len(parts), **entries[0], "weight_decays": entries
-        }  # fmt: skip
+        sizes = {"images": len(parts[0]), "splits": len(parts)}
+        return sizes | entries[0] | {"weight_decays": entries}
 
     def _accuracies(self, row: Row, part: np.ndarray, decays: np.ndarray):
         """Test accuracies, reached gradient norms and steps `[P]` of regressions on a part."""

@@ -28,21 +28,20 @@ Batches = Iterator[tuple[jax.Array, jax.Array]]  # features fp32 [B, D], labels 
 
 
 class Schedule(NamedTuple):
-    """Peak learning rates `[P]`, epochs, updates an epoch, and the seed of the initial weights."""
+    """How P probes are trained."""
 
-    lrs: np.ndarray
+    lrs: np.ndarray  # [P], their peak
     epochs: int
-    updates: int
-    seed: int
+    updates: int  # an epoch
+    seed: int  # of the initial weights
 
 
 class Probes(NamedTuple):
-    """P probes: kernels fp32 `[P, D, C]` and biases `[P, C]`. They share one batch normalisation,
-    `mean` and `var` `[D]`, as it has no parameters."""
+    """P probes. They share one batch normalisation, as it has no parameters."""
 
-    weights: dict
-    velocity: dict
-    mean: jax.Array
+    weights: dict  # kernel fp32 [P, D, C], bias [P, C]
+    velocity: dict  # of the weights
+    mean: jax.Array  # [D], a running average, like var
     var: jax.Array
     step: jax.Array
 

@@ -252,7 +252,7 @@ def read_results(workdir: Path) -> dict[str, dict]:
 
 
 def read_retrieval(workdir: Path, row: str) -> dict[str, np.ndarray]:
-    """Reads the arrays of `retrieval.Retrieval`; empty if there are none for a row."""
+    """Reads the arrays of `knn.Retrieval`; empty if there are none for a row."""
     return PROTOCOLS["retrieval"].read_arrays(workdir, row)
 
 
