@@ -1,4 +1,8 @@
-"""k-means on frozen features, compared with the labels if there are any."""
+"""k-means on frozen features, compared with the labels if there are any.
+
+scikit-learn and SciPy, which take a second to import, are imported where they are used: not by
+training, nor by each process that reads images.
+"""
 
 import csv
 import io
@@ -8,16 +12,6 @@ from typing import ClassVar
 
 import numpy as np
 from ml_collections import ConfigDict
-from scipy.optimize import linear_sum_assignment
-from sklearn.decomposition import PCA
-from sklearn.metrics import (
-    adjusted_mutual_info_score,
-    adjusted_rand_score,
-    normalized_mutual_info_score,
-    silhouette_score,
-)
-from sklearn.metrics.cluster import contingency_matrix
-from sklearn.preprocessing import normalize
 
 from maect_jax import files
 from maect_jax.config import not_negative, one_of, positive, some_of
@@ -26,7 +20,6 @@ from maect_jax.errors import UserError
 from maect_jax.evals import kmeans
 from maect_jax.evals.base import Protocol, Result, Row
 
-METRICS = ("acc", "nmi", "ami", "ari")
 _PART = 65_536  # images at a time whose distances are computed
 _SILHOUETTE = 10_000  # images, a random draw if there are more: it compares each with all
 
@@ -46,6 +39,9 @@ SUBSETS = {
 
 def _matching(labels: np.ndarray, clusters: np.ndarray):
     """The contingency table, and the classes and clusters (rows, columns) that are matched."""
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics.cluster import contingency_matrix
+
     counts = contingency_matrix(labels, clusters)
     return counts, *linear_sum_assignment(-counts)
 
@@ -69,13 +65,20 @@ def matched_accuracy(labels: np.ndarray, clusters: np.ndarray) -> float:
 
 def agreement(labels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
     """ACC, NMI (arithmetic), AMI and ARI of a clustering, each at most 1."""
-    scores = (matched_accuracy, normalized_mutual_info_score, adjusted_mutual_info_score)
-    values = [score(labels, clusters) for score in (*scores, adjusted_rand_score)]
-    return {name: float(value) for name, value in zip(METRICS, values, strict=True)}
+    from sklearn import metrics
+
+    return {
+        "acc": float(matched_accuracy(labels, clusters)),
+        "nmi": float(metrics.normalized_mutual_info_score(labels, clusters)),
+        "ami": float(metrics.adjusted_mutual_info_score(labels, clusters)),
+        "ari": float(metrics.adjusted_rand_score(labels, clusters)),
+    }
 
 
 def silhouette(x: np.ndarray, clusters: np.ndarray, seed: int) -> dict:
     """The silhouette, and the number of images that it is of; empty where it is not defined."""
+    from sklearn.metrics import silhouette_score
+
     if len(x) > _SILHOUETTE:
         drawn = np.random.default_rng(seed).choice(len(x), _SILHOUETTE, replace=False)
         x, clusters = x[drawn], clusters[drawn]
@@ -99,6 +102,9 @@ def cluster(row: Row, x: np.ndarray, labels: np.ndarray | None, clusters: int):
       best run, int32 `[N]`, cluster i being matched with the i-th class; and each image's distance
       from its centre, fp32 `[N]`.
     """
+    from sklearn.decomposition import PCA
+    from sklearn.preprocessing import normalize
+
     section, seed = row.config.eval.cluster, row.config.seed
     x = normalize(x) if section.normalise else np.asarray(x)
     x = PCA(section.pca, svd_solver="covariance_eigh").fit_transform(x) if section.pca else x

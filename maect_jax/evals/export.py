@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from maect_jax.evals.features import Features
 
@@ -22,6 +20,9 @@ def write(path: Path, features: Features, names: Sequence[str]) -> None:
         with draft.open("wb") as file:
             np.savez(file, features=x, name=np.array(names, str), label=labels, index=index)
     else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         flat = pa.array(np.ascontiguousarray(x).ravel())  # no copy of what lies on disk
         columns = {"name": pa.array(names, pa.string()), "label": labels, "index": index}
         columns["features"] = pa.FixedSizeListArray.from_arrays(flat, x.shape[1])

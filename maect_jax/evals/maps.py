@@ -1,9 +1,6 @@
 """Two-dimensional maps of features."""
 
 import numpy as np
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
-from sklearn.preprocessing import normalize
 
 NAMES = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
 _EQUAL = 1e-6  # features that differ by less in every dimension are the same
@@ -15,14 +12,17 @@ def points(x: np.ndarray, how: str) -> np.ndarray:
     `how` is one of `NAMES`; "umap" needs the extra [umap]. Features that are all the same become
     one point.
     """
-    x = normalize(x)
+    from sklearn import decomposition, manifold, preprocessing  # takes a second
+
+    x = preprocessing.normalize(x)
     if len(x) < 4 or np.ptp(x, axis=0).max() < _EQUAL:
         return np.zeros((len(x), 2))
     if how == "pca":
-        return PCA(2, svd_solver="full").fit_transform(x)
+        return decomposition.PCA(2, svd_solver="full").fit_transform(x)
     if how == "tsne":
         perplexity = min(30.0, len(x) / 4)
-        return TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(x)
+        tsne = manifold.TSNE(init="pca", perplexity=perplexity, random_state=0)
+        return tsne.fit_transform(x)
     import umap  # an extra, which takes seconds to import
 
     # A fixed seed allows one thread only, and without n_jobs=1 umap warns of that.
