@@ -289,7 +289,7 @@ def _run_stages(
     for name in config.stages:
         if name == EVAL:
             rows = lineage.encoders(run.folder) if len(config.stages) > 1 else origin.rows()
-            results = runner.run(run, images, bad, rows)
+            results = runner.run(run, images, bad_images=bad, encoders=rows)
             if is_main:
                 print(f"\n{table.text(table.cells(results))}", flush=True)
             continue
@@ -309,7 +309,7 @@ def _run_stages(
         )
         origin = lineage.of_run(run.folder, name)
         if stage.needs_labels:
-            result = finetuned.classify(run, name, images, bad["val"])
+            result = finetuned.classify(run, name, images=images, bad_images=bad["val"])
             if is_main:
                 print(finetuned.text(result), flush=True)
     if is_main:

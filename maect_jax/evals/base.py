@@ -101,10 +101,10 @@ class Protocol:
     def read_arrays(self, folder: Path, row: str) -> dict[str, np.ndarray]:
         """Reads the arrays of a row; empty if there are none. Raises `UserError` on damage."""
         path = folder_of(folder, row) / f"{self.name}.npz"
-        found = files.read_saved_arrays(path, *self.arrays) if path.exists() else {}
-        if len({array.shape[:1] for array in found.values()}) > 1:
+        arrays = files.read_saved_arrays(path, *self.arrays) if path.exists() else {}
+        if len({array.shape[:1] for array in arrays.values()}) > 1:
             raise UserError(f"{path}: is damaged (its arrays differ in length); remove it")
-        return found
+        return arrays
 
     def summarise(self, run: Run, rows: Sequence[str], images: Mapping[str, Source]) -> None:
         """Writes a file on all rows together, if it has one; process 0 calls it at the end."""

@@ -51,5 +51,5 @@ class Classifier(Protocol):
         for start in range(0, len(test.x), _PART):
             scores = test.x[start : start + _PART] @ kernel + bias
             ranked.append(np.argsort(-scores, axis=1, kind="stable")[:, :5])
-        found = accuracies(np.concatenate(ranked), test.labels)
-        return Result({**found, "classes": len(bias), "images": len(test.labels)})
+        metrics = accuracies(np.concatenate(ranked), test.labels)
+        return Result({**metrics, "classes": len(bias), "images": len(test.labels)})

@@ -108,33 +108,34 @@ def cluster(row: Row, x: np.ndarray, labels: np.ndarray | None, clusters: int):
     section, seed = row.config.eval.cluster, row.config.seed
     x = normalize(x) if section.normalise else np.asarray(x)
     x = PCA(section.pca, svd_solver="covariance_eigh").fit_transform(x) if section.pca else x
-    count, memory_mb = clusters or len(np.unique(labels)), row.config.eval.memory_mb
-    settings = kmeans.Settings(count, section.runs, seed, memory_mb, section.minibatch)
-    found = kmeans.kmeans(x, settings, row.run.mesh)
-    best = int(found.loss.argmin())
-    assigned = found.clusters[best]
+    count = clusters or len(np.unique(labels))
+    limits = dict(memory_mb=row.config.eval.memory_mb, batch_size=section.minibatch)
+    settings = kmeans.Settings(count, section.runs, seed, **limits)
+    clustering = kmeans.kmeans(x, settings, row.run.mesh)
+    best = int(clustering.loss.argmin())
+    assigned = clustering.clusters[best]
     distance = np.empty(len(x), np.float32)
     for start in range(0, len(x), _PART):
         part = slice(start, start + _PART)
-        distance[part] = np.linalg.norm(x[part] - found.centres[best][assigned[part]], axis=1)
-    runs = [{"loss": float(loss)} for loss in found.loss]
+        distance[part] = np.linalg.norm(x[part] - clustering.centres[best][assigned[part]], axis=1)
+    runs = [{"loss": float(loss)} for loss in clustering.loss]
     if labels is not None:
-        runs = [agreement(labels, c) | run for c, run in zip(found.clusters, runs, strict=True)]
+        scores = (agreement(labels, clusters) for clusters in clustering.clusters)
+        runs = [score | run for score, run in zip(scores, runs, strict=True)]
         assigned = matched(labels, assigned)
     names = list(runs[0])
     values = np.array([[run[name] for name in names] for run in runs])
-    sizes = {"clusters": count, "images": len(x), "runs": section.runs}
-    prepared = {"l2_normalised": section.normalise, "pca": section.pca}
-    metrics = (
-        sizes
-        | prepared
-        | {
-            "minibatch": section.minibatch,
-            "best": {**runs[best], **silhouette(x, assigned, seed), "chosen_by": "k-means loss"},
-            "mean": dict(zip(names, values.mean(0).tolist(), strict=True)),
-            "deviation": dict(zip(names, values.std(0).tolist(), strict=True)),
-        }
-    )
+    metrics = {
+        "clusters": count,
+        "images": len(x),
+        "runs": section.runs,
+        "l2_normalised": section.normalise,
+        "pca": section.pca,
+        "minibatch": section.minibatch,
+        "best": {**runs[best], **silhouette(x, assigned, seed), "chosen_by": "k-means loss"},
+        "mean": dict(zip(names, values.mean(0).tolist(), strict=True)),
+        "deviation": dict(zip(names, values.std(0).tolist(), strict=True)),
+    }
     return metrics, assigned, distance
 
 

@@ -38,21 +38,22 @@ def classify(run: Run, name: str, images: Mapping[str, Source], bad_images: BadI
         trained = kind.training_images(config, images["train"])
         stage = kind.for_images(config, trained)
         rank = partial(jax.jit(stage.ranked), parts["params"], parts["frozen"])
-        extraction = runner.Extraction(run, images["val"], bad_images, section.batch_size)
+        size = section.batch_size
+        extraction = runner.Extraction(run, images["val"], bad_images, batch_size=size)
         ranked = features.collected(extraction.batches(rank))
-        found = accuracies(ranked.x, ranked.labels) | {
+        metrics = accuracies(ranked.x, ranked.labels) | {
             "images": len(ranked.labels),
             "training_images": len(trained),
             "settings": section.to_dict(),
             "weights": weights,
         }
-        results[name] = results.get(name, {}) | {name: found}
+        results[name] = results.get(name, {}) | {name: metrics}
         if jax.process_index() == 0:
             files.write_json(run.folder / "results.json", results)
     return results[name][name]
 
 
-def text(found: dict) -> str:
+def text(metrics: dict) -> str:
     """Formats what `classify` returns as one line."""
-    top1, top5 = (f"{100 * found[key]:.1f} %" for key in ("top1", "top5"))
-    return f"finetune: top-1 {top1}, top-5 {top5} of {found['images']:,} held-out images"
+    top1, top5 = (f"{100 * metrics[key]:.1f} %" for key in ("top1", "top5"))
+    return f"finetune: top-1 {top1}, top-5 {top5} of {metrics['images']:,} held-out images"

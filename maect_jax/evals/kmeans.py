@@ -270,7 +270,7 @@ def kmeans(x: np.ndarray, settings: Settings, mesh) -> Clustering:
         rows = first_rows = place(centred, mesh, numbers)
     limits = dict(tile=numbers.shape[1], devices=mesh.size, memory_mb=memory_mb)
     together = restarts_at_a_time(x.shape, k, **limits)
-    found = []
+    parts = []
     for first in range(0, runs, together):
         restarts = jnp.arange(first, min(first + together, runs))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), restarts)
@@ -284,5 +284,5 @@ def kmeans(x: np.ndarray, settings: Settings, mesh) -> Clustering:
         centres, nearest, loss, passes = sharding.to_host((centres, nearest, loss, passes))
         clusters = np.empty((len(restarts), len(x)), np.int32)
         clusters[:, numbers[numbers >= 0]] = np.moveaxis(nearest, 1, 0)[:, numbers >= 0]
-        found.append(Clustering(centres + middle, clusters, loss, passes))
-    return Clustering(*map(np.concatenate, zip(*found, strict=True)))
+        parts.append(Clustering(centres + middle, clusters, loss, passes))
+    return Clustering(*map(np.concatenate, zip(*parts, strict=True)))

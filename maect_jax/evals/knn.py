@@ -116,7 +116,7 @@ class Search:
         size, block, tile = self.plan(bank.shape, len(queries), k)
         scale = moments(bank) if self.standardise else (np.zeros(width), np.ones(width))
         scale = [sharding.replicate(np.float32(part), self.mesh) for part in scale]
-        found = []
+        parts = []
         for first in range(0, len(queries), size):
             part = queries[first : first + size]
             count = len(part)
@@ -128,8 +128,8 @@ class Search:
                 jax.block_until_ready(best)  # at most one tile waits for its turn
                 at = np.int32(start), np.int32(len(bank))
                 best = _merge(best, part, _Tile(rows, *at, *scale), block=block)
-            found.append([array[:count] for array in sharding.to_host(best)])
-        return tuple(np.concatenate(arrays) for arrays in zip(*found, strict=True))
+            parts.append([array[:count] for array in sharding.to_host(best)])
+        return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
 
 @partial(jax.jit, static_argnames=("ks", "classes"))
@@ -192,7 +192,7 @@ class KNN(Protocol):
     def run(self, row: Row) -> Result:
         section, (train, test) = row.config.eval.knn, (row.features[s] for s in ("train", "val"))
         search = Search(row.run.mesh, row.config.eval.memory_mb, section.standardise)
-        return Result(classify(search, train, test, section.k, section.temperature))
+        return Result(classify(search, train, test, ks=section.k, temperature=section.temperature))
 
 
 class Retrieval(Protocol):

@@ -205,7 +205,7 @@ class LowShot(Protocol):
         """Test accuracies, reached gradient norms and steps `[P]` of regressions on a part."""
         (train, test), mesh = (row.features[split] for split in ("train", "val")), row.run.mesh
         x, labels = prepare(train.x[part]), train.labels[part]
-        fitted = fit(x, labels, decays / len(part), row.classes, mesh)
+        fitted = fit(x, labels, decays / len(part), classes=row.classes, mesh=mesh)
         hits = 0
         for x, labels in features.parts(test, mesh, prepare):
             hits = hits + _hits(fitted.weights, x, labels)

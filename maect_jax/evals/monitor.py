@@ -42,7 +42,7 @@ class Monitor:
             chosen = subsets.Subset(source, records)
             bad = BadImages(chosen, config.model.channels, config.data.max_bad_fraction)
             size = config[stage.name].batch_size
-            self._extractions[split] = runner.Extraction(run, chosen, bad, size)
+            self._extractions[split] = runner.Extraction(run, chosen, bad, batch_size=size)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Measures `knn_accuracy` (10 neighbours) and `neighbour_accuracy` (the nearest one)."""

@@ -197,9 +197,10 @@ class Probe(Protocol):
             train = Features(*(part[~held_out] for part in train))
         size = min(section.batch_size, len(train.labels)) // devices * devices
         lrs = np.array([optim.scaled_lr(lr, size, views=1) for lr in section.base_lrs])
-        schedule = Schedule(lrs, section.epochs, len(train.labels) // size, seed)
-        batches = self._batches(row, train, size, schedule.updates * schedule.epochs)
-        curves = fit(batches, schedule, tests, row.classes, row.run.mesh)
+        updates = len(train.labels) // size
+        schedule = Schedule(lrs, section.epochs, updates=updates, seed=seed)
+        batches = self._batches(row, train, batch_size=size, steps=updates * section.epochs)
+        curves = fit(batches, schedule, tests, classes=row.classes, mesh=row.run.mesh)
         settings = {"crops": self.crops, "epochs": section.epochs, "batch_size": size}
         return Result(settings | summary(curves, section.base_lrs, chosen_on))
 

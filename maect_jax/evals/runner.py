@@ -136,7 +136,7 @@ def _row(
     encode, encoder, classifier = _encoder(config, saved, run.mesh)
     data = config.data.to_dict()
     described = {key: data[key] for key in ("source", "path", "name", "mean", "std", "short_side")}
-    found, made_of = {}, {}
+    extracted, made_of = {}, {}
     for split, source in images.items():
         bad, folder = bad_images[split], folder_of(run.folder, name) / split
         made_of[split] = encoder | {
@@ -145,13 +145,14 @@ def _row(
             "images": len(source),
             "labels": sources.labels_digest(source),
         }
-        extraction = Extraction(run, source, bad, size)
+        extraction = Extraction(run, source, bad, batch_size=size)
         batches = partial(extraction.batches, encode, title=f"{name} {split}")
-        found[split] = features.stored(folder, made_of[split], len(source), size, batches)
+        sizes = dict(images=len(source), batch_size=size)
+        extracted[split] = features.stored(folder, made_of[split], **sizes, batches=batches)
         # Those that an earlier call could not read count as well.
-        bad.collect({"bad": np.setdiff1d(np.arange(len(source)), found[split].index)})
+        bad.collect({"bad": np.setdiff1d(np.arange(len(source)), extracted[split].index)})
         bad.check()
-    inputs = dict(features=found, images=images, bad_images=bad_images)
+    inputs = dict(features=extracted, images=images, bad_images=bad_images)
     return base.Row(run, name, made_of, **inputs, encode=encode, classifier=classifier)
 
 
@@ -183,7 +184,7 @@ def run(
         for name, saved in encoders.items():
             bar.set_postfix_str(f"{name} features")
             start = time.monotonic()
-            row = _row(run, name, saved, images, bad_images)
+            row = _row(run, name, saved, images=images, bad_images=bad_images)
             entry = results[name] = _entry(results.get(name, {}), row.made_of)
             entry["seconds"].setdefault("features", round(time.monotonic() - start, 1))
             bar.update()
@@ -202,13 +203,13 @@ def run(
 
 
 def _entry(entry: dict, made_of: dict) -> dict:
-    """The entry of a row, without what was measured on other features."""
+    """The entry of a row, without what protocols measured on other features."""
     digest, kind = features.digest(made_of), made_of["train"]
     if entry.get("made_of") == digest and {"seconds", "made_with"} <= entry.keys():
         return entry
-    kept = {key: entry[key] for key in ("finetune",) if key in entry}
     fresh = {"features": kind["kind"], "dtype": kind.get("dtype"), "made_of": digest}
-    return kept | fresh | {"seconds": {}, "made_with": {}}
+    fresh |= {"seconds": {}, "made_with": {}}
+    return {key: entry[key] for key in entry if key not in PROTOCOLS | fresh} | fresh
 
 
 def _evaluate(row: base.Row, protocol: base.Protocol, entry: dict) -> None:
