@@ -61,7 +61,7 @@ def nearest_neighbours(mesh, rounds: int = 3) -> None:
     found = {}
 
     def ours():
-        found["ours"] = knn.nearest(bank, queries, k, mesh, _MEMORY_MB)[1]
+        found["ours"] = knn.Search(mesh, _MEMORY_MB).nearest(bank, queries, k)[1]
 
     def sklearn():
         search = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute")
@@ -89,7 +89,7 @@ def grid(mesh, width: int = 256) -> None:
         bank, queries = blobs(rows, width, 10), blobs(count, width, 10)
         for memory_mb in (32, 256):
             before = _peak_mb()
-            run = partial(knn.nearest, bank, queries, 20, mesh, memory_mb)
+            run = partial(knn.Search(mesh, memory_mb).nearest, bank, queries, 20)
             seconds = in_turns({"": run}, 3)[""]
             print(
                 f"{count:6,} x {rows:7,}  bound {memory_mb:4} MiB  {seconds:6.2f} s  "
@@ -102,11 +102,11 @@ def grid(mesh, width: int = 256) -> None:
 def clusters(mesh, restarts: int) -> None:
     """Each restart of ours against one of scikit-learn's: time and loss."""
     x, k = blobs(50_000, 384, 1000), 1000
-    kmeans.kmeans(x[:5000], k, 1, 0, mesh, _MEMORY_MB)  # both have run before
+    kmeans.kmeans(x[:5000], kmeans.Settings(k, 1, 0, _MEMORY_MB), mesh)  # both have run before
     rows = []
     for seed in range(restarts):
         start = time.perf_counter()
-        ours = kmeans.kmeans(x, k, 1, seed, mesh, _MEMORY_MB)
+        ours = kmeans.kmeans(x, kmeans.Settings(k, 1, seed, _MEMORY_MB), mesh)
         middle = time.perf_counter()
         peer = KMeans(k, n_init=1, random_state=seed).fit(x)
         end = time.perf_counter()
@@ -123,7 +123,7 @@ def clusters(mesh, restarts: int) -> None:
     print(f"a restart, median of ratios: {np.median(own / others):.2f} of scikit-learn's time")
     print(f"lowest loss: {loss.min() / inertia.min():.5f} of scikit-learn's lowest")
     start = time.perf_counter()
-    small = kmeans.kmeans(x, k, 1, 0, mesh, _MEMORY_MB, 4096)
+    small = kmeans.kmeans(x, kmeans.Settings(k, 1, 0, _MEMORY_MB, batch_size=4096), mesh)
     print(f"mini-batches: {time.perf_counter() - start:.1f} s, loss {small.loss[0] / loss[0]:.4f}")
 
 
@@ -153,7 +153,7 @@ def probes(mesh) -> None:
 
     def augmented(rates):
         batches = ((encode(images), labels) for _ in range(2))
-        return probe.fit(batches, 2, 1, rates, {"test": test}, classes, 0, mesh)
+        return probe.fit(batches, probe.Schedule(rates, 1, 2, 0), {"test": test}, classes, mesh)
 
     one, ten = partial(augmented, lrs[:1]), partial(augmented, lrs)
     told(in_turns({"augmented, one probe": one, "augmented, ten": ten}, 5))
@@ -164,7 +164,8 @@ def probes(mesh) -> None:
 
         def cached(rates, train=train, classes=classes):
             batches = probe.cached_batches(train, 1024, 0, mesh)
-            return probe.fit(batches, rows // 1024, 3, rates, {"test": train}, classes, 0, mesh)
+            schedule = probe.Schedule(rates, 3, rows // 1024, 0)
+            return probe.fit(batches, schedule, {"test": train}, classes, mesh)
 
         def apart(cached=cached):
             return [cached(lrs[i : i + 1]) for i in range(len(lrs))]

@@ -18,7 +18,7 @@ from maect_jax.config import Rule, Rules, between, not_negative, one_of, positiv
 from maect_jax.data import sources
 from maect_jax.data.bad_images import BadImages
 from maect_jax.errors import RunFailedError, UserError
-from maect_jax.evals import finetuned, monitor, protocols, runner, table
+from maect_jax.evals import finetuned, monitor, runner, table
 from maect_jax.models import vit
 from maect_jax.report import page
 from maect_jax.run import bad_steps, board, checkpoints, folder, lineage, snapshots
@@ -111,7 +111,7 @@ def check(config: ConfigDict, devices: int) -> None:
     for stage in training_stages(config):
         stage.check(config, devices)
     if EVAL in config.stages:
-        protocols.check(config, devices)
+        runner.check(config, devices)
 
 
 def open_images(config: ConfigDict, workdir: Path) -> dict[str, sources.Source]:
@@ -144,7 +144,7 @@ def open_images(config: ConfigDict, workdir: Path) -> dict[str, sources.Source]:
         )
     check_enough(config, images["train"])
     if EVAL in config.stages:
-        protocols.check_images(config, images)
+        runner.check_images(config, images)
     return images
 
 
@@ -165,7 +165,7 @@ def check_enough(config: ConfigDict, images: sources.Source) -> None:
                 "steps"
             )
     if EVAL in config.stages:
-        protocols.check_neighbours(config, images)
+        runner.check_training_images(config, images)
 
 
 def images_to_plan(config: ConfigDict) -> tuple[sources.Source, str]:
@@ -288,7 +288,7 @@ def _run_stages(
     for name in config.stages:
         if name == EVAL:
             rows = lineage.encoders(run.folder) if len(config.stages) > 1 else origin.rows()
-            results = runner.run(config, images, bad_images, rows, run.folder, run.mesh)
+            results = runner.run(run, images, bad_images=bad_images, encoders=rows)
             if is_main:
                 print(f"\n{table.text(table.cells(results))}", flush=True)
             continue
@@ -308,7 +308,7 @@ def _run_stages(
         )
         origin = lineage.of_run(run.folder, name)
         if stage.needs_labels:
-            result = finetuned.classify(config, images, bad_images["val"], run.folder, run.mesh)
+            result = finetuned.classify(run, name, images=images, bad_images=bad_images["val"])
             if is_main:
                 print(finetuned.text(result), flush=True)
     if is_main:

@@ -12,7 +12,8 @@ import pytest
 from maect_jax import config, sharding
 from maect_jax.convert import head_names
 from maect_jax.convert import names as convert
-from maect_jax.evals import cluster, features, knn
+from maect_jax.data import arrays, bad_images
+from maect_jax.evals import cluster, features, knn, runner
 from maect_jax.stages import STAGES, optim, state
 from maect_jax.stages.step import gradients, step
 from tests.helpers import CONFIGS
@@ -28,6 +29,7 @@ from tests.helpers.golden_figures import (
     optimiser_bound,
 )
 from tests.helpers.gradient_bounds import assert_gradients, grad_parts, update_bound
+from tests.helpers.rows import row_of
 from tests.helpers.tiny_stages import ENCODER, TINY_STAGES, batch_of
 
 # Data-parallel and sharded at once; the slow ones are either alone, and other sizes.
@@ -132,23 +134,25 @@ def test_an_evaluation_of_the_same_weights_is_the_same(rng):
     labels = np.arange(160) % 5
     pictures[..., 0] = 40 * labels[:, None, None] + rng.integers(0, 50, (160, 8, 8))
     params = jax.jit(encoder.init)(jax.random.key(1), pictures[:1] / 255)["params"]
+    source, halves = arrays.Arrays(pictures, labels, list("abcde")), (slice(96), slice(96, None))
+    settings = (
+        "model.image_size=(8,8)", "model.channels=3", "data.short_side=8", "eval.cluster.runs=3",
+        "data.mean=(0.5,0.5,0.5)", "data.std=(0.25,0.25,0.25)",
+    )  # fmt: skip
     found = []
     for shape in ((1, 1), (8, 1), (2, 4)):
         mesh = mesh_of(*shape)
         with jax.set_mesh(mesh):
             placed = jax.device_put(params, sharding.tree_shardings(params, mesh))
             encode = features.encoder(encoder, placed, "cls")
-            batches = (
-                dict(
-                    image=pictures[i : i + 32], label=labels[i : i + 32],
-                    index=np.arange(i, i + 32), valid=np.ones(32, bool),
-                )
-                for i in range(0, 160, 32)
-            )  # fmt: skip
-            parts = features.extract(encode, batches, (0.5,) * 3, (0.25,) * 3, mesh)
-            x, y, _ = map(np.concatenate, zip(*parts, strict=True))
-            near = knn.knn(x[:96], y[:96], x[96:], y[96:], (1, 5), mesh, 64)
-            groups, assigned, _ = cluster.cluster(x, y, 0, mesh, 64, runs=3)
+            row = row_of({}, mesh, *settings)
+            bad = bad_images.BadImages(source, 3, 0.0)
+            x, y, _ = whole = features.collected(
+                runner.Extraction(row.run, source, bad, 32).batches(encode)
+            )
+            train, test = (features.Features(*(a[s] for a in whole)) for s in halves)
+            near = knn.classify(knn.Search(mesh, 64), train, test, (1, 5))
+            groups, assigned, _ = cluster.cluster(row, x, y, clusters=0)
         best = {k: v for k, v in groups["best"].items() if k != "chosen_by"}
         found.append((x, [n["accuracy"] for n in near], best, assigned))
     x, accuracies, best, assigned = found[0]

@@ -11,6 +11,7 @@ import pytest
 from maect_jax.convert import head_names
 from maect_jax.convert import names as convert
 from maect_jax.evals import knn
+from maect_jax.evals.features import Features
 from maect_jax.models import mae, vit
 from maect_jax.stages import optim
 from tests.helpers import golden_figures as figures
@@ -214,13 +215,17 @@ def test_the_step_applies_its_optimiser_to_its_gradients(case, given):
 @pytest.mark.parametrize("case", KNN, ids=str)
 @pytest.mark.parametrize("standardised", [False, True], ids=["raw", "standardised"])
 def test_knn(case, standardised):
-    train, test = ((case[f"{s}_features"], case[f"{s}_labels"]) for s in ("train", "test"))
+    train, test = (
+        Features(case[f"{s}_features"], case[f"{s}_labels"], None) for s in ("train", "test")
+    )
     ks, temperature = tuple(case.meta["k"]), case.meta["temperature"]
     mesh = mesh_of(1, 1)
     with jax.set_mesh(mesh):
-        got = knn.knn(*train, *test, ks, mesh, 64, temperature, standardised)
+        got = knn.classify(knn.Search(mesh, 64, standardised), train, test, ks, temperature)
     want = case["accuracy/standardised" if standardised else "accuracy/raw"]
     assert [entry["k"] for entry in got] == list(ks)
     # As counts: the reference keeps the share in fp32.
-    correct = [np.rint(len(test[1]) * np.asarray(x)) for x in (want, [e["accuracy"] for e in got])]
+    correct = [
+        np.rint(len(test.labels) * np.asarray(x)) for x in (want, [e["accuracy"] for e in got])
+    ]
     np.testing.assert_array_equal(*correct)

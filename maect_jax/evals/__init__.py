@@ -1,1 +1,12 @@
-"""Evaluation protocols on frozen features."""
+"""Evaluation protocols on frozen features. A new protocol is a file and a line here."""
+
+from maect_jax.evals.classifier import Classifier
+from maect_jax.evals.cluster import Cluster
+from maect_jax.evals.knn import KNN, Retrieval
+from maect_jax.evals.lowshot import LowShot
+from maect_jax.evals.probe import AugmentedProbe, Probe
+
+# Those that `config.eval.protocols` names, and those that run by themselves where they apply.
+ON_REQUEST = {p.name: p for p in (KNN(), Probe(), AugmentedProbe(), LowShot(), Cluster())}
+AUTOMATIC = {p.name: p for p in (Retrieval(), Classifier())}
+PROTOCOLS = AUTOMATIC | ON_REQUEST

@@ -1,15 +1,21 @@
-"""The linear classifier that an encoder comes with."""
+"""The linear classifier that an encoder comes with: a probe's, or that of fine-tuning."""
 
 import numpy as np
 
+from maect_jax.evals.base import Protocol, Result, Row
+
+_PART = 8192  # images that are classified at a time
+
 
 def fold_batch_norm(parts: dict, bn_eps: float) -> tuple[np.ndarray, np.ndarray]:
-    """A linear classifier's kernel fp32 `[D, C]` and bias `[C]`, with the batch normalisation of a
-    probe folded into them.
+    """Folds the batch normalisation of a probe, if there is one, into its linear classifier.
 
     Args:
       parts: `params` and, of a probe, `batch_stats` of the classifier, NumPy arrays.
-      bn_eps: of a probe's batch normalisation.
+      bn_eps: of the batch normalisation.
+
+    Returns:
+      Kernel fp32 `[D, C]` and bias `[C]`.
     """
     kernel, bias = (np.asarray(parts["params"][key], np.float64) for key in ("kernel", "bias"))
     if "batch_stats" in parts:
@@ -17,3 +23,33 @@ def fold_batch_norm(parts: dict, bn_eps: float) -> tuple[np.ndarray, np.ndarray]
         kernel = kernel / np.sqrt(var + bn_eps)[:, None]
         bias = bias - mean @ kernel
     return kernel.astype(np.float32), bias.astype(np.float32)
+
+
+def accuracies(ranked: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """`top1` and `top5` of ranked classes `[N, K]`, the most likely first, K at most 5."""
+    hits = ranked == labels[:, None]
+    return {"top1": float(hits[:, 0].mean()), "top5": float(hits.any(1).mean())}
+
+
+class Classifier(Protocol):
+    """The accuracy of the classifier that the encoder comes with."""
+
+    name = "classifier"
+
+    def applies(self, row: Row) -> bool:
+        return row.classifier is not None
+
+    def skip_reason(self, row: Row) -> str:
+        reason, known = super().skip_reason(row), len(row.classifier[1])
+        if reason or known == row.classes:
+            return reason
+        return f"the classifier knows {known} classes, the labels {row.classes}"
+
+    def run(self, row: Row) -> Result:
+        test, (kernel, bias) = row.features["val"], row.classifier
+        ranked = []
+        for start in range(0, len(test.x), _PART):
+            scores = test.x[start : start + _PART] @ kernel + bias
+            ranked.append(np.argsort(-scores, axis=1, kind="stable")[:, :5])
+        metrics = accuracies(np.concatenate(ranked), test.labels)
+        return Result({**metrics, "classes": len(bias), "images": len(test.labels)})

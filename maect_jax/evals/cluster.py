@@ -1,24 +1,29 @@
-"""k-means on frozen features, judged against the labels where there are any."""
+"""k-means on frozen features, compared with the labels if there are any.
+
+scikit-learn and SciPy, which take a second to import, are imported where they are used: not by
+training, nor by each process that reads images.
+"""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
-from sklearn.decomposition import PCA
-from sklearn.metrics import (
-    adjusted_mutual_info_score,
-    adjusted_rand_score,
-    normalized_mutual_info_score,
-    silhouette_score,
-)
-from sklearn.metrics.cluster import contingency_matrix
-from sklearn.preprocessing import normalize
+from ml_collections import ConfigDict
 
+from maect_jax import files
+from maect_jax.config import not_negative, one_of, positive, some_of
+from maect_jax.data import sources
+from maect_jax.errors import UserError
 from maect_jax.evals import kmeans
+from maect_jax.evals.base import Protocol, Result, Row
 
-METRICS = ("acc", "nmi", "ami", "ari")
-_PART = 65_536  # images at a time whose distances are measured
-_SILHOUETTE = 10_000  # images, drawn at random where there are more: it compares each with all
+_PART = 65_536  # images at a time whose distances are computed
+_SILHOUETTE = 10_000  # images, a random draw if there are more: it compares each with all
 
-# Well-known parts of ImageNet-1k, by WordNet id.
+# Well-known parts of ImageNet-1k, by WordNet ids.
 SUBSETS = {
     "imagenet_dogs15": (
         "n02085936", "n02086646", "n02088238", "n02091467", "n02097130", "n02099601", "n02101388",
@@ -33,19 +38,22 @@ SUBSETS = {
 
 
 def _matching(labels: np.ndarray, clusters: np.ndarray):
-    """The contingency table, and the classes and clusters (rows, columns) that belong together."""
+    """The contingency table, and the classes and clusters (rows, columns) that are matched."""
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics.cluster import contingency_matrix
+
     counts = contingency_matrix(labels, clusters)
     return counts, *linear_sum_assignment(-counts)
 
 
 def matched(labels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """The clusters, renumbered by the class (in order) that each is matched with; those that no
-    class is left for come after the classes."""
+    """Renumbers clusters int `[N]` by the matched class, in order; those without a class come after
+    the classes."""
     counts, classes, columns = _matching(labels, clusters)
     number = np.full(counts.shape[1], -1)
     number[columns] = classes
-    left = np.flatnonzero(number < 0)
-    number[left] = len(counts) + np.arange(len(left))
+    rest = np.flatnonzero(number < 0)
+    number[rest] = len(counts) + np.arange(len(rest))
     return number[np.unique(clusters, return_inverse=True)[1]].astype(np.int32)
 
 
@@ -57,14 +65,20 @@ def matched_accuracy(labels: np.ndarray, clusters: np.ndarray) -> float:
 
 def agreement(labels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
     """ACC, NMI (arithmetic), AMI and ARI of a clustering, each at most 1."""
-    scores = (matched_accuracy, normalized_mutual_info_score, adjusted_mutual_info_score)
-    values = [score(labels, clusters) for score in (*scores, adjusted_rand_score)]
-    return {name: float(value) for name, value in zip(METRICS, values, strict=True)}
+    from sklearn import metrics
+
+    return {
+        "acc": float(matched_accuracy(labels, clusters)),
+        "nmi": float(metrics.normalized_mutual_info_score(labels, clusters)),
+        "ami": float(metrics.adjusted_mutual_info_score(labels, clusters)),
+        "ari": float(metrics.adjusted_rand_score(labels, clusters)),
+    }
 
 
 def silhouette(x: np.ndarray, clusters: np.ndarray, seed: int) -> dict:
-    """The silhouette, and of how many images, drawn at random where there are many; nothing where
-    it is not defined."""
+    """The silhouette, and the number of images that it is of; empty where it is not defined."""
+    from sklearn.metrics import silhouette_score
+
     if len(x) > _SILHOUETTE:
         drawn = np.random.default_rng(seed).choice(len(x), _SILHOUETTE, replace=False)
         x, clusters = x[drawn], clusters[drawn]
@@ -73,67 +87,132 @@ def silhouette(x: np.ndarray, clusters: np.ndarray, seed: int) -> dict:
     return {"silhouette": float(silhouette_score(x, clusters)), "silhouette_images": len(x)}
 
 
-def prepare(x: np.ndarray, normalise: bool, pca: int) -> np.ndarray:
-    """Features `[N, D]` as k-means sees them: L2-normalised, then their first `pca` principal
-    components (0: all dimensions as they are)."""
-    x = normalize(x) if normalise else np.asarray(x)
-    return PCA(pca, svd_solver="covariance_eigh").fit_transform(x) if pca else x
-
-
-def cluster(
-    features: np.ndarray,
-    labels: np.ndarray | None,
-    clusters: int,
-    mesh,
-    memory_mb: int,
-    runs: int = 100,
-    normalise: bool = True,
-    pca: int = 0,
-    minibatch: int = 0,
-    seed: int = 0,
-) -> tuple[dict, np.ndarray, np.ndarray]:
-    """k-means in many seeded runs.
+def cluster(row: Row, x: np.ndarray, labels: np.ndarray | None, clusters: int):
+    """Runs k-means many times, as `config.eval.cluster` says.
 
     Args:
-      features: `[N, D]`.
-      labels: int `[N]`, used only to judge the clusters; `None` where there are none.
+      row: config and mesh; its features are not used.
+      x: features `[N, D]`; L2-normalised, then reduced to principal components, if the config says.
+      labels: int `[N]`, used only to evaluate the clusters; `None` if there are none.
       clusters: how many; 0 for as many as there are classes.
-      mesh, memory_mb: as `kmeans.kmeans` takes them.
-      runs: each k-means++ initialised.
-      normalise, pca: as `prepare` takes them.
-      minibatch: rows of a mini-batch; 0 for Lloyd's algorithm.
-      seed: of all runs.
 
     Returns:
       The settings; `best`, the metrics of the run with the lowest k-means loss, with its
-      silhouette; `mean` and (of all runs, so not unbiased) `deviation`. The clusters of that best
-      run, int32 `[N]`, numbered so that cluster i is the one matched with the i-th class; and each
-      image's distance from its centre, fp32 `[N]`.
+      silhouette; `mean` and standard `deviation` (not unbiased) over all runs. The clusters of that
+      best run, int32 `[N]`, cluster i being matched with the i-th class; and each image's distance
+      from its centre, fp32 `[N]`.
     """
-    x = prepare(features, normalise, pca)
+    from sklearn.decomposition import PCA
+    from sklearn.preprocessing import normalize
+
+    section, seed = row.config.eval.cluster, row.config.seed
+    x = normalize(x) if section.normalise else np.asarray(x)
+    x = PCA(section.pca, svd_solver="covariance_eigh").fit_transform(x) if section.pca else x
     count = clusters or len(np.unique(labels))
-    found = kmeans.kmeans(x, count, runs, seed, mesh, memory_mb, minibatch)
-    best = int(found.loss.argmin())
-    own = found.clusters[best]
+    limits = dict(memory_mb=row.config.eval.memory_mb, batch_size=section.minibatch)
+    settings = kmeans.Settings(count, section.runs, seed, **limits)
+    clustering = kmeans.kmeans(x, settings, row.run.mesh)
+    best = int(clustering.loss.argmin())
+    assigned = clustering.clusters[best]
     distance = np.empty(len(x), np.float32)
     for start in range(0, len(x), _PART):
         part = slice(start, start + _PART)
-        distance[part] = np.linalg.norm(x[part] - found.centres[best][own[part]], axis=1)
-    rows = [{"loss": float(loss)} for loss in found.loss]
+        distance[part] = np.linalg.norm(x[part] - clustering.centres[best][assigned[part]], axis=1)
+    runs = [{"loss": float(loss)} for loss in clustering.loss]
     if labels is not None:
-        rows = [agreement(labels, c) | row for c, row in zip(found.clusters, rows, strict=True)]
-        own = matched(labels, own)
-    names = list(rows[0])
-    values = np.array([[row[name] for name in names] for row in rows])
-    results = {
+        scores = (agreement(labels, clusters) for clusters in clustering.clusters)
+        runs = [score | run for score, run in zip(scores, runs, strict=True)]
+        assigned = matched(labels, assigned)
+    names = list(runs[0])
+    values = np.array([[run[name] for name in names] for run in runs])
+    metrics = {
         "clusters": count,
         "images": len(x),
-        "runs": runs,
-        "l2_normalised": normalise,
-        "pca": pca,
-        "minibatch": minibatch,
-        "best": {**rows[best], **silhouette(x, own, seed), "chosen_by": "k-means loss"},
+        "runs": section.runs,
+        "l2_normalised": section.normalise,
+        "pca": section.pca,
+        "minibatch": section.minibatch,
+        "best": {**runs[best], **silhouette(x, assigned, seed), "chosen_by": "k-means loss"},
         "mean": dict(zip(names, values.mean(0).tolist(), strict=True)),
         "deviation": dict(zip(names, values.std(0).tolist(), strict=True)),
     }
-    return results, own, distance
+    return metrics, assigned, distance
+
+
+def cluster_split(config: ConfigDict, splits: Mapping[str, object]) -> str:
+    """The split that is clustered."""
+    return config.eval.cluster.split if "val" in splits else "train"
+
+
+class Cluster(Protocol):
+    """k-means of the images of a split, and of well-known subsets; of each image of the split
+    `index`, `labels`, `clusters` and `distance` (from the centre) `[N]`."""
+
+    name = section = "cluster"
+    needs_labels = False
+    arrays = ("clusters", "distance", "index", "labels")
+    rules: ClassVar = {
+        "runs": positive,
+        "split": one_of(sources.SPLITS),
+        **dict.fromkeys(("clusters", "pca", "minibatch"), not_negative),
+        "subsets": some_of(SUBSETS),
+    }
+
+    def check_images(self, config, images) -> None:
+        section, split = config.eval.cluster, cluster_split(config, images)
+        count = len(images[split])
+        if not section.clusters and not images[split].labelled:
+            raise UserError(
+                f"config.eval.cluster.clusters=0: means as many as classes, but the {split} images "
+                "have no labels; set the number of clusters"
+            )
+        for key in ("pca", "clusters"):
+            if section[key] > count:
+                raise UserError(
+                    f"config.eval.cluster.{key}={section[key]}: must be at most the number of "
+                    f"{split} images ({count})"
+                )
+
+    def run(self, row: Row) -> Result:
+        section, split = row.config.eval.cluster, cluster_split(row.config, row.images)
+        images = row.features[split]
+        labels = images.labels if images.labelled else None
+        metrics, clusters, distance = cluster(row, images.x, labels, section.clusters)
+        metrics = {"split": split} | metrics
+        if section.subsets:
+            metrics["subsets"] = {name: self._subset(row, split, name) for name in section.subsets}
+        values = clusters, distance, images.index, images.labels
+        return Result(metrics, dict(zip(self.arrays, values, strict=True)))
+
+    def _subset(self, row: Row, split: str, name: str) -> dict:
+        """The metrics of the classes of a subset, or why it is skipped."""
+        classes, images = row.images[split].classes, row.features[split]
+        absent = [wnid for wnid in SUBSETS[name] if wnid not in classes]
+        if absent or not images.labelled:
+            reason = f"no class {absent[0]}" if absent else "no labels"
+            return {"skipped": f"the images have {reason}"}
+        wanted = [classes.index(wnid) for wnid in SUBSETS[name]]
+        chosen = np.isin(images.labels, wanted)
+        if chosen.sum() < max(len(wanted), row.config.eval.cluster.pca):
+            return {"skipped": f"there are only {chosen.sum()} images of its classes"}
+        return cluster(row, images.x[chosen], images.labels[chosen], 0)[0]
+
+    def summarise(self, run, rows: Sequence[str], images) -> None:
+        source = images[cluster_split(run.config, images)]
+        files.write_text(run.folder / "clusters.csv", self.table(run.folder, rows, source))
+
+    def table(self, folder: Path, rows: Sequence[str], images: sources.Source) -> str:
+        """Lists each image with its label and its cluster in every row of a run, as CSV."""
+        labels, clusters = {}, {}
+        for name in rows:
+            if arrays := {key: x.tolist() for key, x in self.read_arrays(folder, name).items()}:
+                clusters[name] = dict(zip(arrays["index"], arrays["clusters"], strict=True))
+                labels |= zip(arrays["index"], arrays["labels"], strict=True)
+        text = io.StringIO()
+        lines = csv.writer(text, lineterminator="\n")
+        lines.writerow(["image", "label", *clusters])
+        for record, label in sorted(labels.items()):
+            title = sources.class_name(images.classes, label) if label >= 0 else ""
+            numbers = (of_row.get(record, "") for of_row in clusters.values())
+            lines.writerow([images.name(record), title, *numbers])
+        return text.getvalue()

@@ -1,43 +1,30 @@
-"""Features for others: files that hold the names of the images, too."""
+"""Files of features for other programs, with the names of the images."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from maect_jax.evals.features import Features
 
 KINDS = ("npz", "parquet")
-_ROWS = 8192  # written at a time
+_ROWS = 8192  # of a row group
 
 
-def write(path: Path, found: Features, names: Sequence[str]) -> None:
-    """Writes features to a `.npz` (`features` fp32 `[N, D]`, `label`, `index`, `name`) or a
-    `.parquet` (the same as columns, a list of D numbers a row).
-
-    Args:
-      path: its ending says which.
-      found: the features.
-      names: of these images, in their order.
-    """
+def write(path: Path, features: Features, names: Sequence[str]) -> None:
+    """Writes a `.npz` (`features` fp32 `[N, D]`, `label`, `index`, `name`) or a `.parquet` (the
+    same as columns, a list of D numbers a row), as the suffix says. `names` are of these images."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    numbers = {"label": found.labels, "index": found.index}
+    draft, (x, labels, index) = path.with_suffix(".tmp"), features
     if path.suffix == ".npz":
         with draft.open("wb") as file:
-            np.savez(file, features=found.x, name=np.array(names, str), **numbers)
+            np.savez(file, features=x, name=np.array(names, str), label=labels, index=index)
     else:
-        width = found.x.shape[1]
-        kind = pa.list_(pa.float32(), width)
-        columns = {"name": pa.string(), "label": pa.int32(), "index": pa.int32(), "features": kind}
-        with pq.ParquetWriter(draft, pa.schema(columns)) as writer:
-            for start in range(0, len(found.x), _ROWS):
-                part = slice(start, start + _ROWS)
-                flat = pa.array(np.ascontiguousarray(found.x[part]).ravel())
-                rows = pa.FixedSizeListArray.from_arrays(flat, width)
-                plain = {key: array[part] for key, array in numbers.items()}
-                table = {"name": list(names[part]), **plain, "features": rows}
-                writer.write_table(pa.table(table, schema=pa.schema(columns)))
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        flat = pa.array(np.ascontiguousarray(x).ravel())  # no copy of what lies on disk
+        columns = {"name": pa.array(names, pa.string()), "label": labels, "index": index}
+        columns["features"] = pa.FixedSizeListArray.from_arrays(flat, x.shape[1])
+        pq.write_table(pa.table(columns), draft, row_group_size=_ROWS)
     draft.replace(path)

@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,19 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from maect_jax import files, sharding
-from maect_jax.data import augment
 from maect_jax.errors import UserError
 from maect_jax.models import vit
 
-_PART = 8192  # images whose features come to the devices at a time
-_KEEP_EVERY = 20  # batches, after which what is on disk counts as done
+_PART = 8192  # images whose features are copied to the devices at a time
+_SAVE_EVERY = 20  # batches, after which what is on disk counts as done
+_ARRAYS = {"x": (np.float32, 2), "labels": (np.int32, 1), "valid": (np.bool_, 1)}  # dtype, axes
 
 Encode = Callable[[jax.Array], jax.Array]  # normalised images fp32 [B, H, W, C] -> fp32 [B, D]
+Batches = Iterator[tuple[np.ndarray, ...]]  # x fp32 [B, D], labels int32 [B], valid bool [B]
 
 
 class Features(NamedTuple):
-    """fp32 `[N, D]` in the order of the source, on disk where all images could be read; labels and
-    record numbers int32 `[N]`."""
+    """Features `x` fp32 `[N, D]` of the readable images in the order of the source, on disk if all
+    are readable; labels and record numbers int32 `[N]`."""
 
     x: np.ndarray
     labels: np.ndarray
@@ -41,7 +41,6 @@ class Features(NamedTuple):
 
 def encoder(model: vit.ViT, params: dict, pool: str) -> Encode:
     """The pooled features of a ViT (`vit.pool`), jitted."""
-
     return lambda images: _encode(params, images, model=model, pool=pool)
 
 
@@ -51,7 +50,7 @@ def _encode(params, images, *, model: vit.ViT, pool: str) -> jax.Array:
 
 
 def pixels(mean: tuple[float, ...], std: tuple[float, ...]) -> Encode:
-    """The floor: the pixels themselves, in [0, 1], `[B, H*W*C]`."""
+    """The baseline: the pixels themselves, in [0, 1], `[B, H*W*C]`."""
 
     @jax.jit
     def run(images):
@@ -62,202 +61,133 @@ def pixels(mean: tuple[float, ...], std: tuple[float, ...]) -> Encode:
 
 
 @jax.jit
-def _checksum(tree) -> jax.Array:
-    def one(leaf):
+def _checksums(tree) -> jax.Array:
+    def checksum(leaf):
         bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
-        place = jnp.arange(bits.size, dtype=jnp.uint32).reshape(bits.shape)
-        # Whole numbers add up to the same in any order, so on any mesh.
-        return jnp.sum((bits ^ (bits >> 15)) * (2 * place + 1), dtype=jnp.uint32)
+        position = jnp.arange(bits.size, dtype=jnp.uint32).reshape(bits.shape)
+        # Sums of integers are the same in any order, so on any mesh.
+        return jnp.sum((bits ^ (bits >> 15)) * (2 * position + 1), dtype=jnp.uint32)
 
-    return jnp.stack([one(leaf) for leaf in jax.tree.leaves(tree)])
+    return jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def fingerprint(params: dict) -> str:
-    """A name of these very weights, equal on any mesh."""
-    return digest(
-        {
-            "names": str(jax.tree.structure(params)),
-            "sums": sharding.to_host(_checksum(params)).tolist(),
-        }
-    )
+    """A digest of weights, equal on any mesh."""
+    sums = sharding.to_host(_checksums(params)).tolist()
+    return digest({"names": str(jax.tree.structure(params)), "sums": sums})
 
 
 def digest(values: dict) -> str:
-    """A name of some settings, plain JSON."""
+    """A digest of settings, plain JSON."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def extract(
-    encode: Encode,
-    batches: Iterator[dict[str, np.ndarray]],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    mesh,
-) -> Iterator[tuple[np.ndarray, ...]]:
-    """Runs an encoder over evaluation batches (`loader.eval_batches`).
-
-    Yields:
-      For each batch, on every process: features fp32 `[B, D]`, labels int32 `[B]`, and `valid`
-      bool `[B]`, false where an image is padding or could not be read.
-    """
-    pending = None
-    for local in batches:
-        batch = sharding.put_batch(local, mesh)
-        images = _normalise(batch["image"], mean, std)
-        found = encode(images), batch["label"], batch["valid"]
-        if pending is not None:  # one batch late, so that the device never waits
-            yield sharding.to_host(pending)
-        pending = found
-    if pending is not None:
-        yield sharding.to_host(pending)
+def collected(batches: Batches) -> Features:
+    """The features of the readable images, in memory."""
+    return _readable(*map(np.concatenate, zip(*batches, strict=True)))
 
 
-def collected(batches: Iterator[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, np.ndarray]:
-    """What `extract` yields, together: features and labels of the images that could be read."""
-    x, labels, valid = (np.concatenate(part) for part in zip(*batches, strict=True))
-    return x[valid], labels[valid]
-
-
-_normalise = jax.jit(augment.normalise_pixels, static_argnums=(1, 2))
-
-
-class _Growing:
-    """A `.npy` file of known shape, written row by row; goes on after the rows that count."""
-
-    def __init__(self, path: Path, dtype: type, shape: tuple[int, ...], done: int):
-        self._file = path.open("r+b" if done else "wb")
-        descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
-        header = {"descr": descr, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self._file, header)
-        self._dtype, row = dtype, np.dtype(dtype).itemsize * int(np.prod(shape[1:]))
-        self._file.truncate(self._file.tell() + done * row)
-        self._file.seek(0, 2)
-
-    def add(self, rows: np.ndarray) -> None:
-        self._file.write(np.ascontiguousarray(rows, self._dtype).data)
-
-    def keep(self) -> None:
-        files.fsync(self._file)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-_PARTS = {"x": np.float32, "labels": np.int32, "valid": np.bool_}
-
-
-def stored(
-    folder: Path,
-    settings: dict,
-    images: int,
-    batch_size: int,
-    batches: Callable[[int], Iterator[tuple[np.ndarray, ...]]],
-) -> Features:
-    """The features in a folder; made there, or made to their end, where they are not yet.
-
-    Every process must call it, and sees the same folder; process 0 writes.
-
-    Args:
-      folder: holds `x.npy`, `labels.npy`, `valid.npy`, and in `settings.json` what they were made
-        of and how many images are done.
-      settings: what they are to be made of, plain JSON; what was made of something else, or is
-        damaged, is made anew.
-      images: how many there are.
-      batch_size: images a batch.
-      batches: gives from batch number b on what `extract` yields.
-    """
-    settings = json.loads(json.dumps(settings))
-    kept = _kept(folder)
-    done = kept["done"] if kept and kept["settings"] == settings else 0
-    sharding.all_hosts(True)  # all have read before one writes
-    if done < images:
-        first = done // batch_size
-        _write(folder, settings, images, first * batch_size, batches(first))
-    sharding.all_hosts(True)
-    return load(folder)
-
-
-def _write(folder: Path, settings: dict, images: int, done: int, batches) -> None:
-    parts, shown = {}, jax.process_index() == 0
-    if shown and not done:  # it tells of other features
-        shutil.rmtree(folder, ignore_errors=True)
-
-    kept = {"settings": settings, "images": images}
-
-    def note():
-        for part in parts.values():
-            part.keep()
-        files.write_json(folder / "settings.json", {**kept, "done": done})
-
-    try:
-        for number, found in enumerate(batches, start=1):
-            rows = min(len(found[0]), images - done)
-            if shown:
-                if not parts:
-                    folder.mkdir(parents=True, exist_ok=True)
-                    shapes = [(images, *array.shape[1:]) for array in found]
-                    parts = {
-                        name: _Growing(folder / f"{name}.npy", kind, shape, done)
-                        for (name, kind), shape in zip(_PARTS.items(), shapes, strict=True)
-                    }
-                for part, array in zip(parts.values(), found, strict=True):
-                    part.add(array[:rows])
-            done += rows
-            if shown and (number % _KEEP_EVERY == 0 or done == images):
-                note()
-    finally:
-        for part in parts.values():
-            part.close()
-
-
-def _kept(folder: Path) -> dict:
-    """What `settings.json` tells: `settings`, how many `images`, how many are `done`; nothing where
-    it is damaged, or the arrays do not hold so many."""
-    try:
-        kept = files.read_json(folder / "settings.json")
-    except UserError:
-        return {}
-    done, images = kept.get("done"), kept.get("images")
-    if type(done) is not int or type(images) is not int or not 0 <= done <= images:
-        return {}
-    held = (_holds(folder / f"{name}.npy", kind, images, done) for name, kind in _PARTS.items())
-    return kept if "settings" in kept and all(held) else {}
-
-
-def _holds(path: Path, kind: type, images: int, done: int) -> bool:
-    """Whether an `.npy` is one of so many images, and has the rows of those that are done."""
-    try:
-        with path.open("rb") as file:
-            np.lib.format.read_magic(file)
-            shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
-            row = dtype.itemsize * math.prod(shape[1:])
-            whole = file.tell() + done * row <= file.seek(0, os.SEEK_END)
-    except (OSError, ValueError):
-        return False
-    known = shape[:1] == (images,) and len(shape) == (2 if path.stem == "x" else 1)
-    return whole and known and dtype == kind and not columns_first
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether `stored` has come to its end in a folder."""
-    kept = _kept(folder)
-    return bool(kept) and kept["done"] == kept["images"]
-
-
-def load(folder: Path) -> Features:
-    """The features that `stored` has left in a folder, whole; of the images that could be read."""
-    x, labels, valid = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in _PARTS)
+def _readable(x: np.ndarray, labels: np.ndarray, valid: np.ndarray) -> Features:
     index = np.flatnonzero(valid).astype(np.int32)
     return Features(x if len(index) == len(x) else x[index], labels[index], index)
 
 
+def stored(
+    folder: Path, made_of: dict, images: int, batch_size: int, batches: Callable[[int], Batches]
+) -> Features:
+    """Reads the features in a folder; computes those that are not there yet.
+
+    All processes call it and see the same folder; process 0 writes.
+
+    Args:
+      folder: holds `x.npy`, `labels.npy` and `valid.npy`, and in `settings.json` what they are made
+        of and how many images are done.
+      made_of: plain JSON. What is made of something else, or is damaged, is computed again.
+      images: number of images.
+      batch_size: images a batch.
+      batches: the batches from a number on.
+    """
+    made_of = json.loads(json.dumps(made_of))
+    saved = _saved(folder)
+    done = saved["done"] if saved and saved["settings"] == made_of else 0
+    sharding.all_hosts(True)  # all have read before one writes
+    if done < images:
+        first = done // batch_size
+        state = {"settings": made_of, "images": images, "done": first * batch_size}
+        _write(folder, state, batches(first))
+    sharding.all_hosts(True)
+    return load(folder)
+
+
+def _write(folder: Path, state: dict, batches: Batches) -> None:
+    """Writes the rows of the batches after those that are `done`; `state` is `settings.json`."""
+    opened, is_writer, images = [], jax.process_index() == 0, state["images"]
+    if is_writer and not state["done"]:
+        shutil.rmtree(folder, ignore_errors=True)
+    with ExitStack() as stack:
+        for number, batch in enumerate(batches, start=1):
+            rows = min(len(batch[0]), images - state["done"])
+            if is_writer and not opened:
+                shapes = [(images, *x.shape[1:]) for x in batch]
+                new = (_open(folder, *x, state["done"]) for x in zip(_ARRAYS, shapes, strict=True))
+                opened = [stack.enter_context(file) for file in new]
+            for file, x, (dtype, _) in zip(opened, batch, _ARRAYS.values(), strict=False):
+                file.write(np.ascontiguousarray(x[:rows], dtype))
+            state["done"] += rows
+            if is_writer and (number % _SAVE_EVERY == 0 or state["done"] == images):
+                for file in opened:
+                    files.fsync(file)
+                files.write_json(folder / "settings.json", state)
+
+
+def _open(folder: Path, name: str, shape: tuple[int, ...], done: int):
+    """Opens an array's file to write the rows after those that are `done`; makes it if there are
+    none, in its full size."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, mode = folder / f"{name}.npy", "r+" if done else "w+"
+    array = np.lib.format.open_memmap(path, mode, dtype=_ARRAYS[name][0], shape=shape)
+    # Rows are written to the file: through the map a full disk would be a crash, not an error.
+    file = path.open("r+b")
+    file.seek(array.offset + done * array.strides[0])
+    return file
+
+
+def _saved(folder: Path) -> dict:
+    """Reads `settings.json`: `settings`, the number of `images`, and how many are `done`; empty if
+    it or an array is damaged."""
+    try:
+        saved = files.read_json(folder / "settings.json")
+        done, images = saved.get("done"), saved.get("images")
+        whole = type(done) is int and type(images) is int and 0 <= done <= images
+        for name, (dtype, axes) in _ARRAYS.items():
+            array = np.lib.format.open_memmap(folder / f"{name}.npy", "r")
+            whole &= array.dtype == dtype and array.ndim == axes and len(array) == images
+    except (UserError, OSError, ValueError, TypeError, OverflowError):
+        return {}
+    return saved if whole and "settings" in saved else {}
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder has the features of all images."""
+    saved = _saved(folder)
+    return bool(saved) and saved["done"] == saved["images"]
+
+
+def load(folder: Path) -> Features:
+    """Reads the features of the readable images from a folder that `is_whole`."""
+    arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
+    return _readable(*arrays)
+
+
 def parts(
-    found: Features, mesh, prepare: Callable[[np.ndarray], np.ndarray] = np.asarray
+    features: Features, mesh, prepare: Callable[[np.ndarray], np.ndarray] = np.asarray
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Features, prepared row by row, and labels, split over the devices, some thousand images at a
-    time; rows that fill up have the label -1."""
-    for start in range(0, len(found.x), _PART):
-        x, labels = prepare(found.x[start : start + _PART]), found.labels[start : start + _PART]
-        more = -len(x) % mesh.size
-        x, labels = np.pad(x, ((0, more), (0, 0))), np.pad(labels, (0, more), constant_values=-1)
+    """Yields features, prepared row by row, and labels, split over the devices, some thousand
+    images at a time; padding has the label -1."""
+    for start in range(0, len(features.x), _PART):
+        part = slice(start, start + _PART)
+        x, labels = prepare(features.x[part]), features.labels[part]
+        padding = -len(x) % mesh.size
+        x = np.pad(x, ((0, padding), (0, 0)))
+        labels = np.pad(labels, (0, padding), constant_values=-1)
         yield sharding.put_rows(x, mesh), sharding.put_rows(labels, mesh)

@@ -1,76 +1,59 @@
 """The accuracy of a fine-tuned classifier on the held-out images."""
 
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 import jax
-import numpy as np
-from ml_collections import ConfigDict
 
 from maect_jax import files
-from maect_jax.data import bad_images, sources
+from maect_jax.data.bad_images import BadImages
+from maect_jax.data.sources import Source
 from maect_jax.evals import features, runner
+from maect_jax.evals.classifier import accuracies
 from maect_jax.run import checkpoints
+from maect_jax.run.folder import Run
 from maect_jax.stages import STAGES
 
-_NAME = "finetune"
 
-
-def classify(
-    config: ConfigDict,
-    images: dict[str, sources.Source],
-    broken: bad_images.BadImages,
-    run: Path,
-    mesh,
-) -> dict:
-    """Classifies every held-out image once and writes the result into the run's `results.json`.
+def classify(run: Run, name: str, images: Mapping[str, Source], bad_images: BadImages) -> dict:
+    """Classifies all held-out images and writes the accuracies into the run's `results.json`.
 
     What is there already, of the same weights, is not computed again.
 
     Args:
-      config: the run's config, with a `finetune` section.
-      images: "train", by which the labels are numbered, and "val".
-      broken: counts the held-out images that cannot be read, which are left out.
-      run: the run's folder, with a checkpoint of stage finetune.
-      mesh: the device mesh, which must be the current one.
+      run: has a checkpoint of the stage.
+      name: of the stage, and of its row and its entry in the results.
+      images: "train", which number the labels, and "val".
+      bad_images: counts the held-out images that cannot be read; they are left out.
 
     Returns:
-      `top1` and `top5` (shares), `images` and `training_images` (numbers), `settings`.
+      `top1` and `top5` (0 to 1), `images` and `training_images` (numbers), `settings`, `weights`.
     """
-    path = run / "results.json"
-    results = runner.read_results(run)
-    folder = checkpoints.stage_folder(run, _NAME)
-    parts = checkpoints.read_parts(folder, STAGES[_NAME].saved, mesh)
+    config, results = run.config, runner.read_results(run.folder)
+    section, kind = config[name], STAGES[name]
+    folder = checkpoints.stage_folder(run.folder, name)
+    parts = checkpoints.read_parts(folder, kind.saved, run.mesh)
     weights = features.fingerprint(parts["params"])
-    if results.get(_NAME, {}).get(_NAME, {}).get("weights") != weights:
-        trained = STAGES[_NAME].training_images(config, images["train"])
-        stage = STAGES[_NAME].for_images(config, trained)
+    if results.get(name, {}).get(name, {}).get("weights") != weights:
+        trained = kind.training_images(config, images["train"])
+        stage = kind.for_images(config, trained)
         rank = partial(jax.jit(stage.ranked), parts["params"], parts["frozen"])
-        size = config[_NAME].batch_size
-        batches = runner.extracted(config, rank, images["val"], broken, size, mesh)
-        ranked, labels = features.collected(batches)
-        top1, top5 = accuracies(ranked, labels)
-        found = {
-            "top1": top1,
-            "top5": top5,
-            "images": len(labels),
+        size = section.batch_size
+        extraction = runner.Extraction(run, images["val"], bad_images, batch_size=size)
+        ranked = features.collected(extraction.batches(rank))
+        metrics = accuracies(ranked.x, ranked.labels) | {
+            "images": len(ranked.labels),
             "training_images": len(trained),
-            "settings": config[_NAME].to_dict(),
+            "settings": section.to_dict(),
             "weights": weights,
         }
-        results[_NAME] = results.get(_NAME, {}) | {_NAME: found}
+        results[name] = results.get(name, {}) | {name: metrics}
         if jax.process_index() == 0:
-            files.write_json(path, results)
-    return results[_NAME][_NAME]
+            files.write_json(run.folder / "results.json", results)
+    return results[name][name]
 
 
-def accuracies(ranked: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Top-1 and top-5 accuracy of ranked classes `[N, K]`, the most likely first, K at most 5."""
-    hits = ranked == labels[:, None]
-    return float(hits[:, 0].mean()), float(hits.any(1).mean())
-
-
-def text(found: dict) -> str:
-    """What `classify` returns, in one line."""
-    top1, top5 = (f"{100 * found[key]:.1f} %" for key in ("top1", "top5"))
-    return f"finetune: top-1 {top1}, top-5 {top5} of {found['images']:,} held-out images"
+def text(metrics: dict) -> str:
+    """Formats what `classify` returns as one line."""
+    top1, top5 = (f"{100 * metrics[key]:.1f} %" for key in ("top1", "top5"))
+    return f"finetune: top-1 {top1}, top-5 {top5} of {metrics['images']:,} held-out images"

@@ -1,8 +1,8 @@
 """k-means on sharded rows: k-means++, Lloyd's algorithm and its mini-batch variant.
 
 Greedy k-means++ follows Arthur & Vassilvitskii (2007) with several candidates a step, mini-batches
-Sculley (2010). Rows lie as `[G, T, D]`, tiles of T rows, and each device has its own tiles; centres
-`[R, K, D]` of R restarts are on every device. A pass over the rows sends the sums of the clusters,
+Sculley (2010). Rows are `[G, T, D]`, G tiles of T rows, split over the devices by G; centres
+`[R, K, D]` of R restarts are on every device. A pass over the rows sends the sums of the clusters
 once.
 """
 
@@ -20,32 +20,42 @@ _TILE = 512  # rows
 _COLUMNS = 1024  # centres of all restarts side by side that fill a matrix unit
 _PASSES = 300
 _EPOCHS = 10  # of mini-batches
-_SAMPLED = 10  # rows a cluster, at least, that mini-batches start from
+_SAMPLED = 10  # rows a cluster, at least, of the sample that mini-batches start from
 _TOLERANCE = 1e-4  # of the mean variance: how far all centres together may still move (squared)
 
 
 class Rows(NamedTuple):
-    """Rows fp32 `[G, T, D]`, split over the devices by G; `weight` `[G, T]`, 0 where filled up."""
+    """Rows on the devices."""
 
-    x: jax.Array
-    weight: jax.Array
+    x: jax.Array  # fp32 [G, T, D]
+    weight: jax.Array  # [G, T], 0 for padding
 
 
 class Clustering(NamedTuple):
-    """Of R restarts: centres fp32 `[R, K, D]`, clusters int32 `[R, N]`, losses (the sum of squared
-    distances) `[R]`, and passes over the rows `[R]`."""
+    """The results of R restarts."""
 
-    centres: np.ndarray
-    clusters: np.ndarray
-    loss: np.ndarray
-    passes: np.ndarray
+    centres: np.ndarray  # fp32 [R, K, D]
+    clusters: np.ndarray  # int32 [R, N]
+    loss: np.ndarray  # [R], the sum of squared distances
+    passes: np.ndarray  # [R], over all rows
+
+
+class Settings(NamedTuple):
+    """How rows are clustered. Lloyd's algorithm ends when the centres move less than scikit-learn's
+    tolerance, or after 300 passes; mini-batch k-means starts from a sample."""
+
+    k: int  # clusters, at most as many as rows
+    runs: int  # R, restarts
+    seed: int  # restart r draws from (seed, r), no matter which ones run beside it
+    memory_mb: int  # MiB that each device may use beside its rows
+    batch_size: int = 0  # of mini-batch k-means; 0 for Lloyd's algorithm
 
 
 def layout(order: np.ndarray, devices: int, tile: int, in_turns: bool = False) -> np.ndarray:
-    """Numbers of rows `[G, T]`, -1 where filled up, of which each device has a part of G.
+    """Row numbers `[G, T]` in an order, -1 for padding.
 
-    The devices take the order's parts one after the other; `in_turns` they take one tile each, and
-    again, so that their tiles of one place are neighbours in the order, however many they are.
+    Each device gets a contiguous part of the order; or, `in_turns`, one tile in each turn, so that
+    the i-th tiles of all devices are the i-th batch, however many devices there are.
     """
     tile = min(tile, -(-len(order) // devices))
     steps = -(-len(order) // (tile * devices))
@@ -56,10 +66,9 @@ def layout(order: np.ndarray, devices: int, tile: int, in_turns: bool = False) -
 
 
 def place(x: np.ndarray, mesh, numbers: np.ndarray) -> Rows:
-    """Rows `[N, D]` on the devices, in a `layout`."""
-    weight = (numbers >= 0).astype(np.float32)
-    put = partial(sharding.put_rows, mesh=mesh)
-    return Rows(put(np.asarray(x, np.float32)[np.maximum(numbers, 0)]), put(weight))
+    """Puts rows `[N, D]` on the devices in a `layout`."""
+    rows = np.asarray(x, np.float32)[np.maximum(numbers, 0)], (numbers >= 0).astype(np.float32)
+    return Rows(*(sharding.put_rows(part, mesh) for part in rows))
 
 
 def _nearest(x, centres):
@@ -67,7 +76,7 @@ def _nearest(x, centres):
     restarts, k, width = centres.shape
     products = jnp.einsum("td,cd->tc", x, centres.reshape(-1, width), precision="highest")
     products = products.reshape(len(x), restarts, k) - jnp.square(centres).sum(-1) / 2
-    # As two plain reductions, which CPUs do faster than one that carries the place along.
+    # Two plain reductions are faster on CPUs than one argmax.
     best = products.max(-1, keepdims=True)
     numbers = jnp.arange(k, dtype=jnp.int32)
     return jnp.where(products == best, numbers, k).min(-1).T
@@ -85,51 +94,47 @@ def _multiplied(x, weight, nearest, k: int):
 
 def _sums(x, weight, nearest, k: int):
     """Sums `[R, K, D]` and counts `[R, K]` of the rows of each cluster."""
-    # A CPU adds row by row in no time; for a matrix unit a product is the faster way.
-    ways = {"cpu": partial(_scattered, k=k), "default": partial(_multiplied, k=k)}
-    return jax.lax.platform_dependent(x, weight, nearest, **ways)
+    # CPUs are fast at adding row by row, matrix units at a product.
+    by_platform = {"cpu": partial(_scattered, k=k), "default": partial(_multiplied, k=k)}
+    return jax.lax.platform_dependent(x, weight, nearest, **by_platform)
 
 
 def _pass(rows: Rows, centres):
     """Sums `[R, K, D]` and counts `[R, K]` of the clusters of all rows."""
     k = centres.shape[1]
 
-    def own(x, weight, centres):
+    def on_device(x, weight, centres):
         def add(total, tile):
-            found = _sums(*tile, _nearest(tile[0], centres), k)
-            return jax.tree.map(jnp.add, total, found), None
+            sums = _sums(*tile, _nearest(tile[0], centres), k)
+            return jax.tree.map(jnp.add, total, sums), None
 
         start = jnp.zeros_like(centres), jnp.zeros(centres.shape[:2])
         return sharding.sum_over_devices(jax.lax.scan(add, start, (x, weight))[0])
 
-    return sharding.shard_map_batch(own, replicated_args=1, replicated_out=True)(*rows, centres)
-
-
-def _means(sums, counts, centres):
-    """The centres' next places; an empty cluster stays where it is."""
-    return jnp.where(counts[..., None] > 0, sums / jnp.maximum(counts, 1)[..., None], centres)
+    on_devices = sharding.shard_map_batch(on_device, replicated_args=1, replicated_out=True)
+    return on_devices(*rows, centres)
 
 
 def candidates(k: int) -> int:
-    """Rows that are tried as each next centre: as many as scikit-learn tries."""
+    """The number of rows that are tried as each next centre, as in scikit-learn."""
     return 2 + int(math.log(k))
 
 
-def _drawn(share, potential):
-    """The place of a row drawn in proportion to its potential `[G, T]`; `share` is in [0, 1).
+def _drawn(uniform, potential):
+    """Draws a row with probability proportional to its potential `[G, T]`, by a number in [0, 1).
 
-    First its tile, then the row in it: so only a tile's worth of rows is sent.
+    It draws the tile first and then the row in it, so only a tile's worth of rows is sent.
     """
 
-    def place(share, potential):
+    def draw(uniform, potential):
         sums = jnp.cumsum(potential)
-        spot = jnp.minimum((sums <= share * sums[-1]).sum(), len(sums) - 1)
-        before = jnp.where(spot > 0, sums[spot - 1], 0.0)
-        rest = (share * sums[-1] - before) / jnp.maximum(potential[spot], 1e-38)
-        return spot, jnp.clip(rest, 0, 1 - 1e-7)
+        position = jnp.minimum((sums <= uniform * sums[-1]).sum(), len(sums) - 1)
+        before = jnp.where(position > 0, sums[position - 1], 0.0)
+        rest = (uniform * sums[-1] - before) / jnp.maximum(potential[position], 1e-38)
+        return position, jnp.clip(rest, 0, 1 - 1e-7)
 
-    tile, rest = place(share, potential.sum(1))
-    return tile, place(rest, potential[tile])[0]
+    tile, rest = draw(uniform, potential.sum(1))
+    return tile, draw(rest, potential[tile])[0]
 
 
 @partial(jax.jit, static_argnames="k")
@@ -137,33 +142,30 @@ def plus_plus(rows: Rows, keys: jax.Array, *, k: int) -> jax.Array:
     """Centres `[R, K, D]` by greedy k-means++, a key a restart."""
     x, weight = rows
     squares = jnp.square(x).sum(-1)
-    tries = candidates(k)
 
     def distances(points):
-        """Of all rows to points `[L, D]`: `[L, G, T]`."""
-        # As one product of two matrices; with three axes CPUs take eight times as long.
+        """Squared distances `[L, G, T]` of all rows from points `[L, D]`."""
+        # One product of two matrices; with three axes CPUs take eight times as long.
         flat = x.reshape(-1, x.shape[-1])
         products = jnp.einsum("nd,ld->nl", flat, points, precision="highest").T
         products = products.reshape(-1, *weight.shape)
-        found = squares - 2 * products + jnp.square(points).sum(-1)[:, None, None]
-        return jnp.maximum(found, 0) * weight
+        squared = squares - 2 * products + jnp.square(points).sum(-1)[:, None, None]
+        return jnp.maximum(squared, 0) * weight
 
     def start(key):
-        tile, row = _drawn(jax.random.uniform(key), weight)
-        return x[tile, row]
+        return x[_drawn(jax.random.uniform(key), weight)]
 
     def choose(key, closest):
-        shares = jax.random.uniform(key, (tries,))
-        tiles, places = jax.vmap(_drawn, (0, None))(shares, closest)
-        points = x[tiles, places]
+        uniform = jax.random.uniform(key, (candidates(k),))
+        points = x[jax.vmap(_drawn, (0, None))(uniform, closest)]
         closer = jnp.minimum(closest, distances(points))
         best = closer.sum((1, 2)).argmin()
         return points[best], closer[best]
 
     def add(i, state):
         centres, closest = state
-        own = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-        points, closest = jax.vmap(choose)(own, closest)
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+        points, closest = jax.vmap(choose)(step_keys, closest)
         return centres.at[:, i].set(points), closest
 
     first = jax.vmap(start)(keys)
@@ -175,32 +177,34 @@ def plus_plus(rows: Rows, keys: jax.Array, *, k: int) -> jax.Array:
 @jax.jit
 def lloyd(rows: Rows, centres: jax.Array, limit: jax.Array):
     """Lloyd's algorithm from centres `[R, K, D]`, until they move by less than `limit` (squared,
-    all together). Returns the centres, and the passes `[R]` that each restart took."""
+    all together). Returns the centres and the number of passes `[R]` of each restart."""
 
-    def moving(state):
+    def goes_on(state):
         _, moved, _, passed = state
         return (moved > limit).any() & (passed < _PASSES)
 
     def move(state):
         centres, moved, passes, passed = state
-        new = _means(*_pass(rows, centres), centres)
-        going = moved > limit  # a restart that has settled stays as it is, whoever goes on
-        new = jnp.where(going[:, None, None], new, centres)
-        moved = jnp.where(going, jnp.square(new - centres).sum((1, 2)), moved)
-        return new, moved, passes + going, passed + 1
+        sums, counts = _pass(rows, centres)
+        counts = counts[..., None]
+        new = jnp.where(counts > 0, sums / jnp.maximum(counts, 1), centres)  # empty ones stay
+        active = moved > limit  # a restart that has converged stays as it is
+        new = jnp.where(active[:, None, None], new, centres)
+        moved = jnp.where(active, jnp.square(new - centres).sum((1, 2)), moved)
+        return new, moved, passes + active, passed + 1
 
     count = len(centres)
     start = centres, jnp.full(count, jnp.inf), jnp.zeros(count, jnp.int32), 0
-    centres, _, passes, _ = jax.lax.while_loop(moving, move, start)
+    centres, _, passes, _ = jax.lax.while_loop(goes_on, move, start)
     return centres, passes
 
 
 @jax.jit
 def mini_batch(rows: Rows, centres: jax.Array):
-    """Mini-batch k-means: each tile of all devices is a batch; a centre is the mean of all the rows
-    that it has had. The rows must be in random order."""
+    """Mini-batch k-means: the i-th tiles of all devices are a batch; a centre is the mean of all
+    rows that it was nearest to. The rows must be in random order."""
 
-    def own(x, weight, centres):
+    def on_device(x, weight, centres):
         def learn(state, tile):
             centres, seen = state
             sums, counts = sharding.sum_over_devices(
@@ -216,59 +220,43 @@ def mini_batch(rows: Rows, centres: jax.Array):
         start = centres, jnp.zeros(centres.shape[:2])
         return jax.lax.fori_loop(0, _EPOCHS, epoch, start)[0]
 
-    return sharding.shard_map_batch(own, replicated_args=1, replicated_out=True)(*rows, centres)
+    on_devices = sharding.shard_map_batch(on_device, replicated_args=1, replicated_out=True)
+    return on_devices(*rows, centres)
 
 
 @jax.jit
-def _judged(rows: Rows, centres: jax.Array):
-    """Clusters `[R, G, T]` of the rows, and the losses `[R]`."""
+def _assigned(rows: Rows, centres: jax.Array):
+    """Clusters `[G, R, T]` of the rows, and the losses `[R]`."""
 
-    def own(x, weight, centres):
-        def judge(tile):
+    def on_device(x, weight, centres):
+        def assign(tile):
             x, weight = tile
             nearest = _nearest(x, centres)
             chosen = jnp.take_along_axis(centres, nearest[..., None], 1)
             return nearest, (jnp.square(x - chosen).sum(-1) * weight).sum(1)
 
-        return jax.lax.map(judge, (x, weight))
+        return jax.lax.map(assign, (x, weight))
 
-    nearest, loss = sharding.shard_map_batch(own, replicated_args=1)(*rows, centres)
+    nearest, loss = sharding.shard_map_batch(on_device, replicated_args=1)(*rows, centres)
     return nearest, loss.sum(0)
 
 
 def restarts_at_a_time(
-    rows: int, width: int, k: int, tile: int, devices: int, memory_mb: int
+    shape: tuple[int, int], k: int, *, tile: int, devices: int, memory_mb: int
 ) -> int:
-    """How many restarts run side by side: what `memory_mb` MiB a device allow, and no more than
-    fill the matrix unit: beyond that, those that have settled would only wait for others."""
+    """How many restarts run side by side: as many as `memory_mb` MiB a device allow, but no more
+    than fill the matrix unit, as those that have converged would only wait for the others."""
+    rows, width = shape
     distances = -(-rows // devices) * (candidates(k) + 3)
     floats = distances + tile * (3 * k + 2 * width) + 5 * k * (width + 1)
     return max(1, min(memory_mb * 2**20 // (4 * floats), -(-_COLUMNS // k)))
 
 
-def kmeans(
-    x: np.ndarray,
-    k: int,
-    runs: int,
-    seed: int,
-    mesh,
-    memory_mb: int,
-    batch_size: int = 0,
-) -> Clustering:
-    """k-means with many seeded restarts.
-
-    Args:
-      x: rows `[N, D]`; N at least k.
-      k: clusters.
-      runs: R, restarts.
-      seed: restart r draws from (seed, r), whichever run beside it.
-      mesh: the device mesh, which must be the current one.
-      memory_mb: MiB that each device may use beside its rows.
-      batch_size: of mini-batch k-means, which starts from a sample; 0 for Lloyd's algorithm, which
-        ends when the centres move less than scikit-learn asks them to, or after 300 passes.
-    """
+def kmeans(x: np.ndarray, settings: Settings, mesh) -> Clustering:
+    """Clusters rows `[N, D]` in many seeded restarts. `mesh` must be the current one."""
+    k, runs, seed, memory_mb, batch_size = settings
     middle = np.float32(np.asarray(x).mean(0, dtype=np.float64))
-    # Far from the origin, distances would lose their digits.
+    # Far from the origin distances would lose their digits.
     centred = np.asarray(x, np.float32) - middle
     limit = np.float32(_TOLERANCE * centred.var(0).mean())
     if batch_size:
@@ -280,20 +268,21 @@ def kmeans(
     else:
         numbers = layout(np.arange(len(x)), mesh.size, _TILE)
         rows = first_rows = place(centred, mesh, numbers)
-    together = restarts_at_a_time(*x.shape, k, numbers.shape[1], mesh.size, memory_mb)
-    found = []
+    limits = dict(tile=numbers.shape[1], devices=mesh.size, memory_mb=memory_mb)
+    together = restarts_at_a_time(x.shape, k, **limits)
+    parts = []
     for first in range(0, runs, together):
-        own = jnp.arange(first, min(first + together, runs))
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), own)
+        restarts = jnp.arange(first, min(first + together, runs))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), restarts)
         centres = plus_plus(first_rows, keys, k=k)
         if batch_size:
             centres = mini_batch(rows, centres)
-            passes = np.full(len(own), _EPOCHS, np.int32)
+            passes = np.full(len(restarts), _EPOCHS, np.int32)
         else:
             centres, passes = lloyd(rows, centres, limit)
-        nearest, loss = _judged(rows, centres)
+        nearest, loss = _assigned(rows, centres)
         centres, nearest, loss, passes = sharding.to_host((centres, nearest, loss, passes))
-        clusters = np.empty((len(own), len(x)), np.int32)
+        clusters = np.empty((len(restarts), len(x)), np.int32)
         clusters[:, numbers[numbers >= 0]] = np.moveaxis(nearest, 1, 0)[:, numbers >= 0]
-        found.append(Clustering(centres + middle, clusters, loss, passes))
-    return Clustering(*map(np.concatenate, zip(*found, strict=True)))
+        parts.append(Clustering(centres + middle, clusters, loss, passes))
+    return Clustering(*map(np.concatenate, zip(*parts, strict=True)))

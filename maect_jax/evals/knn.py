@@ -1,148 +1,142 @@
-"""Weighted k-nearest-neighbour classification (Wu et al., 2018).
+"""Nearest neighbours: weighted k-NN classification (Wu et al., 2018), and examples for the report.
 
-The queries are split over the devices; the bank comes past them in tiles, each to every device. So
-nothing is sent between devices, no more than a tile of the bank leaves the disk at a time, and the
-whole test x train matrix never exists.
+The queries are split over the devices; tiles of the bank pass by, each on every device. So devices
+exchange nothing, no more than a tile of the bank leaves the disk at a time, and the whole
+test x train matrix never exists.
 """
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from maect_jax import sharding
+from maect_jax.config import numbers_above_0, positive
+from maect_jax.errors import UserError
+from maect_jax.evals.base import Protocol, Result, Row
+from maect_jax.evals.features import Features
 
 _BLOCK = 1024  # queries, at most, that a device compares with a tile at a time
 _READ = 4096  # rows of the bank that its statistics are summed over at a time
+_QUERIES, _NEIGHBOURS = 8, 5  # of the report
 
 
-class _Plan(NamedTuple):
-    """Queries at a time, all devices together, of which a device takes `block` at a time; rows of
-    the bank in a tile."""
+class _Tile(NamedTuple):
+    """Bank rows `x` `[T, D]` from number `start` of `rows`, to normalise by `mean`, `std` `[D]`."""
 
-    queries: int
-    block: int
-    tile: int
-
-
-def plan(rows: int, queries: int, width: int, k: int, devices: int, memory_mb: int) -> _Plan:
-    """How much to take at a time, so that each device needs at most `memory_mb` MiB.
-
-    A device holds its queries twice (as they come, and normalised), their best so far, two tiles
-    (one comes while the other is searched) and a third, normalised; and of a block the scores, with
-    the row numbers, before and after they are joined with the best so far.
-    """
-    floats = memory_mb * 2**20 // 4
-    tile = min(rows, max(floats // 2 // (3 * width), 1))
-    block = min(_BLOCK, max(floats // 4 // (5 * (tile + k)), 1))
-    own = min(max(floats // 4 // (2 * width + 4 * k), 1), -(-queries // devices))
-    block = min(block, own)
-    return _Plan(-(-own // block) * block * devices, block, tile)
+    x: jax.Array
+    start: jax.Array
+    rows: jax.Array
+    mean: jax.Array
+    std: jax.Array
 
 
-def deviations(bank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and unbiased deviation + 1e-5 of each dimension `[D]` of `[N, D]`, in float64."""
+def moments(bank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and unbiased standard deviation + 1e-5 of each dimension `[D]` of `[N, D]`, float64."""
     parts = [slice(i, i + _READ) for i in range(0, len(bank), _READ)]
     mean = sum(bank[part].sum(0, dtype=np.float64) for part in parts) / len(bank)
     squares = sum(np.square(bank[part] - mean).sum(0) for part in parts)
     return mean, np.sqrt(squares / max(len(bank) - 1, 1)) + 1e-5
 
 
-def _normalised(x, mean, deviation):
-    x = (x - mean) / deviation
+@jax.jit
+def _normalised(x, mean, std):
+    x = (x - mean) / std
     return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 @partial(jax.jit, static_argnames="block", donate_argnums=0)
-def _merge(best, queries, tile, start, rows, mean, deviation, *, block: int):
-    """The best `(scores, row numbers)` `[Q, k]` so far, joined with those of a tile `[T, D]`, whose
-    first row is number `start` of `rows`."""
+def _merge(best, queries, tile: _Tile, *, block: int):
+    """The best `(cosines, row numbers)` `[Q, k]` of the tiles so far and of this one."""
 
-    def own(scores, found, queries, tile, start, rows, mean, deviation):
-        tile = _normalised(tile, mean, deviation)
-        numbers = start + jnp.arange(len(tile), dtype=jnp.int32)
+    def on_device(best, queries, tile):
+        rows = _normalised(tile.x, tile.mean, tile.std)
+        numbers = tile.start + jnp.arange(len(rows), dtype=jnp.int32)
 
-        def one(block):
-            scores, found, queries = block
-            new = jnp.einsum("qd,rd->qr", queries, tile, precision="highest")
-            new = jnp.where(numbers < rows, new, -jnp.inf)
-            # What is nearer, then what comes first in the bank: the old ones stand before.
+        def merge_block(part):
+            scores, nearest, queries = part
+            new = jnp.einsum("qd,rd->qr", queries, rows, precision="highest")
+            new = jnp.where(numbers < tile.rows, new, -jnp.inf)
+            # Ties go to the first row of the bank, as the earlier ones are on the left.
             both = jnp.concatenate([scores, new], 1)
-            scores, places = jax.lax.top_k(both, scores.shape[1])
-            width = found.shape[1]
-            old = jnp.take_along_axis(found, jnp.minimum(places, width - 1), 1)
-            return scores, jnp.where(places < width, old, start + places - width)
+            scores, columns = jax.lax.top_k(both, scores.shape[1])
+            width = nearest.shape[1]
+            old = jnp.take_along_axis(nearest, jnp.minimum(columns, width - 1), 1)
+            return scores, jnp.where(columns < width, old, tile.start + columns - width)
 
-        parts = (x.reshape(-1, block, x.shape[1]) for x in (scores, found, queries))
-        joined = jax.lax.map(one, tuple(parts))
-        return tuple(x.reshape(-1, x.shape[-1]) for x in joined)
+        parts = tuple(x.reshape(-1, block, x.shape[1]) for x in (*best, queries))
+        return tuple(x.reshape(-1, x.shape[-1]) for x in jax.lax.map(merge_block, parts))
 
-    return sharding.shard_map_batch(own, replicated_args=5)(
-        *best, queries, tile, start, rows, mean, deviation
-    )
+    return sharding.shard_map_batch(on_device, replicated_args=1)(best, queries, tile)
 
 
-@jax.jit
-def _prepared(queries, mean, deviation):
-    return _normalised(queries, mean, deviation)
+def _padded(x: np.ndarray, rows: int) -> np.ndarray:
+    return np.pad(x, ((0, rows - len(x)), (0, 0)))
 
 
-def _chunks(queries: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Parts of `size` queries, the last filled up, and how many of each count."""
-    for start in range(0, len(queries), size):
-        part = queries[start : start + size]
-        yield np.pad(part, ((0, size - len(part)), (0, 0))), len(part)
+@dataclass(frozen=True)
+class Search:
+    """A search for nearest rows by cosine."""
 
+    mesh: jax.sharding.Mesh  # the current one
+    memory_mb: int  # MiB that each device may use
+    standardise: bool = False  # whether dimensions are first normalised by the bank's `moments`
 
-def nearest(
-    bank: np.ndarray,
-    queries: np.ndarray,
-    k: int,
-    mesh,
-    memory_mb: int,
-    standardise: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest rows of a bank by cosine.
+    def plan(self, bank: tuple[int, int], queries: int, k: int) -> tuple[int, int, int]:
+        """Plans a search: queries of all devices at a time, queries in a block, rows in a tile.
 
-    Args:
-      bank, queries: features `[N, D]` and `[M, D]`, which may lie on disk.
-      k: at most N.
-      mesh: the device mesh, which must be the current one.
-      memory_mb: MiB that each device may use.
-      standardise: whether each dimension is first taken less the bank's mean and over its
-        deviation (`deviations`).
+        A device has its queries twice (as read and normalised), their best so far, two tiles (one
+        is copied while the other is searched) and a third, normalised; and for a block the scores,
+        with the row numbers, before and after they are merged with the best so far.
+        """
+        (rows, width), devices = bank, self.mesh.size
+        floats = self.memory_mb * 2**20 // 4
+        tile = min(rows, max(floats // 2 // (3 * width), 1))
+        block = min(_BLOCK, max(floats // 4 // (5 * (tile + k)), 1))
+        per_device = min(max(floats // 4 // (2 * width + 4 * k), 1), -(-queries // devices))
+        block = min(block, per_device)
+        return -(-per_device // block) * block * devices, block, tile
 
-    Returns:
-      Cosines fp32 and row numbers int32 `[M, k]`, nearest first; of equals the one that comes
-      first in the bank.
-    """
-    width = bank.shape[1]
-    size, block, tile = plan(len(bank), len(queries), width, k, mesh.size, memory_mb)
-    moments = deviations(bank) if standardise else (np.zeros(width), np.ones(width))
-    moments = [sharding.replicate(np.float32(part), mesh) for part in moments]
-    rows, found = np.int32(len(bank)), []
-    for part, count in _chunks(queries, size):
-        part = _prepared(sharding.put_rows(part, mesh), *moments)
-        empty = np.full((size, k), -np.inf, np.float32), np.zeros((size, k), np.int32)
-        best = tuple(sharding.put_rows(array, mesh) for array in empty)
-        for start in range(0, len(bank), tile):
-            rest = bank[start : start + tile]
-            rest = np.pad(rest, ((0, tile - len(rest)), (0, 0)))
-            there = sharding.replicate(rest, mesh)
-            jax.block_until_ready(best)  # no more than one tile waits for its turn
-            best = _merge(best, part, there, np.int32(start), rows, *moments, block=block)
-        found.append([array[:count] for array in sharding.to_host(best)])
-    return tuple(np.concatenate(arrays) for arrays in zip(*found, strict=True))
+    def nearest(
+        self, bank: np.ndarray, queries: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Finds the k nearest rows of a bank.
+
+        Args:
+          bank, queries: features `[N, D]` and `[M, D]`, which may lie on disk.
+          k: at most N.
+
+        Returns:
+          Cosines fp32 and row numbers int32 `[M, k]`, nearest first; ties go to the first row.
+        """
+        width = bank.shape[1]
+        size, block, tile = self.plan(bank.shape, len(queries), k)
+        scale = moments(bank) if self.standardise else (np.zeros(width), np.ones(width))
+        scale = [sharding.replicate(np.float32(part), self.mesh) for part in scale]
+        parts = []
+        for first in range(0, len(queries), size):
+            part = queries[first : first + size]
+            count = len(part)
+            part = _normalised(sharding.put_rows(_padded(part, size), self.mesh), *scale)
+            empty = np.full((size, k), -np.inf, np.float32), np.zeros((size, k), np.int32)
+            best = tuple(sharding.put_rows(array, self.mesh) for array in empty)
+            for start in range(0, len(bank), tile):
+                rows = sharding.replicate(_padded(bank[start : start + tile], tile), self.mesh)
+                jax.block_until_ready(best)  # at most one tile waits for its turn
+                at = np.int32(start), np.int32(len(bank))
+                best = _merge(best, part, _Tile(rows, *at, *scale), block=block)
+            parts.append([array[:count] for array in sharding.to_host(best)])
+        return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
 
 @partial(jax.jit, static_argnames=("ks", "classes"))
-def _vote(scores, labels, temperature, ks: tuple[int, ...], classes: int):
-    """Predicted classes `[len(ks), Q]` from neighbours in order, `[Q, k]`."""
+def _vote(scores, labels, temperature, *, ks: tuple[int, ...], classes: int):
+    """Predicted classes `[len(ks), Q]` from sorted neighbours `[Q, k]`."""
     query = jnp.arange(len(scores))[:, None]
-    # Less the highest, which changes no vote, and lets none of them overflow.
+    # Relative to the highest, which changes no vote, so that none of them overflows.
     weights = jnp.exp((scores - scores[:, :1]) / temperature)
 
     def winner(k):
@@ -151,43 +145,76 @@ def _vote(scores, labels, temperature, ks: tuple[int, ...], classes: int):
     return jnp.stack([winner(k).argmax(1) for k in ks])
 
 
-def knn(
-    train: np.ndarray,
-    train_labels: np.ndarray,
-    test: np.ndarray,
-    test_labels: np.ndarray,
-    ks: tuple[int, ...],
-    mesh,
-    memory_mb: int,
-    temperature: float = 0.07,
-    standardise: bool = False,
+def classify(
+    search: Search, train: Features, test: Features, ks: tuple[int, ...], temperature: float = 0.07
 ) -> list[dict]:
-    """Accuracy for several k in one pass; neighbours by cosine, weighted by exp(cosine / T).
+    """Measures accuracy for several k in one pass; votes are weighted by exp(cosine / temperature).
 
     Args:
-      train, test: features `[N, D]`, `[M, D]`.
-      train_labels, test_labels: int `[N]`, `[M]`, from 0.
-      ks: numbers of neighbours; those above N are left out.
-      mesh, memory_mb, standardise: as `nearest` takes them.
-      temperature: T.
+      search: finds the neighbours.
+      train, test: features with labels.
+      ks: numbers of neighbours; those above the number of training images are left out.
+      temperature: of the votes.
 
     Returns:
-      One dict a k: `k`, `accuracy` (0 to 1), and the settings.
+      A dict for each k: `k`, `accuracy` (0 to 1), and the settings.
     """
-    ks = tuple(k for k in ks if k <= len(train))
-    classes = int(max(train_labels.max(), test_labels.max())) + 1
-    scores, rows = nearest(train, test, max(ks), mesh, memory_mb, standardise)
+    ks = tuple(k for k in ks if k <= len(train.x))
+    classes = int(max(train.labels.max(), test.labels.max())) + 1
+    scores, rows = search.nearest(train.x, test.x, max(ks))
     correct = np.zeros(len(ks))
-    for start in range(0, len(test), _BLOCK):
+    for start in range(0, len(test.x), _BLOCK):
         part = slice(start, start + _BLOCK)
-        predicted = _vote(scores[part], train_labels[rows[part]], temperature, ks, classes)
-        correct += (np.asarray(predicted) == test_labels[part]).sum(1)
+        labels = train.labels[rows[part]]
+        predicted = _vote(scores[part], labels, temperature, ks=ks, classes=classes)
+        correct += (np.asarray(predicted) == test.labels[part]).sum(1)
+    settings = {"temperature": temperature, "standardised": search.standardise}
     return [
-        {
-            "k": k,
-            "accuracy": float(c / len(test)),
-            "temperature": temperature,
-            "standardised": standardise,
-        }
-        for k, c in zip(ks, correct, strict=True)
+        {"k": k, "accuracy": float(number / len(test.x)), **settings}
+        for k, number in zip(ks, correct, strict=True)
     ]
+
+
+class KNN(Protocol):
+    """k-NN among the training images."""
+
+    name = section = "knn"
+    rules: ClassVar = {"k": numbers_above_0, "temperature": positive}
+
+    def check_training_images(self, config, images) -> None:
+        most = max(config.eval.knn.k)
+        if images.labelled and most > len(images):
+            raise UserError(
+                f"config.eval.knn.k={config.eval.knn.k}: must be at most the number of training "
+                f"images ({len(images)})"
+            )
+
+    def run(self, row: Row) -> Result:
+        section, (train, test) = row.config.eval.knn, (row.features[s] for s in ("train", "val"))
+        search = Search(row.run.mesh, row.config.eval.memory_mb, section.standardise)
+        return Result(classify(search, train, test, ks=section.k, temperature=section.temperature))
+
+
+class Retrieval(Protocol):
+    """No metrics, but `index` int32 `[Q]`, the record numbers of some images, and `neighbours`
+    `[Q, k]`, those of the nearest training images.
+
+    The images are held out, or else training images, which are not their own neighbours.
+    """
+
+    name = "retrieval"
+    needs_labels = False
+    arrays = ("index", "neighbours")
+
+    def run(self, row: Row) -> Result:
+        train = row.features["train"]
+        test = row.features.get("val", train)
+        queries = np.unique(np.linspace(0, len(test.x) - 1, _QUERIES).astype(int))
+        k = min(_NEIGHBOURS + 1, len(train.x))
+        search = Search(row.run.mesh, row.config.eval.memory_mb)
+        _, nearest = search.nearest(train.x, test.x[queries], k)
+        itself = np.where("val" in row.features, -1, queries)[:, None]
+        # The sort is stable: all but the image itself move up.
+        order = np.argsort(nearest == itself, axis=1, kind="stable")[:, :_NEIGHBOURS]
+        neighbours = train.index[np.take_along_axis(nearest, order, 1)]
+        return Result({}, {"index": test.index[queries], "neighbours": neighbours})

@@ -2,21 +2,108 @@
 
 The protocol is that of MSN (Assran et al., 2022) as the paper uses it: features of centre crops,
 centred per image and L2-normalised, no bias, a penalty of 0.00025 over the number of images.
+The optimiser is L-BFGS (Liu & Nocedal, 1989) with a zoom line search, to the optimum.
 """
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from maect_jax import sharding
+from maect_jax.config import Rule, numbers_above_0, positive
 from maect_jax.data import subsets
-from maect_jax.evals import features, logistic
-from maect_jax.evals.features import Features
+from maect_jax.evals import features
+from maect_jax.evals.base import Protocol, Result, Row
 
-DRAWN = "seeded, stratified, nested"
+_DRAWN = "seeded, stratified, nested"
+_MULTIPLE = 256  # of this the rows of a device are padded to, so that small parts share a program
+_MEMORY = 20  # pairs of steps and gradients
+# It ends where the objective is surely within this fraction of its optimum: a convex function whose
+# curvature is at least the penalty is above its minimum by at most |gradient|^2 / (2 penalty);
+_GAP = 1e-4
+_SMALL = 1e-6  # or where the gradient, relative to the first one, is at rounding level
+
+
+class Fit(NamedTuple):
+    """The optimum for each of P penalties."""
+
+    weights: jax.Array  # fp32 [P, D, C]
+    objective: jax.Array  # [P]
+    gradient_norm: jax.Array  # [P]
+    steps: jax.Array  # [P]
+
+
+def prepare(x: np.ndarray) -> np.ndarray:
+    """Centres each row of `[N, D]` on its own mean, then L2-normalises it."""
+    x = x - x.mean(1, keepdims=True)
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+@partial(jax.jit, static_argnames=("classes", "max_steps"))
+def _solve(x, labels, penalties, *, classes: int, max_steps: int) -> Fit:
+    known = labels >= 0  # the others are padding
+    count = known.sum()
+
+    def objective(weights, penalty):
+        logits = jnp.einsum("nd,dc->nc", x, weights, precision="highest")
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+        return (loss * known).sum() / count + penalty / 2 * jnp.square(weights).sum()
+
+    def fit_one(penalty):
+        value_fn = partial(objective, penalty=penalty)
+        optimiser = optax.lbfgs(memory_size=_MEMORY)
+        value_and_grad = optax.value_and_grad_from_state(value_fn)
+
+        def goes_on(carry):
+            _, _, steps, value, norm = carry
+            far = norm**2 / (2 * penalty) > _GAP * value
+            return far & (norm > _SMALL * first) & (steps < max_steps)
+
+        def step(carry):
+            weights, state, steps, _, _ = carry
+            value, grad = value_and_grad(weights, state=state)
+            updates, state = optimiser.update(
+                grad, state, weights, value=value, grad=grad, value_fn=value_fn
+            )
+            # Of the new weights: the line search has computed them.
+            value, grad = (optax.tree.get(state, key) for key in ("value", "grad"))
+            weights = optax.apply_updates(weights, updates)
+            return weights, state, steps + 1, value, jnp.linalg.norm(grad)
+
+        zero = jnp.zeros((x.shape[1], classes))
+        value, grad = jax.value_and_grad(value_fn)(zero)
+        first = jnp.linalg.norm(grad)
+        start = zero, optimiser.init(zero), jnp.int32(0), value, first
+        weights, _, steps, _, _ = jax.lax.while_loop(goes_on, step, start)
+        value, grad = jax.value_and_grad(value_fn)(weights)
+        return Fit(weights, value, jnp.linalg.norm(grad), steps)
+
+    return jax.vmap(fit_one)(penalties)
+
+
+def fit(x: np.ndarray, labels: np.ndarray, penalties: np.ndarray, classes: int, mesh) -> Fit:
+    """Minimises `mean cross entropy + penalty / 2 * |W|^2` for several penalties side by side.
+
+    Args:
+      x: rows `[N, D]`, as `prepare` returns them.
+      labels: int `[N]`, from 0 to `classes - 1`.
+      penalties: `[P]`.
+      classes: C.
+      mesh: the device mesh, which must be the current one.
+    """
+    padding = -len(x) % (mesh.size * _MULTIPLE)
+    x = np.pad(np.float32(x), ((0, padding), (0, 0)))
+    labels = np.pad(np.int32(labels), (0, padding), constant_values=-1)
+    rows = (sharding.put_rows(array, mesh) for array in (x, labels))
+    penalties = sharding.replicate(np.float32(penalties), mesh)
+    return _solve(*rows, penalties, classes=classes, max_steps=1000)
 
 
 @jax.jit
@@ -25,108 +112,102 @@ def _hits(weights, x, labels):
     return (guesses == labels).sum(1)
 
 
-def _accuracies(train: Features, records: np.ndarray, test: Features, decays, mesh) -> dict:
-    """Of a regression on some training images, for each of P penalties: the test accuracy, the
-    norm of the gradient that was reached, and the steps, `[P]`."""
-    x, labels = logistic.prepare(train.x[records]), train.labels[records]
-    classes = int(max(train.labels.max(), test.labels.max())) + 1
-    found = logistic.fit(x, labels, np.asarray(decays) / len(records), classes, mesh)
-    hits = 0
-    for x, truths in features.parts(test, mesh, logistic.prepare):
-        hits = hits + _hits(found.weights, x, truths)
-    hits, norm, steps = sharding.to_host((hits, found.gradient_norm, found.steps))
-    return {"accuracy": hits / len(test.labels), "gradient_norm": norm, "steps": steps}
-
-
-def _entry(splits: Sequence[dict], decays: Sequence[float]) -> dict:
-    """Mean and (unbiased) deviation over splits, of each penalty; the first's are named."""
-    several = []
-    for place, decay in enumerate(decays):
-        accuracies = [float(split["accuracy"][place]) for split in splits]
-        several.append(
-            {
-                "weight_decay": decay,
-                "accuracy": float(np.mean(accuracies)),
-                "deviation": float(np.std(accuracies, ddof=1)) if len(splits) > 1 else None,
-                "accuracies": accuracies,
-                "gradient_norm": float(max(split["gradient_norm"][place] for split in splits)),
-                "steps": int(max(split["steps"][place] for split in splits)),
-            }
-        )
-    return {"splits": len(splits), **several[0], "weight_decays": several}
-
-
-def _size(labels: np.ndarray, part: np.ndarray) -> dict:
-    """What a list of images is: so many of each class, or a share of all."""
+def size_of(labels: np.ndarray, part: np.ndarray) -> dict:
+    """Describes a list of images: a number of each class, or a fraction of all."""
     counts = np.bincount(labels[part], minlength=labels.max() + 1)
     if counts.min() == counts.max():
         return {"images_per_class": int(counts[0])}
     return {"share": float(f"{len(part) / len(labels):.1g}")}
 
 
-def lowshot(
-    train: Features,
-    test: Features,
-    names: Callable[[], Sequence[str]],
-    mesh,
-    images: Sequence[int],
-    shares: Sequence[float],
-    splits: int,
-    lists: Sequence[str],
-    weight_decays: Sequence[float],
-    seed: int,
-) -> list[dict]:
+class LowShot(Protocol):
     """Test accuracies of logistic regressions on parts of the training images.
 
-    Args:
-      train, test: features with labels.
-      names: gives the names of all images of the training split, by record number; asked where
-        there are lists.
-      mesh: the device mesh, which must be the current one.
-      images: numbers of images a class; over so many splits. Drawn at random, nested.
-      shares: of all images; of one split each.
-      splits: how many.
-      lists: paths of text files with names of images, which take the place of the former. Files of
-        one name, in various folders, are the splits of one entry.
-      weight_decays: penalties times the number of images; the accuracies of the first are named.
-      seed: of the first split.
-
-    Returns:
-      A dict for each number, share or list: `accuracy` (0 to 1), its `deviation`, and how they
-      were found.
-
-    Raises:
-      UserError: a list that cannot be read, or names what is not there.
+    An entry for each number of images a class (nested random draws, several splits), each fraction
+    of all images (one split), or, in place of both, each list of names. Lists with one file name in
+    several folders are the splits of one entry.
     """
-    counts = np.unique(train.labels, return_counts=True)[1]
 
-    def tested(parts: Sequence[np.ndarray]) -> dict:
-        found = [_accuracies(train, part, test, weight_decays, mesh) for part in parts]
-        return {"images": len(parts[0]), **_entry(found, weight_decays)}
+    name = section = "lowshot"
+    rules: ClassVar = {
+        "splits": positive,
+        "weight_decays": numbers_above_0,
+        "images": Rule("numbers above 0", lambda v, _: all(n > 0 for n in v)),
+        "shares": Rule("from above 0 to 1", lambda v, _: all(0 < s <= 1 for s in v)),
+        "lists": Rule(
+            "paths of text files that exist",
+            lambda v, _: all(isinstance(path, str) and os.path.isfile(path) for path in v),
+        ),
+    }
 
-    if lists:
-        # Records of the split; features are of those that could be read.
-        place = {record: i for i, record in enumerate(train.index.tolist())}
-        known, by_name = names(), {}
-        for path in lists:
+    def settings(self, config) -> dict:
+        lists = [Path(path) for path in config.eval.lowshot.lists]
+        texts = [path.read_text() if path.is_file() else "" for path in lists]
+        return super().settings(config) | {"texts": texts}
+
+    def run(self, row: Row) -> Result:
+        entries = self._of_lists(row) if row.config.eval.lowshot.lists else self._of_draws(row)
+        return Result(list(entries))
+
+    def _of_lists(self, row: Row) -> Iterator[dict]:
+        """Raises `UserError` if a list cannot be read or names an unknown image."""
+        train, images, by_name = row.features["train"], row.images["train"], {}
+        names = [images.name(record) for record in range(len(images))]
+        # Lists name all images, features are those of the readable ones.
+        positions = {record: i for i, record in enumerate(train.index.tolist())}
+        for path in row.config.eval.lowshot.lists:
             by_name.setdefault(Path(path).name, []).append(path)
-        entries = []
         for name, paths in by_name.items():
-            records = [subsets.from_list(path, known).tolist() for path in paths]
-            parts = [np.array([place[r] for r in part if r in place]) for part in records]
-            size = _size(train.labels, parts[0])
-            entries.append({"list": name, **size, "drawn": list(paths), **tested(parts)})
-        return entries
-    entries = []
-    for number in images:
-        entry = {"images_per_class": number, "drawn": DRAWN}
-        if number > counts.min():
-            reason = f"a class has only {counts.min()} images"
-            entries.append({**entry, "skipped": reason})
-            continue
-        parts = [subsets.per_class(train.labels, number, seed + split) for split in range(splits)]
-        entries.append({**entry, **tested(parts)})
-    for fraction in shares:
-        part = subsets.fraction_of(train.labels, fraction, seed)
-        entries.append({"share": fraction, "drawn": DRAWN, **tested([part])})
-    return entries
+            records = [subsets.from_list(path, names).tolist() for path in paths]
+            parts = [np.array([positions[r] for r in part if r in positions]) for part in records]
+            size = size_of(train.labels, parts[0])
+            yield {"list": name, **size, "drawn": list(paths), **self._measured(row, parts)}
+
+    def _of_draws(self, row: Row) -> Iterator[dict]:
+        section, seed = row.config.eval.lowshot, row.config.seed
+        labels = row.features["train"].labels
+        fewest = np.unique(labels, return_counts=True)[1].min()
+        for number in section.images:
+            entry = {"images_per_class": number, "drawn": _DRAWN}
+            if number > fewest:
+                yield {**entry, "skipped": f"a class has only {fewest} images"}
+                continue
+            seeds = range(seed, seed + section.splits)
+            parts = [subsets.per_class(labels, number, split) for split in seeds]
+            yield {**entry, **self._measured(row, parts)}
+        for fraction in section.shares:
+            part = subsets.fraction_of(labels, fraction, seed)
+            yield {"share": fraction, "drawn": _DRAWN, **self._measured(row, [part])}
+
+    def _measured(self, row: Row, parts: Sequence[np.ndarray]) -> dict:
+        """Mean and unbiased standard deviation over parts of the training images, one for each
+        split, for each penalty; those of the first penalty come first."""
+        decays = row.config.eval.lowshot.weight_decays
+        splits = [self._accuracies(row, part, np.asarray(decays)) for part in parts]
+        accuracies, norms, steps = (
+            np.stack(values, axis=1) for values in zip(*splits, strict=True)
+        )
+        entries = [
+            {
+                "weight_decay": decay,
+                "accuracy": float(accuracies[i].mean()),
+                "deviation": float(accuracies[i].std(ddof=1)) if len(parts) > 1 else None,
+                "accuracies": accuracies[i].tolist(),
+                "gradient_norm": float(norms[i].max()),
+                "steps": int(steps[i].max()),
+            }
+            for i, decay in enumerate(decays)
+        ]
+        sizes = {"images": len(parts[0]), "splits": len(parts)}
+        return sizes | entries[0] | {"weight_decays": entries}
+
+    def _accuracies(self, row: Row, part: np.ndarray, decays: np.ndarray):
+        """Test accuracies, reached gradient norms and steps `[P]` of regressions on a part."""
+        (train, test), mesh = (row.features[split] for split in ("train", "val")), row.run.mesh
+        x, labels = prepare(train.x[part]), train.labels[part]
+        fitted = fit(x, labels, decays / len(part), classes=row.classes, mesh=mesh)
+        hits = 0
+        for x, labels in features.parts(test, mesh, prepare):
+            hits = hits + _hits(fitted.weights, x, labels)
+        hits, *rest = sharding.to_host((hits, fitted.gradient_norm, fitted.steps))
+        return hits / len(test.labels), *rest

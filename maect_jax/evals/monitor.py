@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from maect_jax.data import bad_images, sources, subsets
+from maect_jax.data import sources, subsets
+from maect_jax.data.bad_images import BadImages
 from maect_jax.evals import features, knn, runner
 from maect_jax.models import vit
 from maect_jax.run.folder import Run
@@ -16,45 +18,41 @@ _K = 10
 _MEMORY_MB = 256
 
 
-def is_possible(config, images: Mapping[str, sources.Source]) -> bool:
-    """Whether anything can be measured: the monitor is on, and there are held-out images, and all
-    images have labels."""
+def is_possible(config: ConfigDict, images: Mapping[str, sources.Source]) -> bool:
+    """Whether the monitor is on, some images are held out, and all images have labels."""
     labelled = all(source.labelled for source in images.values())
     return bool(config.monitor.every) and "val" in images and labelled
 
 
 class Monitor:
-    """Measures the encoder of a state. Every process must call it.
+    """Measures the encoder of a state. All processes call it.
 
     Args:
       run: config, folder and mesh.
-      stage: that is trained.
-      images: by split, "train" and "val"; `config.monitor.images` of either are taken, at most.
+      stage: the stage that is trained.
+      images: by split, "train" and "val"; at most `config.monitor.images` of each are used.
     """
 
     def __init__(self, run: Run, stage: type[Stage], images: Mapping[str, sources.Source]):
-        self._run, self._stage, self._images = run, stage, {}
+        config = run.config
+        self._run, self._stage, self._extractions = run, stage, {}
         for split, source in images.items():
-            count = min(len(source), run.config.monitor.images)
+            count = min(len(source), config.monitor.images)
             records = np.linspace(0, len(source) - 1, count).astype(int)
             chosen = subsets.Subset(source, records)
-            config = run.config
-            bad = bad_images.BadImages(chosen, config.model.channels, config.data.max_bad_fraction)
-            self._images[split] = chosen, bad
+            bad = BadImages(chosen, config.model.channels, config.data.max_bad_fraction)
+            size = config[stage.name].batch_size
+            self._extractions[split] = runner.Extraction(run, chosen, bad, batch_size=size)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        """`knn_accuracy`, of 10 neighbours, and `neighbour_accuracy`, of the nearest alone, by
-        cosine among the training images."""
-        config, mesh, stage = self._run.config, self._run.mesh, self._stage
-        parts = {key: getattr(state, key) for key in stage.saved}
-        encode = features.encoder(
-            vit.from_config(config.model), stage.encoder_params(parts), config.model.pool
+        """Measures `knn_accuracy` (10 neighbours) and `neighbour_accuracy` (the nearest one)."""
+        model = self._run.config.model
+        params = self._stage.encoder_params({k: getattr(state, k) for k in self._stage.saved})
+        encode = features.encoder(vit.from_config(model), params, model.pool)
+        train, test = (
+            features.collected(self._extractions[split].batches(encode))
+            for split in ("train", "val")
         )
-        found = {}
-        for split, (source, bad) in self._images.items():
-            size = config[stage.name].batch_size
-            batches = runner.extracted(config, encode, source, bad, size, mesh)
-            found[split] = features.collected(batches)
-        ks = (1, min(_K, len(found["train"][0])))
-        nearest, several = knn.knn(*found["train"], *found["val"], ks, mesh, _MEMORY_MB)
+        search = knn.Search(self._run.mesh, _MEMORY_MB)
+        nearest, several = knn.classify(search, train, test, ks=(1, min(_K, len(train.x))))
         return dict(zip(MEASURED, (several["accuracy"], nearest["accuracy"]), strict=True))

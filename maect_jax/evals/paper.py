@@ -51,10 +51,10 @@ def figures(variant: str, patch_size: int) -> dict[str, dict[str, str]]:
     """The rows of the paper for a model, as text by column; none for a model that it lacks."""
     model, rows = f"{variant}/{patch_size}", {}
     for method in ("MAE", "MAE-CT", "MAE-CT_aug"):
-        found = dict(_FIGURES.get((model, method), {}))
-        found |= zip(_SHOTS, _LOWSHOT.get((model, method), ()), strict=False)
+        row = dict(_FIGURES.get((model, method), {}))
+        row |= zip(_SHOTS, _LOWSHOT.get((model, method), ()), strict=False)
         if (model, method) == ("H/16", "MAE-CT"):
-            found |= _CLUSTERS
-        if found:
-            rows[f"paper, {method} {model}"] = {key: f"{value:.1f}" for key, value in found.items()}
+            row |= _CLUSTERS
+        if row:
+            rows[f"paper, {method} {model}"] = {key: f"{value:.1f}" for key, value in row.items()}
     return rows

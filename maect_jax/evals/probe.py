@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,27 +10,38 @@ import numpy as np
 import optax
 
 from maect_jax import sharding
+from maect_jax.config import fraction, numbers_above_0, positive
+from maect_jax.data import augment, bad_images, loader, subsets
 from maect_jax.evals import features
+from maect_jax.evals.base import Protocol, Result, Row
 from maect_jax.evals.features import Features
 from maect_jax.stages import optim
+from maect_jax.stages.base import CROP_SCALE
 
 _MOMENTUM = 0.9
 _WARMUP = 0.1  # of the updates
 _BN_DECAY, _BN_EPS = 0.9, 1e-5
 _TOP = 5
+_SEED = 100  # differs from the number of every training stage, so the probe has crops of its own
 
 Batches = Iterator[tuple[jax.Array, jax.Array]]  # features fp32 [B, D], labels int32 [B]
 
 
+class Schedule(NamedTuple):
+    """How P probes are trained."""
+
+    lrs: np.ndarray  # [P], their peak
+    epochs: int
+    updates: int  # an epoch
+    seed: int  # of the initial weights
+
+
 class Probes(NamedTuple):
-    """P probes. One batch normalisation serves them all: it has no parameters.
+    """P probes. They share one batch normalisation, as it has no parameters."""
 
-    `weights` and `velocity`: kernel fp32 `[P, D, C]`, bias `[P, C]`; `mean` and `var` `[D]`.
-    """
-
-    weights: dict
-    velocity: dict
-    mean: jax.Array
+    weights: dict  # kernel fp32 [P, D, C], bias [P, C]
+    velocity: dict  # of the weights
+    mean: jax.Array  # [D], a running average, like var
     var: jax.Array
     step: jax.Array
 
@@ -39,8 +50,8 @@ class Probes(NamedTuple):
 def _init(key, count: int, width: int, classes: int) -> Probes:
     kernel = 0.01 * jax.random.truncated_normal(key, -2, 2, (count, width, classes))
     weights = {"kernel": kernel, "bias": jnp.zeros((count, classes))}
-    still = jax.tree.map(jnp.zeros_like, weights)
-    return Probes(weights, still, jnp.zeros(width), jnp.ones(width), jnp.int32(0))
+    velocity = jax.tree.map(jnp.zeros_like, weights)
+    return Probes(weights, velocity, jnp.zeros(width), jnp.ones(width), jnp.int32(0))
 
 
 def _logits(weights, x, mean, var):
@@ -56,8 +67,8 @@ def _update(probes: Probes, x, labels, lrs, *, steps: int) -> Probes:
 
     def loss(weights):
         out = _logits(weights, x, mean, var)
-        truths = jnp.broadcast_to(labels, out.shape[:2])
-        return optax.softmax_cross_entropy_with_integer_labels(out, truths).mean(1).sum()
+        targets = jnp.broadcast_to(labels, out.shape[:2])
+        return optax.softmax_cross_entropy_with_integer_labels(out, targets).mean(1).sum()
 
     grads = jax.grad(loss)(probes.weights)
     velocity = jax.tree.map(lambda v, g: _MOMENTUM * v + g, probes.velocity, grads)
@@ -74,7 +85,8 @@ def _update(probes: Probes, x, labels, lrs, *, steps: int) -> Probes:
 
 @jax.jit
 def _hits(probes: Probes, x, labels):
-    """How many of `x` each probe has right, at first and among its first five guesses `[P, 2]`."""
+    """How many of `x` each probe classifies correctly by its first guess and by its first five,
+    `[P, 2]`."""
     out = _logits(probes.weights, x, probes.mean, probes.var)
     _, guesses = jax.lax.top_k(out, min(_TOP, out.shape[-1]))
     hits = guesses == labels[:, None]
@@ -82,43 +94,32 @@ def _hits(probes: Probes, x, labels):
 
 
 def fit(
-    batches: Batches,
-    per_epoch: int,
-    epochs: int,
-    lrs: np.ndarray,
-    tests: Mapping[str, Features],
-    classes: int,
-    seed: int,
-    mesh,
+    batches: Batches, schedule: Schedule, tests: Mapping[str, Features], classes: int, mesh
 ) -> dict[str, np.ndarray]:
     """Trains probes by SGD with momentum, linear warm-up and cosine, without weight decay.
 
     Args:
-      batches: at least `per_epoch * epochs` batches of features and labels, split over the mesh.
-      per_epoch: updates an epoch.
-      epochs: of the training.
-      lrs: peak learning rates `[P]`.
-      tests: features to judge the probes on after each epoch, by name.
+      batches: of features and labels, split over the mesh; at least `epochs * updates`.
+      schedule: learning rates, length and seed.
+      tests: features to evaluate the probes on after each epoch, by name.
       classes: C.
-      seed: of the initial weights.
       mesh: the device mesh, which must be the current one.
 
     Returns:
       For each of `tests` the top-1 and top-5 accuracies (0 to 1) `[epochs, P, 2]`.
     """
-    places = {name: list(features.parts(found, mesh)) for name, found in tests.items()}
-    rates = sharding.replicate(np.float32(lrs), mesh)
+    on_devices = {name: list(features.parts(part, mesh)) for name, part in tests.items()}
+    lrs = sharding.replicate(np.float32(schedule.lrs), mesh)
     width = next(iter(tests.values())).x.shape[1]
-    probes = _init(jax.random.key(seed), len(lrs), width, classes)
-    curves = {name: [] for name in tests}
-    before = None
-    for _ in range(epochs):
-        for _ in range(per_epoch):
+    probes = _init(jax.random.key(schedule.seed), len(schedule.lrs), width, classes)
+    curves, before = {name: [] for name in tests}, None
+    for _ in range(schedule.epochs):
+        for _ in range(schedule.updates):
             x, labels = next(batches)
-            probes = _update(probes, x, labels, rates, steps=per_epoch * epochs)
-            jax.block_until_ready(before)  # no more than one batch waits for its turn
+            probes = _update(probes, x, labels, lrs, steps=schedule.updates * schedule.epochs)
+            jax.block_until_ready(before)  # at most one batch waits for its turn
             before = x
-        for name, parts in places.items():
+        for name, parts in on_devices.items():
             curves[name].append(sum(_hits(probes, *part) for part in parts))
     return {
         name: np.asarray(sharding.to_host(curve)) / len(tests[name].labels)
@@ -127,50 +128,116 @@ def fit(
 
 
 def cached_batches(train: Features, batch_size: int, seed: int, mesh) -> Batches:
-    """Endless batches of features that are at hand, shuffled in each epoch."""
+    """Yields batches of extracted features without end, shuffled in each epoch."""
     epoch = 0
     while True:
         order = np.random.default_rng((seed, epoch)).permutation(len(train.x))
         for start in range(0, len(order) - batch_size + 1, batch_size):
-            # In rising order, for features that lie on disk; a batch has no order.
+            # Ascending, for features that lie on disk; a batch has no order.
             rows = np.sort(order[start : start + batch_size])
-            yield (
-                sharding.put_rows(train.x[rows], mesh),
-                sharding.put_rows(train.labels[rows], mesh),
-            )
+            yield tuple(sharding.put_rows(part[rows], mesh) for part in (train.x, train.labels))
         epoch += 1
 
 
-def judged(
+def summary(
     curves: Mapping[str, np.ndarray], base_lrs: tuple[float, ...], chosen_on: str
 ) -> dict[str, object]:
-    """Each probe's accuracies, and those of the best, which is chosen on one of the curves.
+    """Summarises the probes' accuracies on the test images.
 
     Args:
       curves: what `fit` returns, with "test".
       base_lrs: of the probes.
-      chosen_on: the name of a curve.
+      chosen_on: the curve that the best probe and epoch are chosen on.
 
     Returns:
-      `probes`: of each at the last epoch and at its best; `best_last_epoch`: the probe that is
-      best at the last epoch; `best_any_epoch`: the best probe and epoch of all; `epochs_top1`: the
-      test accuracies of each epoch and probe. Accuracies are on the test images.
+      `best_last_epoch`: the best probe at the last epoch; `best_any_epoch`: the best probe and
+      epoch; `probes`: each at the last and its best epoch; `epochs_top1`: `[epochs, P]`.
     """
     test, chosen = curves["test"], curves[chosen_on][..., 0]
+    last = len(chosen) - 1
 
-    def named(epoch: int, probe: int) -> dict:
+    def entry(epoch: int, probe: int) -> dict:
         top1, top5 = test[epoch, probe].tolist()
         return {"base_lr": base_lrs[probe], "epoch": epoch + 1, "top1": top1, "top5": top5}
 
-    last = len(chosen) - 1
-    best_epoch, best_probe = np.unravel_index(chosen.argmax(), chosen.shape)
+    best_epochs = enumerate(chosen.argmax(0).tolist())
+    best_epoch, best_probe = divmod(int(chosen.argmax()), len(base_lrs))
     return {
         "chosen_on": chosen_on,
-        "best_last_epoch": named(last, int(chosen[-1].argmax())),
-        "best_any_epoch": named(int(best_epoch), int(best_probe)),
+        "best_last_epoch": entry(last, int(chosen[-1].argmax())),
+        "best_any_epoch": entry(best_epoch, best_probe),
         "probes": [
-            {"last_epoch": named(last, p), "best_epoch": named(int(chosen[:, p].argmax()), p)}
-            for p in range(len(base_lrs))
+            {"last_epoch": entry(last, p), "best_epoch": entry(e, p)} for p, e in best_epochs
         ],
         "epochs_top1": test[..., 0].tolist(),
     }
+
+
+class Probe(Protocol):
+    """Linear probes on features that are extracted once: the fast variant."""
+
+    name = section = "probe"
+    crops = "centre crops, extracted once"
+    rules: ClassVar = {
+        **dict.fromkeys(("epochs", "batch_size"), positive),
+        "base_lrs": numbers_above_0,
+        "crop_scale": CROP_SCALE,
+        "held_out": fraction,
+    }
+
+    def run(self, row: Row) -> Result:
+        section, seed, devices = row.config.eval.probe, row.config.seed, row.run.mesh.size
+        train, tests, chosen_on = row.features["train"], {"test": row.features["val"]}, "test"
+        drawn = np.random.default_rng(seed).permutation(len(train.labels))
+        held_out = np.zeros(len(drawn), bool)
+        held_out[drawn[: round(section.held_out * len(drawn))]] = True
+        if held_out.any():
+            chosen_on = "held-out training images"
+            tests[chosen_on] = Features(*(part[held_out] for part in train))
+            train = Features(*(part[~held_out] for part in train))
+        size = min(section.batch_size, len(train.labels)) // devices * devices
+        lrs = np.array([optim.scaled_lr(lr, size, views=1) for lr in section.base_lrs])
+        updates = len(train.labels) // size
+        schedule = Schedule(lrs, section.epochs, updates=updates, seed=seed)
+        batches = self._batches(row, train, batch_size=size, steps=updates * section.epochs)
+        curves = fit(batches, schedule, tests, classes=row.classes, mesh=row.run.mesh)
+        settings = {"crops": self.crops, "epochs": section.epochs, "batch_size": size}
+        return Result(settings | summary(curves, section.base_lrs, chosen_on))
+
+    def _batches(self, row: Row, train: Features, batch_size: int, steps: int) -> Batches:
+        """Batches of those training images that are not held out."""
+        del steps
+        return cached_batches(train, batch_size, row.config.seed, row.run.mesh)
+
+
+@partial(jax.jit, static_argnums=1)
+def _only_view(batch: dict, recipe: augment.Recipe) -> jax.Array:
+    return augment.views(batch, recipe)[:, 0]
+
+
+class AugmentedProbe(Probe):
+    """Linear probes on augmented images, encoded anew in each epoch: the paper's protocol."""
+
+    name = "probe_augmented"
+    crops = "augmented in each epoch"
+
+    def run(self, row: Row) -> Result:
+        crop_scale = {"crop_scale": list(row.config.eval.probe.crop_scale)}
+        return Result(super().run(row).metrics | crop_scale)
+
+    def _batches(self, row: Row, train: Features, batch_size: int, steps: int) -> Batches:
+        data, model, mesh = row.config.data, row.config.model, row.run.mesh
+        images, bad = row.images["train"], row.bad_images["train"]
+        if len(train.index) < len(images):
+            images = subsets.Subset(images, train.index)
+            bad = bad_images.BadImages(images, model.channels, data.max_bad_fraction)
+        scale, size = row.config.eval.probe.crop_scale, model.image_size
+        seed = row.config.seed, _SEED
+        make = loader.TrainRecord(images, model.channels, size, (scale,), seed, data.scaled_jpeg)
+        recipe = augment.Recipe(size, scale, data.mean, data.std, (augment.Photometric(),))
+        rows = sharding.local_rows(batch_size, mesh)
+        order = loader.Order(len(images), batch_size, steps, seed, rows)
+        for batch in loader.train_batches(order, make, data.workers):
+            batch = sharding.put_batch(bad.collect(batch), mesh)
+            yield row.encode(_only_view(batch, recipe)), batch["label"]
+        bad.check()

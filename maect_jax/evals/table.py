@@ -1,73 +1,70 @@
-"""The results in one table: of a run, or of several runs as mean +- deviation."""
+"""The results in one table: of a run, or of several runs as mean +- standard deviation."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from maect_jax.errors import UserError
 
 _K = 10
-_CLUSTERS = {"acc": "k-means ACC", "nmi": "NMI", "ami": "AMI", "ari": "ARI"}
+_CLUSTERS = {
+    "acc": "k-means ACC", "nmi": "NMI", "ami": "AMI", "ari": "ARI", "silhouette": "silhouette",
+}  # fmt: skip
 SUBSET_NAMES = {"imagenet_dogs15": "Dogs-15", "imagenet10": "ImageNet-10"}
+
+Rows = dict[str, dict[str, str]]  # cells as text, by row and column
 
 
 def neighbours(result: dict) -> dict:
-    """The entry of a row's k-NN results that is shown: that of 10 neighbours, else the first."""
+    """The entry of a row's k-NN results for the table: that of 10 neighbours, else the first."""
     return next((r for r in result["knn"] if r["k"] == _K), result["knn"][0])
 
 
 def there(result: dict, protocol: str) -> bool:
-    """Whether a row has results of a protocol, which may not be asked for, or skipped."""
+    """Whether a row has results of a protocol, which may be absent or skipped."""
     return protocol in result and "skipped" not in result[protocol]
 
 
 def shot(entry: dict) -> str:
-    """What an entry of the low-shot results is called."""
+    """The column of an entry of the low-shot results."""
     if "images_per_class" in entry:
         number = entry["images_per_class"]
         return f"low-shot, {number} image{'' if number == 1 else 's'}"
     return f"low-shot, {100 * entry['share']:g} %"
 
 
-def _clusters(found: dict, name: str = "") -> dict[str, float]:
-    best, mean = found["best"], found["mean"]
-    own = {f"{name}{title}": best[key] for key, title in _CLUSTERS.items() if key in best}
-    if "acc" in mean:
-        first, *rest = own.items()
-        own = dict([first, (f"{name}mean of runs", mean["acc"]), *rest])
-    if "silhouette" in best:
-        own[f"{name}silhouette"] = best["silhouette"]
-    return own
+def _clusters(result: dict) -> dict[str, float]:
+    columns, subsets = {}, result.get("subsets", {})
+    parts = {f"{SUBSET_NAMES[name]} ": part for name, part in subsets.items() if "best" in part}
+    for name, part in ({"": result} | parts).items():
+        for key, title in _CLUSTERS.items():
+            if key in part["best"]:
+                columns[f"{name}{title}"] = part["best"][key]
+            if key == "acc" in part["mean"]:
+                columns[f"{name}mean of runs"] = part["mean"]["acc"]
+    return columns
 
 
-def _shares(result: dict) -> dict[str, float]:
-    """The figures of one row of `results.json`, by column."""
-    own = {}
-    if there(result, "knn"):
-        own["k-NN"] = neighbours(result)["accuracy"]
-    if there(result, "probe_augmented"):
-        own["linear probe"] = result["probe_augmented"]["best_last_epoch"]["top1"]
-    if there(result, "probe"):
-        own["probe, centre crops"] = result["probe"]["best_last_epoch"]["top1"]
-    if there(result, "lowshot"):
-        own |= {shot(e): e["accuracy"] for e in result["lowshot"] if "accuracy" in e}
-    if there(result, "classifier"):
-        own["its classifier"] = result["classifier"]["top1"]
-    if there(result, "finetune"):
-        own["fine-tuned"] = result["finetune"]["top1"]
-    if there(result, "cluster"):
-        own |= _clusters(result["cluster"])
-        for subset, found in result["cluster"].get("subsets", {}).items():
-            if "best" in found:
-                own |= _clusters(found, f"{SUBSET_NAMES[subset]} ")
-    return own
+# By protocol, in the order of the table, its columns from its results, in fractions.
+_COLUMNS = {
+    "knn": lambda result: {"k-NN": neighbours({"knn": result})["accuracy"]},
+    "probe_augmented": lambda result: {"linear probe": result["best_last_epoch"]["top1"]},
+    "probe": lambda result: {"probe, centre crops": result["best_last_epoch"]["top1"]},
+    "lowshot": lambda result: {shot(e): e["accuracy"] for e in result if "accuracy" in e},
+    "classifier": lambda result: {"its classifier": result["top1"]},
+    "finetune": lambda result: {"fine-tuned": result["top1"]},
+    "cluster": _clusters,
+}
 
 
 def percentages(results: Mapping[str, dict]) -> dict[str, dict[str, float]]:
-    """By row, the figures of the table by column, in percent; where MAE and CT are both there, a
-    row of what tuning has changed as well."""
-    rows = {name: _shares(result) for name, result in results.items()}
-    rows = {name: {k: 100 * v for k, v in row.items()} for name, row in rows.items()}
+    """The numbers of the table, in percent, by row and column; if MAE and CT are both there, a row
+    with what tuning has changed as well."""
+    rows = {name: {} for name in results}
+    for name, result in results.items():
+        for protocol in (key for key in _COLUMNS if there(result, key)):
+            fractions = _COLUMNS[protocol](result[protocol])
+            rows[name] |= {column: 100 * value for column, value in fractions.items()}
     if {"mae", "ct"} <= set(rows):
         before, after = rows["mae"], rows["ct"]
         rows["ct - mae"] = {key: after[key] - before[key] for key in after if key in before}
@@ -75,32 +72,22 @@ def percentages(results: Mapping[str, dict]) -> dict[str, dict[str, float]]:
 
 
 def is_difference(row: str) -> bool:
-    """Whether a row is one of differences, which are written with their sign."""
+    """Whether a row has differences, which are written with their sign."""
     return " - " in row
 
 
 def columns(rows: Mapping[str, Mapping]) -> list[str]:
-    """All columns that a row has a figure in, in order."""
+    """All columns that have a value in some row, in order."""
     return list(dict.fromkeys(column for row in rows.values() for column in row))
 
 
-def cells(results: Mapping[str, dict]) -> dict[str, dict[str, str]]:
-    """The table of one run, as text."""
-
-    def written(name: str) -> Callable[[float], str]:
-        return "{:+.1f}".format if is_difference(name) else "{:.1f}".format
-
-    return {
-        name: {column: written(name)(value) for column, value in row.items()}
-        for name, row in percentages(results).items()
-    }
+def cells(results: Mapping[str, dict]) -> Rows:
+    """The table of one run."""
+    return _formatted([percentages(results)])
 
 
-def cells_of_several(runs: dict[str, dict]) -> dict[str, dict[str, str]]:
-    """The table of several runs: mean and unbiased deviation, as text.
-
-    Args:
-      runs: the results of each, by its name.
+def cells_of_several(runs: Mapping[str, dict]) -> Rows:
+    """The table of several runs: mean and unbiased standard deviation of their results.
 
     Raises:
       UserError: they do not have the same rows and columns.
@@ -112,24 +99,28 @@ def cells_of_several(runs: dict[str, dict]) -> dict[str, dict[str, str]]:
             raise UserError(
                 f"{name!r} cannot be averaged with the other runs: evaluated are {have}"
             )
-    several = {}
+    return _formatted(tables)
+
+
+def _formatted(tables: Sequence[Mapping[str, dict[str, float]]]) -> Rows:
+    rows = {}
     for name, row in tables[0].items():
-        form = "{:+.1f} +- {:.1f}" if is_difference(name) else "{:.1f} +- {:.1f}"
-        several[name] = {}
+        rows[name], form = {}, "{:+.1f}" if is_difference(name) else "{:.1f}"
         for column in row:
             values = [table[name][column] for table in tables]
-            several[name][column] = form.format(np.mean(values), np.std(values, ddof=1))
-    return several
+            spread = f" +- {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+            rows[name][column] = form.format(np.mean(values)) + spread
+    return rows
 
 
-def _lines(rows: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
-    """A line a column of the results, as they may be many: its name, and its figure in each row."""
+def _lines(rows: Rows) -> list[list[str]]:
+    """A line for each column of the results, as they may be many, and a head with the rows."""
     head = ["percent", *rows]
     return [head, *([key, *(row.get(key, "-") for row in rows.values())] for key in columns(rows))]
 
 
-def text(rows: Mapping[str, Mapping[str, str]]) -> str:
-    """A table as aligned lines."""
+def text(rows: Rows) -> str:
+    """Formats a table as aligned lines."""
     lines = _lines(rows)
     first, *rest = (max(map(len, column)) for column in zip(*lines, strict=True))
     lines = [
@@ -139,8 +130,8 @@ def text(rows: Mapping[str, Mapping[str, str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def markdown(rows: Mapping[str, Mapping[str, str]]) -> str:
-    """A table in Markdown."""
+def markdown(rows: Rows) -> str:
+    """Formats a table in Markdown."""
     head, *lines = _lines(rows)
     ruler = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ruler, *lines)) + "\n"

@@ -13,7 +13,7 @@ from maect_jax import config as configs
 from maect_jax import files
 from maect_jax.data import sources
 from maect_jax.errors import UserError
-from maect_jax.evals import features, maps, paper, protocols, runner, table
+from maect_jax.evals import cluster, features, maps, paper, runner, table
 from maect_jax.report import plots, sheets, style, words
 from maect_jax.run import jsonl, snapshots
 from maect_jax.stages import STAGES
@@ -217,7 +217,7 @@ def _map(run: Path, name: str, split: str, found, config: ConfigDict, images: di
 
 def _clusters(run: Path, name: str, found: dict, config: ConfigDict, images: dict) -> dict:
     """The montage of the clusters, and their confusion with the labels."""
-    split = protocols.cluster_split(config, images)
+    split = cluster.cluster_split(config, images)
     labels, clusters, classes = found["labels"], found["clusters"], images[split].classes
     shown = runner.record(config, images[split])
     drawn = {

@@ -1,6 +1,7 @@
 """Runs that start from files, evaluations of files, and features of files. Without PyTorch."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -10,14 +11,14 @@ import maect_jax
 from maect_jax import config as configs
 from maect_jax.convert import exporting, importing, names, tensors
 from maect_jax.errors import UserError
-from maect_jax.evals import protocols
-from maect_jax.evals.classifier import fold_batch_norm
+from maect_jax.evals.classifier import Classifier, fold_batch_norm
 from maect_jax.evals.features import Features
 from maect_jax.models import positions, vit
 from tests.helpers import CONFIGS, SMALL
 from tests.helpers import golden_figures as figures
 from tests.helpers.common import assert_trees_equal, run_on
 from tests.helpers.foreign_files import CT, assert_peak_of_import_below, told
+from tests.helpers.rows import row_of
 
 
 def test_a_file_is_evaluated_under_its_name_with_its_classifier(tmp_path, monkeypatch, rng):
@@ -70,10 +71,8 @@ def test_a_file_is_evaluated_under_its_name_with_its_classifier(tmp_path, monkey
 def test_a_classifier_of_other_classes_is_skipped(rng):
     features = {"val": Features(rng.normal(size=(6, 4)), np.arange(6) % 3, np.arange(6))}
     kernel, bias = rng.normal(size=(4, 1000)), np.zeros(1000)
-    row = protocols.Row(None, None, features, {}, {}, None, (kernel, bias))
-    assert protocols.classified(row) == {
-        "skipped": "the classifier knows 1000 classes, the labels 3"
-    }
+    row = row_of(features, None, classifier=(kernel, bias))
+    assert re.search(r"\b1000 .*\b3\b", Classifier().skip_reason(row))
 
 
 def test_load_encoder_takes_pixels_as_they_come(tmp_path, rng):

@@ -32,7 +32,7 @@ def test_lloyd_from_the_same_centres_ends_where_sklearn_does(rng):
         rows = placed(x, mesh)
         limit = np.float32(1e-4 * x.var(0).mean())
         centres, passes = kmeans.lloyd(rows, jnp.asarray(start)[None], limit)
-        nearest, loss = kmeans._judged(rows, centres)
+        nearest, loss = kmeans._assigned(rows, centres)
     np.testing.assert_allclose(centres[0], peer.cluster_centers_, atol=1e-4)
     assert loss[0] == pytest.approx(peer.inertia_, rel=1e-5)
     assert abs(int(passes[0]) - peer.n_iter_) <= 1
@@ -44,7 +44,7 @@ def test_restarts_reach_sklearns_inertia(rng, k, minibatch):
     x, runs = overlapping(rng), 10
     mesh = mesh_of(1, 2)
     with jax.set_mesh(mesh):
-        found = kmeans.kmeans(x, k, runs, 0, mesh, 64, minibatch)
+        found = kmeans.kmeans(x, kmeans.Settings(k, runs, 0, 64, minibatch), mesh)
     kind = partial(MiniBatchKMeans, batch_size=minibatch) if minibatch else KMeans
     peers = [kind(k, n_init=1, random_state=seed).fit(x).inertia_ for seed in range(runs)]
     assert found.loss.min() <= min(peers) * 1.005
@@ -63,10 +63,12 @@ def test_clusters_do_not_depend_on_devices_or_on_restarts_side_by_side(rng, monk
     several = []
     for shape, columns in (((1, 1), 1024), ((2, 2), 1024), ((4, 2), 10)):
         monkeypatch.setattr(kmeans, "_COLUMNS", columns)
-        together.append(kmeans.restarts_at_a_time(*x.shape, 10, 512, 1, 64))
+        limits = dict(tile=512, devices=1, memory_mb=64)
+        together.append(kmeans.restarts_at_a_time(x.shape, 10, **limits))
         mesh = mesh_of(*shape)
         with jax.set_mesh(mesh):
-            several.append(kmeans.kmeans(x, 10, 4, 7, mesh, 64, minibatch))
+            settings = kmeans.Settings(10, 4, 7, 64, minibatch)
+            several.append(kmeans.kmeans(x, settings, mesh))
     assert together == [103, 103, 1]
     for other in several[1:]:
         np.testing.assert_allclose(other.loss, several[0].loss, rtol=1e-5)
@@ -98,7 +100,7 @@ def test_fewer_rows_than_devices_and_as_many_clusters_as_rows(rng):
     x = rng.normal(size=(5, 3)).astype(np.float32)
     mesh = mesh_of(4, 2)
     with jax.set_mesh(mesh):
-        found = kmeans.kmeans(x, 5, 3, 0, mesh, 64)
+        found = kmeans.kmeans(x, kmeans.Settings(k=5, runs=3, seed=0, memory_mb=64), mesh)
     assert found.loss.max() < 1e-6
     assert (np.sort(found.clusters, 1) == np.arange(5)).all()
 
@@ -119,7 +121,8 @@ def test_sums_are_the_same_both_ways(rng):
 def test_restarts_side_by_side_keep_to_their_memory():
     """By XLA's own account of the passes over wide rows, and of what starts them."""
     mesh, width, k, tile, memory_mb = mesh_of(1, 1), 512, 10, 2048, 64
-    together = kmeans.restarts_at_a_time(4096, width, k, tile, 1, memory_mb)
+    limits = dict(tile=tile, devices=1, memory_mb=memory_mb)
+    together = kmeans.restarts_at_a_time((4096, width), k, **limits)
     assert 1 < together < 103
     shape = jax.ShapeDtypeStruct
     rows = kmeans.Rows(shape((2, tile, width), np.float32), shape((2, tile), np.float32))
@@ -129,7 +132,7 @@ def test_restarts_side_by_side_keep_to_their_memory():
         lowered = (
             kmeans.lloyd.lower(rows, centres, shape((), np.float32)),
             kmeans.plus_plus.lower(rows, keys, k=k),
-            kmeans._judged.lower(rows, centres),
+            kmeans._assigned.lower(rows, centres),
         )
     for one in lowered:
         memory = one.compile().memory_analysis()

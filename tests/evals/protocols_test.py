@@ -4,12 +4,16 @@ import jax
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import silhouette_score
 from sklearn.neighbors import NearestNeighbors
 
 from maect_jax.data import subsets
 from maect_jax.errors import UserError
-from maect_jax.evals import cluster, features, knn, logistic, lowshot, probe
+from maect_jax.evals import cluster, features, kmeans, knn, lowshot, probe
 from tests.helpers.common import mesh_of
+from tests.helpers.rows import row_of
+
+METRICS = ("acc", "nmi", "ami", "ari")
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +40,18 @@ def blobs(rng):
 def test_knn_equals_sklearn_neighbours_and_a_weighted_vote(blobs, mesh, standardised, memory_mb):
     train, test = blobs
     ks = (1, 7, 20)
-    arrays = (train.x, train.labels, test.x, test.labels)
-    got = knn.knn(*arrays, (*ks, 6000), mesh, memory_mb, 0.07, standardised)
+    search = knn.Search(mesh, memory_mb, standardised)
+    got = knn.classify(search, train, test, (*ks, 6000))
     bank, queries = train.x, test.x
     if standardised:
-        mean, deviation = bank.mean(0), bank.std(0, ddof=1) + 1e-5
-        bank, queries = (bank - mean) / deviation, (queries - mean) / deviation
-    search = NearestNeighbors(n_neighbors=20, metric="cosine", algorithm="brute").fit(bank)
-    distance, rows = search.kneighbors(queries)
-    cold = knn.knn(*arrays, (20,), mesh, memory_mb, 0.005, standardised)[0]["accuracy"]
+        mean, std = bank.mean(0), bank.std(0, ddof=1) + 1e-5
+        bank, queries = (bank - mean) / std, (queries - mean) / std
+    peer = NearestNeighbors(n_neighbors=20, metric="cosine", algorithm="brute").fit(bank)
+    distance, rows = peer.kneighbors(queries)
+    cold = knn.classify(search, train, test, (20,), temperature=0.005)[0]["accuracy"]
     nearest_alone = (train.labels[rows[:, 0]] == test.labels).mean()
     assert cold == pytest.approx(nearest_alone, abs=0.02)  # not all votes are infinite
-    cosines, found = knn.nearest(train.x, test.x, 20, mesh, memory_mb, standardised)
+    cosines, found = search.nearest(train.x, test.x, 20)
     np.testing.assert_allclose(cosines, 1 - distance, atol=2e-6)
     assert (found == rows).mean() > 0.999  # but for two that are as near as rounding tells
     assert [entry["k"] for entry in got] == list(ks)  # more than there are is left out
@@ -65,7 +69,7 @@ def test_knn_equals_sklearn_neighbours_and_a_weighted_vote(blobs, mesh, standard
 
 def test_equal_neighbours_come_in_the_order_of_the_bank(rng, mesh):
     bank = np.repeat(rng.normal(size=(40, 8)), 50, axis=0).astype(np.float32)
-    _, found = knn.nearest(bank, bank[::50], 60, mesh, 1)
+    _, found = knn.Search(mesh, 1).nearest(bank, bank[::50], 60)
     for query, rows in enumerate(found):
         assert rows[:50].tolist() == list(range(50 * query, 50 * query + 50))
 
@@ -73,21 +77,21 @@ def test_equal_neighbours_come_in_the_order_of_the_bank(rng, mesh):
 def test_knn_keeps_to_its_memory():
     """The plan's arrays, counted; and that of the compiled search, by XLA's own account."""
     width, k, memory_mb = 64, 10, 8
-    size, block, tile = knn.plan(10**6, 10**5, width, k, 1, memory_mb)
+    mesh = mesh_of(1, 1)
+    size, block, tile = knn.Search(mesh, memory_mb).plan((10**6, width), 10**5, k)
     assert tile < 10**6
     assert size < 10**5
     shape = jax.ShapeDtypeStruct
     best = shape((size, k), np.float32), shape((size, k), np.int32)
-    moments = [shape((width,), np.float32)] * 2
-    queries, bank = shape((size, width), np.float32), shape((tile, width), np.float32)
-    number = shape((), np.int32)
-    with jax.set_mesh(mesh_of(1, 1)):
-        lowered = knn._merge.lower(best, queries, bank, number, number, *moments, block=block)
+    moments, numbers = [shape((width,), np.float32)] * 2, [shape((), np.int32)] * 2
+    queries, rows = shape((size, width), np.float32), shape((tile, width), np.float32)
+    with jax.set_mesh(mesh):
+        lowered = knn._merge.lower(best, queries, knn._Tile(rows, *numbers, *moments), block=block)
     memory = lowered.compile().memory_analysis()
     used = memory.temp_size_in_bytes + memory.argument_size_in_bytes
     # Wide rows, few at a time.
-    wide = knn.plan(10**5, 10**4, 150_528, k, 1, 1024)
-    assert wide.block <= wide.queries < 300
+    wide_queries, wide_block, _ = knn.Search(mesh, 1024).plan((10**5, 150_528), 10**4, k)
+    assert wide_block <= wide_queries < 300
     # One more tile comes meanwhile, and the queries as they came.
     waiting = 4 * width * (tile + size)
     assert used + waiting <= memory_mb * 2**20
@@ -97,8 +101,8 @@ def test_knn_keeps_to_its_memory():
 def fit(train, test, lrs, mesh, epochs=10, batch_size=256):
     batches = probe.cached_batches(train, batch_size, 0, mesh)
     per_epoch = len(train.labels) // batch_size
-    lrs = np.asarray(lrs) * batch_size / 256
-    return probe.fit(batches, per_epoch, epochs, lrs, {"test": test}, 7, 0, mesh)
+    schedule = probe.Schedule(np.asarray(lrs) * batch_size / 256, epochs, per_epoch, seed=0)
+    return probe.fit(batches, schedule, {"test": test}, classes=7, mesh=mesh)
 
 
 def test_probe_learns_as_well_as_can_be(blobs, mesh):
@@ -127,7 +131,8 @@ def test_probe_is_torch_sgd_on_normalised_features(blobs, mesh, monkeypatch):
     seen = {}
     monkeypatch.setattr(probe, "_hits", lambda probes, *_: seen.update(probes=probes) or 0)
     start = jax.device_get(probe._init(jax.random.key(3), 2, 12, 7))
-    probe.fit(batches, 3, 1, np.array([0.4, 0.1]), {"test": part}, 7, 3, mesh)
+    schedule = probe.Schedule(np.array([0.4, 0.1]), epochs=1, updates=3, seed=3)
+    probe.fit(batches, schedule, {"test": part}, classes=7, mesh=mesh)
     kernel = start.weights["kernel"].astype(np.float64)
     bias, mean, var = np.zeros((2, 7)), np.zeros(12), np.ones(12)
     velocity = [0.0, 0.0]
@@ -156,12 +161,12 @@ def test_the_best_probe_is_chosen_where_it_is_said():
     test = np.array([[[0.1, 0.5], [0.7, 0.8]], [[0.3, 0.6], [0.2, 0.9]]])
     apart = np.array([[[0.6, 0.0], [0.1, 0.0]], [[0.2, 0.0], [0.4, 0.0]]])
     curves = {"test": test, "held-out": apart}
-    own = probe.judged(curves, (0.1, 0.05), "test")
+    own = probe.summary(curves, (0.1, 0.05), "test")
     assert own["best_last_epoch"] == {"base_lr": 0.1, "epoch": 2, "top1": 0.3, "top5": 0.6}
     assert own["best_any_epoch"] == {"base_lr": 0.05, "epoch": 1, "top1": 0.7, "top5": 0.8}
     assert own["probes"][1]["last_epoch"]["top1"] == 0.2
     assert own["probes"][1]["best_epoch"]["epoch"] == 1
-    other = probe.judged(curves, (0.1, 0.05), "held-out")
+    other = probe.summary(curves, (0.1, 0.05), "held-out")
     assert other["best_last_epoch"]["top1"] == 0.2  # the second probe, judged on the test images
     assert other["best_any_epoch"] == {"base_lr": 0.1, "epoch": 1, "top1": 0.1, "top5": 0.5}
     assert other["chosen_on"] == "held-out"
@@ -173,10 +178,10 @@ def test_the_best_probe_is_chosen_where_it_is_said():
 def test_logistic_regression_reaches_sklearns_optimum(rng, mesh, rows, width, classes, noise):
     centres = rng.normal(size=(classes, width))
     train, test = (drawn(rng, centres, n, noise) for n in (rows, 2000))
-    x, queries = (logistic.prepare(part.x).astype(np.float64) for part in (train, test))
+    x, queries = (lowshot.prepare(part.x).astype(np.float64) for part in (train, test))
     count = len(x)
     penalties = np.array([2.5e-4, 1e-2]) / count
-    found = jax.device_get(logistic.fit(x, train.labels, penalties, classes, mesh))
+    found = jax.device_get(lowshot.fit(x, train.labels, penalties, classes=classes, mesh=mesh))
 
     def judged(weights, penalty):
         logits = x @ weights
@@ -203,13 +208,16 @@ def test_logistic_regression_reaches_sklearns_optimum(rng, mesh, rows, width, cl
         assert found.steps[i] < 1000
 
 
+def of_lowshot(*settings):
+    return tuple(f"eval.lowshot.{setting}" for setting in settings)
+
+
 def test_lowshot_draws_nested_splits_and_tells_how_it_did(blobs, mesh):
     train, test = blobs
-    images, shares = (1, 5, 5000), (0.01,)
-    entries = lowshot.lowshot(
-        train, test, list, mesh, images, shares, 2, (), (2.5e-4, 1e-2), seed=3
-    )
-    one, five, many, share = entries
+    settings = (*of_lowshot("images=(1,5,5000)", "shares=(0.01,)", "splits=2"), "seed=3")
+    settings += of_lowshot("weight_decays=(2.5e-4,1e-2)")
+    row = row_of({"train": train, "val": test}, mesh, *settings)
+    one, five, many, share = lowshot.LowShot().run(row).metrics
     assert one["images"] == 7
     assert five["images"] == 35
     assert share["images"] == len(subsets.fraction_of(train.labels, 0.01, 3))
@@ -226,10 +234,16 @@ def test_lowshot_draws_nested_splits_and_tells_how_it_did(blobs, mesh):
         assert 0 < entry["gradient_norm"] < 0.01
     # By hand: the regression on the same images.
     part = subsets.per_class(train.labels, 5, 3)
-    x, queries = logistic.prepare(train.x[part]), logistic.prepare(test.x)
+    x, queries = lowshot.prepare(train.x[part]), lowshot.prepare(test.x)
     peer = LogisticRegression(C=1 / 2.5e-4, fit_intercept=False, tol=1e-8, max_iter=10_000)
     peer.fit(x.astype(np.float64), train.labels[part])
     assert five["accuracies"][0] == pytest.approx(peer.score(queries, test.labels), abs=0.002)
+
+
+class Named(list):
+    """Images of which nothing is known but their names."""
+
+    name = list.__getitem__
 
 
 def test_lowshot_takes_lists_of_names(blobs, mesh, tmp_path):
@@ -243,19 +257,23 @@ def test_lowshot_takes_lists_of_names(blobs, mesh, tmp_path):
         part = subsets.per_class(train.labels, 5, split) + 1
         chosen = [names[i] for i in part] + ["c/0.jpg"]
         (tmp_path / f"{split}" / "5imgs.txt").write_text("\n".join(chosen))
-    (entry,) = lowshot.lowshot(
-        train, test, lambda: names, mesh, (1,), (0.1,), 3, paths, (2.5e-4,), seed=0
-    )
-    drawn = lowshot.lowshot(train, test, list, mesh, (5,), (), 2, (), (2.5e-4,), seed=0)[0]
+    images = {"train": Named(names)}
+
+    def measured(*settings):
+        row = row_of({"train": train, "val": test}, mesh, *of_lowshot(*settings), images=images)
+        return lowshot.LowShot().run(row).metrics
+
+    (entry,) = measured(f"lists={tuple(paths)}")
+    (drawn,) = measured("images=(5,)", "shares=()", "splits=2")
     assert entry["accuracies"] == pytest.approx(drawn["accuracies"], abs=0.002)
     assert (entry["list"], entry["splits"], entry["images"]) == ("5imgs.txt", 2, 35)
     assert entry["images_per_class"] == 5
-    assert lowshot._size(train.labels, subsets.fraction_of(train.labels, 0.1, 0)) == {"share": 0.1}
+    assert lowshot.size_of(train.labels, subsets.fraction_of(train.labels, 0.1, 0)) == {
+        "share": 0.1
+    }
     assert entry["drawn"] == paths
     with pytest.raises(UserError, match=r"list '.*absent'"):
-        lowshot.lowshot(
-            train, test, lambda: names, mesh, (), (), 1, [str(tmp_path / "absent")], (1.0,), 0
-        )
+        measured(f"lists=('{tmp_path / 'absent'}',)")
 
 
 def test_matched_accuracy_by_hand():
@@ -292,7 +310,7 @@ def test_agreement_does_not_depend_on_names_and_knows_chance(rng):
     )
     chance = cluster.agreement(labels, rng.integers(0, 8, 4000))
     assert abs(chance["ami"]) < 0.01 > abs(chance["ari"])
-    assert cluster.agreement(labels, labels) == pytest.approx(dict.fromkeys(cluster.METRICS, 1.0))
+    assert cluster.agreement(labels, labels) == pytest.approx(dict.fromkeys(METRICS, 1.0))
 
 
 def test_clusters_are_numbered_by_the_class_that_they_are_matched_with():
@@ -303,35 +321,37 @@ def test_clusters_are_numbered_by_the_class_that_they_are_matched_with():
 
 
 def test_clustering_reports_best_by_loss_mean_and_deviation(rng, mesh, monkeypatch):
-    def kmeans(x, k, runs, *_):
+    def clustered(x, settings, mesh):
         """Run r has loss 10 - r, and clusters that get worse with r."""
-        assert (k, runs) == (2, 2)
+        assert settings[:2] == (2, 2)
         found = [[0, 0, 1, 1], [1, 0, 1, 1]]
-        return cluster.kmeans.Clustering(
+        return kmeans.Clustering(
             np.zeros((2, 2, 3)), np.array(found), np.array([10.0, 9.0]), np.array([1, 1])
         )
 
-    monkeypatch.setattr(cluster.kmeans, "kmeans", kmeans)
+    monkeypatch.setattr(kmeans, "kmeans", clustered)
     labels, x = np.array([0, 0, 1, 1]), rng.normal(size=(4, 3))
-    result, clusters, distance = cluster.cluster(x, labels, 0, mesh, 64, runs=2, normalise=False)
+    row = row_of({}, mesh, "eval.cluster.runs=2", "eval.cluster.normalise=False")
+    result, clusters, distance = cluster.cluster(row, x, labels, clusters=0)
     assert clusters.tolist() == [1, 0, 1, 1]  # of the best run
     assert result["best"]["acc"] == 0.75  # of the lowest loss, not of the highest accuracy
     assert result["best"]["loss"] == 9
     assert result["mean"]["acc"] == pytest.approx(0.875)
     assert result["deviation"]["acc"] == pytest.approx(0.125)
     np.testing.assert_allclose(distance, np.linalg.norm(x, axis=1), rtol=1e-6)
-    bare, _, _ = cluster.cluster(x, None, 2, mesh, 64, runs=2)
+    bare, _, _ = cluster.cluster(row, x, None, clusters=2)
     assert set(bare["best"]) == {"loss", "silhouette", "silhouette_images", "chosen_by"}
 
 
 def test_clusters_of_separate_blobs_are_found(rng, mesh):
     labels = np.repeat(np.arange(4), 50)
     found = 20 * np.eye(4)[labels] + rng.normal(size=(200, 4))
-    for options in ({}, {"pca": 3}, {"minibatch": 64}):
-        result, clusters, _ = cluster.cluster(found, 3 * labels, 0, mesh, 64, runs=5, **options)
+    for setting in ("pca=0", "pca=3", "minibatch=64"):
+        row = row_of({}, mesh, "eval.cluster.runs=5", f"eval.cluster.{setting}")
+        result, clusters, _ = cluster.cluster(row, found, 3 * labels, clusters=0)
         np.testing.assert_array_equal(clusters, labels)  # numbered by class, in order
-        best = {name: result["best"][name] for name in cluster.METRICS}
-        assert best == pytest.approx(dict.fromkeys(cluster.METRICS, 1.0))
+        best = {name: result["best"][name] for name in METRICS}
+        assert best == pytest.approx(dict.fromkeys(METRICS, 1.0))
         assert result["best"]["silhouette"] > 0.8
         assert result["best"]["silhouette_images"] == 200
 
@@ -342,7 +362,7 @@ def test_silhouette_of_many_images_is_sampled(rng, monkeypatch):
     x = 3 * np.eye(3)[labels] + rng.normal(size=(2000, 3))
     sampled = cluster.silhouette(x, labels, 0)
     assert sampled["silhouette_images"] == 300
-    assert sampled["silhouette"] == pytest.approx(cluster.silhouette_score(x, labels), abs=0.05)
+    assert sampled["silhouette"] == pytest.approx(silhouette_score(x, labels), abs=0.05)
     assert cluster.silhouette(x, np.zeros(2000, int), 0) == {}
 
 

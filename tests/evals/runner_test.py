@@ -14,13 +14,14 @@ from maect_jax import config as configs
 from maect_jax import files, pipeline
 from maect_jax.data import arrays, sources
 from maect_jax.errors import RunFailedError, UserError
-from maect_jax.evals import export, features, protocols, runner
+from maect_jax.evals import ON_REQUEST, PROTOCOLS, cluster, export, features, runner
 from maect_jax.report import page
 from maect_jax.run import jsonl
 from tests.helpers import CONFIGS, SMALL
 from tests.helpers.common import mesh_of, run_on
+from tests.helpers.rows import row_of
 
-ALL = protocols.NAMES
+ALL = tuple(ON_REQUEST)
 QUICK = str(CONFIGS / "quickstart.py:test")
 SHORT = ("stages=('mae','eval')", "mae.epochs=2", SMALL, "eval.cluster.runs=2", "eval.map=pca")
 
@@ -31,8 +32,9 @@ def evaluated(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "run"
     settings = (*SHORT, f"eval.protocols={ALL}", "eval.export=npz", "monitor.every=1")
     settings += ("eval.probe.held_out=0.1", "monitor.images=500", "eval.pool=cls+mean")
+    settings += ("eval.lowshot.splits=2",)
     with pytest.MonkeyPatch.context() as patch:
-        run_on(patch, (1, 2), configs.load(QUICK, settings), workdir)
+        run_on(patch, (1, 2), configs.load(QUICK, settings), workdir, page=False)
     return workdir, settings
 
 
@@ -64,7 +66,7 @@ def test_every_protocol_is_in_the_results_and_better_than_chance(evaluated):
 def test_the_same_command_computes_nothing_again(evaluated, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     shutil.copytree(evaluated[0], workdir)
-    monkeypatch.setattr(features, "extract", None)
+    monkeypatch.setattr(runner.loader, "eval_batches", None)
     before = (workdir / "results.json").read_bytes()
     run_on(monkeypatch, (1, 2), configs.load(QUICK, evaluated[1]), workdir, page=False)
     assert (workdir / "results.json").read_bytes() == before
@@ -127,7 +129,7 @@ def test_features_go_on_where_they_were_stopped(tmp_path, rng, batch_size):
 
     settings = {"weights": "a"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "_KEEP_EVERY", 2)
+        patch.setattr(features, "_SAVE_EVERY", 2)
         with pytest.raises(KeyboardInterrupt):
             features.stored(tmp_path, settings, 22, 4, batches(4, stop=12))
         assert files.read_json(tmp_path / "settings.json")["done"] == 8
@@ -153,7 +155,7 @@ def test_weights_have_one_fingerprint_on_any_mesh(rng):
     assert len({name, *map(features.fingerprint, (swapped, near, other))}) == 4
 
 
-def test_knn_is_told_while_training(evaluated):
+def test_knn_is_measured_while_training(evaluated):
     entries = jsonl.read(evaluated[0] / "metrics.jsonl")
     told = [entry for entry in entries if "knn_accuracy" in entry]
     assert [entry["step"] for entry in told] == [6, 12]
@@ -161,7 +163,6 @@ def test_knn_is_told_while_training(evaluated):
         assert 0.3 < entry["neighbour_accuracy"] < 0.8
         assert entry["neighbour_accuracy"] != entry["knn_accuracy"] < 0.8
     assert all(("images_per_second" in entry) == ("loss" in entry) for entry in entries)
-    assert "k-NN accuracy of held-out images" in (evaluated[0] / "report.html").read_text()
 
 
 def test_features_are_exported_with_names(evaluated, tmp_path):
@@ -209,6 +210,7 @@ def of_photos(photos, *settings):
     first = (f"data.path={photos}", "data.source=folder", "data.train_split=photos")
     first += ("data.short_side=32", "model.channels=3", "data.max_bad_fraction=0.1")
     first += ("data.mean=(0.5,0.5,0.5)", "data.std=(0.25,0.25,0.25)", "mae.batch_size=16")
+    first += ("eval.map=pca",)
     first += ("stages=('mae','eval')", "eval.batch_size=16", "eval.cluster.runs=2")
     return configs.load(QUICK, [*first, *settings])
 
@@ -253,32 +255,32 @@ def test_a_page_of_an_evaluation_that_was_stopped_has_what_is_whole(evaluated, t
     page.build(workdir, pipeline.open_images(config, workdir))
     pictures = {path.stem for path in (workdir / "pictures").iterdir()}
     assert "map_mae" not in pictures
-    assert "clusters" in pictures
+    assert {"clusters", "knn_accuracy"} <= pictures
 
 
 def test_images_without_labels_want_a_number_of_clusters(photos):
-    with pytest.raises(UserError, match=r"clusters=0: the train images have no labels to count"):
+    with pytest.raises(
+        UserError, match=r"eval\.cluster\.clusters=0: .* train images have no labels"
+    ):
         pipeline.open_images(of_photos(photos), photos / "run")
-    with pytest.raises(UserError, match=r"clusters=99: must be at most the 60 train images"):
+    with pytest.raises(UserError, match=r"eval\.cluster\.clusters=99: must be at most .*60"):
         pipeline.open_images(of_photos(photos, "eval.cluster.clusters=99"), photos / "run")
     pipeline.open_images(of_photos(photos, "eval.protocols=('knn',)"), photos / "run")
 
 
-@pytest.mark.usefixtures("in_root")
 def test_well_known_subsets_are_clustered_by_their_wordnet_ids(rng, monkeypatch):
     """Two classes of four, which are listed in another order."""
-    monkeypatch.setitem(protocols.cluster.SUBSETS, "imagenet10", ("n3", "n1"))
+    monkeypatch.setitem(cluster.SUBSETS, "imagenet10", ("n3", "n1"))
     labels = np.repeat(np.arange(4, dtype=np.int32), 30)
     x = 9 * np.eye(4, 6)[labels] + rng.normal(size=(120, 6))
     found = features.Features(x.astype(np.float32), labels, np.arange(120))
     source = sources.Blank(120, 1)
     source.classes = ["n0", "n1", "n2", "n3"]
     settings = ["eval.cluster.subsets=('imagenet10','imagenet_dogs15')", "eval.cluster.runs=2"]
-    config = configs.load(QUICK, settings)
     mesh = mesh_of(1, 1)
-    row = protocols.Row(config, None, {"val": found}, {"val": source}, {}, mesh)
+    row = row_of({"val": found}, mesh, *settings, images={"val": source})
     with jax.set_mesh(mesh):
-        own = protocols.clustered(row)[0]["subsets"]
+        own = PROTOCOLS["cluster"].run(row).metrics["subsets"]
     assert (own["imagenet10"]["clusters"], own["imagenet10"]["images"]) == (2, 60)
     assert own["imagenet10"]["best"]["acc"] == 1
     assert own["imagenet_dogs15"] == {"skipped": "the images have no class n02085936"}

@@ -13,7 +13,7 @@ import pytest
 from maect_jax import config as configs
 from maect_jax import files, pipeline
 from maect_jax.data import arrays
-from maect_jax.evals import features, runner
+from maect_jax.evals import PROTOCOLS, features, runner
 from maect_jax.report import page
 from maect_jax.run import bad_steps, checkpoints, jsonl, lineage, manifest, saving
 from tests.helpers.common import mesh_of
@@ -120,7 +120,7 @@ def read_whole(run):
         lambda: lineage.write_lineage(run, [{"file": "x", "sha256": "y"}]),
         lambda: bad_steps.BadSteps(run / "bad_steps.jsonl", "mae", 1, "skip", 9, IMAGES.name),
         lambda: jsonl.truncate(run / "metrics.jsonl", "mae", 1),
-        lambda: runner._table(run, ["mae"], IMAGES),
+        lambda: PROTOCOLS["cluster"].table(run, ["mae"], IMAGES),
     ):
         with one_line():
             read()

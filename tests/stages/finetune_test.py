@@ -14,7 +14,7 @@ from maect_jax import pipeline
 from maect_jax.data import arrays, augment, folder, loader, mix, subsets
 from maect_jax.data.augment import Photometric, Recipe
 from maect_jax.errors import UserError
-from maect_jax.evals import finetuned
+from maect_jax.evals.classifier import accuracies
 from maect_jax.models import vit
 from maect_jax.run import checkpoints
 from maect_jax.stages import STAGES, optim, state
@@ -280,7 +280,7 @@ def test_training_learns_to_tell_images_apart(settings):
         seen = [augment.normalise_pixels(batch["image"][:, 0], *moments) for batch in batches]
         found = [rank(now.params, now.frozen, images) for images in seen]
         labels = np.concatenate([batch["label"] for batch in batches])
-        return finetuned.accuracies(np.concatenate(found), labels)
+        return tuple(accuracies(np.concatenate(found), labels).values())
 
     before = accuracy(now)[0]
     for seed in range(60):
@@ -304,7 +304,7 @@ def test_flops_formula_equals_the_compilers_count():
 
 def test_accuracies_by_hand():
     ranked = np.array([[4, 1, 2, 3, 0], [1, 0, 4, 5, 6], [2, 9, 8, 7, 5], [0, 1, 2, 3, 4]])
-    assert finetuned.accuracies(ranked, np.array([4, 6, 0, 2])) == (0.25, 0.75)
+    assert accuracies(ranked, np.array([4, 6, 0, 2])) == {"top1": 0.25, "top5": 0.75}
 
 
 # Records and images.

@@ -1,0 +1,115 @@
+"""What a protocol is: from the frozen features of an encoder to its entry in the results."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from maect_jax import files
+from maect_jax.config import Rules
+from maect_jax.data.bad_images import BadImages
+from maect_jax.data.sources import Source
+from maect_jax.errors import UserError
+from maect_jax.evals.features import Encode, Features
+from maect_jax.run.folder import Run
+
+
+@dataclass(frozen=True)
+class Row:
+    """An encoder, which is a row of the results, and what is needed to evaluate it.
+
+    Attributes:
+      run: config, folder and device mesh, which must be the current one.
+      name: of the row.
+      made_of: by split, what the features are made of, plain JSON.
+      features: by split, "train" and "val"; only "train" if no images are held out.
+      images, bad_images: by split, the images and the counters of unreadable ones.
+      encode: from normalised images to features.
+      classifier: on the features, kernel fp32 `[D, C]` and bias `[C]`, if the encoder has one.
+    """
+
+    run: Run
+    name: str
+    made_of: Mapping[str, dict]
+    features: Mapping[str, Features]
+    images: Mapping[str, Source]
+    bad_images: Mapping[str, BadImages]
+    encode: Encode
+    classifier: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def config(self) -> ConfigDict:
+        return self.run.config
+
+    @property
+    def classes(self) -> int:
+        """Number of classes; all images must have labels."""
+        return 1 + int(max(part.labels.max() for part in self.features.values()))
+
+
+class Result(NamedTuple):
+    """Metrics for `results.json`, plain JSON; and arrays for a file beside the features."""
+
+    metrics: dict | list[dict]
+    arrays: Mapping[str, np.ndarray] = {}
+
+
+class Protocol:
+    """A measurement on frozen features.
+
+    Class attributes:
+      name: in `config.eval.protocols` and in the results.
+      section: of `config.eval`, with its settings; empty if it has none.
+      rules: of that section, by the key within it.
+      needs_labels: whether it is skipped unless there are held-out images and all have labels.
+      arrays: the names of its arrays, if it has any.
+    """
+
+    name: ClassVar[str]
+    section: ClassVar[str] = ""
+    rules: ClassVar[Rules] = {}
+    needs_labels: ClassVar[bool] = True
+    arrays: ClassVar[tuple[str, ...]] = ()
+
+    def settings(self, config: ConfigDict) -> dict:
+        """What the result depends on beside the features, plain JSON."""
+        section = config.eval[self.section].to_dict() if self.section else {}
+        return {"seed": config.seed, "texts": [], self.name: section}
+
+    def check_training_images(self, config: ConfigDict, images: Source) -> None:
+        """Raises `UserError` if there are too few for its settings."""
+
+    def check_images(self, config: ConfigDict, images: Mapping[str, Source]) -> None:
+        """Raises `UserError` if its settings do not fit the images, by split."""
+
+    def applies(self, row: Row) -> bool:
+        """Whether it runs on a row; asked if it runs by itself."""
+        return True
+
+    def skip_reason(self, row: Row) -> str:
+        """Why it cannot run on these features; empty if it can."""
+        labelled = "val" in row.features and all(part.labelled for part in row.features.values())
+        return "the images have no labels" if self.needs_labels and not labelled else ""
+
+    def run(self, row: Row) -> Result:
+        """Evaluates a row; all processes call it."""
+        raise NotImplementedError
+
+    def read_arrays(self, folder: Path, row: str) -> dict[str, np.ndarray]:
+        """Reads the arrays of a row; empty if there are none. Raises `UserError` on damage."""
+        path = folder_of(folder, row) / f"{self.name}.npz"
+        arrays = files.read_saved_arrays(path, *self.arrays) if path.exists() else {}
+        if len({array.shape[:1] for array in arrays.values()}) > 1:
+            raise UserError(f"{path}: is damaged (its arrays differ in length); remove it")
+        return arrays
+
+    def summarise(self, run: Run, rows: Sequence[str], images: Mapping[str, Source]) -> None:
+        """Writes a file on all rows together, if it has one; process 0 calls it at the end."""
+
+
+def folder_of(run: Path, row: str) -> Path:
+    """Where the features of a row are, in a folder for each split, and its protocols' arrays."""
+    return run / "features" / row
