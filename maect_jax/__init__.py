@@ -1,6 +1,6 @@
 """MAE-CT in JAX: masked autoencoders, tuned by nearest-neighbour contrastive learning."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["load_encoder"]
 
 
