@@ -18,7 +18,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
-    runs = parser.parse_args().runs
+    runs = list(dict.fromkeys(parser.parse_args().runs))
     for run in runs:
         images = pipeline.open_images(build.read_config(run), run)
         print(build.report(run, images), flush=True)

@@ -29,11 +29,7 @@ from maect_jax.stages import SAVED, STAGES
 
 MAP_IMAGES = 1_000  # more make a cloud, and t-SNE slow
 _DATA_KEYS = ("source", "path", "name", "train_split", "val_split", "short_side")
-_CURVES = {
-    "loss": "loss",
-    "nn_accuracy": "neighbour accuracy",
-    "knn_accuracy": "k-NN accuracy",
-}
+_CURVES = {"loss": "loss", "nn_accuracy": "neighbour accuracy", "knn_accuracy": "k-NN accuracy"}
 _UNFIT = (LookupError, TypeError, ValueError, AttributeError, OverflowError, jinja2.TemplateError)
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("maect_jax.report", package_path=""),
@@ -42,6 +38,11 @@ _TEMPLATES = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+_TEMPLATES.globals |= dict(
+    stages=STAGES, saved=SAVED, projections=maps.NAMES, shown_knn=table.neighbours,
+    columns=table.columns, is_difference=table.is_difference, map_images=MAP_IMAGES,
+    many_classes=style.MANY_CLASSES,
+)  # fmt: skip
 
 
 def read_config(run: Path) -> ConfigDict:
@@ -76,7 +77,7 @@ def report(run: Path, images: Mapping[str, Source]) -> Path:
     order = {name: place for place, name in enumerate(STAGES)}
     history.sort(key=lambda line: order.get(line["stage"], len(order)))
     run_figures = _RunFigures(run, config, images, results)
-    with matplotlib.rc_context(style.SETTINGS):
+    with matplotlib.rc_context(fname=style.SETTINGS):
         with _reading(run / "metrics.jsonl"):
             timings = stage_timings(history)
             figures = {key: plots.curves(history, key, label) for key, label in _CURVES.items()}
@@ -84,31 +85,26 @@ def report(run: Path, images: Mapping[str, Source]) -> Path:
             figures["nn_accuracy"] = None  # it is logged, as the accuracy on no image
         with _reading(run / "results.json", runner.AGAIN):
             evaluation = _evaluation(config, images, results)
-            figures["probes"] = plots.probes(evaluation["probes"])
+            measured = evaluation["measured"]
+            figures["probes"] = plots.probes(measured["probe"] | measured["probe_augmented"])
         figures |= run_figures.draw()
         pictures = _save({name: figure for name, figure in figures.items() if figure}, run)
-    if results:
-        paragraphs = [table.markdown(evaluation["rows"]).strip(), *evaluation["notes"]]
-        files.write_text(run / "results.md", "\n\n".join(paragraphs) + "\n")
     with _reading(run / "{config,environment}.json", "restore it"):
         html = _TEMPLATES.get_template("report.html").render(
-            config=config,
+            **evaluation,
             values={key: repr(value) for key, value in configs.flat(config).items()},
             size=vit.size_of(config.model),
             environment=environment,
             counts={split: len(source) for split, source in images.items()},
             labelled=all(source.labelled for source in images.values()),
-            stages=STAGES,
-            saved=SAVED,
             timings=timings,
             pictures=pictures,
             maps=[name for name in pictures if name.startswith("map_")],
-            map_images=MAP_IMAGES,
-            projections=maps.NAMES,
-            many_classes=style.MANY_CLASSES,
             first_row=next(iter(run_figures.rows), ""),
-            **evaluation,
         )
+    if results:
+        paragraphs = [table.markdown(evaluation["rows"]).strip(), *evaluation["notes"]]
+        files.write_text(run / "results.md", "\n\n".join(paragraphs) + "\n")
     path = run / "report.html"
     files.write_text(path, html)
     return path
@@ -135,9 +131,9 @@ def stage_timings(history: Sequence[dict]) -> list[dict]:
 
 
 def _evaluation(config: ConfigDict, images: Mapping[str, Source], results: Mapping) -> dict:
-    """What the report says of the results: the table, on ImageNet with the paper's figures, and
-    notes on how they were measured."""
-    measured = defaultdict(dict)
+    """The templates' values for the table of results, with the paper's figures on ImageNet, and
+    for the notes on how they were measured."""
+    measured = defaultdict(dict)  # by protocol, then by row
     for row, result in results.items():
         for key, value in result.items():
             if isinstance(value, dict | list) and table.there(result, key):
@@ -145,23 +141,11 @@ def _evaluation(config: ConfigDict, images: Mapping[str, Source], results: Mappi
     rows, published = table.cells(results), {}
     if rows and paper.is_imagenet(images["train"].classes):
         published = paper.figures(config.model.variant, config.model.patch_size)
-    notes = _TEMPLATES.get_template("notes.txt").render(
-        results=results,
-        measured=measured,
-        saved=SAVED,
-        shown_knn=table.neighbours,
-        protocols=config.eval.protocols if "eval" in config else (),
-        about_paper=paper.NOTE if published else "",
-    )
-    return dict(
-        rows=rows | published,
-        columns=table.columns(rows | published),
-        differences=list(filter(table.is_difference, rows)),
-        notes=[" ".join(note.split()) for note in re.split(r"\n\s*\n", notes) if note.strip()],
-        probes=measured["probe"] | measured["probe_augmented"],
-        clusters=max((found["clusters"] for found in measured["cluster"].values()), default=0),
-        eval_seconds=sum(sum(row.get("seconds", {}).values()) for row in results.values()),
-    )
+    seconds = sum(sum(times.values()) for times in measured["seconds"].values())
+    values = dict(config=config, results=results, measured=measured, eval_seconds=seconds)
+    values |= dict(rows=rows | published, about_paper=paper.NOTE if published else "")
+    notes = re.split(r"\n\s*\n", _TEMPLATES.get_template("notes.txt").render(values))
+    return values | dict(notes=[" ".join(note.split()) for note in notes if note.strip()])
 
 
 def _save(figures: Mapping[str, Figure], run: Path) -> dict[str, str]:
@@ -186,13 +170,8 @@ def _reading(path: Path, remedy: str = "remove it, to do without") -> Iterator[N
 
 @dataclass(frozen=True)
 class _RunFigures:
-    """Draws the images and the features of a run.
-
-    Attributes:
-      folder, config: of the run.
-      images: by split; "val" may be absent.
-      results: the content of `results.json`.
-    """
+    """Draws images and features of a run: its folder, its config, its images by split ("val" may be
+    absent), and the content of its `results.json`."""
 
     folder: Path
     config: ConfigDict
@@ -209,11 +188,7 @@ class _RunFigures:
         return [row for row in rows if row != runner.PIXELS]
 
     def draw(self) -> dict[str, Figure]:
-        """Draws all that the run has the data for; figures by name.
-
-        Raises:
-          UserError: a file of the run is damaged.
-        """
+        """Draws all that the run has the data for, by name. Raises `UserError` if it is damaged."""
         return self._snapshots() | self._maps() | self._retrieval() | self._clusters()
 
     @property

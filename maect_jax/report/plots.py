@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -31,7 +32,7 @@ def curves(history: Sequence[dict], key: str, label: str) -> Figure | None:
     # Accuracies of two stages can be compared, losses cannot.
     panels = figure.subplots(1, len(stages), squeeze=False, sharey=key != "loss")[0]
     for panel, (stage, points) in zip(panels, stages.items(), strict=True):
-        curve, colour = tuple(zip(*points, strict=True)), style.colour_of(stage)
+        curve, colour = tuple(zip(*points, strict=True)), style.COLOURS[stage]
         window = len(points) // _WINDOWS
         alpha, marker = 0.4 if window > 1 else 1.0, "o" if len(points) <= _FEW_POINTS else None
         options = dict(marker=marker, markersize=3, clip_on=False)  # whole markers at the edge
@@ -51,23 +52,19 @@ def curves(history: Sequence[dict], key: str, label: str) -> Figure | None:
 
 def feature_map(points: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> Figure:
     """Draws points `[N, 2]` in the colours of their labels `[N]`; -1 is grey."""
+    present = np.unique(labels)
+    names, count = [sources.class_name(classes, label) for label in present], len(present)
+    few, many = colormaps["tab10"].colors, colormaps["turbo"](np.arange(count) / count)
+    colours = few if count <= len(few) else many
     figure = style.new_figure(4.7)
     axes = figure.subplots()
     style.hide_axes(axes)
-    present = np.unique(labels)
-    names = [sources.class_name(classes, label) for label in present]
-    for i, colour in enumerate(style.palette(len(present))):
-        axes.scatter(
-            *points[labels == present[i]].T,
-            s=12,
-            color=colour if present[i] >= 0 else style.GREY,
-            marker=_MARKERS[i % len(_MARKERS)],
-            linewidths=0,
-            alpha=0.8,
-            label=names[i],
-            rasterized=True,
-        )
-    if len(present) <= style.MANY_CLASSES:
+    for i, label in enumerate(present):
+        colour = colours[i] if label >= 0 else style.GREY
+        options = dict(s=12, linewidths=0, alpha=0.8, label=names[i], rasterized=True)
+        marker = _MARKERS[i % len(_MARKERS)]
+        axes.scatter(*points[labels == label].T, color=colour, marker=marker, **options)
+    if count <= style.MANY_CLASSES:
         columns = max(1, min(5, _LEGEND_WIDTH // (max(map(len, names)) + 4)))
         options = dict(ncols=columns, handletextpad=0, markerscale=2)
         figure.legend(loc="outside lower center", **options)
@@ -88,7 +85,7 @@ def probes(results: Mapping[str, dict]) -> Figure | None:
         rates = [probe["last_epoch"]["base_lr"] for probe in result["probes"]]
         ranks = np.argsort(np.argsort(rates)) + 1
         for accuracy, rank in zip(accuracies.T, ranks, strict=True):
-            options = dict(color=style.colour_of(name), alpha=rank / len(rates), linewidth=1.0)
+            options = dict(color=style.COLOURS[name], alpha=rank / len(rates), linewidth=1.0)
             panel.plot(np.arange(1, len(accuracy) + 1), accuracy, **options)
         panel.set(title=name, xlabel="epoch")
         panel.grid(**_GRID)
@@ -98,14 +95,10 @@ def probes(results: Mapping[str, dict]) -> Figure | None:
 
 
 def confusion(labels: np.ndarray, clusters: np.ndarray, classes: Sequence[str]) -> Figure:
-    """Draws how many images of each class (column) each cluster (row) holds.
+    """Draws how many images of each class (column) each cluster (row) holds; both int `[N]`.
 
     Cluster i is matched with the i-th class, so the diagonal is what the accuracy counts. With many
     classes, shades show the fraction of a cluster instead.
-
-    Args:
-      labels, clusters: int `[N]`.
-      classes: names of the labels.
     """
     present = np.unique(labels)
     counts = np.zeros((max(clusters.max() + 1, len(present)), len(present)), int)

@@ -68,23 +68,20 @@ def neighbours(
     for row, query in zip(panels, queries, strict=True):
         style.show(row[0], query["image"])
         _row_title(row[0], sources.class_name(classes, query["label"]), fontsize=8)
+    frame = dict(fill=False, edgecolor=style.ORANGE, linewidth=2, clip_on=False)
     for group, (title, nearest) in enumerate(chosen):
         first = 2 + group * (k + 1)
         panels[0, first + k // 2].set_title(title, fontsize=8)
         for row, query, numbers in zip(panels, queries, nearest, strict=True):
             for axes, number in zip(row[first : first + k], numbers, strict=False):
-                _draw_neighbour(axes, records(int(number)) if number >= 0 else None, query["label"])
+                if number < 0:
+                    axes.text(0.5, 0.5, "-", ha="center", va="center", transform=axes.transAxes)
+                    continue
+                neighbour = records(int(number))
+                style.show(axes, neighbour["image"])
+                if neighbour["label"] == query["label"] >= 0:
+                    axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, **frame))
     return figure
-
-
-def _draw_neighbour(axes, neighbour: dict | None, label: int) -> None:
-    if neighbour is None:
-        axes.text(0.5, 0.5, "-", ha="center", va="center", transform=axes.transAxes)
-        return
-    style.show(axes, neighbour["image"])
-    if neighbour["label"] == label >= 0:
-        frame = dict(fill=False, edgecolor=style.ORANGE, linewidth=2, clip_on=False)
-        axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, **frame))
 
 
 def montage(found: Mapping[str, np.ndarray], records: Records, classes: Sequence[str]) -> Figure:

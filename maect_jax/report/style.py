@@ -3,6 +3,7 @@
 import io
 import re
 import warnings
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -13,13 +14,12 @@ from PIL import Image
 
 from maect_jax.stages import STAGES
 
-SETTINGS = matplotlib.rc_params_from_file(
-    Path(__file__).with_name("report.mplstyle"), use_default_template=False
-)
+SETTINGS = Path(__file__).with_name("report.mplstyle")  # for drawing and saving
 GREY = "#7a828b"  # readable on light and on dark
 GREY_RGB = (122, 130, 139)
 BLUE, ORANGE = "#2f7ed8", "#e0662b"
-_COLOURS = dict(zip(STAGES, (BLUE, "#8e5bd6", ORANGE, "#2a9d6f"), strict=False))
+# By row of the results; grey for what is no stage.
+COLOURS = defaultdict(lambda: GREY, zip(STAGES, (BLUE, "#8e5bd6", ORANGE, "#2a9d6f"), strict=False))
 # From transparent to orange, so that it fits any background.
 SHADES = LinearSegmentedColormap.from_list("shades", [(*to_rgb(ORANGE), a) for a in (0, 1)])
 WIDTH = 4.4  # inches; narrow enough to be read on a phone
@@ -33,18 +33,6 @@ def new_figure(height: float) -> Figure:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0.02, hspace=0.02)
     return figure
-
-
-def colour_of(row: str) -> str:
-    """The colour of a stage; grey for other rows of the results."""
-    return _COLOURS.get(row, GREY)
-
-
-def palette(classes: int) -> list:
-    """A colour for each class; up to ten can be told apart."""
-    if classes <= 10:
-        return list(matplotlib.colormaps["tab10"].colors[:classes])
-    return [matplotlib.colormaps["turbo"](i / classes) for i in range(classes)]
 
 
 def hide_axes(axes) -> None:
@@ -67,16 +55,18 @@ def show(axes, image: np.ndarray) -> None:
 
 
 def save(figure: Figure, path: Path) -> str:
-    """Writes a figure as PNG on white; returns it as SVG in the text colour of its surroundings."""
+    """Writes a figure as PNG on white; returns it as SVG in the text colour of its surroundings.
+
+    Call it, as the drawing functions, under `SETTINGS`.
+    """
     text = io.StringIO()
     with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": path.stem}):
         # The font may lack a script: empty boxes in the PNG, but correct in the browser.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(path, dpi=_DPI, facecolor="white")
-        options = dict(transparent=True, metadata={"Date": None}, dpi=_DPI)
-        figure.savefig(text, format="svg", **options)
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :].replace(SETTINGS["text.color"], "currentColor")
+        figure.savefig(text, format="svg", dpi=_DPI, transparent=True, metadata={"Date": None})
+    svg = "<svg" + text.getvalue().partition("<svg")[2]
+    svg = svg.replace(matplotlib.rcParams["text.color"], "currentColor")
     # An image's id is a hash of its content, so that an image drawn twice has one id twice.
     svg = re.sub(r' id="image\w+"', "", svg)
     # The figures of a report share one document: the name of each is put before its ids.

@@ -26,36 +26,27 @@ _TILE, _GAP, _TITLE = 144, 6, 26  # pixels
 
 
 def views_of(config: ConfigDict, stage: type[Stage], images: sources.Source) -> list[list]:
-    """For some of the images, the raw one and the views of a stage, uint8 `[H, W, C]`.
-
-    Raises:
-      UserError: the stage names images that do not exist.
-      RunFailedError: no image can be read.
-    """
+    """For some of the images, the raw one and the views of a stage, uint8 `[H, W, C]`."""
     images = stage.training_images(config, images)
     recipe = stage.for_images(config, images).recipe
     make_views = jax.jit(lambda batch: augment.views(batch, recipe))
     make_example = stage.example_maker(config, images)
-    rows = [[] for _ in sheets.evenly_spaced(len(images), _IMAGES)]
+    chosen, epochs = sheets.evenly_spaced(len(images), _IMAGES), []
     for epoch in range(_EPOCHS):
-        chosen = sheets.evenly_spaced(len(images), _IMAGES)
         examples = [make_example((epoch, record)) for record in chosen]
         batch = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
         views = augment.denormalise(make_views(batch), config.data.mean, config.data.std)
-        for row, of_image in zip(rows, np.asarray(views), strict=True):
-            row += list(of_image)
-    # The index is that of the image which takes the place of one that cannot be read.
+        epochs.append(np.asarray(views))  # [images, views, H, W, C]
+    # An image that cannot be read is replaced by another, whose number is its index.
     raw = [decode.pixels(images[int(i)][0], config.model.channels) for i in batch["index"]]
-    return [[image, *row] for image, row in zip(raw, rows, strict=True)]
+    return [[image, *views] for image, views in zip(raw, np.concatenate(epochs, 1), strict=True)]
 
 
 def _tile(image: np.ndarray) -> Image.Image:
-    """An image uint8 `[H, W, C]` as large as a tile allows, on white."""
-    picture = Image.fromarray(style.to_rgb_image(image))
-    # Small images keep their pixels, large ones are smoothed.
-    small = max(picture.size) < _TILE
-    method = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
-    return ImageOps.pad(picture, (_TILE, _TILE), method, "white")
+    """An image uint8 `[H, W, C]` as large as a tile allows, on white; a small one in its pixels."""
+    method = Image.Resampling.NEAREST if max(image.shape) < _TILE else Image.Resampling.LANCZOS
+    tile = Image.fromarray(style.to_rgb_image(image))
+    return ImageOps.pad(tile, (_TILE, _TILE), method, "white")
 
 
 def sheet(blocks: dict[type[Stage], list[list[np.ndarray]]]) -> Image.Image:
@@ -67,7 +58,7 @@ def sheet(blocks: dict[type[Stage], list[list[np.ndarray]]]) -> Image.Image:
     ink, top = ImageDraw.Draw(drawn), _GAP
     for stage, rows in blocks.items():
         # Between epochs there is more room than between the views of one.
-        epochs = [-1, *np.repeat(range(_EPOCHS), stage.views)]
+        epochs = [-1, *(i // stage.views for i in range(_EPOCHS * stage.views))]
         left = [_GAP + i * step + (epoch + 1) * 2 * _GAP for i, epoch in enumerate(epochs)]
         ink.text((left[0], top), f"stage {stage.name}", "black", font)
         for i, epoch in enumerate(epochs):
