@@ -31,7 +31,6 @@ _LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost",
 }  # fmt: skip
-_MEMORY, _TIME = ("arguments", "temporaries"), ("compute", "memory", "interconnect")
 # The compiler's message if a step does not fit has the size of temporaries alone, or of everything.
 _TEMPORARIES = re.compile(r"temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)")
 _EVERYTHING = re.compile(r"Used ([\d.]+)G of ([\d.]+)G hbm")
@@ -40,10 +39,10 @@ _EVERYTHING = re.compile(r"Used ([\d.]+)G of ([\d.]+)G hbm")
 def devices_of(topology: str) -> list[jax.Device]:
     """One device for each chip of a slice, to compile for but not to run on. Raises `UserError` if
     the slice is unknown or libtpu is not installed."""
-    os.environ.update({key: os.environ.get(key, value) for key, value in _LIBTPU.items()})
-    options = chips.find(topology).options
+    chip = chips.find(topology)
+    os.environ.update(_LIBTPU | os.environ)
     try:
-        return topologies.get_topology_desc(topology, "tpu", **options).devices
+        return topologies.get_topology_desc(topology, "tpu", **chip.options).devices
     except (RuntimeError, ImportError) as error:
         if "libtpu" not in str(error).lower():
             raise
@@ -118,10 +117,8 @@ def report(config: ConfigDict, stage_type: type[Stage], topology: str, mesh) -> 
     stage = stage_type.for_images(config, images)
     state = abstract_state(stage, jax.random.key(config.seed), {}, mesh)
     batch = abstract_batch(stage_type, config, images, mesh)
-    arguments = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves((state, batch))
-    )
+    leaves = jax.tree.leaves((state, batch))
+    arguments = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
     with jax.set_mesh(mesh):
         step = jitted_step(stage, state_shardings(state)).lower(state, batch)
     program, memory = compiled(step, arguments, chip.hbm)
@@ -169,7 +166,7 @@ def text(values: dict) -> str:
         ("compiled in", f"{values['compile_seconds']:.0f} s"),
         ("FLOPs per step", f"{values['flops']:.3g}"),
         ("memory per chip", f"{peak} of {_size(memory['capacity'])}"),
-        *((f"  {part}", _size(memory[part])) for part in _MEMORY if part in memory),
+        *((f"  {p}", _size(memory[p])) for p in ("arguments", "temporaries") if p in memory),
     ]
     if not memory["fits"]:
         rows.append(("to save memory", ", ".join(values["to_save_memory"]) or "a larger slice"))
@@ -179,7 +176,7 @@ def text(values: dict) -> str:
     if bound := values.get("bound"):
         rows += [
             ("step", f"at least {_time(bound['step'])}"),
-            *((f"  {part}", _time(bound[part])) for part in _TIME),
+            *((f"  {p}", _time(bound[p])) for p in ("compute", "memory", "interconnect")),
             ("images/s", f"at most {batch / bound['step']:,.0f}"),
             ("MFU", f"at most {bound['mfu']:.0%}"),
         ]
@@ -190,10 +187,10 @@ def text(values: dict) -> str:
 
 def main() -> None:
     """Ends with exit status 1 if a step does not fit."""
-    parser, default = configs.parser(__doc__), "runs/compile/{config}.{topology}.json"
+    parser = configs.parser(__doc__)
     slice_help = "the slice, such as v5e:4x4; an unknown one lists all"
     parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help=slice_help)
-    parser.add_argument("--out", type=Path, help=f"the report, by default {default}")
+    parser.add_argument("--out", type=Path, help="default: runs/compile/<config>.<topology>.json")
     config, arguments = configs.from_command_line(parser)
     pipeline.check_stages(config)
     stages = pipeline.training_stages(config)
@@ -204,8 +201,8 @@ def main() -> None:
     devices = devices_of(topology)
     pipeline.check(config, len(devices))
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    default = default.format(config=config.name, topology=topology.replace(":", "-"))
-    out = arguments.out or Path(default)
+    name = f"{config.name}.{topology.replace(':', '-')}.json"
+    out = arguments.out or Path("runs/compile", name)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -216,7 +213,8 @@ def main() -> None:
         print(text(reports[stage.name]), flush=True)
     files.write_json(out, reports)
     print(out)
-    sys.exit(not all(stage["memory"]["fits"] for stage in reports.values()))
+    if not all(stage["memory"]["fits"] for stage in reports.values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
