@@ -20,7 +20,7 @@ from maect_jax.data.bad_images import BadImages
 from maect_jax.errors import RunFailedError, UserError
 from maect_jax.evals import finetuned, monitor, runner, table
 from maect_jax.models import vit
-from maect_jax.report import page
+from maect_jax.report import build
 from maect_jax.run import bad_steps, board, checkpoints, folder, lineage, snapshots
 from maect_jax.run.folder import Run
 from maect_jax.stages import STAGES
@@ -312,7 +312,7 @@ def _run_stages(
             if is_main:
                 print(finetuned.text(result), flush=True)
     if is_main:
-        print(f"\n{page.build(run.folder, images)}")
+        print(f"\n{build.report(run.folder, images)}")
 
 
 def dry_run(config: ConfigDict) -> None:

@@ -1,9 +1,8 @@
-"""TPU chips as published, and the slices that can be had of them.
+"""TPU chips as published, and their slices.
 
-Figures per chip from the pages of the Cloud TPU documentation on each generation (v4, v5e, v5p,
-v6e). The interconnect is what a chip can send at a time, half of what is published for both
-directions; where two figures were published (v6e) it is the larger, as it serves lower bounds of
-time.
+Figures per chip are from the Cloud TPU documentation of each generation (v4, v5e, v5p, v6e). The
+link bandwidth is of one direction, half of what is published for both; of two published figures
+(v6e) it is the larger, because it serves lower bounds on time.
 """
 
 from typing import NamedTuple
@@ -12,8 +11,8 @@ from maect_jax.errors import UserError
 
 
 class Chip(NamedTuple):
-    """Peak FLOP/s in bf16, memory in bytes, and what a second moves, in bytes, of the memory and
-    of the links that leave the chip. `options` are those of the compiler's topology."""
+    """Peak FLOP/s in bf16; bytes of memory; bytes/s of the memory, and of all links that leave the
+    chip; the shapes of its slices, and the options that the compiler needs for them."""
 
     flops: float
     hbm: int
@@ -25,24 +24,18 @@ class Chip(NamedTuple):
 
 GIB = 2**30
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = (
-    "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16",
-)  # fmt: skip
-_ONE_DEVICE_A_CHIP = {"chip_config_name": "megacore"}
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
+_MEGACORE = {"chip_config_name": "megacore"}  # one device for each chip
 CHIPS = {
-    "v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, _CUBES, _ONE_DEVICE_A_CHIP),
+    "v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, _CUBES, _MEGACORE),
     "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, _FLAT),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, _CUBES, _ONE_DEVICE_A_CHIP),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, _CUBES, _MEGACORE),
     "v6e": Chip(918e12, 32 * GIB, 1640e9, 448e9, _FLAT),
 }
 
 
 def find(topology: str) -> Chip:
-    """The chip of a topology such as "v5e:4x4".
-
-    Raises:
-      UserError: there is no such chip or slice.
-    """
+    """The chip of a topology such as "v5e:4x4". Raises `UserError` if it is unknown."""
     chip, _, shape = topology.partition(":")
     if chip not in CHIPS or shape not in CHIPS[chip].topologies:
         known = "; ".join(f"{name}: {' '.join(c.topologies)}" for name, c in CHIPS.items())

@@ -1,1 +1,1 @@
-"""Pictures of a run, and one self-contained page with all of them."""
+"""The report of a run, `report.html`, and contact sheets of a config's views."""

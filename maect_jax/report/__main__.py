@@ -10,7 +10,7 @@ from pathlib import Path
 
 from maect_jax import errors, pipeline
 from maect_jax.evals import runner, table
-from maect_jax.report import page
+from maect_jax.report import build
 
 
 def main() -> None:
@@ -18,10 +18,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
-    runs = parser.parse_args().runs
+    runs = list(dict.fromkeys(parser.parse_args().runs))
     for run in runs:
-        images = pipeline.open_images(page.read_config(run), run)
-        print(page.build(run, images), flush=True)
+        images = pipeline.open_images(build.read_config(run), run)
+        print(build.report(run, images), flush=True)
     if len(runs) > 1:
         results = {str(run): runner.read_results(run) for run in runs}
         print(f"\n{table.text(table.cells_of_several(results))}")

@@ -1,152 +1,128 @@
-"""Pictures of numbers: curves, the map of the features, the confusion of clusters and labels."""
+"""Figures of numbers: training curves, the map of the features, probes, the confusion matrix."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from maect_jax.data import sources
-from maect_jax.evals import table
 from maect_jax.report import style
 
-MAP_IMAGES = 1_000  # a map of more is a cloud, and t-SNE takes its time
-_FEW = 10  # points in a curve, which are marked: one alone has no line
-_SMOOTHED = 20  # windows in a curve
-_LEGEND = 55  # characters that fit into a row of the legend
-_MARKS = "osD^vP*Xph"  # with ten colours: classes are told apart without colour, too
+_FEW_POINTS = 10  # of a curve, which are marked: one point alone has no line
+_WINDOWS = 20  # of the running mean, in a curve
+_LEGEND_WIDTH = 55  # characters in a line
+_MARKERS = "osD^vP*Xph"  # with ten colours; they tell classes apart without colour, too
+_GRID = dict(axis="y", color=style.GREY, alpha=0.3, linewidth=0.6)
 
 
-def _stages(metrics: Sequence[dict], key: str) -> dict[str, tuple[list, list]]:
-    """Steps and values of `key` by stage, in order."""
-    found: dict[str, tuple[list, list]] = {}
-    for entry in metrics:
-        if entry.get(key) is not None:  # as that of a bad step is
-            steps, values = found.setdefault(entry["stage"], ([], []))
-            steps.append(entry["step"])
-            values.append(entry[key])
-    return found
-
-
-def _running_mean(steps: Sequence[int], values: Sequence[float], window: int):
-    """Means over `window` neighbouring points, at the mean of their steps."""
-    return (np.convolve(x, np.full(window, 1 / window), "valid") for x in (steps, values))
-
-
-@style.styled
-def curves(metrics: Sequence[dict], key: str, label: str) -> Figure | None:
-    """A panel a stage with its curve of `key`; `None` where nothing has it.
+def curves(history: Sequence[dict], key: str, label: str) -> Figure | None:
+    """Draws a panel for each stage with its curve of `key`; None if no entry has it.
 
     A long curve is drawn faint, with its running mean over a twentieth of the points.
     """
-    stages = _stages(metrics, key)
+    stages: dict[str, list[tuple[int, float]]] = {}
+    for entry in history:
+        if entry.get(key) is not None:  # null at a step that was not finite
+            stages.setdefault(entry["stage"], []).append((entry["step"], entry[key]))
     if not stages:
         return None
-    drawn = style.figure(2.3)
-    # Accuracies of two stages may be compared, losses may not.
-    panels = drawn.subplots(1, len(stages), squeeze=False, sharey=key != "loss")[0]
-    for panel, (stage, (steps, values)) in zip(panels, stages.items(), strict=True):
-        colour, window = style.COLOURS[stage], len(values) // _SMOOTHED
-        alpha, mark = 0.4 if window > 1 else 1.0, "o" if len(values) <= _FEW else None
-        look = dict(marker=mark, markersize=3, clip_on=False)  # nor cut a mark at the edge
-        panel.plot(steps, values, color=colour, linewidth=1.0, alpha=alpha, **look)
+    figure = style.new_figure(2.3)
+    # Accuracies of two stages can be compared, losses cannot.
+    panels = figure.subplots(1, len(stages), squeeze=False, sharey=key != "loss")[0]
+    for panel, (stage, points) in zip(panels, stages.items(), strict=True):
+        curve, colour = tuple(zip(*points, strict=True)), style.COLOURS[stage]
+        window = len(points) // _WINDOWS
+        alpha, marker = 0.4 if window > 1 else 1.0, "o" if len(points) <= _FEW_POINTS else None
+        options = dict(marker=marker, markersize=3, clip_on=False)  # whole markers at the edge
+        panel.plot(*curve, color=colour, linewidth=1.0, alpha=alpha, **options)
         if window > 1:
-            panel.plot(*_running_mean(steps, values, window), color=colour, linewidth=1.8)
-        panel.set_title(stage)
-        panel.set_xlabel("step")
+            kernel = np.full(window, 1 / window)
+            means = (np.convolve(values, kernel, "valid") for values in curve)
+            panel.plot(*means, color=colour, linewidth=1.8)
+        panel.set(title=stage, xlabel="step")
         panel.margins(x=0.02)
-        panel.grid(axis="y", color=style.FAINT, alpha=0.3, linewidth=0.6)
+        panel.grid(**_GRID)
         panel.locator_params(axis="x", nbins=3, integer=True)
         panel.locator_params(axis="y", nbins=5)
     panels[0].set_ylabel(label)
-    return drawn
+    return figure
 
 
-@style.styled
 def feature_map(points: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> Figure:
-    """Points `[N, 2]` in the colour of their label; labels of -1 are drawn in grey."""
-    drawn = style.figure(4.7)
-    axes = drawn.subplots()
-    style.bare(axes)
-    shown = np.unique(labels)
-    names = [sources.class_name(classes, label) for label in shown]
-    for place, (label, colour) in enumerate(zip(shown, style.palette(len(shown)), strict=True)):
-        axes.scatter(
-            *points[labels == label].T,
-            s=12,
-            color=colour if label >= 0 else style.FAINT,
-            marker=_MARKS[place % len(_MARKS)],
-            linewidths=0,
-            alpha=0.8,
-            label=names[place],
-            rasterized=True,
-        )
-    if len(shown) <= style.CLASSES:
-        columns = max(1, min(5, _LEGEND // (max(map(len, names)) + 4)))
+    """Draws points `[N, 2]` in the colours of their labels `[N]`; -1 is grey."""
+    present = np.unique(labels)
+    names, count = [sources.class_name(classes, label) for label in present], len(present)
+    few, many = colormaps["tab10"].colors, colormaps["turbo"](np.arange(count) / count)
+    colours = few if count <= len(few) else many
+    figure = style.new_figure(4.7)
+    axes = figure.subplots()
+    style.hide_axes(axes)
+    for i, label in enumerate(present):
+        colour = colours[i] if label >= 0 else style.GREY
+        options = dict(s=12, linewidths=0, alpha=0.8, label=names[i], rasterized=True)
+        marker = _MARKERS[i % len(_MARKERS)]
+        axes.scatter(*points[labels == label].T, color=colour, marker=marker, **options)
+    if count <= style.MANY_CLASSES:
+        columns = max(1, min(5, _LEGEND_WIDTH // (max(map(len, names)) + 4)))
         options = dict(ncols=columns, handletextpad=0, markerscale=2)
-        drawn.legend(loc="outside lower center", **options)
-    return drawn
+        figure.legend(loc="outside lower center", **options)
+    return figure
 
 
-@style.styled
 def probes(results: Mapping[str, dict]) -> Figure | None:
-    """A panel a row of the results with its probes' test accuracies by epoch, a line a learning
-    rate; `None` where there are none."""
-    found = {}
-    for name, result in results.items():
-        for protocol in ("probe", "probe_augmented"):  # the latter, where both are there
-            if table.there(result, protocol):
-                found[name] = result[protocol]
-    if not found:
+    """Draws a panel for each row of the results with its probes' test accuracies by epoch.
+
+    A line is a learning rate: the higher, the stronger. None if there are no rows.
+    """
+    if not results:
         return None
-    drawn = style.figure(2.3)
-    panels = drawn.subplots(1, len(found), squeeze=False, sharey=True)[0]
-    for panel, (name, result) in zip(panels, found.items(), strict=True):
-        accuracies = 100 * np.array(result["epochs_top1"])
+    figure = style.new_figure(2.3)
+    panels = figure.subplots(1, len(results), squeeze=False, sharey=True)[0]
+    for panel, (name, result) in zip(panels, results.items(), strict=True):
+        accuracies = 100 * np.array(result["epochs_top1"])  # [epochs, rates]
         rates = [probe["last_epoch"]["base_lr"] for probe in result["probes"]]
-        strong = np.argsort(np.argsort(rates)) + 1  # the higher the rate, the stronger the line
-        for line, rank in zip(accuracies.T, strong, strict=True):
-            epochs = np.arange(1, len(line) + 1)
-            colour = style.COLOURS.get(name, style.FAINT)
-            panel.plot(epochs, line, color=colour, alpha=rank / len(rates), linewidth=1.0)
+        ranks = np.argsort(np.argsort(rates)) + 1
+        for accuracy, rank in zip(accuracies.T, ranks, strict=True):
+            options = dict(color=style.COLOURS[name], alpha=rank / len(rates), linewidth=1.0)
+            panel.plot(np.arange(1, len(accuracy) + 1), accuracy, **options)
         panel.set(title=name, xlabel="epoch")
-        panel.grid(axis="y", color=style.FAINT, alpha=0.3, linewidth=0.6)
+        panel.grid(**_GRID)
         panel.locator_params(nbins=4)
     panels[0].set_ylabel("top-1, percent")
-    return drawn
+    return figure
 
 
-@style.styled
 def confusion(labels: np.ndarray, clusters: np.ndarray, classes: Sequence[str]) -> Figure:
-    """How many images of each class (column) each cluster (row) holds.
+    """Draws how many images of each class (column) each cluster (row) holds; both int `[N]`.
 
-    Cluster i is the one matched with class i, so the diagonal is what the accuracy counts. With
-    many classes, the share of each in a cluster as a shade.
+    Cluster i is matched with the i-th class, so the diagonal is what the accuracy counts. With many
+    classes, shades show the fraction of a cluster instead.
     """
     present = np.unique(labels)
     counts = np.zeros((max(clusters.max() + 1, len(present)), len(present)), int)
     np.add.at(counts, (clusters, np.searchsorted(present, labels)), 1)
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    drawn = style.figure(4.2)
-    axes = drawn.subplots()
-    if max(counts.shape) > style.CLASSES:
-        axes.imshow(shares, cmap=style.SHADES, vmin=0, vmax=1, interpolation="nearest")
+    fractions = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    figure = style.new_figure(4.2)
+    axes = figure.subplots()
+    if max(counts.shape) > style.MANY_CLASSES:
+        axes.imshow(fractions, cmap=style.SHADES, vmin=0, vmax=1, interpolation="nearest")
         axes.set(xlabel="label, by number", ylabel="cluster, by the class it is matched with")
         axes.locator_params(nbins=5)
-        return drawn
+        return figure
     for (row, column), count in np.ndenumerate(counts):
-        share = shares[row, column]
-        colour = style.COLOURS["ct" if row == column else "mae"]
-        square = Rectangle((column - 0.5, row - 0.5), 1, 1, color=colour, alpha=0.75 * share)
-        axes.add_patch(square)
+        colour = style.ORANGE if row == column else style.BLUE
+        alpha = 0.75 * fractions[row, column]
+        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, color=colour, alpha=alpha))
         if count:
             axes.text(column, row, f"{count}", ha="center", va="center", fontsize=7.5)
     names = [sources.class_name(classes, label) for label in present]
-    others = [f"cluster {row}" for row in range(len(names), len(counts))]
+    unmatched = [f"cluster {row}" for row in range(len(names), len(counts))]
     axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(counts) - 0.5, -0.5))
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(counts)), names + others)
+    axes.set_yticks(range(len(counts)), names + unmatched)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set(xlabel="label", ylabel="cluster, by the class it is matched with")
-    return drawn
+    return figure

@@ -1,6 +1,6 @@
-"""Pictures of pictures: reconstructions, neighbours in the queue, discovered clusters."""
+"""Figures of images: reconstructions, nearest neighbours, clusters."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,124 +9,114 @@ from matplotlib.patches import Rectangle
 from maect_jax.data import sources
 from maect_jax.report import style
 
-_MOMENTS = 4  # of training, whose neighbours are shown
+_COLUMNS = 4  # groups of neighbours in a figure
 _MONTAGE = 12  # images of a cluster
 
-Records = Callable[[int], dict]  # from a number to `image`, uint8 [H, W, C], and `label`
+# From a record number to `image`, uint8 [H, W, C], and `label` (-1: unknown).
+Records = Callable[[int], dict]
 
 
-@style.styled
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """At most `most` of `count` positions, the first and the last included."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
+
+
 def reconstructions(images: np.ndarray, mask: np.ndarray, filled: np.ndarray) -> Figure:
-    """Originals, what the encoder sees of them, and what the decoder makes of that.
+    """Draws images, what the encoder sees of them, and what the decoder makes of that.
 
     Args:
       images, filled: uint8 `[Q, H, W, C]`.
       mask: bool `[Q, H, W]`, true where removed.
     """
-    count = len(images)
-    drawn = style.figure(style.WIDTH * 3.2 / (count + 1.5))
-    panels = drawn.subplots(3, count, squeeze=False)
-    seen = [style.in_colour(image).copy() for image in images]
-    for image, hidden in zip(seen, mask, strict=True):
-        image[hidden] = style.HIDDEN
-    rows = {"original": images, "masked": seen, "filled in": filled}
+    figure = style.new_figure(style.WIDTH * 3.2 / (len(images) + 1.5))
+    panels = figure.subplots(3, len(images), squeeze=False)
+    masked = np.stack([style.to_rgb_image(image) for image in images])
+    masked[mask] = style.GREY_RGB
+    rows = {"original": images, "masked": masked, "filled in": filled}
     for row, (title, pictures) in zip(panels, rows.items(), strict=True):
         for axes, picture in zip(row, pictures, strict=True):
             style.show(axes, picture)
         _row_title(row[0], title)
-    return drawn
+    return figure
 
 
-@style.styled
 def neighbours(
-    watched: Sequence[dict],
-    moments: Sequence[tuple[str, np.ndarray]],
+    queries: Sequence[dict],
+    found: Mapping[str, np.ndarray],
     records: Records,
     classes: Sequence[str],
 ) -> Figure:
-    """For each watched image its nearest rows of the queue at some moments of training.
+    """Draws some images, each with its nearest neighbours at several times or by several encoders.
+
+    Neighbours with the label of the image are framed.
 
     Args:
-      watched: the images with their labels (-1: unknown).
-      moments: name and neighbours' record numbers int `[Q, k]` (-1: none), in order of time.
-      records: the training images.
+      queries: the images, as `records` gives them.
+      found: by title, record numbers of the neighbours int `[Q, k]`, nearest first (-1: none).
+        Of many, a few are drawn, the first and the last among them.
+      records: the images that the neighbours are taken from.
       classes: names of the labels.
     """
-    moments = [moments[i] for i in spread(len(moments), _MOMENTS)]
-    near = moments[0][1].shape[1]
-    # A narrow empty column stands between two moments.
-    widths = [1.0] + ([0.25] + [1.0] * near) * len(moments)
-    drawn = style.figure(style.WIDTH * (len(watched) + 1.2) / (sum(widths) + 1.5))
-    panels = drawn.subplots(len(watched), len(widths), width_ratios=widths, squeeze=False)
+    chosen = [list(found.items())[i] for i in evenly_spaced(len(found), _COLUMNS)]
+    k = chosen[0][1].shape[1]
+    widths = [1.0] + ([0.25] + [1.0] * k) * len(chosen)  # a gap stands before each group
+    figure = style.new_figure(style.WIDTH * (len(queries) + 1.2) / (sum(widths) + 1.5))
+    panels = figure.subplots(len(queries), len(widths), width_ratios=widths, squeeze=False)
     for axes in panels.flat:
-        style.bare(axes)
+        style.hide_axes(axes)
     panels[0, 0].set_title("image", fontsize=8)
-    for row, example in zip(panels, watched, strict=True):
-        style.show(row[0], example["image"])
-        _row_title(row[0], sources.class_name(classes, example["label"]), fontsize=8)
-    for moment, (title, found) in enumerate(moments):
-        first = 2 + moment * (near + 1)
-        panels[0, first + near // 2].set_title(title, fontsize=8)
-        for row, example, nearest in zip(panels, watched, found, strict=True):
-            for axes, record in zip(row[first:], nearest, strict=False):
-                _neighbour(axes, int(record), example["label"], records)
-    return drawn
+    for row, query in zip(panels, queries, strict=True):
+        style.show(row[0], query["image"])
+        _row_title(row[0], sources.class_name(classes, query["label"]), fontsize=8)
+    frame = dict(fill=False, edgecolor=style.ORANGE, linewidth=2, clip_on=False)
+    for group, (title, nearest) in enumerate(chosen):
+        first = 2 + group * (k + 1)
+        panels[0, first + k // 2].set_title(title, fontsize=8)
+        for row, query, numbers in zip(panels, queries, nearest, strict=True):
+            for axes, number in zip(row[first : first + k], numbers, strict=False):
+                if number < 0:
+                    axes.text(0.5, 0.5, "-", ha="center", va="center", transform=axes.transAxes)
+                    continue
+                neighbour = records(int(number))
+                style.show(axes, neighbour["image"])
+                if neighbour["label"] == query["label"] >= 0:
+                    axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, **frame))
+    return figure
 
 
-def _neighbour(axes, record: int, label: int, records: Records) -> None:
-    if record < 0:
-        axes.text(0.5, 0.5, "-", ha="center", va="center", transform=axes.transAxes)
-        return
-    neighbour = records(record)
-    style.show(axes, neighbour["image"])
-    if neighbour["label"] == label >= 0:
-        frame = dict(fill=False, edgecolor=style.COLOURS["ct"], linewidth=2, clip_on=False)
-        axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, **frame))
+def montage(found: Mapping[str, np.ndarray], records: Records, classes: Sequence[str]) -> Figure:
+    """Draws images of each cluster, from the centre (left) to the rim (right).
 
-
-@style.styled
-def montage(
-    distance: np.ndarray,
-    labels: np.ndarray,
-    clusters: np.ndarray,
-    index: np.ndarray,
-    records: Records,
-    classes: Sequence[str],
-) -> Figure:
-    """Images of each cluster, from its centre (left) to its rim (right), and the share of the class
-    that it is matched with.
+    The title of a cluster has the class that it is matched with and the fraction of its images that
+    are of that class; without labels, its number.
 
     Args:
-      distance: of each image `[N]` from the centre of its cluster.
-      labels, clusters: int `[N]`; cluster i is the one matched with the i-th class that is there.
-        Without labels (-1) a cluster has its number.
-      index: int `[N]`, the numbers of the images among `records`.
+      found: arrays `[N]`: `index`, record numbers; `clusters` and `labels` (-1: unknown), int;
+        `distance` from the centre of the cluster. Cluster i is matched with the i-th class that
+        occurs.
       records: the images.
       classes: names of the labels.
     """
-    present, kept = np.unique(labels), np.unique(clusters)[: style.CLASSES]
-    drawn = style.figure(style.WIDTH * (len(kept) + 0.2) / (_MONTAGE + 3.6))
-    panels = drawn.subplots(len(kept), _MONTAGE, squeeze=False)
+    labels, clusters = found["labels"], found["clusters"]
+    present, drawn = np.unique(labels), np.unique(clusters)[: style.MANY_CLASSES]
+    figure = style.new_figure(style.WIDTH * (len(drawn) + 0.2) / (_MONTAGE + 3.6))
+    panels = figure.subplots(len(drawn), _MONTAGE, squeeze=False)
     for axes in panels.flat:
-        style.bare(axes)
-    for row, cluster in enumerate(kept):
+        style.hide_axes(axes)
+    for row, cluster in zip(panels, drawn, strict=True):
         members = np.flatnonzero(clusters == cluster)
-        members = members[np.argsort(distance[members], kind="stable")]
-        for axes, place in zip(panels[row], spread(len(members), _MONTAGE), strict=False):
-            style.show(axes, records(int(index[members[place]]))["image"])
+        members = members[np.argsort(found["distance"][members], kind="stable")]
+        chosen = members[evenly_spaced(len(members), _MONTAGE)]
+        for axes, number in zip(row, found["index"][chosen], strict=False):
+            style.show(axes, records(int(number))["image"])
         title = f"cluster {cluster}"
         if cluster < len(present) and present[cluster] >= 0:
-            share = (labels[members] == present[cluster]).mean()
-            title = f"{sources.class_name(classes, present[cluster])} {share:.0%}"
+            fraction = (labels[members] == present[cluster]).mean()
+            title = f"{sources.class_name(classes, present[cluster])} {fraction:.0%}"
         title += f"\n{len(members)} image{'s' * (len(members) != 1)}"
-        _row_title(panels[row, 0], title, fontsize=7.5)
-    return drawn
+        _row_title(row[0], title, fontsize=7.5)
+    return figure
 
 
 def _row_title(axes, title: str, **options) -> None:
     axes.set_ylabel(title, rotation=0, ha="right", va="center", labelpad=3, **options)
-
-
-def spread(count: int, wanted: int) -> list[int]:
-    """At most `wanted` of `count` places, the first and the last among them, evenly spread."""
-    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int)).tolist()

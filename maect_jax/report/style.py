@@ -1,9 +1,9 @@
-"""How pictures look, and how a figure becomes a file and a part of the page."""
+"""How figures look, and how one becomes a PNG and an SVG."""
 
-import functools
 import io
 import re
 import warnings
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -12,94 +12,62 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-INK = "#0b0c0d"  # lines and text; the page gives them the text colour of its theme
-FAINT = "#7a828b"  # readable on light and on dark
-COLOURS = {
-    "pixels": FAINT, "mae": "#2f7ed8", "head": "#8e5bd6", "ct": "#e0662b", "finetune": "#2a9d6f",
-}  # fmt: skip
-HIDDEN = (122, 130, 139)  # of masked patches: FAINT as red, green, blue
+from maect_jax.stages import STAGES
+
+SETTINGS = Path(__file__).with_name("report.mplstyle")  # for drawing and saving
+GREY = "#7a828b"  # readable on light and on dark
+GREY_RGB = (122, 130, 139)
+BLUE, ORANGE = "#2f7ed8", "#e0662b"
+# By row of the results; grey for what is no stage.
+COLOURS = defaultdict(lambda: GREY, zip(STAGES, (BLUE, "#8e5bd6", ORANGE, "#2a9d6f"), strict=False))
+# From transparent to orange, so that it fits any background.
+SHADES = LinearSegmentedColormap.from_list("shades", [(*to_rgb(ORANGE), a) for a in (0, 1)])
 WIDTH = 4.4  # inches; narrow enough to be read on a phone
-CLASSES = 20  # with more of them, a picture of all is no picture
-# From nothing to the colour of what is tuned, on any ground.
-SHADES = LinearSegmentedColormap.from_list("shades", [(*to_rgb(COLOURS["ct"]), a) for a in (0, 1)])
+MANY_CLASSES = 20  # more are not listed one by one
 _DPI = 200
-_PIXELS = 80  # the longer side of an image in a picture, at most
-
-_RC = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.facecolor": "none",
-    "axes.linewidth": 0.8,
-    "legend.frameon": False,
-    "text.parse_math": False,  # a class may be called $1$
-    "svg.fonttype": "none",
-    **dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
-    ),
-}
+_THUMBNAIL = 80  # pixels of an image's longer side, at most
 
 
-def figure(height: float) -> Figure:
+def new_figure(height: float) -> Figure:
     """An empty figure, `WIDTH` by `height` inches."""
-    drawn = Figure(figsize=(WIDTH, height), layout="constrained")
-    drawn.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0.02, hspace=0.02)
-    return drawn
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0.02, hspace=0.02)
+    return figure
 
 
-def styled(draw):
-    """Runs a drawing function under the pictures' settings."""
-
-    @functools.wraps(draw)
-    def run(*args, **kwargs):
-        with matplotlib.rc_context(_RC):
-            return draw(*args, **kwargs)
-
-    return run
-
-
-def palette(classes: int) -> list:
-    """A colour for each class, that can be told apart where there are few."""
-    if classes <= 10:
-        return list(matplotlib.colormaps["tab10"].colors[:classes])
-    return [matplotlib.colormaps["turbo"](i / classes) for i in range(classes)]
-
-
-def bare(axes) -> None:
-    """Takes ticks and frame away, for axes that hold a picture."""
+def hide_axes(axes) -> None:
+    """Removes ticks and frame, for axes that hold an image."""
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
 
-def in_colour(image: np.ndarray) -> np.ndarray:
-    """uint8 `[H, W, C]` as `[H, W, 3]`."""
+def to_rgb_image(image: np.ndarray) -> np.ndarray:
+    """uint8 `[H, W, C]`, gray or RGB, as `[H, W, 3]`."""
     return np.broadcast_to(image, (*image.shape[:2], 3))
 
 
 def show(axes, image: np.ndarray) -> None:
-    """Draws an image, uint8 `[H, W, C]`, pixel by pixel; large ones are made smaller first."""
-    bare(axes)
-    picture = Image.fromarray(in_colour(image))
-    picture.thumbnail((_PIXELS, _PIXELS))
-    axes.imshow(picture, interpolation="none")
+    """Draws an image, uint8 `[H, W, C]`, pixel by pixel; a large one as a thumbnail."""
+    hide_axes(axes)
+    thumbnail = Image.fromarray(to_rgb_image(image))
+    thumbnail.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    axes.imshow(thumbnail, interpolation="none")
 
 
-def save(drawn: Figure, path: Path) -> str:
-    """Writes a figure as PNG on white, and returns it as SVG whose ink follows the page's theme."""
+def save(figure: Figure, path: Path) -> str:
+    """Writes a figure as PNG on white; returns it as SVG in the text colour of its surroundings.
+
+    Call it, as the drawing functions, under `SETTINGS`.
+    """
     text = io.StringIO()
-    with warnings.catch_warnings(), matplotlib.rc_context({**_RC, "svg.hashsalt": path.stem}):
-        # A name in a script that the font lacks: empty boxes in the PNG, right on the page.
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": path.stem}):
+        # The font may lack a script: empty boxes in the PNG, but correct in the browser.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        drawn.savefig(path, dpi=_DPI, facecolor="white")
-        options = dict(transparent=True, metadata={"Date": None}, dpi=_DPI)
-        drawn.savefig(text, format="svg", **options)
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    # Named by their content, pictures that are drawn twice would share a name.
+        figure.savefig(path, dpi=_DPI, facecolor="white")
+        figure.savefig(text, format="svg", dpi=_DPI, transparent=True, metadata={"Date": None})
+    svg = "<svg" + text.getvalue().partition("<svg")[2]
+    svg = svg.replace(matplotlib.rcParams["text.color"], "currentColor")
+    # An image's id is a hash of its content, so that an image drawn twice has one id twice.
     svg = re.sub(r' id="image\w+"', "", svg)
-    # Nor may figures share names on the page.
-    ids = r'(id="|href="#|url\(#)'
-    return re.sub(ids, rf"\g<1>{path.stem}-", svg)
+    # The figures of a report share one document: the name of each is put before its ids.
+    return re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{path.stem}-", svg)

@@ -91,7 +91,7 @@ def test_a_tpu_program_is_read_as_by_hand():
 @pytest.mark.parametrize(
     ("old", "new"), [("constant(6)", "parameter(1)"), ("to-all(%y)", "to-all()")]
 )
-def test_what_cannot_be_told_is_not_passed_over(old, new):
+def test_an_unknown_size_or_count_is_an_error(old, new):
     assert old in TPU
     with pytest.raises(ValueError, match="cannot tell"):
         collectives.read(TPU.replace(old, new), 8)

@@ -1,6 +1,6 @@
 """Compiling for TPU slices without a TPU; what needs libtpu is skipped where it is not installed.
 
-Marked slow: every page, and the sizes that are promised (`pytest -m slow tests/compile_test.py`).
+Marked slow: every config, and the sizes that are promised (`pytest -m slow tests/compile`).
 """
 
 import importlib.util
@@ -9,14 +9,16 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
-from maect_jax import config, train
-from maect_jax.compile import __main__ as compile
+from maect_jax import config as configs
+from maect_jax import errors, train
+from maect_jax.compile import __main__ as command
 from maect_jax.compile import chips
 from maect_jax.data import sources
-from maect_jax.errors import UserError
+from maect_jax.errors import RunFailedError, UserError
 from maect_jax.stages import STAGES
 from maect_jax.stages.step import abstract_batch
 from tests.helpers import CONFIGS, ROOT
@@ -27,37 +29,46 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-def run_compile(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "maect_jax.compile", *arguments],
-        cwd=ROOT, env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
-        capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+def call(monkeypatch, *arguments):
+    """Calls the command in this process; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", ["compile", *arguments])
+    return errors.run_command(command.main)
 
 
 BAD = {
     "unknown chip": (
-        ("--config=configs/ct_vith16.py", "--topology=v9:2x2"),
+        ("--config=ct_vith16.py", "--topology=v9:2x2"),
         "--topology=v9:2x2: must be CHIP:SHAPE, one of v4: 2x2x1 2x2x2",
     ),
     "unknown shape": (
-        ("--config=configs/ct_vith16.py", "--topology=v5e:3x3"),
+        ("--config=ct_vith16.py", "--topology=v5e:3x3"),
         "--topology=v5e:3x3: must be CHIP:SHAPE, one of v4: 2x2x1",
     ),
-    "no topology": (("--config=configs/ct_vith16.py",), "--topology=CHIP:SHAPE is needed"),
     "nothing to compile": (
-        ("--config=configs/eval.py", "--topology=v5e:4x4"),
+        ("--config=eval.py", "--topology=v5e:4x4"),
         "config.stages=('eval',): no training stage to compile",
     ),
 }
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD.keys())
-def test_bad_input_is_one_line(arguments, message):
-    done = run_compile(*arguments)
-    assert done.stderr.startswith(f"error: {message}")
-    assert len(done.stderr.splitlines()) == 1
-    assert (done.returncode, done.stdout) == (2, "")
+def test_bad_input_is_one_line(arguments, message, monkeypatch, capsys):
+    config, topology = arguments
+    config = config.replace("=", f"={CONFIGS}/")
+    assert call(monkeypatch, config, topology) == 2
+    out, line = capsys.readouterr()
+    assert line.startswith(f"error: {message}")
+    assert line.count("\n") == 1
+    assert out == ""
+
+
+def test_a_topology_is_required(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, f"--config={CONFIGS}/ct_vith16.py")
+    assert ended.value.code == 2
+    line = capsys.readouterr().err
+    assert "--topology" in line
+    assert line.count("\n") == 1
 
 
 def test_an_unknown_slice_lists_all_that_are_known():
@@ -69,14 +80,13 @@ def test_an_unknown_slice_lists_all_that_are_known():
 
 @pytest.mark.parametrize("source", ["fashion_mnist", "folder"])
 def test_the_abstract_batch_is_that_of_the_loader(source):
-    """For images of one shape, which travel whole, and for others, which are cut."""
-    page = config.load(str(CONFIGS / "ct_vitb16.py:test"))
-    found = sources.make(page.data, "train", 1) if source == "fashion_mnist" else sources.Blank(
-        2000, 1
-    )  # fmt: skip
-    mesh = mesh_of(4, 2)
-    abstract = abstract_batch(STAGES["ct"], page, found, mesh)
-    batch = next(train.batches(page, STAGES["ct"], found, 1, mesh))
+    """For images of one shape, which are transferred whole, and for others, which are cropped."""
+    config = configs.load(str(CONFIGS / "ct_vitb16.py:test"))
+    images, mesh = sources.Blank(2000, 1), mesh_of(4, 2)
+    if source == "fashion_mnist":
+        images = sources.make(config.data, "train", 1)
+    abstract = abstract_batch(STAGES["ct"], config, images, mesh)
+    batch = next(train.batches(config, STAGES["ct"], images, 1, mesh))
     del batch["bad"]  # which stays on the host
     shapes = {key: (x.shape, x.dtype) for key, x in batch.items()}
     assert shapes == {key: (x.shape, x.dtype) for key, x in abstract.items()}
@@ -85,12 +95,64 @@ def test_the_abstract_batch_is_that_of_the_loader(source):
 
 def test_bounds_follow_from_the_published_figures():
     chip = chips.Chip(100.0, 0, 10.0, 5.0, ())
-    found = compile.bound_of(chip, 4, 1200.0, {"arguments": 10}, 25.0)
-    assert found == {"compute": 3.0, "memory": 1.0, "interconnect": 5.0, "step": 5.0, "mfu": 0.6}
+    bounds = command.lower_bounds(chip, flops=300.0, arguments=10, sent=25.0)
+    assert bounds == {"compute": 3.0, "memory": 1.0, "interconnect": 5.0, "step": 5.0, "mfu": 0.6}
+
+
+class Refused:
+    """A step that the compiler refuses with a message."""
+
+    def __init__(self, message):
+        self.message = message
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self.message)
+
+
+def test_a_step_that_does_not_fit_tells_what_it_needs():
+    gib = chips.GIB
+    alone = Refused("size of\n temporaries (20.5G) exceeds available HBM (15.75G) by")
+    assert command.compiled(alone, gib, 16 * gib) == (
+        None, {"arguments": gib, "peak": 21.5 * gib, "capacity": 15.75 * gib, "fits": False}
+    )  # fmt: skip
+    _, memory = command.compiled(Refused("Used 17.25G of 15.75G hbm."), gib, 16 * gib)
+    assert memory["peak"] == 17.25 * gib
+    with pytest.raises(RunFailedError, match="bad opcode"):
+        command.compiled(Refused("bad opcode"), gib, 16 * gib)
+
+
+def test_the_text_has_the_verdict_and_the_bounds():
+    values = {
+        "config": "x", "stage": "ct", "topology": "v5e:2x2", "devices": 4, "batch_size": 8,
+        "mesh": {"data": 4, "fsdp": 1}, "compile_seconds": 2.0, "flops": 1e12,
+        "memory": {"arguments": 2**20, "peak": 2**30, "capacity": 2**34, "fits": True},
+        "collectives": {"all-gather": {"times": 3, "operand_bytes": 64, "sent_bytes": 192}},
+        "bound": {"compute": 0.5, "memory": 0.1, "interconnect": 2.0, "step": 2.0, "mfu": 0.25},
+    }  # fmt: skip
+    title, *rows = command.text(values).splitlines()
+    assert title == "x, stage ct, on v5e:2x2: fits"
+    rows = [row.split(maxsplit=1) for row in rows]
+    assert ["all-gather", "3, operands 64 B, a chip sends 192 B"] in rows
+    assert ["MFU", "at most 25%"] in rows
+    assert ["images/s", "at most 4"] in rows
+    small = {"arguments": 2**20, "peak": 2**35, "capacity": 2**34, "fits": False}
+    values = {k: v for k, v in values.items() if k not in ("bound", "collectives")}
+    text = command.text(values | {"memory": small, "to_save_memory": ["--config.mesh.fsdp=2"]})
+    assert "does not fit: needs 32.00 GiB" in text
+    assert "--config.mesh.fsdp=2" in text
+
+
+def run_compile(*arguments):
+    """Runs the command as people do: libtpu is loaded once in a process."""
+    return subprocess.run(
+        [sys.executable, "-m", "maect_jax.compile", *arguments],
+        cwd=ROOT, env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+        capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
 
 
 @needs_libtpu
-def test_a_tiny_page_compiles_and_is_written_down(tmp_path):
+def test_a_tiny_config_compiles_and_is_written_down(tmp_path):
     out = tmp_path / "found.json"
     done = run_compile(
         "--config=configs/ct_vith16.py:test", "--topology=v5e:2x2", f"--out={out}",
@@ -109,25 +171,25 @@ def test_a_tiny_page_compiles_and_is_written_down(tmp_path):
     assert found["bound"]["step"] >= found["bound"]["compute"]
 
 
-def found_for(folder, page, topology, *settings, status=0):
+def found_for(folder, config, topology, *settings, status=0):
     """What the command writes of each stage, and what it prints."""
     out = folder / "found.json"
     overrides = (f"--config.{setting}" for setting in settings)
     done = run_compile(
-        f"--config=configs/{page}", f"--topology={topology}", f"--out={out}", *overrides
+        f"--config=configs/{config}", f"--topology={topology}", f"--out={out}", *overrides
     )
     assert done.returncode == status, done.stderr
     return json.loads(out.read_text()), done.stdout
 
 
-PAGES = sorted(p.name for p in CONFIGS.glob("*.py") if p.stem not in ("common", "eval"))
+ALL = sorted(p.name for p in CONFIGS.glob("*.py") if p.stem not in ("common", "eval"))
 
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES)
-def test_every_page_fits_as_it_stands(tmp_path, page):
-    found, _ = found_for(tmp_path, page, "v5e:4x4")
+@pytest.mark.parametrize("config", ALL)
+def test_every_config_fits_as_it_stands(tmp_path, config):
+    found, _ = found_for(tmp_path, config, "v5e:4x4")
     for stage in found.values():
         assert stage["memory"]["fits"]
 

@@ -15,7 +15,7 @@ from maect_jax import files, pipeline
 from maect_jax.data import arrays, sources
 from maect_jax.errors import RunFailedError, UserError
 from maect_jax.evals import ON_REQUEST, PROTOCOLS, cluster, export, features, runner
-from maect_jax.report import page
+from maect_jax.report import build
 from maect_jax.run import jsonl
 from tests.helpers import CONFIGS, SMALL
 from tests.helpers.common import mesh_of, run_on
@@ -251,8 +251,8 @@ def test_a_page_of_an_evaluation_that_was_stopped_has_what_is_whole(evaluated, t
     path = runner.folder_of(workdir, "mae") / "val" / "settings.json"
     files.write_json(path, json.loads(path.read_text()) | {"done": 256})
     runner.folder_of(workdir, "pixels").joinpath("cluster.npz").unlink()
-    config = page.read_config(workdir)
-    page.build(workdir, pipeline.open_images(config, workdir))
+    config = build.read_config(workdir)
+    build.report(workdir, pipeline.open_images(config, workdir))
     pictures = {path.stem for path in (workdir / "pictures").iterdir()}
     assert "map_mae" not in pictures
     assert {"clusters", "knn_accuracy"} <= pictures

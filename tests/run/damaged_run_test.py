@@ -14,7 +14,7 @@ from maect_jax import config as configs
 from maect_jax import files, pipeline
 from maect_jax.data import arrays
 from maect_jax.evals import PROTOCOLS, features, runner
-from maect_jax.report import page
+from maect_jax.report import build
 from maect_jax.run import bad_steps, checkpoints, jsonl, lineage, manifest, saving
 from tests.helpers.common import mesh_of
 from tests.helpers.fuzz import DEEP, load, one_line, refused
@@ -114,7 +114,7 @@ def read_whole(run):
     """All that reads a run again: its page, its command, and runs that start from it."""
     config, place = load("quickstart:test"), run / "features" / "mae" / "val"
     for read in (
-        lambda: page.build(run, SPLITS),
+        lambda: build.report(run, SPLITS),
         lambda: configs.differences(configs.read(run / "config.json"), config),
         lambda: pipeline.check(configs.read(run / "config.json"), 1),
         lambda: lineage.write_lineage(run, [{"file": "x", "sha256": "y"}]),
@@ -132,7 +132,7 @@ def read_whole(run):
 @pytest.mark.parametrize("name", ALL)
 def test_a_run_whose_file_is_another_is_told_in_a_line(run, tmp_path, name, monkeypatch):
     # The pictures are made, and not written: that takes the time.
-    monkeypatch.setattr(page, "_save", lambda drawn, folder: {})
+    monkeypatch.setattr(build, "_save", lambda drawn, run: {})
     whole = (run / name).read_bytes()
     halves = [whole[: len(whole) // 2], whole[:-1], whole[:90] + b"\x07" + whole[91:]]
     beside = [path for path in (run / name).parent.iterdir() if path.is_file()]
@@ -148,7 +148,7 @@ def test_a_run_whose_file_is_another_is_told_in_a_line(run, tmp_path, name, monk
 
 
 def test_a_whole_run_has_a_page(run):
-    assert page.build(run, SPLITS).exists()
+    assert build.report(run, SPLITS).exists()
 
 
 def odd(stage):

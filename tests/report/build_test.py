@@ -1,0 +1,304 @@
+"""The report of a run: self-contained, true to the run's files, and rebuilt from them."""
+
+import html
+import json
+import re
+import shutil
+import sys
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maect_jax import config as configs
+from maect_jax import errors, files, pipeline
+from maect_jax.errors import UserError
+from maect_jax.evals import features, maps, runner
+from maect_jax.report import __main__ as command
+from maect_jax.report import build
+from tests.helpers import CONFIGS, SMALL
+from tests.helpers.common import run_on
+
+QUICK = str(CONFIGS / "quickstart.py:test")
+PICTURES = {
+    "loss", "nn_accuracy", "reconstructions", "neighbours", "map_mae", "map_ct", "clusters",
+    "confusion", "retrieval", "probes",
+}  # fmt: skip
+
+
+class Report(HTMLParser):
+    """Tags, ids, table cells, the text, and everything that a browser would fetch."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.tags, self.ids, self.links, self.cells, self.open = [], [], [], [], []
+        self.feed(source)
+        without_figures = re.sub(r"<(svg|style).*?</\1>", "", source, flags=re.DOTALL)
+        self.text = " ".join(html.unescape(re.sub(r"<.*?>", "", without_figures)).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for key, value in attrs:
+            if key == "id":
+                self.ids.append(value)
+            if key in ("src", "href", "xlink:href", "srcset", "data"):
+                self.links.append(value)
+        if tag in ("td", "th"):
+            self.cells.append("")
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.open.pop()
+
+    def handle_data(self, data):
+        if self.open:
+            self.cells[-1] += data
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a short run with all stages."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        run_on(patch, (1, 1), configs.load(QUICK, [SMALL, "eval.map=pca"]), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def source(run):
+    return (run / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def parsed(source):
+    return Report(source)
+
+
+def built(run):
+    """The report of a run, built again."""
+    config = build.read_config(run)
+    return Report(build.report(run, pipeline.open_images(config, run)).read_text())
+
+
+def pictures_of(run):
+    return {path.stem for path in (run / "pictures").iterdir()}
+
+
+def test_a_report_needs_no_network(source, parsed):
+    assert not {"script", "link", "iframe", "img", "video"} & set(parsed.tags)
+    assert parsed.links
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in parsed.links)
+    assert "@import" not in source
+    assert re.findall(r"url\((.)", source) == ["#"] * source.count("url(")
+
+
+def test_every_picture_has_a_caption_and_a_png(run, source, parsed):
+    assert {path.stem for path in (run / "pictures").glob("*.png")} == PICTURES
+    figures = re.findall(r"<figure.*?</figure>", source, re.DOTALL)
+    assert len(figures) == len(PICTURES)
+    for figure in figures:
+        assert re.search(r"<figcaption>\w.{20,}</figcaption>", figure, re.DOTALL)
+        svg = re.search(r"<svg.*</svg>", figure, re.DOTALL)[0]
+        ET.fromstring(svg)
+        # Black would be invisible on a dark background.
+        assert "currentColor" in svg
+        assert "#000000" not in svg
+    assert len(parsed.ids) == len(set(parsed.ids))
+    for link in re.findall(r"(?:href=\"#|url\(#)([^\")]+)", source):
+        assert link in parsed.ids
+    for path in (run / "pictures").glob("*.png"):
+        with Image.open(path) as picture:
+            assert np.asarray(picture.convert("L")).std() > 5
+
+
+def test_a_report_agrees_with_the_files(run, parsed):
+    results, cells = json.loads((run / "results.json").read_text()), parsed.cells
+    knn = {name: next(r for r in results[name]["knn"] if r["k"] == 10) for name in results}
+    row = cells.index("k-NN")
+    shown = cells[row + 1 : row + 5]
+    assert shown[:3] == [f"{100 * knn[name]['accuracy']:.1f}" for name in ("pixels", "mae", "ct")]
+    change = 100 * knn["ct"]["accuracy"] - 100 * knn["mae"]["accuracy"]
+    assert shown[3] == f"{change:+.1f}"
+    assert cells[row - 5 : row] == ["percent", "pixels", "mae", "ct", "ct - mae"]
+    assert parsed.text.index("width 32, depth 4 and patch size 7: masked pre-training (MAE) for 2")
+    assert parsed.text.index("upper 2 blocks (MAE-CT) for 1 epoch, on 1,600 training images of")
+    assert cells[cells.index("ct.temperature") + 1] == "0.15"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    took = max(entry["seconds"] for entry in lines if entry["stage"] == "ct")
+    time = len(cells) - cells[::-1].index("ct") - 1
+    assert cells[time + 1] == "6"
+    assert cells[time + 3] == f"{took:,.0f}"
+
+
+def test_results_md_has_the_table_and_the_notes_of_the_report(run, parsed):
+    table, *notes = (run / "results.md").read_text().strip().split("\n\n")
+    assert table.startswith("| percent | pixels | mae | ct | ct - mae |\n")
+    assert [note.split(":")[0] for note in notes] == [
+        "pixels", "Features", "k-NN", "Probe, centre crops (the fast variant)",
+        "k-means of the val images",
+    ]  # fmt: skip
+    assert " ".join(notes) in parsed.text
+
+
+def test_a_stage_lasts_until_its_checkpoint_is_saved():
+    step = dict(stage="ct", step=8, images_per_second=100.0, seconds=3.0)
+    saved = dict(stage="ct", step=8, checkpoint_seconds=2.0, seconds=5.0)
+    (timing,) = build.stage_timings([step, saved])
+    assert timing == dict(name="ct", steps=8, rate=100.0, seconds=5.0)
+
+
+def call(monkeypatch, *arguments):
+    """Calls the command in this process; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
+    return errors.run_command(command.main)
+
+
+def test_the_command_rebuilds_a_report_from_the_disk(run, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "pictures", "*.html"))
+    # The order of a run whose first stage was trained again.
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    lines.sort(key=lambda line: json.loads(line)["stage"] == "mae")
+    (copy / "metrics.jsonl").write_text("".join(lines))
+    assert call(monkeypatch, copy) == 0
+    assert capsys.readouterr() == (f"{copy / 'report.html'}\n", "")
+    assert (copy / "report.html").read_bytes() == (run / "report.html").read_bytes()
+    for path in (run / "pictures").iterdir():
+        assert (copy / "pictures" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_command_averages_several_runs(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build, "report", lambda run, images: run / "report.html")
+    for name in ("config.json", "results.json"):
+        shutil.copy(run / name, tmp_path)
+    assert call(monkeypatch, run, tmp_path, run) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("k-NN"))
+    assert line.count(" +- 0.0") == 4
+
+
+def test_a_report_of_an_unfinished_run_has_what_exists(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "pictures", "features"))
+    for path in (copy / "results.json", copy / "environment.json"):
+        path.unlink()
+    shutil.rmtree(copy / "watch" / "head")
+    shutil.rmtree(copy / "watch" / "ct")
+    lines = [json.loads(x) for x in (copy / "metrics.jsonl").read_text().splitlines()]
+    lines = [line | {"seconds": 7200.0} for line in lines if line["stage"] == "mae"]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (copy / "metrics.jsonl").write_text(text + '{"stage": "he')
+    report = built(copy)
+    assert report.tags.count("figure") == 2
+    assert "Results" not in report.text
+    assert " in 2.0 hours of training so far (seed 0)." in report.text
+    assert pictures_of(copy) == {"loss", "reconstructions"}
+    (copy / "metrics.jsonl").unlink()
+    shutil.rmtree(copy / "watch")
+    report = built(copy)
+    assert report.tags.count("figure") == 0
+    assert "patch size 7 before its training." in report.text
+    assert pictures_of(copy) == set()  # none is left of the other report
+
+
+def test_no_run_is_one_clear_line(tmp_path, monkeypatch, capsys):
+    assert call(monkeypatch, tmp_path / "absent") == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: {str(tmp_path / 'absent')!r}: ")
+    assert line.count("\n") == 1
+    assert "config.json" in line
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch)
+    assert ended.value.code == 2
+
+
+def test_results_that_are_not_json_are_one_clear_line(run, tmp_path):
+    (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(UserError, match=r"results\.json: not JSON"):
+        build.report(tmp_path, {})
+
+
+def evaluation_of_folder(root, kinds, each, labelled=True):
+    """The folder of an evaluation of another run, on colour photographs sorted by kind.
+
+    Without labels the photographs are in one folder.
+    """
+    pixels = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(root / "photo.jpg")
+    photo = (root / "photo.jpg").read_bytes()
+    names = [f"$n{i:08}$, a kind with a long name" for i in range(kinds)]
+    for split in ("train", "val"):
+        for name in names:
+            folder = root / split / (name if labelled else "")
+            folder.mkdir(parents=True, exist_ok=True)
+            for i in range(each if split == "val" else 2):
+                (folder / f"{name} {i:02}.jpg").write_bytes(photo)
+    run, count = root / "run", kinds * each
+    numbers = np.repeat(np.arange(kinds, dtype=np.int32), each)
+    labels = numbers if labelled else np.full(count, -1, np.int32)
+    x = np.eye(kinds)[numbers] + 0.1 * np.random.default_rng(0).normal(size=(count, kinds))
+    folder = runner.folder_of(run, "ct")
+    batches = [(x.astype(np.float32), labels, np.ones(count, bool))]
+    features.stored(folder / "val", {}, count, count, lambda first: iter(batches))
+    arrays = dict(labels=labels, clusters=numbers, index=np.arange(count))
+    files.write_arrays(folder / "cluster.npz", distance=np.zeros(count), **arrays)
+    found = dict(index=np.array([0, count - 1]), neighbours=np.array([[0, 1], [2, 3]]))
+    files.write_arrays(folder / "retrieval.npz", **found)
+    settings = [f"data.path={root}", "data.source=folder", "data.train_split=train"]
+    settings += ["data.short_side=240", "init_from=runs/other", f"eval.cluster.clusters={kinds}"]
+    config = configs.load(str(CONFIGS / "eval.py:test"), settings)
+    with config.unlocked():
+        config.model = configs.load(QUICK, ["model.channels=3"]).model
+        config.model.image_size = (238, 238)
+    files.write_json(run / "config.json", config.to_dict())
+    scores = {"acc": 0.4, "nmi": 0.5, "ari": 0.25} if labelled else {"loss": 1.0}
+    skipped = {"skipped": "of no interest"}
+    knn = [{"k": 20, "accuracy": 0.5, "standardised": False, "temperature": 0.07}]
+    kmeans = dict(split="val", images=count, l2_normalised=True, pca=0, minibatch=0, runs=3)
+    row = {
+        "features": "cls",
+        "seconds": {"knn": 1.0},
+        "knn": knn if labelled else skipped,
+        "probe": skipped,
+        "cluster": kmeans | {"clusters": kinds, "best": scores, "mean": scores},
+    }
+    files.write_json(run / "results.json", {"ct": row})
+    return run
+
+
+def test_a_report_of_many_photographs(tmp_path, monkeypatch):
+    run, mapped = evaluation_of_folder(tmp_path, 25, 42), {}
+    monkeypatch.setattr(maps, "points", lambda x, how: mapped.update(x=x) or x[:, :2])
+    monkeypatch.setattr(pipeline, "check_enough", lambda config, images: None)  # to train on
+    report = built(run)
+    assert pictures_of(run) == {"map_ct", "clusters", "confusion", "retrieval"}
+    assert (run / "report.html").stat().st_size < 8e6
+    # Every kind is on the map, though it shows only some of the images.
+    assert len(mapped["x"]) == build.MAP_IMAGES
+    assert set(mapped["x"].argmax(1)) == set(range(25))
+    for part in (
+        "of 1,000 held-out images",
+        "20 of the 25 k-means clusters",
+        "k-NN: 20 neighbours",
+        "from runs/other, was evaluated on 1,050 held-out images of",
+        "ct: the average of the tuned encoder.",
+        "probe was skipped: of no interest.",
+        "Framed: ",
+    ):
+        assert part in report.text
+
+
+def test_a_report_without_labels_mentions_none(tmp_path, monkeypatch):
+    run = evaluation_of_folder(tmp_path, 3, 8, labelled=False)
+    monkeypatch.setattr(pipeline, "check_enough", lambda config, images: None)
+    report = built(run)
+    assert pictures_of(run) == {"map_ct", "clusters", "retrieval"}
+    assert "Without labels there is no accuracy, NMI, AMI or ARI." in report.text
+    assert "coloured by cluster." in report.text
+    assert "knn was skipped: of no interest." in report.text
+    for part in ("Framed", "their labels", "matched"):
+        assert part not in report.text

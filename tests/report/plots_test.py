@@ -1,0 +1,75 @@
+"""Single figures of numbers and of images."""
+
+import numpy as np
+
+from maect_jax.report import plots, sheets
+
+
+def test_confusion_counts_clusters_by_row_and_labels_by_column():
+    labels, clusters = np.array([2, 2, 5, 5, 5]), np.array([0, 1, 1, 1, 1])
+    axes = plots.confusion(labels, clusters, list("abcdef")).axes[0]
+    shown = {text.get_position(): text.get_text() for text in axes.texts}
+    assert shown == {(0, 0): "1", (0, 1): "1", (1, 1): "3"}  # (label, cluster)
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["c", "f"]
+
+
+def test_curves_draw_what_is_logged():
+    history = [
+        {"stage": "head", "step": 1, "loss": 3.0, "nn_accuracy": 0.1},
+        {"stage": "mae", "step": 1, "loss": 1.0},
+        {"stage": "head", "step": 9, "loss": 2.0, "nn_accuracy": 0.5},
+        {"stage": "mae", "step": 2, "loss": None},
+    ]
+    panels = plots.curves(history, "loss", "loss").axes
+    assert [panel.get_title() for panel in panels] == ["head", "mae"]
+    np.testing.assert_array_equal(panels[0].lines[0].get_xydata(), [[1, 3.0], [9, 2.0]])
+    np.testing.assert_array_equal(panels[1].lines[0].get_xydata(), [[1, 1.0]])
+    assert len(plots.curves(history, "nn_accuracy", "").axes) == 1
+    assert plots.curves(history, "absent", "") is None
+
+
+def test_a_long_curve_has_its_running_mean():
+    history = [{"stage": "mae", "step": step, "loss": step % 2} for step in range(1, 41)]
+    curve, mean = plots.curves(history, "loss", "").axes[0].lines
+    assert len(curve.get_xdata()) == 40
+    np.testing.assert_array_equal(mean.get_xdata(), np.arange(1.5, 40))
+    np.testing.assert_array_equal(mean.get_ydata(), np.full(39, 0.5))
+
+
+def image(value):
+    return np.full((2, 2, 1), value, np.uint8)
+
+
+def test_neighbours_are_framed_if_they_have_the_label_of_the_image():
+    def records(record):
+        return {"image": image(record), "label": [0, 1, -1][record]}
+
+    queries = [{"image": image(0), "label": label} for label in (0, -1)]
+    found = {"ct 5": np.array([[0, 1, 2], [2, 0, -1]])}
+    axes = np.array(sheets.neighbours(queries, found, records, "ab").axes).reshape(2, 5)
+    assert [row[0].get_ylabel() for row in axes] == ["a", "unlabelled"]
+    assert [[len(a.patches) for a in row[2:]] for row in axes] == [[1, 0, 0], [0, 0, 0]]
+    assert axes[0, 2].images[0].get_array().max() == 0
+    assert [text.get_text() for text in axes[1, 4].texts] == ["-"]
+
+
+def test_montage_goes_from_the_centre_to_the_rim():
+    found = {
+        "distance": np.array([1.7, 1.3, 0.3, 1.0, 1.0]),
+        "labels": np.array([1, 1, 0, 0, 0]),
+        "clusters": np.array([1, 1, 1, 0, 0]),
+        "index": np.array([10, 11, 13, 14, 15]),  # the third image, 12, could not be read
+    }
+
+    def records(record):
+        return {"image": image(record)}
+
+    axes = sheets.montage(found, records, ["cat", "dog"]).axes
+    shown = [a.images[0].get_array().max() for a in axes[12:] if a.images]
+    assert shown == [13, 11, 10]
+    assert axes[12].get_ylabel() == "dog 67%\n3 images"
+    assert axes[0].get_ylabel() == "cat 100%\n2 images"
+    unlabelled = sheets.montage(found | {"labels": np.full(5, -1)}, records, []).axes
+    assert [unlabelled[i].get_ylabel() for i in (0, 12)] == [
+        "cluster 0\n2 images", "cluster 1\n3 images",
+    ]  # fmt: skip
