@@ -15,8 +15,8 @@ from maect_jax import files, pipeline
 from maect_jax.data import arrays
 from maect_jax.evals import features, runner
 from maect_jax.report import page
-from maect_jax.run import bad_steps, checkpoints, jsonl, lineage, manifest, saving
-from tests.helpers.common import mesh_of
+from maect_jax.run import checkpoints, jsonl, lineage, manifest
+from tests.helpers.common import logger_at, mesh_of
 from tests.helpers.fuzz import DEEP, load, one_line, refused
 
 IMAGES = arrays.Arrays(
@@ -118,7 +118,7 @@ def read_whole(run):
         lambda: configs.differences(configs.read(run / "config.json"), config),
         lambda: pipeline.check(configs.read(run / "config.json"), 1),
         lambda: lineage.write_lineage(run, [{"file": "x", "sha256": "y"}]),
-        lambda: bad_steps.BadSteps(run / "bad_steps.jsonl", "mae", 1, "skip", 9, IMAGES.name),
+        lambda: logger_at(run, 1, 9, stage="mae").close(),
         lambda: jsonl.truncate(run / "metrics.jsonl", "mae", 1),
         lambda: runner._table(run, ["mae"], IMAGES),
     ):
@@ -183,8 +183,8 @@ def test_a_folder_with_odd_content_is_opened_and_saved_into(tmp_path, shape):
     for name in ("", "checkpoints/mae/6", "checkpoints/mae/\u00b2", "checkpoints/mae/" + "9" * 99):
         with refused("damaged|there is no|no checkpoint"):
             lineage.find(str(tmp_path / name), "head").saved.read(mesh_of(1, 1))
-    saver = saving.Checkpoints(stage, keep=1, best="knn_accuracy")
-    assert saver.latest() is None
+    saver = checkpoints.Checkpoints(stage, keep=1, best="knn_accuracy")
+    assert saver.latest is None
     for step in (7, 9):
         saver.save(step, {"x": jnp.arange(3.0)}, {"steps": 9}, {"knn_accuracy": 0.5})
     saver.finish()
@@ -201,7 +201,7 @@ def test_a_file_for_a_folder_is_told_in_a_line(tmp_path):
     with refused("no checkpoint yet"):
         lineage.find(str(tmp_path), "head")
     with pytest.raises(OSError, match="mae"):  # of which a run makes its last line
-        saving.Checkpoints(tmp_path / "checkpoints" / "mae")
+        checkpoints.Checkpoints(tmp_path / "checkpoints" / "mae")
 
 
 WRITES = {

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from maect_jax.errors import STATUS, PreemptedError
 from maect_jax.run import checkpoints, jsonl, preemption
 from tests.helpers import FAST_RUN, ROOT, SMALL
 from tests.helpers.common import save, wait_for_step
@@ -65,13 +66,13 @@ def test_a_signal_saves_and_says_that_the_run_can_go_on(tmp_path, running):
     start = time.monotonic()
     _, told = process.communicate(timeout=60)
     assert time.monotonic() - start < 20
-    assert process.returncode == preemption.STATUS == 75
+    assert process.returncode == STATUS[PreemptedError] == 75
     (step,) = checkpoints.steps_of(checkpoints.stage_folder(run, "mae"))
     assert step == max(line["step"] for line in jsonl.read(run / "metrics.jsonl"))
     assert errors(told) == [
-        "SIGTERM: saving; a second SIGINT ends at once",
-        f"error: preempted, resumable: stage mae is saved at step {step} of 3200; the same command "
-        "goes on from there",
+        "SIGTERM: saving; a second SIGINT stops at once",
+        f"error: preempted, resumable: stage mae is saved at step {step} of 3200. Run the same "
+        "command to resume.",
     ]
     assert not (run / "lock").exists()
     # A stop leaves no picture of its own.
@@ -101,7 +102,7 @@ def test_a_second_sigint_ends_at_once(tmp_path, running):
     _, told = process.communicate(timeout=10)
     assert time.monotonic() - start < 2
     assert process.returncode == 130
-    assert errors(told)[-1] == "ended at once; the last checkpoint is as it was"
+    assert errors(told)[-1] == "stopped at once; the last checkpoint is unchanged"
 
 
 def wait_for_end(group):

@@ -108,7 +108,7 @@ def test_what_is_watched_is_written_and_read_by_step(tmp_path):
     images = snapshots.Examples(loader.EvalRecord(source, SHAPE[2], SHAPE[:2], 8), held_out=False)
     with jax.set_mesh(mesh):
         now = state.create_state(stage, jax.random.key(0), {}, mesh)
-        write = snapshots.writer(stage, images, Run(None, tmp_path, mesh, None))
+        write = snapshots.writer(stage, images, Run(None, tmp_path, mesh))
         write(10, now)
         write(9, now)
     files = snapshots.saved(tmp_path, "mae")
