@@ -86,6 +86,10 @@ def last_good(run: Path, stages: Sequence[str]) -> str:
     return f"The last good checkpoint is {last}. Run the same command to resume."
 
 
+def _handler(state) -> ocp.CompositeCheckpointHandler:
+    return ocp.CompositeCheckpointHandler(state=state, position=ocp.JsonCheckpointHandler())
+
+
 def read_position(folder: Path, step: int) -> dict:
     """What was saved beside the state of a step (`Checkpoints.save`). Raises `UserError` if it is
     damaged."""
@@ -121,8 +125,7 @@ def read_parts(folder: Path, parts: tuple[str, ...], mesh, step: int | None = No
             f"{path}: is damaged ({damage or 'another host failed; see its log'}). Run the command "
             "of that run to resume from the checkpoint before, or repeat the import."
         )
-    handler = ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler())
-    with ocp.Checkpointer(handler) as reader:
+    with ocp.Checkpointer(_handler(ocp.PyTreeCheckpointHandler())) as reader:
         saved = reader.metadata(path).item_metadata.state.tree
         wanted = sharding.abstract({part: saved[part] for part in parts}, mesh)
         restore = ocp.args.PyTreeRestore(
@@ -144,16 +147,13 @@ def write(folder: Path, parts: dict) -> None:
     registry = ocp.type_handlers.create_type_handler_registry(
         (np.ndarray, arrays), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
-    handlers = {
-        "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False),
-        "position": ocp.JsonCheckpointHandler(),
-    }
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
     state = ocp.args.PyTreeSave(jax.tree.map(np.asarray, parts))
     position = ocp.args.JsonSave({"steps": 0})
     path = (folder / "0").absolute()
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as writer:
+    with ocp.Checkpointer(_handler(handler)) as writer:
         writer.save(path, args=ocp.args.Composite(state=state, position=position))
-    manifest.seal(path, manifest.digests(path, flush=True), {})
+    manifest.seal(path, manifest.digests(path), {})
 
 
 class Checkpoints:
@@ -180,8 +180,7 @@ class Checkpoints:
         self._folder, self._keep, self._best, self._on_saved = folder, keep, best, on_saved
         found = self._open() if jax.process_index() == 0 else None
         self.latest = max(sharding.gather_set(set() if found is None else {found}), default=None)
-        handlers = dict(state=ocp.StandardCheckpointHandler(), position=ocp.JsonCheckpointHandler())
-        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
+        self._writer = ocp.AsyncCheckpointer(_handler(ocp.StandardCheckpointHandler()))
         self._thread = ThreadPoolExecutor(1, "seal")
         self._saving: Future | None = None
         self._failures: list[str] = []  # in a row
@@ -234,10 +233,7 @@ class Checkpoints:
         self, step: int, state: TrainState, position: dict, measured: dict | None = None
     ) -> None:
         """Begins to save a state, the position in the run (plain JSON), and what was measured.
-
-        Raises:
-          RunFailedError: on all hosts, if one has failed too often in a row.
-        """
+        Raises `RunFailedError` on all hosts if one has failed too often in a row."""
         start = time.monotonic()
         ready = self._settle() or start >= self._retry_at
         may_retry = sharding.all_hosts(len(self._failures) <= len(_PAUSES))
@@ -269,8 +265,8 @@ class Checkpoints:
             disk = shutil.disk_usage(self._folder)
         except OSError as error:
             return error
-        full = disk.total and disk.free <= self._size
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else None
+        is_full = disk.total and disk.free <= self._size
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if is_full else None
 
     def _seal(self, step: int, start: float, waited: float, measured: dict) -> int:
         """Ends a save, in its thread."""
@@ -278,7 +274,7 @@ class Checkpoints:
         if jax.process_index() != 0:
             return step
         path = self._folder / str(step)
-        entries = manifest.digests(path, flush=True)
+        entries = manifest.digests(path)
         self._size = sum(entry["bytes"] for entry in entries.values())
         times = {"checkpoint_seconds": time.monotonic() - start, "checkpoint_waited": waited}
         if step != self._announced:  # it may be saved again because its seal failed
@@ -332,11 +328,8 @@ class Checkpoints:
         return not self._settle() and time.monotonic() >= self._retry_at
 
     def finish(self, *arguments) -> None:
-        """Waits on all hosts until the last save, with these arguments, is done, trying again.
-
-        Raises:
-          RunFailedError: it has failed too often in a row.
-        """
+        """Waits on all hosts until the last save is done; what fails is tried again with these
+        arguments of `save`."""
         self._retry_at = 0.0  # the first time at once
         while not sharding.all_hosts(self._settle()):
             time.sleep(max(self._retry_at - time.monotonic(), 0.0))

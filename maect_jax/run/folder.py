@@ -48,14 +48,8 @@ class Run:
 def opened(run: Run, origin: lineage.Origin | None) -> Iterator[Run]:
     """Makes a new folder the run's, or checks that it was before; process 0 holds its lock.
 
-    Writes the config, what the run runs on, and where its weights are from.
-
-    Args:
-      run: with the folder to open, which is made if need be.
-      origin: where the first stage starts.
-
-    Yields:
-      The run with its `check_lock`.
+    Writes the config, what the run runs on, and where its weights are from (`origin`, of the first
+    stage). Yields the run with its `check_lock`.
 
     Raises:
       UserError: the folder holds another run, is in use, or cannot be written.
@@ -102,11 +96,7 @@ def _claim(folder: Path, config: ConfigDict, origin: lineage.Origin | None) -> N
 def _environment() -> dict:
     """What the run runs on."""
     return {
-        "maect_jax": __version__,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "devices": jax.device_count(),
-        "device_kind": jax.devices()[0].device_kind,
-        "hosts": jax.process_count(),
-        "cpu_cores": os.cpu_count(),
-    }
+        "maect_jax": __version__, "jax": jax.__version__, "python": platform.python_version(),
+        "devices": jax.device_count(), "device_kind": jax.devices()[0].device_kind,
+        "hosts": jax.process_count(), "cpu_cores": os.cpu_count(),
+    }  # fmt: skip

@@ -23,7 +23,7 @@ def read(path: Path) -> list[dict]:
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
         try:
             entry = json.loads(line)
-            if not (isinstance(entry["stage"], str) and type(entry["step"]) is int):
+            if (type(entry["stage"]), type(entry["step"])) != (str, int):
                 raise TypeError
             entries.append(entry)
         except (ValueError, TypeError, KeyError, RecursionError) as error:

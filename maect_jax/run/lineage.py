@@ -21,7 +21,7 @@ from maect_jax.stages.nnclr import check_same_head
 
 RANDOM = "random"
 SCRATCH = {"start": "random weights"}  # the end of a lineage
-_LINEAGE = "origin.json"
+_FILE = "origin.json"
 
 
 class Saved(NamedTuple):
@@ -53,18 +53,6 @@ def encoders(run: Path) -> dict[str, Saved]:
     return {name: _saved(run, name) for name in trained if name != "head" or "mae" not in trained}
 
 
-def _compared(config: ConfigDict) -> dict:
-    """What a stage and the one that it starts from must agree on; files do not always say all."""
-    model = vit.size_of(config.model)._asdict()
-    model |= {key: config.model[key] for key in ("patch_size", "channels", "ln_eps")}
-    data = {key: config.data[key] for key in ("mean", "std") if key in config.data}
-    return {
-        f"config.{section}.{key}": value
-        for section, values in (("model", model), ("data", data))
-        for key, value in values.items()
-    }
-
-
 @dataclasses.dataclass(frozen=True)
 class Origin:
     """Where a stage starts.
@@ -84,30 +72,26 @@ class Origin:
     def start(self, model: ConfigDict, stage: type[Stage], mesh) -> dict:
         """What a stage takes over, fitted to the image size of its `model` section."""
         parts = SAVED[self.saved.stage].handover(self.saved.read(mesh))
-        old, new = (
-            positions.grid(section.image_size, section.patch_size)
-            for section in (self.saved.config.model, model)
-        )
+        sections = self.saved.config.model, model
+        grids = (positions.grid(each.image_size, each.patch_size) for each in sections)
         start = {part: parts[part] for part in stage.takes}
-        return start | {"encoder": positions.fitted(start["encoder"], old, new)}
+        return start | {"encoder": positions.fitted(start["encoder"], *grids)}
 
     def check_fits(self, config: ConfigDict, first: str) -> None:
-        """Checks that the first stage of a config can take over what is saved.
-
-        Raises:
-          UserError: the encoders or the heads differ, or there is no head for a stage that needs
-            one.
-        """
+        """Raises `UserError` if the first stage of a config cannot take over what is saved: the
+        encoders or the heads differ, or there is no head for a stage that needs one."""
         where, old = f"config.init_from={config.init_from!r}", self.saved.config
-        before, now = _compared(old), _compared(config)
-        for key, value in now.items():
-            if before.get(key, value) != value:
-                raise UserError(f"{where}: its {key} is {before[key]!r}, not {value!r}")
+        sizes = vit.size_of(old.model)._asdict(), vit.size_of(config.model)._asdict()
+        pairs = {key: (sizes[0][key], sizes[1][key]) for key in sizes[0]}
+        for key in ("patch_size", "channels", "ln_eps"):
+            pairs[key] = old.model[key], config.model[key]
+        for key in ("mean", "std"):
+            pairs[key] = old.data.get(key, config.data[key]), config.data[key]
+        for key, (before, value) in pairs.items():
+            if before != value:
+                raise UserError(f"{where}: its {key} is {before!r}, this config has {value!r}")
         if old.model.pool == "fc_norm" != config.model.pool:
-            raise UserError(
-                f"{where}: its final norm is that of the pooled feature; set "
-                "config.model.pool=fc_norm"
-            )
+            raise UserError(f"{where}: its final norm is that of fc_norm; set config.model.pool so")
         takes = set(STAGES[first].takes) if first in STAGES else set()
         if not takes <= set(SAVED[self.saved.stage].hands_on):
             raise UserError(f"{where}: has no head; stage {first} must start from a run with one")
@@ -127,9 +111,11 @@ def of_run(run: Path, stage: str, step: int | None = None) -> Origin:
 
 def of_files(imported: importing.Imported) -> Origin:
     """Files from elsewhere."""
-    saved = Saved(
-        imported.kind, imported.config, lambda mesh: sharding.place(imported.read(), mesh)
-    )
+
+    def read(mesh):
+        return sharding.place(imported.read(), mesh)
+
+    saved = Saved(imported.kind, imported.config, read)
     name = ", ".join(map(str, imported.files))
     return Origin(name, saved, lambda: {imported.config.name: saved}, imported.origin)
 
@@ -139,7 +125,7 @@ def find(init_from: str, stage: str, needs_run: bool = True) -> Origin:
 
     Args:
       init_from: a run, for one of its trained stages; one of its checkpoints; or files.
-      stage: in `STAGES`, or the evaluation, which takes the last stage of a run.
+      stage: the name of a training stage, or of the evaluation, which takes the last one.
       needs_run: that it cannot start from random weights.
 
     Raises:
@@ -150,7 +136,7 @@ def find(init_from: str, stage: str, needs_run: bool = True) -> Origin:
     if not needs_run:
         allowed = f"the folder of a run, a file of weights, or {RANDOM!r} weights"
     if not init_from:
-        raise UserError(f"{where}stage {stage} must start from {allowed}")
+        raise UserError(f"{where}stage {stage} must start from something: {allowed}")
     try:
         is_file = importing.is_file(init_from)
     except OSError as error:  # a name that no file can have, or a folder without permission
@@ -190,7 +176,7 @@ def check_saved(run: Path, stage: str, step: int | None, where: str) -> None:
 def read_lineage(run: Path) -> list[dict]:
     """Where the weights that a run started from are from, the last first; empty if it is not noted.
     Raises `UserError` if the file is damaged."""
-    path = run / _LINEAGE
+    path = run / _FILE
     entries = files.read_json(path).get("from", [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{path}: is not a lineage. Remove it to do without.")
@@ -198,15 +184,11 @@ def read_lineage(run: Path) -> list[dict]:
 
 
 def write_lineage(run: Path, lineage: list[dict]) -> None:
-    """Notes in a run's folder where its weights are from.
-
-    Raises:
-      UserError: it is noted already, and a file is no longer what it was.
-    """
+    """Notes in a run's folder where its weights are from. Raises `UserError` if that is noted
+    already, and a file is no longer what it was."""
     before = {e["file"]: e.get("sha256") for e in read_lineage(run) if "file" in e}
     for entry in lineage:
-        if before.get(entry.get("file"), entry.get("sha256")) != entry.get("sha256"):
-            raise UserError(
-                f"{entry['file']}: is another file than {run} started from (by its SHA-256)"
-            )
-    files.write_json(run / _LINEAGE, {"from": lineage})
+        file, sha = entry.get("file"), entry.get("sha256")
+        if before.get(file, sha) != sha:
+            raise UserError(f"{file}: is another file than {run} started from (by its SHA-256)")
+    files.write_json(run / _FILE, {"from": lineage})

@@ -78,8 +78,7 @@ def _is_stale(path: Path, holder: dict, me: dict) -> bool:
 
 
 def _take(path: Path, me: dict) -> None:
-    taken = UserError(f"--workdir={path.parent}: another process has just taken it")
-    for _ in range(3):
+    for _ in range(3):  # a lock may be released or taken at any moment
         try:
             with path.open("x") as file:
                 try:
@@ -91,35 +90,25 @@ def _take(path: Path, me: dict) -> None:
             return
         except FileExistsError:
             holder = _holder(path)
-        if holder is None:  # just released
-            continue
-        if not _is_stale(path, holder, me):
+        if holder and not _is_stale(path, holder, me):
             raise UserError(
                 f"--workdir={path.parent}: in use by process {holder['pid']} on {holder['host']}. "
                 "Wait for its end or use another --workdir. The lock of a holder that is gone "
                 f"expires within {_STALE:.0f} seconds."
             )
-        # Of two processes that find it stale one can move it.
-        aside = path.with_name(f".{_NAME}.{socket.gethostname()}.{os.getpid()}")
-        with suppress(FileNotFoundError):
-            path.replace(aside)
-            if _holder(aside) not in (holder, None):
-                aside.replace(path)
-                raise taken
-            aside.unlink()
-    raise taken
+        # If two processes pass here together, `check` ends one of them.
+        if holder and _holder(path) == holder:
+            path.unlink(missing_ok=True)
+    raise UserError(f"--workdir={path.parent}: another process has just taken it")
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[Callable[[], None]]:
-    """Holds the lock of a folder.
+    """Holds the lock of a folder. Raises `UserError` if another process does.
 
     Yields:
       A function that raises `RunFailedError` if another process has taken the lock since, which
       happens if this one was suspended, or its storage away, for a minute.
-
-    Raises:
-      UserError: another process holds it.
     """
     path, me = folder / _NAME, _this_process()
     _take(path, me)

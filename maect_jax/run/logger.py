@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import jax
@@ -28,13 +29,9 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def tensorboard_writer() -> Callable[[Path], object]:
-    """What makes a writer for a folder: clu's if TensorFlow is installed, else tensorboardX's.
-
-    A writer has `write_scalars(step, values)` and `close()`.
-
-    Raises:
-      UserError: neither is installed (TensorFlow needs its package tensorboard).
-    """
+    """What makes a writer for a folder, with `write_scalars(step, values)` and `close()`: clu's if
+    TensorFlow and its package tensorboard are installed, else tensorboardX's. Raises `UserError` if
+    neither is."""
     if all(importlib.util.find_spec(name) for name in ("tensorflow", "tensorboard")):
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         from clu.metric_writers import SummaryWriter
@@ -43,10 +40,8 @@ def tensorboard_writer() -> Callable[[Path], object]:
     try:
         import tensorboardX
     except ImportError as error:
-        raise UserError(
-            "config.tensorboard=True: needs tensorboardX (pip install 'maect_jax[tensorboard]') "
-            "or TensorFlow"
-        ) from error
+        package = "tensorboardX (pip install 'maect_jax[tensorboard]')"
+        raise UserError(f"config.tensorboard=True: needs {package} or TensorFlow") from error
 
     class Writer(tensorboardX.SummaryWriter):
         def write_scalars(self, step, values):
@@ -54,6 +49,12 @@ def tensorboard_writer() -> Callable[[Path], object]:
                 self.add_scalar(name, value, step)
 
     return lambda folder: Writer(str(folder))
+
+
+def _finite(line: dict) -> dict[str, float]:
+    """The scalars of a line of `metrics.jsonl` that TensorBoard can show."""
+    scalars = {k: v for k, v in line.items() if k not in ("stage", "step") and v is not None}
+    return {key: value for key, value in scalars.items() if math.isfinite(value)}
 
 
 class Logger:
@@ -85,7 +86,7 @@ class Logger:
         self._waited = 0.0
         self._lines = self._events = None
         self._writing = threading.Lock()  # checkpoints write from a thread of their own
-        self._tracing = False
+        self._trace = ExitStack()
         self._bad_steps = run.folder / "bad_steps.jsonl"
         if self._is_main:
             jsonl.truncate(self._bad_steps, stage.name, done)
@@ -96,16 +97,12 @@ class Logger:
                 self._start_events(before)
         bad = jsonl.read(self._bad_steps)
         self._skipped = sum(e["stage"] == stage.name and e["step"] <= done for e in bad)
+        interval = 0.5 if sys.stderr.isatty() else 30  # a log file needs few lines
         self._bar = tqdm(
-            total=self._steps * self._batch_size,
-            initial=done * self._batch_size,
-            desc=f"{stage.name:>4}",
-            unit="img",
-            unit_scale=True,
-            disable=not self._is_main,
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs few lines
-        )
+            total=self._steps * self._batch_size, initial=done * self._batch_size, unit="img",
+            unit_scale=True, desc=f"{stage.name:>4}", disable=not self._is_main,
+            dynamic_ncols=True, mininterval=interval,
+        )  # fmt: skip
 
     def _start_events(self, lines: list[dict]) -> None:
         """Writes TensorBoard's events of a stage anew, so that none comes twice and none is missing
@@ -114,12 +111,7 @@ class Logger:
         shutil.rmtree(folder, ignore_errors=True)
         self._events = open_writer(folder)
         for line in lines:
-            self._add_events(line)
-
-    def _add_events(self, line: dict) -> None:
-        scalars = {k: v for k, v in line.items() if k not in ("stage", "step") and v is not None}
-        finite = {key: value for key, value in scalars.items() if math.isfinite(value)}
-        self._events.write_scalars(line["step"], finite)
+            self._events.write_scalars(line["step"], _finite(line))
 
     def wait_for(self, stream: Iterator[dict]) -> dict:
         """The next batch of a stream; the time that it takes is counted."""
@@ -132,19 +124,14 @@ class Logger:
         """`update(*arguments)`, traced into `profile/<stage>` if `config.profile` has the step."""
         first, last = self._config.profile or (None, None)
         if step == first:
-            jax.profiler.start_trace(self._folder / "profile" / self._stage)
-            self._tracing = True
+            path = self._folder / "profile" / self._stage
+            self._trace.enter_context(jax.profiler.trace(path))
         with jax.profiler.StepTraceAnnotation(self._stage, step_num=step):
             results = update(*arguments)
         if step == last:
             jax.block_until_ready(results)
-            self._stop_trace()
+            self._trace.close()
         return results
-
-    def _stop_trace(self) -> None:
-        if self._tracing:
-            jax.profiler.stop_trace()
-            self._tracing = False
 
     def is_due(self, step: int) -> bool:
         """Whether a step gets a line in `metrics.jsonl`."""
@@ -191,10 +178,9 @@ class Logger:
             texts = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
             images = [self._image_name(record) for record in records]
             entry = {"stage": self._stage, "step": step, **texts, "index": records}
-            lines = jsonl.Writer(self._bad_steps)
-            lines.add(entry | {"images": images})
-            lines.sync()  # a later checkpoint counts on it
-            lines.close()
+            with closing(jsonl.Writer(self._bad_steps)) as lines:
+                lines.add(entry | {"images": images})
+                lines.sync()  # a later checkpoint counts on it
         self._skipped += 1
         limit = self._config.nan_limit
         message = (
@@ -216,7 +202,7 @@ class Logger:
             with self._writing:
                 self._lines.add(line)
                 if self._events:
-                    self._add_events(line)
+                    self._events.write_scalars(step, _finite(line))
 
     def time_apart(self, step: int, measure: Callable, state) -> dict[str, float]:
         """Writes a line of what `measure(state)` returns; its time does not count in the rates."""
@@ -233,7 +219,7 @@ class Logger:
             self._lines.sync()
 
     def close(self) -> None:
-        self._stop_trace()
+        self._trace.close()
         self._bar.close()
         for writer in filter(None, (self._lines, self._events)):
             writer.close()

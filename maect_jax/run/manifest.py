@@ -16,21 +16,10 @@ NAME = "manifest.json"
 _OTHER_CONTENT = (ValueError, TypeError, KeyError, RecursionError)
 
 
-def digests(folder: Path, flush: bool = False) -> dict[str, dict]:
+def digests(folder: Path) -> dict[str, dict]:
     """Size and SHA-256 of each file of a folder but its manifest, by its path in the folder, in
-    order; with `flush` all of them are on the disk then."""
-
-    def digest(name):
-        with (folder / name).open("rb") as file:
-            if flush:
-                files.fsync(file)
-            sha = hashlib.file_digest(file, "sha256").hexdigest()
-            return {"bytes": file.tell(), "sha256": sha}
-
-    paths = (path for path in folder.rglob("*") if not path.is_dir())
-    names = sorted({path.relative_to(folder).as_posix() for path in paths} - {NAME})
-    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter
-        return dict(zip(names, pool.map(digest, names), strict=True))
+    order. All of them are on the disk then."""
+    return _digests(folder, flush=True)
 
 
 def seal(folder: Path, entries: dict[str, dict], measured: dict[str, float]) -> None:
@@ -73,7 +62,7 @@ def damage(folder: Path) -> str | None:
         return f"{NAME}: cannot be read: {error!r}"
     if text != _text(content):
         return f"{NAME}: is not what was written"
-    current = digests(folder)
+    current = _digests(folder)
     for name in sorted({*entries, *current}):
         if name not in current:
             return f"{name}: is missing"
@@ -89,3 +78,17 @@ def _text(content: dict) -> str:
     content = {key: value for key, value in content.items() if key != "sha256"}
     sha = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return json.dumps({**content, "sha256": sha}, indent=1) + "\n"
+
+
+def _digests(folder: Path, flush: bool = False) -> dict[str, dict]:
+    def digest(name):
+        with (folder / name).open("rb") as file:
+            if flush:
+                files.fsync(file)
+            sha = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"bytes": file.tell(), "sha256": sha}
+
+    paths = (path for path in folder.rglob("*") if not path.is_dir())
+    names = sorted({path.relative_to(folder).as_posix() for path in paths} - {NAME})
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter
+        return dict(zip(names, pool.map(digest, names), strict=True))

@@ -20,8 +20,8 @@ class Action(enum.IntEnum):
     STOP = 2
 
 
-def _say(text: str) -> None:
-    os.write(2, f"\n{text}\n".encode())  # a handler must not touch a stream that is being written
+def _say(text: str) -> None:  # a handler must not touch a stream that is being written
+    os.write(2, f"\n{text}\n".encode())
 
 
 def _exit(status: int) -> None:

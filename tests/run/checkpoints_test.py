@@ -94,7 +94,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_taken(two, tmp_path, caplo
     assert names(folder) == {"3", "6"}  # who only reads changes nothing
     # What cannot be read is not damaged: nothing is set aside.
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "digests", unreadable)
+        patch.setattr(manifest, "_digests", unreadable)
         with pytest.raises(RunFailedError, match=r"6: cannot be read \(.*Input/output error\)"):
             open_at(folder)
         with pytest.raises(UserError, match="6: is damaged"):
@@ -159,9 +159,9 @@ def test_training_does_not_wait_for_the_disk(tmp_path, monkeypatch):
     done; the state may be given away at once."""
     gate, digests = threading.Event(), manifest.digests
 
-    def slow(folder, flush=False):
+    def slow(folder):
         assert gate.wait(30)
-        return digests(folder, flush)
+        return digests(folder)
 
     monkeypatch.setattr(manifest, "digests", slow)
     saver = open_at(tmp_path / "mae")

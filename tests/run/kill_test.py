@@ -136,9 +136,31 @@ def killed_and_taken_up(whole, tmp_path, seed):
         assert got[what] == want[what], what
 
 
-@pytest.mark.parametrize("seed", [9])  # before the seal of a save of head
-def test_killed_it_goes_on_and_ends_bit_equal(whole, tmp_path, seed):
-    killed_and_taken_up(whole, tmp_path, seed)
+def test_killed_before_the_seal_it_resumes(tmp_path):
+    """A short run, killed when its second checkpoint is renamed and not yet sealed."""
+    flags = [flag for flag in FLAGS if "stages" not in flag]
+    flags += ["--config.stages=('mae',)", "--config.mae.epochs=3", "--config.monitor.every=0"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    trap = ("-m", "tests.helpers.victim", "seal", "mae", "2", "0")
+    died = run_main(*flags, f"--workdir={run}", python=trap)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    folder = checkpoints.stage_folder(run, "mae")
+    assert checkpoints.steps_of(folder) == [EVERY]
+    for workdir in (run, whole):
+        done = run_main(*flags, f"--workdir={workdir}")
+        assert done.returncode == 0, done.stderr
+        assert ("removing incomplete checkpoint" in done.stderr) == (workdir == run)
+    want = checkpoints.stage_folder(whole, "mae")
+    assert checkpoints.steps_of(folder) == checkpoints.steps_of(want) == [3, 6, 9]
+    states = (
+        checkpoints.read_parts(f, ("params", "opt_state"), mesh_of(1, 1)) for f in (folder, want)
+    )
+    assert_trees_equal(*map(jax.device_get, states))
+    lines = [
+        [(line["step"], line["loss"]) for line in jsonl.read(w / "metrics.jsonl") if "loss" in line]
+        for w in (run, whole)
+    ]
+    assert lines[0] == lines[1]
 
 
 @pytest.mark.slow
