@@ -1,4 +1,4 @@
-"""Checkpoints: what is damaged is seen, what fails is tried again, the last good one stays."""
+"""Checkpoints: damage is detected, what fails is tried again, the last good one stays."""
 
 import errno
 import os
@@ -134,15 +134,15 @@ def test_what_was_cut_off_is_cleared_away(two, tmp_path, caplog):
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path):
     folder = tmp_path / "mae"
-    told = {}
-    saver = open_at(folder, keep=2, best="knn_accuracy", on_saved=told.__setitem__)
+    metadata = {}
+    saver = open_at(folder, keep=2, best="knn_accuracy", on_saved=metadata.__setitem__)
     save_all(saver, 1, 2, 3, 4, 5, best=[0, 0.2, 0.9, 0.4, 0.3, 0.5])
     assert checkpoints.steps_of(folder) == [2, 4, 5]
-    assert list(told) == [1, 2, 3, 4, 5]
+    assert list(metadata) == [1, 2, 3, 4, 5]
     size = sum(path.stat().st_size for path in (folder / "5").rglob("*") if path.is_file())
     size -= (folder / "5" / "manifest.json").stat().st_size
-    assert told[5]["checkpoint_bytes"] == size
-    assert 0 < told[5]["checkpoint_waited"] <= told[5]["checkpoint_seconds"]
+    assert metadata[5]["checkpoint_bytes"] == size
+    assert 0 < metadata[5]["checkpoint_waited"] <= metadata[5]["checkpoint_seconds"]
     # What a path names, for init_from and exports.
     run = tmp_path / "run"
     path = run / "checkpoints" / "mae" / "2"
@@ -234,13 +234,13 @@ def test_an_outage_of_a_bucket_is_waited_for(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", away)
     monkeypatch.setattr(manifest, "seal", flaky)
     monkeypatch.setattr(checkpoints, "_PAUSES", (0.01, 0.01, 0.01))
-    told = []
-    saver = open_at(tmp_path / "mae", on_saved=lambda step, values: told.append(step))
+    announced = []
+    saver = open_at(tmp_path / "mae", on_saved=lambda step, values: announced.append(step))
     saver.save(5, TINY, {"at": 5})
     saver.save(6, TINY, {"at": 6})
     saver.finish(6, TINY, {"at": 6})
     saver.close()
-    assert told == [6]
+    assert announced == [6]
     assert caplog.text.count("endpoint is not connected") == 1
     assert caplog.text.count("Input/output error") == 2
     assert open_at(tmp_path / "mae").latest == 6
@@ -258,8 +258,8 @@ def test_a_restored_state_is_bit_equal_on_other_devices(tmp_path):
         saver = open_at(tmp_path / "ct")
         saver.save(1, made, {"loader": {"next": 1}})
         saver.finish()
-    found, position = saver.restore(1, state.abstract_state(stage, key, {}, eight))
+    restored, position = saver.restore(1, state.abstract_state(stage, key, {}, eight))
     saver.close()
     assert position == {"loader": {"next": 1}}
-    assert {x.sharding.mesh.size for x in jax.tree.leaves(found)} == {8}
-    assert_trees_equal(sharding.to_host(found), jax.device_get(made))
+    assert {x.sharding.mesh.size for x in jax.tree.leaves(restored)} == {8}
+    assert_trees_equal(sharding.to_host(restored), jax.device_get(made))

@@ -1,4 +1,4 @@
-"""Runs whose files lie: each is told in one clear line, made anew, or left as it is."""
+"""Runs with damaged files: one clear line says so, they are made again, or left as they are."""
 
 import errno
 import io
@@ -130,7 +130,7 @@ def read_whole(run):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_run_whose_file_is_another_is_told_in_a_line(run, tmp_path, name, monkeypatch):
+def test_a_file_with_other_content_is_one_line(run, tmp_path, name, monkeypatch):
     # The pictures are made, and not written: that takes the time.
     monkeypatch.setattr(page, "_save", lambda drawn, folder: {})
     whole = (run / name).read_bytes()
@@ -152,7 +152,7 @@ def test_a_whole_run_has_a_page(run):
 
 
 def odd(stage):
-    """A stage's folder with what nobody expects there, and nothing that counts."""
+    """A stage's folder with unexpected content and no checkpoint."""
     stage.mkdir(parents=True)
     (stage / "7").write_text("a file")
     (stage / "8").symlink_to("nowhere")
@@ -194,13 +194,13 @@ def test_a_folder_with_odd_content_is_opened_and_saved_into(tmp_path, shape):
     assert {path.name for path in stage.iterdir()} == kept | {"9"}
 
 
-def test_a_file_for_a_folder_is_told_in_a_line(tmp_path):
+def test_a_file_for_a_folder_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(load("quickstart:test").to_dict()))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "mae").write_text("a file")
     with refused("no checkpoint yet"):
         lineage.find(str(tmp_path), "head")
-    with pytest.raises(OSError, match="mae"):  # of which a run makes its last line
+    with pytest.raises(OSError, match="mae"):  # a run ends with it
         checkpoints.Checkpoints(tmp_path / "checkpoints" / "mae")
 
 

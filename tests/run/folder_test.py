@@ -1,4 +1,4 @@
-"""A run's folder: one run at a time, and what may change when it goes on."""
+"""A run's folder: one run at a time, and what may change when it resumes."""
 
 import errno
 import json
@@ -37,14 +37,14 @@ def holder(path, **changes):
     (path / "lock").write_text(json.dumps(lock._this_process() | changes))
 
 
-def test_a_second_run_is_refused_and_told_who_is_there(tmp_path):
+def test_a_second_run_is_refused_and_the_holder_named(tmp_path):
     run = tmp_path / "run"
     with opened(run) as current:
         before = (run / "config.json").read_text()
         with pytest.raises(UserError) as refused:
             claim(run, "log_every=3")
-        told = f"--workdir={run}: in use by process {os.getpid()} on {socket.gethostname()}"
-        assert str(refused.value).startswith(told)
+        expected = f"--workdir={run}: in use by process {os.getpid()} on {socket.gethostname()}"
+        assert str(refused.value).startswith(expected)
         assert (run / "config.json").read_text() == before
         current.check_lock()
     assert {path.name for path in run.iterdir()} == {
@@ -123,7 +123,7 @@ def test_a_holder_touches_its_lock_and_notices_when_it_is_taken(tmp_path, monkey
     assert "elsewhere" in (tmp_path / "lock").read_text()  # it is not ours to remove
 
 
-def test_a_harmless_change_is_told_and_another_refused(tmp_path, caplog):
+def test_a_harmless_change_is_logged_and_another_refused(tmp_path, caplog):
     claim(tmp_path)
     assert not caplog.text
     claim(tmp_path)
@@ -133,10 +133,10 @@ def test_a_harmless_change_is_told_and_another_refused(tmp_path, caplog):
         "mesh.fsdp=1", "data.workers=1", "debug_nans=True", "profile=(1,2)", "eval.pool=mean",
     )  # fmt: skip
     claim(tmp_path, *harmless)
-    told = caplog.text
-    assert f"{tmp_path}: resuming with changes: checkpoint.keep: 2 -> 5; " in told
-    assert "; log_every: 10 -> 3; " in told
-    assert "; eval.pool: '' -> 'mean'; " in told
+    text = caplog.text
+    assert f"{tmp_path}: resuming with changes: checkpoint.keep: 2 -> 5; " in text
+    assert "; log_every: 10 -> 3; " in text
+    assert "; eval.pool: '' -> 'mean'; " in text
     assert config.read(tmp_path / "config.json").log_every == 3
     environment = json.loads((tmp_path / "environment.json").read_text())
     (tmp_path / "environment.json").write_text(json.dumps(environment | {"jax": "0.1"}))
@@ -147,10 +147,12 @@ def test_a_harmless_change_is_told_and_another_refused(tmp_path, caplog):
         with pytest.raises(UserError) as refused:
             claim(tmp_path, *harmless, change)
         key, value = change.split("=")
-        told = re.fullmatch(r".*: holds another run \((.*)\)\. Use another .*", str(refused.value))
-        assert re.fullmatch(rf"{key}: .* -> '?{value}'?", told[1])
+        reason = re.fullmatch(
+            r".*: holds another run \((.*)\)\. Use another .*", str(refused.value)
+        )
+        assert re.fullmatch(rf"{key}: .* -> '?{value}'?", reason[1])
     assert (tmp_path / "config.json").read_text() == before
-    # Without its config nobody knows what the checkpoints are of.
+    # Without its config it is not known what the checkpoints are of.
     (tmp_path / "checkpoints").mkdir()
     claim(tmp_path)
     (tmp_path / "config.json").unlink()

@@ -1,4 +1,4 @@
-"""kill -9 at seeded random moments: the same command goes on, and ends in the very same run."""
+"""kill -9 at seeded random moments: the same command resumes, and ends in the very same run."""
 
 import json
 import shutil
@@ -84,10 +84,10 @@ def left_by(run):
         (line for line in metrics if "checkpoint_bytes" not in line),
         key=lambda line: (STAGES.index(line["stage"]), line["step"], len(line)),
     )
-    watched = {}
+    snapshots = {}
     for path in sorted((run / "watch").rglob("*.npz")):
         with np.load(path) as arrays:
-            watched[str(path.relative_to(run))] = dict(arrays)
+            snapshots[str(path.relative_to(run))] = dict(arrays)
     results = json.loads((run / "results.json").read_text())
     for row in results.values():
         del row["seconds"]
@@ -96,7 +96,8 @@ def left_by(run):
         if path.is_file() and "state" not in path.parts
     )  # fmt: skip
     return {
-        "states": states, "metrics": order, "watched": watched, "results": results, "names": names,
+        "states": states, "metrics": order, "snapshots": snapshots, "results": results,
+        "names": names,
         "saved": [(line["stage"], line["step"]) for line in saved],
     }  # fmt: skip
 
@@ -131,7 +132,7 @@ def killed_and_taken_up(whole, tmp_path, seed):
     for where, (state, position) in want["states"].items():
         assert_trees_equal(got["states"][where][0], state)
         assert got["states"][where][1] == position
-    jax.tree.map(np.testing.assert_array_equal, got.pop("watched"), want.pop("watched"))
+    jax.tree.map(np.testing.assert_array_equal, got.pop("snapshots"), want.pop("snapshots"))
     for what in ("metrics", "results", "names", "saved"):
         assert got[what] == want[what], what
 

@@ -63,12 +63,12 @@ def test_a_signal_saves_and_a_second_sigint_stops_at_once(tmp_path, running):
     wait_for_step(run, 5, process)
     process.send_signal(signal.SIGTERM)
     start = time.monotonic()
-    _, told = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert time.monotonic() - start < 20
     assert process.returncode == STATUS[PreemptedError] == 75
     (step,) = checkpoints.steps_of(checkpoints.stage_folder(run, "mae"))
     assert step == max(line["step"] for line in jsonl.read(run / "metrics.jsonl"))
-    assert errors(told) == [
+    assert errors(stderr) == [
         "SIGTERM: saving; a second SIGINT stops at once",
         f"error: preempted, resumable: stage mae is saved at step {step} of 3200. Run the same "
         "command to resume.",
@@ -88,10 +88,10 @@ def test_a_signal_saves_and_a_second_sigint_stops_at_once(tmp_path, running):
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     start = time.monotonic()
-    _, told = process.communicate(timeout=10)
+    _, stderr = process.communicate(timeout=10)
     assert time.monotonic() - start < 2
     assert process.returncode == 130
-    assert errors(told)[-1] == "stopped at once; the last checkpoint is unchanged"
+    assert errors(stderr)[-1] == "stopped at once; the last checkpoint is unchanged"
     steps = [line["step"] for line in jsonl.read(run / "metrics.jsonl") if "loss" in line]
     assert steps == list(range(1, len(steps) + 1))
 
@@ -123,7 +123,7 @@ def test_worker_processes_end_with_the_main_one(tmp_path, running, how):
         process.kill()
     else:
         os.killpg(group, signal.SIGINT)
-        _, told = process.communicate(timeout=60)
-        assert process.returncode == STATUS[PreemptedError], told
-        assert errors(told)[-1].startswith("error: preempted, resumable: stage mae is saved ")
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == STATUS[PreemptedError], stderr
+        assert errors(stderr)[-1].startswith("error: preempted, resumable: stage mae is saved ")
     wait_for_end(group)

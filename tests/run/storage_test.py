@@ -103,8 +103,8 @@ def test_an_outage_is_waited_for_and_leaves_no_hole(tmp_path, monkeypatch, quick
         flaky(np.savez_compressed, lambda file, **_: file.write(b"PK")),
     )  # fmt: skip
     run_on(monkeypatch, (1, 1), page(), run, page=False)
-    for told in ("metrics.jsonl: cannot be written", "a checkpoint cannot be written"):
-        assert told in caplog.text
+    for text in ("metrics.jsonl: cannot be written", "a checkpoint cannot be written"):
+        assert text in caplog.text
     assert ".npz: cannot be written" in caplog.text
     losses = [
         [(line["step"], line["loss"]) for line in jsonl.read(r / "metrics.jsonl") if "loss" in line]
