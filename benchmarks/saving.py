@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from maect_jax import config, sharding
-from maect_jax.run import manifest, saving
+from maect_jax.run import manifest
+from maect_jax.run.checkpoints import Checkpoints
 from maect_jax.stages import STAGES, state
 
 
@@ -27,10 +28,10 @@ def main(name: str) -> None:
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as scratch:
         made = jax.block_until_ready(state.create_state(stage, key, {}, mesh))
         abstract = state.abstract_state(stage, key, {}, mesh)
-        told = {}
+        metadata = {}
         for turn in range(5):
             folder = Path(scratch) / str(turn)
-            checkpoints = saving.Checkpoints(folder, told=told.__setitem__)
+            checkpoints = Checkpoints(folder, on_saved=metadata.__setitem__)
             start = time.monotonic()
             jax.block_until_ready(jax.tree.map(lambda x: np.array(x, copy=True), no_keys(made)))
             copied = time.monotonic() - start
@@ -43,9 +44,9 @@ def main(name: str) -> None:
             jax.block_until_ready(checkpoints.restore(turn, abstract))
             restored = time.monotonic() - start
             checkpoints.close()
-            waited, seconds = (told[turn][f"checkpoint_{key}"] for key in ("waited", "seconds"))
+            waited, seconds = (metadata[turn][f"checkpoint_{key}"] for key in ("waited", "seconds"))
             rows.append((copied, waited, seconds, checked, restored))
-        size = told[0]["checkpoint_bytes"]
+        size = metadata[0]["checkpoint_bytes"]
     copied, waited, seconds, checked, restored = map(statistics.median, zip(*rows, strict=True))
     print(f"{name}, stage {page.stages[-1]}: {size / 2**20:,.0f} MiB on disk")
     print(f"a copy of the state in memory {copied:8.2f} s")

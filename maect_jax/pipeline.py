@@ -21,7 +21,7 @@ from maect_jax.errors import RunFailedError, UserError
 from maect_jax.evals import finetuned, monitor, runner, table
 from maect_jax.models import vit
 from maect_jax.report import build
-from maect_jax.run import bad_steps, board, checkpoints, folder, lineage, snapshots
+from maect_jax.run import checkpoints, folder, lineage, logger, snapshots
 from maect_jax.run.folder import Run
 from maect_jax.stages import STAGES
 from maect_jax.stages.base import Stage
@@ -42,7 +42,7 @@ RULES: Rules = {
     "monitor.every": not_negative,
     "nan_limit": not_negative,
     "log_level": one_of(("info", "debug")),
-    "nan_policy": one_of(bad_steps.POLICIES),
+    "nan_policy": one_of(logger.NAN_POLICIES),
     "profile": Rule(
         "(), or the first step and the last, from 1 on",
         lambda v, _: not v or (len(v) == 2 and all(type(s) is int for s in v) and 0 < v[0] <= v[1]),
@@ -212,7 +212,7 @@ def prepare(config: ConfigDict) -> lineage.Origin | None:
                 config.model = origin.saved.config.model
     check(config, jax.device_count())
     if config.tensorboard:
-        board.available()
+        logger.tensorboard_writer()
     if origin:
         origin.check_fits(config, first)
     return origin
@@ -252,7 +252,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
                     f"config.checkpoint.best={config.checkpoint.best!r}: is measured on held-out "
                     "images, and all images must have labels"
                 )
-            check_lock = stack.enter_context(folder.claimed(workdir, config, origin))
+            opened = stack.enter_context(folder.opened(Run(config, workdir, mesh), origin))
         with _together():
             if not (workdir / "config.json").exists():
                 raise UserError(
@@ -262,11 +262,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(jax.debug_nans(config.debug_nans))
         try:
-            _run_stages(Run(config, workdir, mesh, check_lock), origin, images)
+            _run_stages(opened, origin, images)
         except (RunFailedError, OSError) as error:
             trained = [stage.name for stage in training_stages(config)]
-            good = f"; {checkpoints.last_good(workdir, trained)}" if trained else ""
-            raise RunFailedError(f"{error}{good}") from error
+            good = f". {checkpoints.last_good(workdir, trained)}" if trained else ""
+            raise RunFailedError(f"{str(error).rstrip('.')}{good}") from error
 
 
 def _run_stages(

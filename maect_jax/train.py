@@ -12,12 +12,10 @@ from maect_jax.data import bad_images, loader, sources
 from maect_jax.errors import PreemptedError, UserError
 from maect_jax.evals.monitor import Monitor
 from maect_jax.run import preemption, snapshots
-from maect_jax.run.checkpoints import stage_folder
+from maect_jax.run.checkpoints import Checkpoints, stage_folder
 from maect_jax.run.folder import Run
 from maect_jax.run.logger import Logger
 from maect_jax.run.preemption import Action
-from maect_jax.run.saving import Checkpoints
-from maect_jax.run.trace import Trace
 from maect_jax.stages.base import Stage
 from maect_jax.stages.state import TrainState, abstract_state, create_state, state_shardings
 from maect_jax.stages.step import jitted_step
@@ -96,7 +94,7 @@ def run(training: Training) -> None:
 
     keep, best = config.checkpoint.keep, config.checkpoint.best
     checkpoints = Checkpoints(stage_folder(run.folder, name), keep, best, on_saved)
-    done = checkpoints.latest() or 0
+    done = checkpoints.latest or 0
     if done == stage.steps:
         checkpoints.close()
         return
@@ -107,17 +105,16 @@ def run(training: Training) -> None:
     if jax.process_index() == 0:
         _log_parameters(stage, state, done)
     logger = Logger(run, stage, done, images.name)
-    trace = Trace(config.profile, run.folder / "profile" / name, name)
     per_epoch = training.stage.updates_per_epoch(config, len(images))
     save_every = config.checkpoint.every * per_epoch
     measure_every = config.monitor.every * per_epoch
     try:
         with preemption.deferred() as signalled:
             for step in range(done + 1, stage.steps + 1):
-                vote = preemption.vote(signalled(), checkpoints.due())
+                proposed = Action.STOP if signalled() else Action(checkpoints.due())
                 batch = sharding.put_batch(bad.collect(logger.wait_for(stream)), mesh)
-                state, metrics = trace.run(step, train_step, state, batch)
-                metrics["action"] = sharding.max_over_hosts(vote, mesh)
+                state, metrics = logger.profiled(step, train_step, state, batch)
+                metrics["action"] = sharding.max_over_hosts(proposed, mesh)
                 action = logger.add(step, metrics, batch["index"])  # reads the step before
                 if logger.is_due(step):
                     bad.check()
@@ -148,7 +145,6 @@ def run(training: Training) -> None:
                     )
     finally:
         stream.close()
-        trace.close()
         checkpoints.close()
         logger.close()
 

@@ -71,10 +71,7 @@ def load(
         has = f"it has {', '.join(there)}" if there else "it has no checkpoint yet"
         raise UserError(f"{run}: no stage {stage or 'to export'}; {has}")
     stage = stage or there[-1]
-    if step is None:
-        lineage.finished(run, stage, f"{run}: ")
-    else:
-        lineage.has_step(run, stage, step, f"{run}: ")
+    lineage.check_saved(run, stage, step, f"{run}: ")
     wanted = SAVED[stage].saved + (("target",) if stage == "ct" else ())
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     parts = checkpoints.read_parts(checkpoints.stage_folder(run, stage), wanted, mesh, step)

@@ -1,24 +1,35 @@
-"""Where checkpoints are, and reading them, with orbax; `saving` makes them. Nobody else sees orbax.
+"""Saving a stage's states with orbax, finding the last good one, and reading it. Only here is orbax
+imported.
 
-A stage's folder has a folder for each saved step. orbax writes it beside and renames it; then it is
-sealed (`manifest`), and only then does it count.
+A stage's folder has a folder for each saved step. orbax writes it beside and renames it; a step
+counts only once it is sealed by a `manifest`.
 """
 
+import errno
+import logging
+import os
 import re
-from collections.abc import Sequence
+import shutil
+import stat
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 
-from maect_jax import sharding
-from maect_jax.errors import UserError
+from maect_jax import files, sharding
+from maect_jax.errors import RunFailedError, UserError
 from maect_jax.run import manifest
+from maect_jax.stages.state import TrainState
 from maect_jax.stages.support_queue import Queue
 
 FOLDER = "checkpoints"  # of a run
+_LOGGER = logging.getLogger(__name__)
+_PAUSES = (10.0, 30.0, 90.0)  # seconds before a failed save is tried again
 
 
 def stage_folder(run: Path, stage: str) -> Path:
@@ -26,29 +37,34 @@ def stage_folder(run: Path, stage: str) -> Path:
     return Path(run) / FOLDER / stage
 
 
-def step_of(name: str) -> int | None:
-    """The step whose folder has this name, as it is written; `None` for another name."""
+def _step_of(name: str) -> int | None:
+    """The step whose folder has this name; `None` for another name."""
     return int(name) if re.fullmatch("0|[1-9][0-9]{0,17}", name) else None
 
 
 def run_of(path: Path) -> tuple[Path, str | None, int | None]:
-    """The run, the stage and the step that a path names: `RUN` or `RUN/checkpoints/STAGE/STEP`."""
-    *_, folder, stage, step = (Path(), Path(), Path(), *path.absolute().parts)
-    if folder == FOLDER and (found := step_of(step)) is not None:
-        return path.parents[2], stage, found
+    """Run, stage and step that a path names: `RUN` or `RUN/checkpoints/STAGE/STEP`."""
+    *_, folder, stage, name = (Path(), Path(), Path(), *path.absolute().parts)
+    if folder == FOLDER and (step := _step_of(name)) is not None:
+        return path.parents[2], stage, step
     return path, None, None
 
 
 def steps_of(folder: Path) -> list[int]:
-    """The steps that are saved whole in a stage's folder, ascending."""
-    if not folder.is_dir():
-        return []
-    steps = {path: step_of(path.name) for path in folder.iterdir()}
-    return sorted(s for path, s in steps.items() if s is not None and manifest.is_sealed(path))
+    """The sealed steps of a stage's folder, ascending."""
+
+    def is_sealed(path):
+        try:
+            return stat.S_ISREG((path / manifest.NAME).stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):  # an outage of the storage is neither
+            return False
+
+    steps = {path: _step_of(path.name) for path in folder.iterdir()} if folder.is_dir() else {}
+    return sorted(s for path, s in steps.items() if s is not None and is_sealed(path))
 
 
 def last_step(folder: Path) -> int | None:
-    """The last step saved whole in a stage's folder, or `None`."""
+    """The last sealed step of a stage's folder, or `None`."""
     return max(steps_of(folder), default=None)
 
 
@@ -58,68 +74,30 @@ def trained_stages(run: Path, stages: Sequence[str]) -> list[str]:
 
 
 def last_good(run: Path, stages: Sequence[str]) -> str:
-    """The last checkpoint of a run, of the last of `stages`, for people."""
+    """A sentence about the last checkpoint of a run, of the last of `stages`."""
     try:
         trained = trained_stages(run, stages)
         if not trained:
-            return "there is no checkpoint yet"
+            return "There is no checkpoint yet."
         folder = stage_folder(run, trained[-1])
         last = folder / str(last_step(folder))
     except OSError as error:
-        return f"its checkpoints cannot be looked at now ({error.strerror})"
-    return f"the last good checkpoint is {last}, from which the same command goes on"
+        return f"The checkpoints cannot be read now ({error.strerror})."
+    return f"The last good checkpoint is {last}. Run the same command to resume."
 
 
-def path_of(folder: Path, step: int) -> epath.Path:
-    """A saved step, as orbax wants it."""
-    return epath.Path(folder.absolute() / str(step))
-
-
-def write(folder: Path, parts: dict) -> None:
-    """Makes the folder of a stage that is at its end, of some fields of a state, NumPy arrays.
-
-    They are written as they lie in memory: a copy, which orbax makes lest they change, or their
-    compression would each take as much again.
-    """
-    arrays = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
-    known = ocp.type_handlers.create_type_handler_registry(
-        (np.ndarray, arrays), (jax.Array, ocp.type_handlers.ArrayHandler())
-    )
-    handlers = {
-        "state": ocp.PyTreeCheckpointHandler(type_handler_registry=known, use_compression=False),
-        "position": ocp.JsonCheckpointHandler(),
-    }
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as writer:
-        state = ocp.args.PyTreeSave(jax.tree.map(np.asarray, parts))
-        items = dict(state=state, position=ocp.args.JsonSave({"steps": 0}))
-        writer.save(path_of(folder, 0), args=ocp.args.Composite(**items))
-    manifest.seal(folder / "0", manifest.of(folder / "0"), {})
-
-
-def _reader() -> ocp.Checkpointer:
-    handlers = {"state": ocp.PyTreeCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+def _handler(state) -> ocp.CompositeCheckpointHandler:
+    return ocp.CompositeCheckpointHandler(state=state, position=ocp.JsonCheckpointHandler())
 
 
 def read_position(folder: Path, step: int) -> dict:
-    """What was saved beside the state of a step (`Checkpoints.save`). Raises `UserError` where it
-    is damaged."""
-    items, path = ocp.args.Composite(position=ocp.args.JsonRestore()), path_of(folder, step)
-    try:
-        with _reader() as reader:
-            position = reader.restore(path, args=items).position
-    except (OSError, ValueError, KeyError, RecursionError) as error:
-        raise _damaged(path, repr(error)) from error
-    if not isinstance(position, dict) or "steps" not in position:
-        raise _damaged(path, "its position is something else")
+    """What was saved beside the state of a step (`Checkpoints.save`). Raises `UserError` if it is
+    damaged."""
+    path = folder / str(step) / "position" / "metadata"
+    position = files.read_json(path)
+    if "steps" not in position:
+        raise UserError(f"{path}: is damaged: has no number of steps")
     return position
-
-
-def _damaged(path: epath.Path, wrong: str) -> UserError:
-    return UserError(
-        f"{path}: is damaged ({wrong}); the command of that run goes on from the checkpoint "
-        "before, and an import can be made again"
-    )
 
 
 def read_parts(folder: Path, parts: tuple[str, ...], mesh, step: int | None = None) -> dict:
@@ -137,28 +115,244 @@ def read_parts(folder: Path, parts: tuple[str, ...], mesh, step: int | None = No
     Raises:
       UserError: it is damaged, on all hosts.
     """
-    step = last_step(folder) if step is None else step
-    path = path_of(folder, step)
+    path = (folder / str(last_step(folder) if step is None else step)).absolute()
     try:
-        wrong = manifest.damage(folder / str(step)) if jax.process_index() == 0 else None
+        damage = manifest.damage(path) if jax.process_index() == 0 else None
     except OSError as error:
-        wrong = f"it cannot be read: {error}"
-    if not sharding.all_hosts(wrong is None):
-        raise _damaged(path, wrong or "the first host names the file")
-    with _reader() as reader:
-        saved = reader.metadata(path).item_metadata.state.tree
-        wanted = {part: saved[part] for part in parts}
-        wanted = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            wanted,
-            sharding.tree_shardings(wanted, mesh),
+        damage = f"it cannot be read: {error}"
+    if not sharding.all_hosts(damage is None):
+        raise UserError(
+            f"{path}: is damaged ({damage or 'another host failed; see its log'}). Run the command "
+            "of that run to resume from the checkpoint before, or repeat the import."
         )
+    with ocp.Checkpointer(_handler(ocp.PyTreeCheckpointHandler())) as reader:
+        saved = reader.metadata(path).item_metadata.state.tree
+        wanted = sharding.abstract({part: saved[part] for part in parts}, mesh)
         restore = ocp.args.PyTreeRestore(
             item=wanted,
             restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
             partial_restore=True,
         )
-        restored = reader.restore(path, args=ocp.args.Composite(state=restore)).state
-    if restored.get("queue"):
-        restored["queue"] = Queue(**restored["queue"])
-    return restored
+        state = reader.restore(path, args=ocp.args.Composite(state=restore)).state
+    return state | {"queue": Queue(**state["queue"])} if state.get("queue") else state
+
+
+def write(folder: Path, parts: dict) -> None:
+    """Makes the folder of an imported stage: one step, with some fields of a state.
+
+    Arrays are written as they lie in memory: a copy, which orbax makes in case they change, and
+    compression would each take as much memory again.
+    """
+    arrays = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, arrays), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+    state = ocp.args.PyTreeSave(jax.tree.map(np.asarray, parts))
+    position = ocp.args.JsonSave({"steps": 0})
+    path = (folder / "0").absolute()
+    with ocp.Checkpointer(_handler(handler)) as writer:
+        writer.save(path, args=ocp.args.Composite(state=state, position=position))
+    manifest.seal(path, manifest.digests(path), {})
+
+
+class Checkpoints:
+    """The saved states of one stage of a run.
+
+    Saving is asynchronous (the step waits for the copy off the devices, and for the save before)
+    and atomic. A failed save is tried again with the state of a later step, three times in a row.
+
+    Args:
+      folder: of the stage.
+      keep: how many of the last ones stay.
+      best: the measured value whose highest stays as well, "" for none.
+      on_saved: is called, on one process and from another thread, with each step just before it is
+        sealed, and with `checkpoint_bytes`, `checkpoint_seconds` (all that saving took) and
+        `checkpoint_waited` (of those, what training waited).
+
+    Attributes:
+      latest: the last good step, or `None`.
+    """
+
+    def __init__(
+        self, folder: Path, keep: int = 2, best: str = "", on_saved: Callable = lambda *_: None
+    ):
+        self._folder, self._keep, self._best, self._on_saved = folder, keep, best, on_saved
+        found = self._open() if jax.process_index() == 0 else None
+        self.latest = max(sharding.gather_set(set() if found is None else {found}), default=None)
+        self._writer = ocp.AsyncCheckpointer(_handler(ocp.StandardCheckpointHandler()))
+        self._thread = ThreadPoolExecutor(1, "seal")
+        self._saving: Future | None = None
+        self._failures: list[str] = []  # in a row
+        self._retry_at = 0.0
+        self._size = 0  # bytes of the last one that was written
+        self._announced: int | None = None
+
+    def _open(self) -> int | None:
+        """Removes what is incomplete, sets aside what is damaged; returns the last good step."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._remove_incomplete()
+        steps = steps_of(self._folder)
+        while steps:
+            path = self._folder / str(steps.pop())
+            try:
+                damage = manifest.damage(path)
+            except OSError as error:
+                raise RunFailedError(
+                    f"{path}: cannot be read ({error}). Run the same command to try again; if this "
+                    "lasts, move that folder away to resume from the checkpoint before"
+                ) from error
+            if not damage:
+                return int(path.name)
+            aside = path.with_name(f"{path.name}.damaged")
+            _LOGGER.warning(
+                "%s is damaged (%s): moved to %s; %s", path, damage, aside.name,
+                f"resuming from step {steps[-1]}" if steps else "the stage starts again",
+            )  # fmt: skip
+            _remove(aside)
+            path.replace(aside)
+        return None
+
+    def _remove_incomplete(self) -> None:
+        """Removes what a save or a removal that failed or was cut off has left."""
+        paths = {path for path in self._folder.iterdir() if _step_of(path.name) is not None}
+        for pattern in ("*.orbax-checkpoint-tmp*", "*.removed"):
+            paths.update(self._folder.glob(pattern))
+        for path in paths - {self._folder / str(step) for step in steps_of(self._folder)}:
+            _LOGGER.warning("%s: removing incomplete checkpoint", path)
+            _remove(path)
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
+        """A state, placed as `abstract` (shapes with shardings) says, and the position."""
+        items = dict(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore())
+        path = (self._folder / str(step)).absolute()
+        restored = self._writer.restore(path, args=ocp.args.Composite(**items))
+        return restored.state, restored.position
+
+    def save(
+        self, step: int, state: TrainState, position: dict, measured: dict | None = None
+    ) -> None:
+        """Begins to save a state, the position in the run (plain JSON), and what was measured.
+        Raises `RunFailedError` on all hosts if one has failed too often in a row."""
+        start = time.monotonic()
+        ready = self._settle() or start >= self._retry_at
+        may_retry = sharding.all_hosts(len(self._failures) <= len(_PAUSES))
+        if self._failures and jax.process_index() == 0:
+            with suppress(OSError):  # the storage is away
+                self._remove_incomplete()
+        if not may_retry:
+            reason = self._failures[-1] if self._failures else "another host failed; see its log"
+            raise RunFailedError(f"{self._folder}: a checkpoint cannot be written ({reason})")
+        if not sharding.all_hosts(ready):
+            return
+        error = self._no_room()
+        if not sharding.all_hosts(error is None):
+            self._failed(error or RuntimeError("another host failed; see its log"))
+            return
+        items = dict(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
+        path = (self._folder / str(step)).absolute()
+        try:
+            self._writer.save(path, args=ocp.args.Composite(**items), force=True)
+        except Exception as error:  # each kind of storage has its own
+            self._failed(error)
+            return
+        waited = time.monotonic() - start
+        self._saving = self._thread.submit(self._seal, step, start, waited, measured or {})
+
+    def _no_room(self) -> OSError | None:
+        """Why a save would fail halfway; a mounted bucket may have no size."""
+        try:
+            disk = shutil.disk_usage(self._folder)
+        except OSError as error:
+            return error
+        is_full = disk.total and disk.free <= self._size
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if is_full else None
+
+    def _seal(self, step: int, start: float, waited: float, measured: dict) -> int:
+        """Ends a save, in its thread."""
+        self._writer.wait_until_finished()
+        if jax.process_index() != 0:
+            return step
+        path = self._folder / str(step)
+        entries = manifest.digests(path)
+        self._size = sum(entry["bytes"] for entry in entries.values())
+        times = {"checkpoint_seconds": time.monotonic() - start, "checkpoint_waited": waited}
+        if step != self._announced:  # it may be saved again because its seal failed
+            self._announced = step
+            self._on_saved(step, {"checkpoint_bytes": self._size, **times})
+        manifest.seal(path, entries, measured)
+        _LOGGER.debug("%s: saved, %.1f MiB, %s", path, self._size / 2**20, times)
+        try:
+            self._remove_old()
+        except OSError as error:  # the new one is saved all the same
+            _LOGGER.warning("%s: an old checkpoint cannot be removed: %s", path.parent, error)
+        return step
+
+    def _remove_old(self) -> None:
+        steps = steps_of(self._folder)
+        keep = set(steps[-self._keep :])
+        values = {s: manifest.measured(self._folder / str(s)).get(self._best) for s in steps}
+        if rated := [step for step in steps if values[step] is not None]:
+            keep.add(max(rated, key=lambda step: (values[step], step)))
+        for step in set(steps) - keep:
+            # Renamed first, so that nothing half removed keeps its seal.
+            removed = self._folder / f"{step}.removed"
+            (self._folder / str(step)).replace(removed)
+            shutil.rmtree(removed)
+
+    def _settle(self) -> bool:
+        """Waits for the save under way; whether the last one went well."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            try:
+                self.latest = saving.result()
+                self._failures = []
+            except Exception as error:
+                self._failed(error)
+        return not self._failures
+
+    def _failed(self, error: Exception) -> None:
+        """Notes why a save failed and when to try again; after the last pause `save` gives up."""
+        self._failures.append(_reason(error))
+        pause = (*_PAUSES, 0.0)[min(len(self._failures) - 1, len(_PAUSES))]
+        self._retry_at = time.monotonic() + pause
+        _LOGGER.warning(
+            "%s: a checkpoint cannot be written (%s); last saved step: %s; %s", self._folder,
+            self._failures[-1], self.latest, f"next try in {pause:.0f} s" if pause else "stopping",
+        )  # fmt: skip
+
+    def due(self) -> bool:
+        """Whether a save has failed and it is time to try again; never waits."""
+        if self._saving is not None and not self._saving.done():
+            return False
+        return not self._settle() and time.monotonic() >= self._retry_at
+
+    def finish(self, *arguments) -> None:
+        """Waits on all hosts until the last save is done; what fails is tried again with these
+        arguments of `save`."""
+        self._retry_at = 0.0  # the first time at once
+        while not sharding.all_hosts(self._settle()):
+            time.sleep(max(self._retry_at - time.monotonic(), 0.0))
+            self.save(*arguments)
+
+    def close(self) -> None:
+        """Ends the threads, after the save under way."""
+        self._thread.shutdown()
+        self._writer.close()
+
+
+def _reason(error: Exception) -> str:
+    """A storage's error in a few words, without the paths inside a checkpoint."""
+    if number := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(number[1]))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return next(iter(str(error).splitlines()), repr(error))
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder with its content, a file or a link, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Files with a JSON object a line, each of which has `stage` and `step`: they only grow."""
+"""Files with a JSON object a line, each with `stage` and `step`, that lines are added to."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from maect_jax.errors import UserError
 
 
 def read(path: Path) -> list[dict]:
-    """The lines of such a file; nothing where there is none.
+    """The lines of a file; none if there is no file. A last line that was cut off is left out.
 
     Raises:
       UserError: a line is damaged.
@@ -19,64 +19,61 @@ def read(path: Path) -> list[dict]:
         text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    found = []
+    entries = []
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
         try:
             entry = json.loads(line)
-            if isinstance(entry["stage"], str) and type(entry["step"]) is int:
-                found.append(entry)
-                continue
-        except (ValueError, TypeError, KeyError, RecursionError):
-            if not line.endswith("\n"):  # the last one, torn by a power cut
-                break
-        raise UserError(f"{path}: line {number} is damaged; remove it, and the run goes on")
-    return found
+            if (type(entry["stage"]), type(entry["step"])) != (str, int):
+                raise TypeError
+            entries.append(entry)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            if line.endswith("\n"):
+                raise UserError(
+                    f"{path}: line {number} is damaged. Remove that line, then run the same "
+                    "command to resume."
+                ) from error
+    return entries
 
 
 def truncate(path: Path, stage: str, step: int) -> list[dict]:
-    """Drops the lines of `stage` past `step`: what is done again must not be told twice.
-
-    Returns what is left of the stage.
-    """
-    kept = [entry for entry in read(path) if entry["stage"] != stage or entry["step"] <= step]
-    files.write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
-    return [entry for entry in kept if entry["stage"] == stage]
+    """Drops the lines of `stage` after `step`, which will be written again; returns those left."""
+    entries = [e for e in read(path) if e["stage"] != stage or e["step"] <= step]
+    if path.exists():
+        files.write_text(path, "".join(json.dumps(entry) + "\n" for entry in entries))
+    return [entry for entry in entries if entry["stage"] == stage]
 
 
-def _text(entry: dict) -> str:
-    """As JSON: numbers have the seven digits that a float32 has, what is not finite is null."""
-
-    def short(value):
-        if not isinstance(value, float):
-            return value
-        return float(f"{value:.7g}") if math.isfinite(value) else None
-
-    return json.dumps({key: short(value) for key, value in entry.items()})
+def _rounded(value):
+    """A float with the seven digits of a float32; null in JSON if it is not finite."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.7g}") if math.isfinite(value) else None
 
 
 class Writer:
-    """Such a file, open."""
+    """A file of lines, open for adding."""
 
     def __init__(self, path: Path):
         self._path, self._file = path, path.open("ab", buffering=0)
 
     def add(self, entry: dict) -> None:
-        """Writes a line, to its end or not at all."""
-        text, end = f"{_text(entry)}\n".encode(), self._file.seek(0, os.SEEK_END)
+        """Writes a whole line, or nothing."""
+        text = json.dumps({key: _rounded(value) for key, value in entry.items()}) + "\n"
+        data, end = text.encode(), self._file.seek(0, os.SEEK_END)
 
-        def whole():
-            rest = memoryview(text)
+        def write():
+            written = 0
             try:
-                while rest:
-                    rest = rest[self._file.write(rest) :]
+                while written < len(data):
+                    written += self._file.write(data[written:])
             except OSError:
                 self._file.truncate(end)
                 raise
 
-        files.retry_io(self._path, whole)
+        files.retry_io(self._path, write)
 
     def sync(self) -> None:
-        """Has the lines outlast a power cut."""
+        """Makes the lines outlast a power cut."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -21,20 +21,16 @@ from maect_jax.stages.nnclr import check_same_head
 
 RANDOM = "random"
 SCRATCH = {"start": "random weights"}  # the end of a lineage
-_LINEAGE = "origin.json"
-# Two stages must agree on the encoder; the image size may differ.
-_ENCODER_KEYS = ("patch_size", "channels", "ln_eps")
-
-_ALONE = ("encoder", "probe")  # what an imported run may have, and nothing else
+_FILE = "origin.json"
 
 
 class Saved(NamedTuple):
-    """A stage that something has saved.
+    """A saved stage.
 
     Attributes:
       stage: its name.
       config: that it was made with; of files, what is known of it.
-      read: `Saved.saved` of it, each array placed by the rules of the mesh that it is given.
+      read: its fields (`Stage.saved`), each array placed by the rules of the mesh that it is given.
     """
 
     stage: str
@@ -42,10 +38,8 @@ class Saved(NamedTuple):
     read: Callable[..., dict]
 
 
-def saved(run: Path, stage: str, step: int | None = None) -> Saved:
-    """A stage of a run, at its end unless a step is named."""
-    folder = checkpoints.stage_folder(run, stage)
-    parts = SAVED[stage].saved
+def _saved(run: Path, stage: str, step: int | None = None) -> Saved:
+    folder, parts = checkpoints.stage_folder(run, stage), SAVED[stage].saved
     config = configs.read(run / "config.json")
     return Saved(stage, config, lambda mesh: checkpoints.read_parts(folder, parts, mesh, step))
 
@@ -53,10 +47,10 @@ def saved(run: Path, stage: str, step: int | None = None) -> Saved:
 def encoders(run: Path) -> dict[str, Saved]:
     """The stages of a run whose encoder can be evaluated.
 
-    A head's encoder is the MAE's; it counts only where the run has no MAE of its own.
+    A head's encoder is the MAE's; it counts only if the run has no MAE of its own.
     """
-    found = checkpoints.trained_stages(run, tuple(SAVED))
-    return {name: saved(run, name) for name in found if name != "head" or "mae" not in found}
+    trained = checkpoints.trained_stages(run, tuple(SAVED))
+    return {name: _saved(run, name) for name in trained if name != "head" or "mae" not in trained}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +58,9 @@ class Origin:
     """Where a stage starts.
 
     Attributes:
-      name: what people call it.
+      name: for messages.
       saved: the stage that is taken over.
-      rows: by name, all that an evaluation of it measures.
+      rows: all that an evaluation of it measures, by name.
       lineage: where its weights are from, the last first.
     """
 
@@ -77,59 +71,42 @@ class Origin:
 
     def start(self, model: ConfigDict, stage: type[Stage], mesh) -> dict:
         """What a stage takes over, fitted to the image size of its `model` section."""
-        found = SAVED[self.saved.stage].handover(self.saved.read(mesh))
-        start = {part: found[part] for part in stage.takes}
-        both = (self.saved.config.model, model)
-        old, new = (positions.grid(m.image_size, m.patch_size) for m in both)
-        return start | {"encoder": positions.fitted(start["encoder"], old, new)}
+        parts = SAVED[self.saved.stage].handover(self.saved.read(mesh))
+        sections = self.saved.config.model, model
+        grids = (positions.grid(each.image_size, each.patch_size) for each in sections)
+        start = {part: parts[part] for part in stage.takes}
+        return start | {"encoder": positions.fitted(start["encoder"], *grids)}
 
     def check_fits(self, config: ConfigDict, first: str) -> None:
-        """Checks that the first stage of a config can take over what is saved.
-
-        Raises:
-          UserError: the encoders or the heads differ, or there is no head for a stage that needs
-            one.
-        """
+        """Raises `UserError` if the first stage of a config cannot take over what is saved: the
+        encoders or the heads differ, or there is no head for a stage that needs one."""
         where, old = f"config.init_from={config.init_from!r}", self.saved.config
         sizes = vit.size_of(old.model)._asdict(), vit.size_of(config.model)._asdict()
-        for key, value in sizes[0].items():
-            if value != sizes[1][key]:
-                raise UserError(
-                    f"{where}: its encoder has {key} {value}, config.model has {sizes[1][key]}"
-                )
-        for key in _ENCODER_KEYS:
-            if old.model[key] != config.model[key]:
-                raise UserError(
-                    f"{where}: its config.model.{key} is {old.model[key]!r}, not "
-                    f"{config.model[key]!r}"
-                )
-        if old.model.pool == "fc_norm" != config.model.pool:
-            raise UserError(
-                f"{where}: its final norm is that of the pooled feature; set "
-                "config.model.pool=fc_norm"
-            )
+        pairs = {key: (sizes[0][key], sizes[1][key]) for key in sizes[0]}
+        for key in ("patch_size", "channels", "ln_eps"):
+            pairs[key] = old.model[key], config.model[key]
         for key in ("mean", "std"):
-            value = config.data[key]
-            if (before := old.data.get(key, value)) != value:  # files do not always tell
-                raise UserError(f"{where}: its config.data.{key} is {before!r}, not {value!r}")
+            pairs[key] = old.data.get(key, config.data[key]), config.data[key]
+        for key, (before, value) in pairs.items():
+            if before != value:
+                raise UserError(f"{where}: its {key} is {before!r}, this config has {value!r}")
+        if old.model.pool == "fc_norm" != config.model.pool:
+            raise UserError(f"{where}: its final norm is that of fc_norm; set config.model.pool so")
         takes = set(STAGES[first].takes) if first in STAGES else set()
         if not takes <= set(SAVED[self.saved.stage].hands_on):
-            raise UserError(
-                f"{where}: stage {first} starts from a run with a head, this one has none"
-            )
+            raise UserError(f"{where}: has no head; stage {first} must start from a run with one")
         if "projector" in takes:
             check_same_head(old[self.saved.stage], config[first], f"{where}: that run")
 
 
 def of_run(run: Path, stage: str, step: int | None = None) -> Origin:
     """A trained stage of a run, at its end unless a step is named."""
-    one, at = saved(run, stage, step), {} if step is None else {"step": step}
-
-    def lineage():
-        return [{"run": str(run), "stage": stage, **at}, *read_lineage(run)]
-
-    name = ", ".join([str(run), f"stage {stage}", *(f"step {s}" for s in at.values())])
-    return Origin(name, one, (lambda: {stage: one}) if at else partial(encoders, run), lineage)
+    saved = _saved(run, stage, step)
+    name, entry = f"{run}, stage {stage}", {"run": str(run), "stage": stage}
+    if step is not None:
+        name, entry = f"{name}, step {step}", entry | {"step": step}
+    rows = partial(encoders, run) if step is None else lambda: {stage: saved}
+    return Origin(name, saved, rows, lambda: [entry, *read_lineage(run)])
 
 
 def of_files(imported: importing.Imported) -> Origin:
@@ -138,16 +115,18 @@ def of_files(imported: importing.Imported) -> Origin:
     def read(mesh):
         return sharding.place(imported.read(), mesh)
 
-    one = Saved(imported.kind, imported.config, read)
+    saved = Saved(imported.kind, imported.config, read)
     name = ", ".join(map(str, imported.files))
-    return Origin(name, one, lambda: {imported.config.name: one}, imported.origin)
+    return Origin(name, saved, lambda: {imported.config.name: saved}, imported.origin)
 
 
 def find(init_from: str, stage: str, needs_run: bool = True) -> Origin:
-    """What `stage` starts from: the trained stage of run `init_from`, one of its checkpoints, or
-    files.
+    """What `stage` starts from.
 
-    `needs_run` says that it cannot start from random weights.
+    Args:
+      init_from: a run, for one of its trained stages; one of its checkpoints; or files.
+      stage: the name of a training stage, or of the evaluation, which takes the last one.
+      needs_run: that it cannot start from random weights.
 
     Raises:
       UserError: there is no such thing, it cannot be read, or it is a run that is not finished.
@@ -159,67 +138,57 @@ def find(init_from: str, stage: str, needs_run: bool = True) -> Origin:
     if not init_from:
         raise UserError(f"{where}stage {stage} must start from something: {allowed}")
     try:
-        foreign = importing.is_file(init_from)
-    except OSError as error:  # a name that no file can have, or a folder of somebody else's
+        is_file = importing.is_file(init_from)
+    except OSError as error:  # a name that no file can have, or a folder without permission
         raise UserError(f"{where}cannot be read: {error.strerror}; must be {allowed}") from error
-    if foreign:
+    if is_file:
         return of_files(importing.recognised(importing.paths_of(init_from)))
-    run, at, step = checkpoints.run_of(Path(init_from))
+    run, name, step = checkpoints.run_of(Path(init_from))
     if not os.path.isfile(run / "config.json"):
         raise UserError(f"{where}there is no run; must be {allowed}")
     trained = checkpoints.trained_stages(run, tuple(SAVED))
     if not trained:
         raise UserError(f"{where}the run has no checkpoint yet; must be {allowed}")
-    if step is not None:
-        has_step(run, at, step, where)
-        return of_run(run, at, step)
-    preferred = reversed(trained)  # for an evaluation the last one
-    if stage in STAGES:
-        preferred = (*STAGES[stage].starts_from, *_ALONE)
-    name = next(name for name in preferred if name in trained)
-    finished(run, name, where)
-    return of_run(run, name)
+    if step is None:
+        order = reversed(trained)
+        if stage in STAGES:  # an imported run has a stage of its own kind
+            order = (*STAGES[stage].starts_from, "encoder", "probe")
+        name = next(name for name in order if name in trained)
+    check_saved(run, name, step, where)
+    return of_run(run, name, step)
 
 
-def has_step(run: Path, stage: str, step: int, where: str) -> None:
-    """Raises `UserError` where a run has no such checkpoint."""
-    there = checkpoints.steps_of(checkpoints.stage_folder(run, stage))
-    if stage not in SAVED or step not in there:
-        saved = f"steps {', '.join(map(str, there))} are saved" if there else "no step is saved"
-        raise UserError(f"{where}there is no such checkpoint; of stage {stage!r} {saved}")
-
-
-def finished(run: Path, stage: str, where: str) -> None:
-    """Raises `UserError` where a stage of a run is not at its end."""
+def check_saved(run: Path, stage: str, step: int | None, where: str) -> None:
+    """Raises `UserError` if a run has no such checkpoint, or if no step is named and the stage is
+    not at its end."""
     folder = checkpoints.stage_folder(run, stage)
-    step = checkpoints.last_step(folder)
-    steps = checkpoints.read_position(folder, step)["steps"]
-    if step != steps:
+    steps = checkpoints.steps_of(folder)
+    if step is not None:
+        if stage not in SAVED or step not in steps:
+            saved = f"saved steps: {', '.join(map(str, steps)) or 'none'}"
+            raise UserError(f"{where}there is no such checkpoint of stage {stage!r}; {saved}")
+    elif steps[-1] != (end := checkpoints.read_position(folder, steps[-1])["steps"]):
         raise UserError(
-            f"{where}its stage {stage} is at step {step} of {steps}; finish that run first"
+            f"{where}its stage {stage} is at step {steps[-1]} of {end}; finish that run first"
         )
 
 
 def read_lineage(run: Path) -> list[dict]:
-    """Where the weights that a run started from are from, the last first; empty where it does not
-    tell. Raises `UserError` where the file is damaged."""
-    path = run / _LINEAGE
-    found = files.read_json(path).get("from", [])
-    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
-        raise UserError(f"{path}: holds something else than a lineage; remove it, to do without")
-    return found
+    """Where the weights that a run started from are from, the last first; empty if it is not noted.
+    Raises `UserError` if the file is damaged."""
+    path = run / _FILE
+    entries = files.read_json(path).get("from", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"{path}: is not a lineage. Remove it to do without.")
+    return entries
 
 
 def write_lineage(run: Path, lineage: list[dict]) -> None:
-    """Notes in a run's folder where its weights are from.
-
-    Raises:
-      UserError: it is noted already, and a file is no longer what it was.
-    """
+    """Notes in a run's folder where its weights are from. Raises `UserError` if that is noted
+    already, and a file is no longer what it was."""
     before = {e["file"]: e.get("sha256") for e in read_lineage(run) if "file" in e}
     for entry in lineage:
-        if before.get(entry.get("file"), entry.get("sha256")) != entry.get("sha256"):
-            raise UserError(
-                f"{entry['file']}: is another file than {run} started from (by its SHA-256)"
-            )
-    files.write_json(run / _LINEAGE, {"from": lineage})
+        file, sha = entry.get("file"), entry.get("sha256")
+        if before.get(file, sha) != sha:
+            raise UserError(f"{file}: is another file than {run} started from (by its SHA-256)")
+    files.write_json(run / _FILE, {"from": lineage})

@@ -1,161 +1,142 @@
 """One run at a time in a folder.
 
-The lock is a file that names its holder, who touches it every few seconds. It is stale where the
-holder, a process of this machine, has gone, or where a holder elsewhere has not touched it for a
-minute: machines are taken away without a word.
+The lock is a file that names its holder, who touches it every few seconds. It is stale if its
+holder, a process of this machine, is gone, or if a holder elsewhere has not touched it for a
+minute: machines are taken away without notice. `filelock.SoftFileLease` does not serve: it takes
+another machine of the same name for this one after a restart, has to watch a lease for its whole
+duration by its own clock where the storage's clock answers at once, and calls the locks of older
+versions damaged.
 """
 
 import json
 import os
 import socket
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from maect_jax.errors import RunFailedError, UserError
 
 _NAME = "lock"
-_BEAT = 10.0  # seconds between two touches
+_HEARTBEAT = 10.0  # seconds between two touches
 _STALE = 60.0  # seconds without a touch, of a holder on another machine
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine was started, so that a number that is given again tells
-    nothing wrong; "" where the system does not tell, `None` for no such process."""
-    stat = Path(f"/proc/{pid}/stat")
-    if not Path("/proc/self/stat").exists():
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:
-            pass
-        return ""
+    """When a process of this machine was started, as numbers are given again; "" if the system
+    does not say, `None` if there is no such process."""
     try:
-        # Behind the name of the program, which may have spaces and brackets in it.
-        state, *fields = stat.read_text().rpartition(")")[2].split()
-    except OSError:
+        os.kill(pid, 0)
+    except ProcessLookupError:
         return None
+    except PermissionError:  # another user's
+        pass
+    try:
+        # Behind the program's name, which may contain spaces and brackets.
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
     return None if state == "Z" else fields[18]
 
 
-def _machine() -> str:
-    """Where a process's number means something: containers may share a host's name, and machines
-    too. "" where the system does not tell."""
+def _this_process() -> dict:
+    """What a lock says about its holder. `machine` is where a process number means something:
+    containers may share a host's name, and machines too."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+        machine = f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
-        return ""
-
-
-def _me() -> dict:
-    pid, host = os.getpid(), socket.gethostname()
-    return {"host": host, "machine": _machine(), "pid": pid, "started": _started(pid)}
+        machine = ""
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "machine": machine, "pid": pid, "started": _started(pid)}
 
 
 def _holder(path: Path) -> dict | None:
-    """Who holds a lock, `None` for nobody."""
+    """Who holds a lock; `None` if there is no lock."""
     try:
-        found = json.loads(path.read_text())
-        return {key: found[key] for key in ("host", "machine", "pid", "started")}
+        content = json.loads(path.read_text())
+        return {key: content[key] for key in ("host", "machine", "pid", "started")}
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError):  # it is being written, or was torn
+    except (ValueError, TypeError, KeyError):  # it is being written, or was cut off
         return {"host": "unknown", "machine": "", "pid": 0, "started": ""}
 
 
-def _is_stale(path: Path, holder: dict) -> bool:
-    if (holder["host"], holder["machine"]) == (socket.gethostname(), _machine()):
-        return _started(holder["pid"]) != holder["started"]
-    # The storage's clock for both: those of two machines may differ.
+def _is_stale(path: Path, holder: dict, me: dict) -> bool:
+    if all(holder[key] == me[key] for key in ("host", "machine")):
+        return _started(holder["pid"]) not in ("", holder["started"])
+    # Both times by the storage's clock, as those of two machines may differ.
     probe = path.with_name(f".{_NAME}.{os.getpid()}")
     try:
         probe.touch()
         return probe.stat().st_mtime - path.stat().st_mtime > _STALE
-    except FileNotFoundError:  # it was released in this moment
+    except FileNotFoundError:  # just released
         return True
     finally:
         probe.unlink(missing_ok=True)
 
 
-def _write(file, path: Path) -> None:
-    try:
-        file.write(json.dumps(_me()) + "\n")
-        file.flush()
-    except OSError:  # a full disk: an empty lock would hold the folder for a minute
-        path.unlink()
-        raise
-
-
-def _take(path: Path) -> None:
-    for _ in range(3):
+def _take(path: Path, me: dict) -> None:
+    for _ in range(3):  # a lock may be released or taken at any moment
         try:
             with path.open("x") as file:
-                _write(file, path)
+                try:
+                    file.write(json.dumps(me) + "\n")
+                    file.flush()
+                except OSError:  # a full disk: an empty lock would hold the folder for a minute
+                    path.unlink()
+                    raise
             return
         except FileExistsError:
             holder = _holder(path)
-        if holder is None:  # it was released in this moment
-            continue
-        if not _is_stale(path, holder):
+        if holder and not _is_stale(path, holder, me):
             raise UserError(
-                f"--workdir={path.parent}: process {holder['pid']} on {holder['host']} runs in it; "
-                "wait for its end, or name another folder (a holder that is gone is forgotten "
-                f"within {_STALE:.0f} seconds)"
+                f"--workdir={path.parent}: in use by process {holder['pid']} on {holder['host']}. "
+                "Wait for its end or use another --workdir. The lock of a holder that is gone "
+                f"expires within {_STALE:.0f} seconds."
             )
-        # Of two who find it stale one gets hold of it.
-        aside = path.with_name(f".{_NAME}.{socket.gethostname()}.{os.getpid()}")
-        try:
-            path.replace(aside)
-        except FileNotFoundError:
-            continue
-        taken = _holder(aside)
-        if taken not in (holder, None):
-            aside.replace(path)
-            raise UserError(f"--workdir={path.parent}: another process has just taken it")
-        aside.unlink()
+        # If two processes pass here together, `check` ends one of them.
+        if holder and _holder(path) == holder:
+            path.unlink(missing_ok=True)
     raise UserError(f"--workdir={path.parent}: another process has just taken it")
 
 
 @contextmanager
-def held(folder: Path):
-    """Holds the lock of a folder; yields a function that raises where it was lost.
+def held(folder: Path) -> Iterator[Callable[[], None]]:
+    """Holds the lock of a folder. Raises `UserError` if another process does.
 
-    Raises:
-      UserError: another process holds it.
-      RunFailedError: (from the function) another process has taken it since, as one does where
-        this one was suspended or its storage away for a minute.
+    Yields:
+      A function that raises `RunFailedError` if another process has taken the lock since, which
+      happens if this one was suspended, or its storage away, for a minute.
     """
-    path, me = folder / _NAME, _me()
-    _take(path)
+    path, me = folder / _NAME, _this_process()
+    _take(path, me)
     ended = threading.Event()
 
-    def ours():
+    def is_mine():
         try:
             return _holder(path) == me
-        except OSError:  # an outage of the storage tells nothing
+        except OSError:  # an outage of the storage
             return True
 
-    def beat():
-        while not ended.wait(_BEAT):
-            if ours():
+    def refresh():
+        while not ended.wait(_HEARTBEAT):
+            if is_mine():
                 with suppress(OSError):
                     os.utime(path)
 
     def check():
-        if not ours():
-            raise RunFailedError(
-                f"{path}: is no longer this run's; another process has taken the folder"
-            )
+        if not is_mine():
+            raise RunFailedError(f"{path}: another process has taken the folder")
 
-    thread = threading.Thread(target=beat, name="lock", daemon=True)
+    thread = threading.Thread(target=refresh, name="lock", daemon=True)
     thread.start()
     try:
         yield check
     finally:
         ended.set()
         thread.join()
-        if ours():
-            with suppress(OSError):  # which must not hide why the run ends
+        with suppress(OSError):  # must not hide why the run ends
+            if is_mine():
                 path.unlink(missing_ok=True)

@@ -1,96 +1,157 @@
-"""What a run says while it trains: `metrics.jsonl`, TensorBoard and a progress bar."""
+"""What a run writes while it trains: `metrics.jsonl`, `bad_steps.jsonl`, TensorBoard's events, a
+progress bar and a profile."""
 
+import importlib.util
+import logging
+import math
+import os
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
+from maect_jax import sharding
+from maect_jax.errors import RunFailedError, UserError
 from maect_jax.run import jsonl
-from maect_jax.run.bad_steps import BadSteps
-from maect_jax.run.board import Board
 from maect_jax.run.folder import Run
 from maect_jax.run.preemption import Action
 from maect_jax.stages.base import Stage
 
+NAN_POLICIES = ("stop", "skip")
+_LOGGER = logging.getLogger(__name__)
+
+
+def tensorboard_writer() -> Callable[[Path], object]:
+    """What makes a writer for a folder, with `write_scalars(step, values)` and `close()`: clu's if
+    TensorFlow and its package tensorboard are installed, else tensorboardX's. Raises `UserError` if
+    neither is."""
+    if all(importlib.util.find_spec(name) for name in ("tensorflow", "tensorboard")):
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        from clu.metric_writers import SummaryWriter
+
+        return lambda folder: SummaryWriter(str(folder))
+    try:
+        import tensorboardX
+    except ImportError as error:
+        package = "tensorboardX (pip install 'maect_jax[tensorboard]')"
+        raise UserError(f"config.tensorboard=True: needs {package} or TensorFlow") from error
+
+    class Writer(tensorboardX.SummaryWriter):
+        def write_scalars(self, step, values):
+            for name, value in values.items():
+                self.add_scalar(name, value, step)
+
+    return lambda folder: Writer(str(folder))
+
+
+def _finite(line: dict) -> dict[str, float]:
+    """The scalars of a line of `metrics.jsonl` that TensorBoard can show."""
+    scalars = {k: v for k, v in line.items() if k not in ("stage", "step") and v is not None}
+    return {key: value for key, value in scalars.items() if math.isfinite(value)}
+
 
 class Logger:
-    """Takes each step's metrics as device arrays and reads them one step late.
+    """Takes each step's metrics as device arrays and reads them one step late, so that the device
+    never waits for the host.
 
-    So the device never waits for the host. `metrics.jsonl` gets one JSON object a line for the
-    first step, every `log_every` steps and the last one: `stage`, `step`, scalars,
-    `images_per_second` and `input_wait`, the fraction of the time in which the host waited for
-    images, both since the line before, and `seconds`, all the time that the stage has taken,
-    compiling included. A step that was not finite has null in it.
+    `metrics.jsonl` gets one JSON object a line for the first step, every `log_every` steps and the
+    last one: `stage`, `step`, scalars (null if not finite), `images_per_second` and `input_wait`,
+    the fraction of the time that the host waited for images, both since the line before, and
+    `seconds`, all the time that the stage has taken, compiling included. `bad_steps.jsonl` gets a
+    line for each step whose loss or gradient is not finite, with its metrics and its images; such
+    a step has changed nothing (`stages.step`).
 
     Args:
       run: config, folder and mesh.
       stage: that is trained.
-      done: steps that were done before, when a stage resumes.
+      done: steps that were done before, when a stage resumes; later lines are dropped.
       image_name: of an image by its record number, for `bad_steps.jsonl`.
     """
 
     def __init__(self, run: Run, stage: Stage, done: int, image_name: Callable[[int], str]):
-        config, folder = run.config, run.folder
-        self._stage, self._steps, self._every = stage.name, stage.steps, config.log_every
-        self._batch_size = config[stage.name].batch_size
-        self._bad_steps = BadSteps(
-            folder / "bad_steps.jsonl", stage.name, done, config.nan_policy, config.nan_limit,
-            image_name,
-        )  # fmt: skip
+        self._config, self._folder = run.config, run.folder
+        self._stage, self._steps, self._image_name = stage.name, stage.steps, image_name
+        self._batch_size = run.config[stage.name].batch_size
+        self._is_main = jax.process_index() == 0
         self._pending: tuple[int, dict, jax.Array] | None = None
         self._start = time.monotonic()
-        self._clock = (self._start, done)
+        self._last_line = (self._start, done)
         self._waited = 0.0
-        self._file = self._board = None
-        self._writing = threading.Lock()  # a checkpoint tells of itself from its own thread
-        shown = jax.process_index() == 0
-        if shown:
-            before = jsonl.truncate(folder / "metrics.jsonl", stage.name, done)
+        self._lines = self._events = None
+        self._writing = threading.Lock()  # checkpoints write from a thread of their own
+        self._trace = ExitStack()
+        self._bad_steps = run.folder / "bad_steps.jsonl"
+        if self._is_main:
+            jsonl.truncate(self._bad_steps, stage.name, done)
+            before = jsonl.truncate(run.folder / "metrics.jsonl", stage.name, done)
             self._start -= max((entry.get("seconds", 0.0) for entry in before), default=0.0)
-            self._file = jsonl.Writer(folder / "metrics.jsonl")
-            if config.tensorboard:
-                self._board = Board(folder / "tensorboard" / stage.name, before)
+            self._lines = jsonl.Writer(run.folder / "metrics.jsonl")
+            if run.config.tensorboard:
+                self._start_events(before)
+        bad = jsonl.read(self._bad_steps)
+        self._skipped = sum(e["stage"] == stage.name and e["step"] <= done for e in bad)
+        interval = 0.5 if sys.stderr.isatty() else 30  # a log file needs few lines
         self._bar = tqdm(
-            total=self._steps * self._batch_size,
-            initial=done * self._batch_size,
-            desc=f"{stage.name:>4}",
-            unit="img",
-            unit_scale=True,
-            disable=not shown,
-            dynamic_ncols=True,
-            # A log file needs a line now and then, a terminal a living bar.
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-        )
+            total=self._steps * self._batch_size, initial=done * self._batch_size, unit="img",
+            unit_scale=True, desc=f"{stage.name:>4}", disable=not self._is_main,
+            dynamic_ncols=True, mininterval=interval,
+        )  # fmt: skip
+
+    def _start_events(self, lines: list[dict]) -> None:
+        """Writes TensorBoard's events of a stage anew, so that none comes twice and none is missing
+        if they were switched on late."""
+        open_writer, folder = tensorboard_writer(), self._folder / "tensorboard" / self._stage
+        shutil.rmtree(folder, ignore_errors=True)
+        self._events = open_writer(folder)
+        for line in lines:
+            self._events.write_scalars(line["step"], _finite(line))
 
     def wait_for(self, stream: Iterator[dict]) -> dict:
-        """The next batch of a stream; the time until it is there is counted."""
+        """The next batch of a stream; the time that it takes is counted."""
         start = time.monotonic()
         batch = next(stream)
         self._waited += time.monotonic() - start
         return batch
 
+    def profiled(self, step: int, update: Callable, *arguments):
+        """`update(*arguments)`, traced into `profile/<stage>` if `config.profile` has the step."""
+        first, last = self._config.profile or (None, None)
+        if step == first:
+            path = self._folder / "profile" / self._stage
+            self._trace.enter_context(jax.profiler.trace(path))
+        with jax.profiler.StepTraceAnnotation(self._stage, step_num=step):
+            results = update(*arguments)
+        if step == last:
+            jax.block_until_ready(results)
+            self._trace.close()
+        return results
+
     def is_due(self, step: int) -> bool:
         """Whether a step gets a line in `metrics.jsonl`."""
-        return step == 1 or step % self._every == 0 or step == self._steps
+        return step == 1 or step % self._config.log_every == 0 or step == self._steps
 
     def add(self, step: int, scalars: dict[str, jax.Array], index: jax.Array) -> Action:
-        """Remembers this step's metrics and the record numbers of its images, and reads those of
-        the step before (`flush`)."""
+        """Remembers this step's metrics and the record numbers of its images (int32 `[B]`), and
+        reads those of the step before (`flush`)."""
         action = self.flush()
         self._pending = (step, scalars, index)
         return action
 
     def flush(self) -> Action:
-        """Waits for the step that is remembered, and writes its metrics.
+        """Waits for the remembered step and writes its metrics. Every process must call it.
 
         Returns:
-          Its `action`, which all hosts agree on; CONTINUE if none is remembered.
+          Its `action`, the same on all hosts; CONTINUE if no step is remembered.
 
         Raises:
-          RunFailedError: the step was bad (`bad_steps`).
+          RunFailedError: the step was not finite, and `config.nan_policy` or `nan_limit` says so.
         """
         if self._pending is None:
             return Action.CONTINUE
@@ -98,49 +159,67 @@ class Logger:
         values = {key: float(value) for key, value in jax.device_get(scalars).items()}
         finite, action = values.pop("finite"), Action(int(values.pop("action")))
         if not finite:
-            self._bad_steps.take(step, values, index)
+            self._add_bad_step(step, values, index)
         self._bar.update(self._batch_size)
-        shown = {k: f"{values[k]:.3f}" for k in ("loss", "nn_accuracy") if k in values}
-        self._bar.set_postfix(shown, refresh=False)
-        if self._file and self.is_due(step):
-            (then, before), now = self._clock, time.monotonic()
-            self._clock = (now, step)
+        brief = {k: f"{values[k]:.3f}" for k in ("loss", "nn_accuracy") if k in values}
+        self._bar.set_postfix(brief, refresh=False)
+        if self._is_main and self.is_due(step):
+            (then, before), now = self._last_line, time.monotonic()
             passed = max(now - then, 1e-9)
             rate = (step - before) * self._batch_size / passed
-            times = {"images_per_second": rate, "input_wait": self._waited / passed}
-            times["seconds"] = now - self._start
-            self._waited = 0.0
-            self._write({"stage": self._stage, "step": step, **values, **times})
+            values |= {"images_per_second": rate, "input_wait": self._waited / passed}
+            self._last_line, self._waited = (now, step), 0.0
+            self.note(step, values)
         return action
 
+    def _add_bad_step(self, step: int, values: dict[str, float], index: jax.Array) -> None:
+        records = np.asarray(sharding.to_host(index)).tolist()
+        if self._is_main:
+            texts = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
+            images = [self._image_name(record) for record in records]
+            entry = {"stage": self._stage, "step": step, **texts, "index": records}
+            with closing(jsonl.Writer(self._bad_steps)) as lines:
+                lines.add(entry | {"images": images})
+                lines.sync()  # a later checkpoint counts on it
+        self._skipped += 1
+        limit = self._config.nan_limit
+        message = (
+            f"stage {self._stage}, step {step}: the loss ({values['loss']:g}) or a gradient "
+            f"(norm {values['grad_norm']:g}) is not finite. {self._bad_steps} lists its images."
+        )
+        if self._config.nan_policy == "stop":
+            raise RunFailedError(f"{message} To skip such steps, set config.nan_policy=skip.")
+        if self._skipped > limit:
+            raise RunFailedError(f"{message} More than config.nan_limit={limit} were skipped.")
+        if self._is_main:
+            _LOGGER.warning("%s Skipped (%d of at most %d).", message, self._skipped, limit)
+
     def note(self, step: int, values: dict[str, float]) -> None:
-        """Writes a line of its own; may be called from any thread."""
-        entry = {"stage": self._stage, "step": step, **values}
-        self._write(entry | {"seconds": time.monotonic() - self._start})
+        """Writes a line; may be called from any thread."""
+        if self._is_main:
+            line = {"stage": self._stage, "step": step, **values}
+            line["seconds"] = time.monotonic() - self._start
+            with self._writing:
+                self._lines.add(line)
+                if self._events:
+                    self._events.write_scalars(step, _finite(line))
 
     def time_apart(self, step: int, measure: Callable, state) -> dict[str, float]:
-        """Writes a line of what `measure(state)` returns, whose time does not count in the rates."""
+        """Writes a line of what `measure(state)` returns; its time does not count in the rates."""
         start = time.monotonic()
         values = measure(state)
         self.note(step, values)
-        then, before = self._clock
-        self._clock = (then + time.monotonic() - start, before)
+        then, before = self._last_line
+        self._last_line = (then + time.monotonic() - start, before)
         return values
 
-    def _write(self, entry: dict) -> None:
-        if self._file is None:
-            return
-        with self._writing:
-            self._file.add(entry)
-            if self._board:
-                self._board.write(entry)
-
     def sync(self) -> None:
-        """Has all lines outlast a power cut."""
-        if self._file:
-            self._file.sync()
+        """Makes all lines outlast a power cut."""
+        if self._is_main:
+            self._lines.sync()
 
     def close(self) -> None:
+        self._trace.close()
         self._bar.close()
-        for open_one in filter(None, (self._file, self._board)):
-            open_one.close()
+        for writer in filter(None, (self._lines, self._events)):
+            writer.close()

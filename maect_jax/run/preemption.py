@@ -1,4 +1,4 @@
-"""Machines are taken away: SIGTERM and SIGINT end a run so that it can go on."""
+"""Machines are taken away: SIGTERM and SIGINT end a run so that it can be resumed."""
 
 import enum
 import multiprocessing
@@ -7,31 +7,21 @@ import signal
 import sys
 from contextlib import contextmanager
 
-from maect_jax.errors import STATUS as STATUS_OF
-from maect_jax.errors import PreemptedError
+from maect_jax.errors import STATUS, PreemptedError
 
-STATUS = STATUS_OF[PreemptedError]  # sysexits' EX_TEMPFAIL: not done, and to be tried again
-_AT_ONCE = 130  # the shells' status of a program that SIGINT has ended
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGINT_STATUS = 130  # as shells report a program that SIGINT has ended
 
 
 class Action(enum.IntEnum):
-    """What the loop does after a step; of several hosts' votes the highest counts."""
+    """What the loop does after a step; the highest of all hosts' actions counts."""
 
     CONTINUE = 0
     SAVE = 1
     STOP = 2
 
 
-def vote(signalled: bool, save_due: bool) -> Action:
-    """What this host wants after the current step."""
-    if signalled:
-        return Action.STOP
-    return Action.SAVE if save_due else Action.CONTINUE
-
-
-def _say(text: str) -> None:
-    os.write(2, f"\n{text}\n".encode())  # a handler must not touch a stream that is being written
+def _say(text: str) -> None:  # a handler must not touch a stream that is being written
+    os.write(2, f"\n{text}\n".encode())
 
 
 def _exit(status: int) -> None:
@@ -41,21 +31,26 @@ def _exit(status: int) -> None:
 
 
 class _Handler:
-    """The first signal asks, a second SIGINT ends at once; further SIGTERMs say nothing new."""
+    """The first signal stops the run, a second SIGINT ends it at once; other signals are ignored.
+
+    Attributes:
+      signalled: whether a signal has come.
+      deferred: whether the first signal only sets `signalled`.
+    """
 
     def __init__(self):
-        self.asked = self.deferred = False
+        self.signalled = self.deferred = False
 
     def __call__(self, number, frame):
-        if self.asked:
+        if self.signalled:
             if number == signal.SIGINT:
-                _say("ended at once; the last checkpoint is as it was")
-                _exit(_AT_ONCE)
+                _say("stopped at once; the last checkpoint is unchanged")
+                _exit(_SIGINT_STATUS)
             return
-        self.asked = True
+        self.signalled = True
         if not self.deferred:
             raise KeyboardInterrupt
-        _say(f"{signal.Signals(number).name}: saving; a second SIGINT ends at once")
+        _say(f"{signal.Signals(number).name}: saving; a second SIGINT stops at once")
 
 
 _handler: _Handler | None = None
@@ -63,10 +58,10 @@ _handler: _Handler | None = None
 
 @contextmanager
 def handled():
-    """Has both signals raise `KeyboardInterrupt`, but within `deferred`. Of the main thread."""
+    """Makes both signals raise `KeyboardInterrupt`, except in `deferred`. For the main thread."""
     global _handler
     _handler = _Handler()
-    before = {number: signal.signal(number, _handler) for number in _SIGNALS}
+    before = {n: signal.signal(n, _handler) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
@@ -77,24 +72,24 @@ def handled():
 
 @contextmanager
 def deferred():
-    """Within it the first signal ends nothing; yields a function that tells whether it came.
+    """Within it the first signal interrupts nothing; yields a function that says whether one came.
 
     Raises:
-      KeyboardInterrupt: one came that nobody has asked for, at the end.
+      KeyboardInterrupt: at the end, if one came and the body ended without an error.
     """
     handler = _handler or _Handler()
     handler.deferred = True
     try:
-        yield lambda: handler.asked
+        yield lambda: handler.signalled
     finally:
         handler.deferred = False
-    if handler.asked:
+    if handler.signalled:
         raise KeyboardInterrupt
 
 
 def leave() -> None:
-    """Ends the program with `STATUS`, though devices and threads are at work, which would bring
-    Python's own end down."""
+    """Ends the program as preempted, without Python's own shutdown, which devices and threads at
+    work would crash."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    _exit(STATUS)
+    _exit(STATUS[PreemptedError])

@@ -63,9 +63,8 @@ def assert_trees_equal(a, b) -> None:
         np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 
 
-def logger_at(folder, done, steps, log_every=1, tensorboard=False):
-    """A logger of a stage `ct` of so many steps, with batches of one image."""
-    settings = dict(log_every=log_every, nan_policy="stop", nan_limit=0, tensorboard=tensorboard)
-    config = ConfigDict(settings | {"ct": {"batch_size": 1}})
-    stage = SimpleNamespace(name="ct", steps=steps)
-    return Logger(Run(config, folder, None, None), stage, done, str)
+def logger_at(folder, done, steps, stage="ct", **settings):
+    """A logger of a stage of so many steps, with batches of one image."""
+    defaults = dict(log_every=1, profile=(), tensorboard=False)
+    config = ConfigDict(defaults | settings | {stage: {"batch_size": 1}})
+    return Logger(Run(config, folder, None), SimpleNamespace(name=stage, steps=steps), done, str)

@@ -10,19 +10,19 @@ import os
 import sys
 
 from maect_jax import main
-from maect_jax.run import jsonl, manifest, saving
+from maect_jax.run import checkpoints, jsonl, manifest
 
 
-def away(*_):
+def away(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 if __name__ == "__main__":
     _, what, *flags = sys.argv
-    saving._PAUSES = (0.1, 0.1, 0.1)
+    checkpoints._PAUSES = (0.1, 0.1, 0.1)
     if os.environ["JAX_PROCESS_ID"] == "0":
         if what == "checkpoints":
-            manifest.of = away
+            manifest.digests = away
         else:
             jsonl.Writer.add = away
     sys.argv = ["maect_jax.main", *flags]

@@ -14,15 +14,15 @@ import time
 
 from maect_jax import files, train
 from maect_jax.evals import runner
-from maect_jax.run import logger, manifest, saving
+from maect_jax.run import checkpoints, logger, manifest
 
 # What is entered at each point.
 POINTS = {
     "step": (logger.Logger, "add"),
-    "save": (saving.Checkpoints, "save"),
-    "seal": (manifest, "of"),  # written and renamed, but not sealed
-    "remove": (saving.Checkpoints, "_remove_old"),
-    "restore": (saving.Checkpoints, "restore"),
+    "save": (checkpoints.Checkpoints, "save"),
+    "seal": (manifest, "digests"),  # written and renamed, but not sealed
+    "remove": (checkpoints.Checkpoints, "_remove_old"),
+    "restore": (checkpoints.Checkpoints, "restore"),
     "file": (files, "_write_atomically"),
     "evaluate": (runner, "run"),
 }

@@ -1,4 +1,4 @@
-"""Checkpoints: what is damaged is seen, what fails is tried again, the last good one stays."""
+"""Checkpoints: damage is detected, what fails is tried again, the last good one stays."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ import pytest
 
 from maect_jax import sharding
 from maect_jax.errors import RunFailedError, UserError
-from maect_jax.run import checkpoints, manifest, saving
+from maect_jax.run import checkpoints, manifest
 from maect_jax.stages import STAGES, state
 from tests.helpers import CONFIGS
 from tests.helpers.common import assert_trees_equal, mesh_of
@@ -21,7 +21,7 @@ TINY = {"step": jnp.int32(3), "x": jnp.arange(6.0).reshape(2, 3), "key": jax.ran
 
 
 def open_at(folder, **settings):
-    return saving.Checkpoints(folder, **settings)
+    return checkpoints.Checkpoints(folder, **settings)
 
 
 def save_all(saver, *steps, **measured):
@@ -94,26 +94,26 @@ def test_a_damaged_one_is_named_and_the_one_before_is_taken(two, tmp_path, caplo
     assert names(folder) == {"3", "6"}  # who only reads changes nothing
     # What cannot be read is not damaged: nothing is set aside.
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "_digest", unreadable)
+        patch.setattr(manifest, "_digests", unreadable)
         with pytest.raises(RunFailedError, match=r"6: cannot be read \(.*Input/output error\)"):
             open_at(folder)
         with pytest.raises(UserError, match="6: is damaged"):
             checkpoints.read_parts(folder, ("x",), mesh_of(1, 1))
         patch.setattr(type(folder), "iterdir", unreadable)
-        assert "cannot be looked at now (Input/output" in checkpoints.last_good(tmp_path, ["mae"])
+        assert "cannot be read now (Input/output" in checkpoints.last_good(tmp_path, ["mae"])
     assert names(folder) == {"3", "6"}
     saver = open_at(folder)
-    assert saver.latest() == 3
+    assert saver.latest == 3
     assert f"{folder / '6'} is damaged (state/d/{path.name}" in caplog.text
-    assert "and step 3 is taken" in caplog.text
+    assert "resuming from step 3" in caplog.text
     assert names(folder) == {"3", "6.damaged"}
     save_all(saver, 6)
-    assert open_at(folder).latest() == 6
+    assert open_at(folder).latest == 6
     for step in ("3", "6"):
         (folder / step / "position" / "metadata").unlink()
     again = open_at(folder)
-    assert again.latest() is None
-    assert "the stage starts anew" in caplog.text
+    assert again.latest is None
+    assert "the stage starts again" in caplog.text
     again.close()
 
 
@@ -128,21 +128,21 @@ def test_what_was_cut_off_is_cleared_away(two, tmp_path, caplog):
     assert checkpoints.steps_of(folder) == [3, 6]
     open_at(folder).close()
     assert names(folder) == {"3", "6", "notes.txt"}
-    assert caplog.text.count("cut off") == 3
-    assert f"{folder / '9'}: is removed" in caplog.text
+    assert caplog.text.count("removing incomplete checkpoint") == 3
+    assert f"{folder / '9'}: removing" in caplog.text
 
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path):
     folder = tmp_path / "mae"
-    told = {}
-    saver = open_at(folder, keep=2, best="knn_accuracy", told=told.__setitem__)
+    metadata = {}
+    saver = open_at(folder, keep=2, best="knn_accuracy", on_saved=metadata.__setitem__)
     save_all(saver, 1, 2, 3, 4, 5, best=[0, 0.2, 0.9, 0.4, 0.3, 0.5])
     assert checkpoints.steps_of(folder) == [2, 4, 5]
-    assert list(told) == [1, 2, 3, 4, 5]
+    assert list(metadata) == [1, 2, 3, 4, 5]
     size = sum(path.stat().st_size for path in (folder / "5").rglob("*") if path.is_file())
     size -= (folder / "5" / "manifest.json").stat().st_size
-    assert told[5]["checkpoint_bytes"] == size
-    assert 0 < told[5]["checkpoint_waited"] <= told[5]["checkpoint_seconds"]
+    assert metadata[5]["checkpoint_bytes"] == size
+    assert 0 < metadata[5]["checkpoint_waited"] <= metadata[5]["checkpoint_seconds"]
     # What a path names, for init_from and exports.
     run = tmp_path / "run"
     path = run / "checkpoints" / "mae" / "2"
@@ -157,13 +157,13 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
 def test_training_does_not_wait_for_the_disk(tmp_path, monkeypatch):
     """A save whose hashing blocks holds nothing up until the next one, and counts only when it is
     done; the state may be given away at once."""
-    gate, of = threading.Event(), manifest.of
+    gate, digests = threading.Event(), manifest.digests
 
     def slow(folder):
         assert gate.wait(30)
-        return of(folder)
+        return digests(folder)
 
-    monkeypatch.setattr(manifest, "of", slow)
+    monkeypatch.setattr(manifest, "digests", slow)
     saver = open_at(tmp_path / "mae")
     give_away = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     values = {"x": jnp.arange(100_000.0)}
@@ -193,13 +193,13 @@ def test_a_full_disk_is_waited_for_and_then_an_error(tmp_path, monkeypatch, capl
         return work(*arguments, **settings)
 
     monkeypatch.setattr(holder, name, write)
-    monkeypatch.setattr(saving, "_PAUSES", (0.05, 0.05, 0.05))
+    monkeypatch.setattr(checkpoints, "_PAUSES", (0.05, 0.05, 0.05))
     full[0] = True
     for step in (2, 3):
         saver.save(step, TINY, {"at": step})
         while not saver.due():
             pass
-    text = f"{folder}: a checkpoint cannot be written (No space left on device); step 1"
+    text = f"{folder}: a checkpoint cannot be written (No space left on device); last saved step: 1"
     assert caplog.text.count(text) == 2
     assert checkpoints.steps_of(folder) == [1]
     full[0] = False  # somebody has made room
@@ -213,13 +213,13 @@ def test_a_full_disk_is_waited_for_and_then_an_error(tmp_path, monkeypatch, capl
         saver.finish(5, TINY, {"at": 5})
     saver.close()
     assert checkpoints.steps_of(folder) == [1, 4]
-    assert open_at(folder).latest() == 4
+    assert open_at(folder).latest == 4
 
 
 def test_an_outage_of_a_bucket_is_waited_for(tmp_path, monkeypatch, caplog):
     """At the end of a stage, when no step comes any more; what was half written does not matter."""
     failures = iter([True, True, False])
-    seal, room = manifest.seal, saving.shutil.disk_usage
+    seal, room = manifest.seal, checkpoints.shutil.disk_usage
 
     def flaky(*arguments):
         if next(failures):
@@ -227,23 +227,23 @@ def test_an_outage_of_a_bucket_is_waited_for(tmp_path, monkeypatch, caplog):
         seal(*arguments)
 
     def away(path):
-        monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: sizeless)
+        monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: sizeless)
         raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
 
     sizeless = room(tmp_path)._replace(total=0, used=0, free=0)  # as some buckets say they are
-    monkeypatch.setattr(saving.shutil, "disk_usage", away)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", away)
     monkeypatch.setattr(manifest, "seal", flaky)
-    monkeypatch.setattr(saving, "_PAUSES", (0.01, 0.01, 0.01))
-    told = []
-    saver = open_at(tmp_path / "mae", told=lambda step, values: told.append(step))
+    monkeypatch.setattr(checkpoints, "_PAUSES", (0.01, 0.01, 0.01))
+    announced = []
+    saver = open_at(tmp_path / "mae", on_saved=lambda step, values: announced.append(step))
     saver.save(5, TINY, {"at": 5})
     saver.save(6, TINY, {"at": 6})
     saver.finish(6, TINY, {"at": 6})
     saver.close()
-    assert told == [6]
+    assert announced == [6]
     assert caplog.text.count("endpoint is not connected") == 1
     assert caplog.text.count("Input/output error") == 2
-    assert open_at(tmp_path / "mae").latest() == 6
+    assert open_at(tmp_path / "mae").latest == 6
 
 
 def test_a_restored_state_is_bit_equal_on_other_devices(tmp_path):
@@ -258,8 +258,8 @@ def test_a_restored_state_is_bit_equal_on_other_devices(tmp_path):
         saver = open_at(tmp_path / "ct")
         saver.save(1, made, {"loader": {"next": 1}})
         saver.finish()
-    found, position = saver.restore(1, state.abstract_state(stage, key, {}, eight))
+    restored, position = saver.restore(1, state.abstract_state(stage, key, {}, eight))
     saver.close()
     assert position == {"loader": {"next": 1}}
-    assert {x.sharding.mesh.size for x in jax.tree.leaves(found)} == {8}
-    assert_trees_equal(sharding.to_host(found), jax.device_get(made))
+    assert {x.sharding.mesh.size for x in jax.tree.leaves(restored)} == {8}
+    assert_trees_equal(sharding.to_host(restored), jax.device_get(made))

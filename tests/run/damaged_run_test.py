@@ -1,4 +1,4 @@
-"""Runs whose files lie: each is told in one clear line, made anew, or left as it is."""
+"""Runs with damaged files: one clear line says so, they are made again, or left as they are."""
 
 import errno
 import io
@@ -15,8 +15,8 @@ from maect_jax import files, pipeline
 from maect_jax.data import arrays
 from maect_jax.evals import PROTOCOLS, features, runner
 from maect_jax.report import build
-from maect_jax.run import bad_steps, checkpoints, jsonl, lineage, manifest, saving
-from tests.helpers.common import mesh_of
+from maect_jax.run import checkpoints, jsonl, lineage, manifest
+from tests.helpers.common import logger_at, mesh_of
 from tests.helpers.fuzz import DEEP, load, one_line, refused
 
 IMAGES = arrays.Arrays(
@@ -118,7 +118,7 @@ def read_whole(run):
         lambda: configs.differences(configs.read(run / "config.json"), config),
         lambda: pipeline.check(configs.read(run / "config.json"), 1),
         lambda: lineage.write_lineage(run, [{"file": "x", "sha256": "y"}]),
-        lambda: bad_steps.BadSteps(run / "bad_steps.jsonl", "mae", 1, "skip", 9, IMAGES.name),
+        lambda: logger_at(run, 1, 9, stage="mae").close(),
         lambda: jsonl.truncate(run / "metrics.jsonl", "mae", 1),
         lambda: PROTOCOLS["cluster"].table(run, ["mae"], IMAGES),
     ):
@@ -130,7 +130,7 @@ def read_whole(run):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_run_whose_file_is_another_is_told_in_a_line(run, tmp_path, name, monkeypatch):
+def test_a_file_with_other_content_is_one_line(run, tmp_path, name, monkeypatch):
     # The pictures are made, and not written: that takes the time.
     monkeypatch.setattr(build, "_save", lambda drawn, run: {})
     whole = (run / name).read_bytes()
@@ -152,7 +152,7 @@ def test_a_whole_run_has_a_page(run):
 
 
 def odd(stage):
-    """A stage's folder with what nobody expects there, and nothing that counts."""
+    """A stage's folder with unexpected content and no checkpoint."""
     stage.mkdir(parents=True)
     (stage / "7").write_text("a file")
     (stage / "8").symlink_to("nowhere")
@@ -183,8 +183,8 @@ def test_a_folder_with_odd_content_is_opened_and_saved_into(tmp_path, shape):
     for name in ("", "checkpoints/mae/6", "checkpoints/mae/\u00b2", "checkpoints/mae/" + "9" * 99):
         with refused("damaged|there is no|no checkpoint"):
             lineage.find(str(tmp_path / name), "head").saved.read(mesh_of(1, 1))
-    saver = saving.Checkpoints(stage, keep=1, best="knn_accuracy")
-    assert saver.latest() is None
+    saver = checkpoints.Checkpoints(stage, keep=1, best="knn_accuracy")
+    assert saver.latest is None
     for step in (7, 9):
         saver.save(step, {"x": jnp.arange(3.0)}, {"steps": 9}, {"knn_accuracy": 0.5})
     saver.finish()
@@ -194,14 +194,14 @@ def test_a_folder_with_odd_content_is_opened_and_saved_into(tmp_path, shape):
     assert {path.name for path in stage.iterdir()} == kept | {"9"}
 
 
-def test_a_file_for_a_folder_is_told_in_a_line(tmp_path):
+def test_a_file_for_a_folder_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(load("quickstart:test").to_dict()))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "mae").write_text("a file")
     with refused("no checkpoint yet"):
         lineage.find(str(tmp_path), "head")
-    with pytest.raises(OSError, match="mae"):  # of which a run makes its last line
-        saving.Checkpoints(tmp_path / "checkpoints" / "mae")
+    with pytest.raises(OSError, match="mae"):  # a run ends with it
+        checkpoints.Checkpoints(tmp_path / "checkpoints" / "mae")
 
 
 WRITES = {

@@ -1,4 +1,4 @@
-"""A run's folder: one run at a time, and what may change when it goes on."""
+"""A run's folder: one run at a time, and what may change when it resumes."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ import pytest
 
 from maect_jax import config
 from maect_jax.errors import RunFailedError, UserError
-from maect_jax.run import board, folder, jsonl, lock
+from maect_jax.run import folder, jsonl, lock, logger
 from tests.helpers import CONFIGS
 from tests.helpers.common import logger_at, run_on, save
 
@@ -23,26 +23,30 @@ def page(*overrides):
     return config.load(str(CONFIGS / "quickstart.py:test"), overrides)
 
 
-def claim(folder, *overrides):
-    with folder.claimed(folder, page(*overrides), None):
+def opened(path, *overrides):
+    return folder.opened(folder.Run(page(*overrides), path, None), None)
+
+
+def claim(path, *overrides):
+    with opened(path, *overrides):
         pass
 
 
-def holder(folder, **changes):
+def holder(path, **changes):
     """Writes a lock as another process would have."""
-    (folder / "lock").write_text(json.dumps(lock._me() | changes))
+    (path / "lock").write_text(json.dumps(lock._this_process() | changes))
 
 
-def test_a_second_run_is_refused_and_told_who_is_there(tmp_path):
+def test_a_second_run_is_refused_and_the_holder_named(tmp_path):
     run = tmp_path / "run"
-    with folder.claimed(run, page(), None) as check:
+    with opened(run) as current:
         before = (run / "config.json").read_text()
         with pytest.raises(UserError) as refused:
             claim(run, "log_every=3")
-        told = f"--workdir={run}: process {os.getpid()} on {socket.gethostname()} runs in it; "
-        assert str(refused.value).startswith(told)
+        expected = f"--workdir={run}: in use by process {os.getpid()} on {socket.gethostname()}"
+        assert str(refused.value).startswith(expected)
         assert (run / "config.json").read_text() == before
-        check()
+        current.check_lock()
     assert {path.name for path in run.iterdir()} == {
         "config.json", "environment.json", "origin.json",
     }  # fmt: skip
@@ -65,7 +69,7 @@ def test_the_lock_of_a_process_that_is_gone_is_stale(tmp_path, how):
 def test_the_lock_of_another_machine_is_stale_after_a_minute(tmp_path, other):
     """Also of one of the same name, as two containers may have."""
     holder(tmp_path, **{other: "elsewhere"}, pid=1)
-    with pytest.raises(UserError, match=r"process 1 on .* runs in it"):
+    with pytest.raises(UserError, match="in use by process 1 on "):
         claim(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"lock"}
     then = time.time() - 61
@@ -76,7 +80,7 @@ def test_the_lock_of_another_machine_is_stale_after_a_minute(tmp_path, other):
 @pytest.mark.parametrize("text", ["", "{", "[]", "null"])
 def test_a_torn_lock_is_stale_after_a_minute(tmp_path, text):
     (tmp_path / "lock").write_text(text)
-    with pytest.raises(UserError, match="on unknown runs in it"):
+    with pytest.raises(UserError, match="on unknown"):
         claim(tmp_path)
     then = time.time() - 61
     os.utime(tmp_path / "lock", (then, then))
@@ -87,7 +91,7 @@ def test_a_lock_that_is_released_and_taken_meanwhile_is_left_alone(tmp_path, mon
     holder(tmp_path)
     look, first = lock._holder, [True]
     monkeypatch.setattr(lock, "_holder", lambda path: None if first and first.pop() else look(path))
-    with pytest.raises(UserError, match="runs in it"):
+    with pytest.raises(UserError, match="in use by"):
         claim(tmp_path)
     assert (tmp_path / "lock").exists()
 
@@ -106,7 +110,7 @@ def test_a_lock_that_cannot_be_released_hides_nothing(tmp_path, monkeypatch):
 
 
 def test_a_holder_touches_its_lock_and_notices_when_it_is_taken(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "_BEAT", 0.02)
+    monkeypatch.setattr(lock, "_HEARTBEAT", 0.02)
     with lock.held(tmp_path) as check:
         os.utime(tmp_path / "lock", (0, 0))
         deadline = time.monotonic() + 10
@@ -114,12 +118,12 @@ def test_a_holder_touches_its_lock_and_notices_when_it_is_taken(tmp_path, monkey
             assert time.monotonic() < deadline
         check()
         holder(tmp_path, host="elsewhere")
-        with pytest.raises(RunFailedError, match="is no longer this run's; another process has"):
+        with pytest.raises(RunFailedError, match="another process has taken"):
             check()
     assert "elsewhere" in (tmp_path / "lock").read_text()  # it is not ours to remove
 
 
-def test_a_harmless_change_is_told_and_another_refused(tmp_path, caplog):
+def test_a_harmless_change_is_logged_and_another_refused(tmp_path, caplog):
     claim(tmp_path)
     assert not caplog.text
     claim(tmp_path)
@@ -129,30 +133,30 @@ def test_a_harmless_change_is_told_and_another_refused(tmp_path, caplog):
         "mesh.fsdp=1", "data.workers=1", "debug_nans=True", "profile=(1,2)", "eval.pool=mean",
     )  # fmt: skip
     claim(tmp_path, *harmless)
-    told = caplog.text
-    assert f"{tmp_path}: goes on with a change: checkpoint.keep: 2 -> 5; " in told
-    assert "; log_every: 10 -> 3; " in told
-    assert "; eval.pool: '' -> 'mean'; " in told
+    text = caplog.text
+    assert f"{tmp_path}: resuming with changes: checkpoint.keep: 2 -> 5; " in text
+    assert "; log_every: 10 -> 3; " in text
+    assert "; eval.pool: '' -> 'mean'; " in text
     assert config.read(tmp_path / "config.json").log_every == 3
     environment = json.loads((tmp_path / "environment.json").read_text())
     (tmp_path / "environment.json").write_text(json.dumps(environment | {"jax": "0.1"}))
     claim(tmp_path, *harmless)
-    assert "goes on with a change: jax: '0.1' -> " in caplog.text
+    assert "resuming with changes: jax: '0.1' -> " in caplog.text
     before = (tmp_path / "config.json").read_text()
     for change in ("seed=1", "model.depth=2", "mae.base_lr=1.0", "mae.epochs=3", "name=other"):
         with pytest.raises(UserError) as refused:
             claim(tmp_path, *harmless, change)
         key, value = change.split("=")
-        told = re.fullmatch(
-            r".*: holds another run \((.*)\); name another folder, .*", str(refused.value)
+        reason = re.fullmatch(
+            r".*: holds another run \((.*)\)\. Use another .*", str(refused.value)
         )
-        assert re.fullmatch(rf"{key}: .* -> '?{value}'?", told[1])
+        assert re.fullmatch(rf"{key}: .* -> '?{value}'?", reason[1])
     assert (tmp_path / "config.json").read_text() == before
-    # Without its config nobody knows what the checkpoints are of.
+    # Without its config it is not known what the checkpoints are of.
     (tmp_path / "checkpoints").mkdir()
     claim(tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(UserError, match="has checkpoints and no config"):
+    with pytest.raises(UserError, match="contains checkpoints but no config"):
         claim(tmp_path)
     assert not (tmp_path / "config.json").exists()
 
@@ -166,14 +170,14 @@ def test_another_number_of_images_is_refused(tmp_path, monkeypatch):
     )  # fmt: skip
     run_on(monkeypatch, (1, 1), settings, run, page=False)
     (tmp_path / "train" / "00.png").unlink()
-    with pytest.raises(UserError, match="on 20 images to step 4, and now there are 19; bring"):
+    with pytest.raises(UserError, match="on 20 images to step 4, and now there are 19"):
         run_on(monkeypatch, (1, 1), settings, run, page=False)
 
 
 @pytest.mark.parametrize("name", ["gs://bucket/run", "s3://bucket/run"])
 def test_a_bucket_must_be_mounted(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="must be a folder; a bucket must be mounted"):
+    with pytest.raises(UserError, match="must be a folder"):
         claim(Path(name))
     assert not list(tmp_path.iterdir())
 
@@ -191,8 +195,8 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
         claim(tmp_path)
 
 
-def logged(folder, tensorboard, done, steps):
-    log = logger_at(folder, done, 9, tensorboard=tensorboard)
+def logged(path, tensorboard, done, steps):
+    log = logger_at(path, done, 9, tensorboard=tensorboard)
     for step in steps:
         scalars = {"loss": step / 2, "finite": True, "action": 0}
         log.add(step, scalars, None)
@@ -228,6 +232,6 @@ def test_tensorboard_has_each_step_once_also_when_a_stage_goes_on(tmp_path):
 
 def test_tensorboard_wants_a_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    monkeypatch.setattr(board.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"wants tensorboardX \(pip install 'maect_jax\[tensor"):
-        board.available()
+    monkeypatch.setattr(logger.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs tensorboardX \(pip install 'maect_jax\[tensor"):
+        logger.tensorboard_writer()

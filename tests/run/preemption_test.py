@@ -1,7 +1,6 @@
 """SIGTERM and SIGINT: a run saves, says that it can go on, and does."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import time
 
 import pytest
 
+from maect_jax.errors import STATUS, PreemptedError
 from maect_jax.run import checkpoints, jsonl, preemption
 from tests.helpers import FAST_RUN, ROOT, SMALL
 from tests.helpers.common import save, wait_for_step
@@ -57,51 +57,43 @@ def test_a_signal_that_nobody_has_asked_for_any_more_is_not_lost():
         busy()
 
 
-def test_a_signal_saves_and_says_that_the_run_can_go_on(tmp_path, running):
+def test_a_signal_saves_and_a_second_sigint_stops_at_once(tmp_path, running):
     run = tmp_path / "run"
     process = running(*FLAGS)
     wait_for_step(run, 5, process)
     process.send_signal(signal.SIGTERM)
     start = time.monotonic()
-    _, told = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert time.monotonic() - start < 20
-    assert process.returncode == preemption.STATUS == 75
+    assert process.returncode == STATUS[PreemptedError] == 75
     (step,) = checkpoints.steps_of(checkpoints.stage_folder(run, "mae"))
     assert step == max(line["step"] for line in jsonl.read(run / "metrics.jsonl"))
-    assert errors(told) == [
-        "SIGTERM: saving; a second SIGINT ends at once",
-        f"error: preempted, resumable: stage mae is saved at step {step} of 3200; the same command "
-        "goes on from there",
+    assert errors(stderr) == [
+        "SIGTERM: saving; a second SIGINT stops at once",
+        f"error: preempted, resumable: stage mae is saved at step {step} of 3200. Run the same "
+        "command to resume.",
     ]
     assert not (run / "lock").exists()
-    # A stop leaves no picture of its own.
+    # A stop leaves no snapshot.
     assert not (run / "watch").exists()
+    # It resumes; then a second SIGINT ends it at once, also while a save is tried for minutes, as
+    # the folder of the checkpoints is a file.
     process = running(*FLAGS)
     wait_for_step(run, step + 3, process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    steps = [line["step"] for line in jsonl.read(run / "metrics.jsonl") if "loss" in line]
-    assert steps == list(range(1, len(steps) + 1))
-
-
-def test_a_second_sigint_ends_at_once(tmp_path, running):
-    """Also where saving goes on for minutes."""
-    run = tmp_path / "run"
-    process = running(*FLAGS)
-    wait_for_step(run, 5, process)
-    # The folder of the checkpoints gives way to a file: saving is tried for minutes.
     folder = checkpoints.stage_folder(run, "mae")
-    folder.rmdir()
+    folder.rename(run / "moved")
     folder.write_text("")
     process.send_signal(signal.SIGINT)
     time.sleep(3)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     start = time.monotonic()
-    _, told = process.communicate(timeout=10)
+    _, stderr = process.communicate(timeout=10)
     assert time.monotonic() - start < 2
     assert process.returncode == 130
-    assert errors(told)[-1] == "ended at once; the last checkpoint is as it was"
+    assert errors(stderr)[-1] == "stopped at once; the last checkpoint is unchanged"
+    steps = [line["step"] for line in jsonl.read(run / "metrics.jsonl") if "loss" in line]
+    assert steps == list(range(1, len(steps) + 1))
 
 
 def wait_for_end(group):
@@ -111,9 +103,10 @@ def wait_for_end(group):
         time.sleep(0.1)
 
 
-def test_a_whole_group_may_get_the_signal(tmp_path, running):
-    """As by a terminal's Ctrl-C, or a scheduler: the worker processes still bring batches, and end
-    with the main one, also where that is killed."""
+@pytest.mark.parametrize("how", ["interrupted", pytest.param("killed", marks=pytest.mark.slow)])
+def test_worker_processes_end_with_the_main_one(tmp_path, running, how):
+    """A terminal's Ctrl-C, or a scheduler, signals the whole group: worker processes still bring
+    batches until the run has saved."""
     for i in range(64):
         save(tmp_path / "images" / "train" / f"{i:02}.png", (30, 30), i)
     more = (
@@ -126,14 +119,11 @@ def test_a_whole_group_may_get_the_signal(tmp_path, running):
     group = os.getpgid(process.pid)
     workers = subprocess.run(["pgrep", "-g", str(group)], capture_output=True, text=True)
     assert len(workers.stdout.split()) >= 3
-    process.kill()
-    wait_for_end(group)
-    (tmp_path / "run" / "metrics.jsonl").unlink()
-    process = running(*FLAGS, *(f"--config{setting}" for setting in more))
-    wait_for_step(tmp_path / "run", 3, process)
-    group = os.getpgid(process.pid)
-    os.killpg(group, signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 75, told
-    assert re.fullmatch(r"error: preempted, resumable: stage mae is saved .*", errors(told)[-1])
+    if how == "killed":
+        process.kill()
+    else:
+        os.killpg(group, signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == STATUS[PreemptedError], stderr
+        assert errors(stderr)[-1].startswith("error: preempted, resumable: stage mae is saved ")
     wait_for_end(group)

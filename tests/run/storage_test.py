@@ -11,7 +11,7 @@ import pytest
 
 from maect_jax import config, files
 from maect_jax.errors import RunFailedError
-from maect_jax.run import checkpoints, jsonl, manifest, saving
+from maect_jax.run import checkpoints, jsonl, manifest
 from tests.helpers import CONFIGS, SMALL
 from tests.helpers.common import mesh_of, run_on
 
@@ -24,7 +24,7 @@ QUICK = (0.05, 0.1, 0.1)
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(saving, "_PAUSES", QUICK)
+    monkeypatch.setattr(checkpoints, "_PAUSES", QUICK)
     monkeypatch.setattr(files, "_PAUSES", QUICK)
 
 
@@ -52,12 +52,10 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(small_disk, monkeypatch, qui
     run = small_disk / "run"
     with pytest.raises(RunFailedError) as failed:
         run_on(monkeypatch, (1, 1), page(), run, page=False)
-    assert "(No space left on device); the last" in str(failed.value)
     folder = checkpoints.stage_folder(run, "mae")
     last = checkpoints.last_step(folder)
-    assert str(failed.value).endswith(
-        f"the last good checkpoint is {folder / str(last)}, from which the same command goes on"
-    )
+    assert "(No space left on device). The last" in str(failed.value)
+    assert f" {folder / str(last)}. Run the same command to resume." in str(failed.value)
     assert "next try in" in caplog.text
     assert manifest.damage(folder / str(last)) is None
     assert last in (4, 8)
@@ -98,15 +96,15 @@ def test_an_outage_is_waited_for_and_leaves_no_hole(tmp_path, monkeypatch, quick
             super().__init__(path)
             self._file = File(self._file)
 
-    monkeypatch.setattr(jsonl, "Lines", Lines)
-    monkeypatch.setattr(manifest, "of", flaky(manifest.of))
+    monkeypatch.setattr(jsonl, "Writer", Lines)
+    monkeypatch.setattr(manifest, "digests", flaky(manifest.digests))
     monkeypatch.setattr(
         files.np, "savez_compressed",
         flaky(np.savez_compressed, lambda file, **_: file.write(b"PK")),
     )  # fmt: skip
     run_on(monkeypatch, (1, 1), page(), run, page=False)
-    for told in ("metrics.jsonl: cannot be written", "a checkpoint cannot be written"):
-        assert told in caplog.text
+    for text in ("metrics.jsonl: cannot be written", "a checkpoint cannot be written"):
+        assert text in caplog.text
     assert ".npz: cannot be written" in caplog.text
     losses = [
         [(line["step"], line["loss"]) for line in jsonl.read(r / "metrics.jsonl") if "loss" in line]
