@@ -9,7 +9,6 @@ import numpy as np
 
 from maect_jax import sharding
 from maect_jax.convert import importing
-from maect_jax.convert.told import Given
 from maect_jax.data import augment
 from maect_jax.errors import UserError
 from maect_jax.models import positions, vit
@@ -106,8 +105,8 @@ def load_encoder(
         if value not in (None, *allowed):
             raise UserError(f"{key}={value!r}: must be one of {', '.join(allowed)}")
     if importing.is_file(str(where)):
-        given = Given(heads=heads, ln_eps=ln_eps, image_size=image_size)
-        found = lineage.of_files(importing.recognised(importing.paths_of(str(where)), given))
+        overrides = importing.Overrides(heads=heads, ln_eps=ln_eps, image_size=image_size)
+        found = lineage.of_files(importing.recognised(importing.paths_of(str(where)), overrides))
     elif heads or ln_eps:
         raise UserError(f"{where}: heads and ln_eps are for files; a run tells its own")
     elif not (checkpoints.run_of(Path(where))[0] / "config.json").is_file():

@@ -7,7 +7,6 @@ which builds tensors and plain containers, refuses all else, and maps the file.
 import argparse
 import dataclasses
 import hashlib
-import json
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from maect_jax import files
 from maect_jax.errors import UserError
 
 SAFETENSORS, PICKLES = (".safetensors",), (".pth", ".pt", ".th", ".bin", ".ckpt")
@@ -100,7 +100,9 @@ def read(path: Path) -> Content:
         raise UserError(f"{path}: holds no tensors")
     config, preprocessor = {}, {}
     if found.name in _WEIGHTS:  # what lies beside a file of another name may be of another model
-        config, preprocessor = (_json(found.with_name(f"{name}.json")) for name in _BESIDE)
+        config, preprocessor = (
+            files.read_json(found.with_name(f"{name}.json")) for name in _BESIDE
+        )
     return Content(path, container, tensors, about | config, preprocessor)
 
 
@@ -123,18 +125,6 @@ def sha256(path: Path) -> str:
             while block := file.read(2**24):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def _json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must hold keys and values")
-    return values
 
 
 def _safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
@@ -161,7 +151,7 @@ def _safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 
 def _parts(index: Path) -> dict[str, Stored]:
-    places = _json(index).get("weight_map")
+    places = files.read_json(index).get("weight_map")
     if not isinstance(places, dict) or any(type(name) is not str for name in places.values()):
         raise UserError(f"{index}: has no weight_map from names to files")
     tensors = {}
@@ -245,10 +235,10 @@ def write(
     path: Path,
     tensors: Mapping[str, np.ndarray],
     wrapper: str = "",
-    about: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes tensors, whole or not at all: safetensors, or by the path's ending a pickle of tensors
-    and nothing else, `{wrapper: tensors}`. `about` goes into the header of safetensors.
+    and nothing else, `{wrapper: tensors}`. `metadata` goes into the header of safetensors.
 
     Raises:
       OSError: it cannot be written there.
@@ -262,7 +252,7 @@ def write(
         draft.touch()  # safetensors makes files that no one else may read
         mode = draft.stat().st_mode
         if torch is None:
-            save_file(arrays, draft, metadata={"format": "pt", **(about or {})})
+            save_file(arrays, draft, metadata={"format": "pt", **(metadata or {})})
         else:
             content = {name: torch.tensor(x) for name, x in arrays.items()}
             torch.save({wrapper: content} if wrapper else content, draft)
