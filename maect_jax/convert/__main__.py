@@ -117,22 +117,7 @@ def read_run(path: Path, stage: str | None = None, weights: str = "ema") -> expo
     Raises:
       UserError: there is no such run, stage or step, or the stage is not finished.
     """
-    run, checkpoint_stage, step = checkpoints.run_of(path)
-    if not (run / "config.json").is_file():
-        file = "; a file must be imported first" if run.is_file() else ""
-        raise UserError(f"{run}: there is no run (no config.json); name the folder of a run{file}")
-    if stage not in (None, checkpoint_stage or stage):
-        raise UserError(f"--stage={stage}: the checkpoint is one of stage {checkpoint_stage}")
-    stage = stage or checkpoint_stage
-    trained = checkpoints.trained_stages(run, tuple(SAVED))
-    if not trained or stage not in (None, *trained):
-        has = f"it has {', '.join(trained)}" if trained else "it has no checkpoint yet"
-        raise UserError(f"{run}: no stage {stage or 'to export'}; {has}")
-    stage = stage or trained[-1]
-    if step is None:
-        lineage.finished(run, stage, f"{run}: ")
-    else:
-        lineage.has_step(run, stage, step, f"{run}: ")
+    run, stage, step = lineage.trained_stage(path, stage)
     kind, folder = SAVED[stage], checkpoints.stage_folder(run, stage)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     parts = checkpoints.read_parts(folder, kind.saved + kind.exported, mesh, step)

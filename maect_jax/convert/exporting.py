@@ -1,17 +1,21 @@
 """Writes a model for timm, HuggingFace's transformers, and MAE's and MAE-CT's PyTorch code."""
 
 import dataclasses
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jinja2
 import numpy as np
 from ml_collections import ConfigDict
 
 from maect_jax import files
-from maect_jax.convert import card, names, tensors
+from maect_jax.convert import names, tensors
+from maect_jax.convert.importing import LN_EPS
 from maect_jax.errors import UserError
 from maect_jax.models import positions, vit
+from maect_jax.stages import SAVED
 
 _ENDINGS = {
     "timm": (".safetensors",),
@@ -20,6 +24,13 @@ _ENDINGS = {
     "mae": (".safetensors", ".pth"),
 }
 FORMATS = tuple(_ENDINGS)
+_TIMM = {
+    "Ti": ("vit_tiny_patch16_224", 16),
+    "S": ("vit_small_patch16_224", 16),
+    "B": ("vit_base_patch16_224", 16),
+    "L": ("vit_large_patch16_224", 16),
+    "H": ("vit_huge_patch14_224", 14),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +109,7 @@ def export(model: Model, file: Path, format: str) -> list[str]:
             complete = _WRITERS[format](model, draft)
             left_out = f"The run's classifier is left out: {format} has no place for it"
             left_out = "" if complete else left_out
-            text = card.text(model, file=file, format=format, left_out=left_out)
+            text = _card(model, file=file, format=format, left_out=left_out)
             files.write_text(draft.with_name(card_name) if endings else draft / "README.md", text)
             written = {one: file.parent / one.name for one in sorted(draft.parent.iterdir())}
             _check_new(*written.values())
@@ -234,3 +245,56 @@ def _hf(model: Model, folder: Path) -> bool:
 
 
 _WRITERS = {"timm": _timm, "hf": _hf, "maect": _maect, "mae": _mae}
+
+
+def _card(model: Model, file: Path, format: str, left_out: str) -> str:
+    """The model card, as Markdown."""
+    templates = jinja2.PackageLoader("maect_jax.convert", package_path="")
+    options = dict(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    kind, section = SAVED[model.stage], model.config.get(model.stage)
+    size = vit.size_of(model.config.model)
+    settings = {"model": model.config.model.to_dict() | size._asdict()}
+    settings |= {model.stage: section.to_dict()} if section else {}
+    return (
+        jinja2.Environment(loader=templates, **options)
+        .get_template("card.md")
+        .render(
+            model=model,
+            config=model.config,
+            data=model.config.get("data", {}),
+            title=kind.title.replace("{} ", ""),
+            size=size,
+            file=repr(file.name),
+            safetensors=file.suffix == ".safetensors",
+            format=format,
+            timm_call=_timm_call(model, file),
+            left_out=left_out,
+            average_measured="ema" in kind.saved and not model.averaged,
+            settings=json.dumps(settings, indent=2),
+        )
+    )
+
+
+def _timm_call(model: Model, file: Path) -> str:
+    """The call that builds the model with its weights in timm."""
+    section, size = model.config.model, vit.size_of(model.config.model)
+    known, (name, patch) = vit.VARIANTS[section.variant], _TIMM[section.variant]
+    arguments = {
+        "num_classes": model.classes,
+        "global_pool": "token" if section.pool == "cls" else "avg",
+    }
+    for key, value, default in (
+        ("fc_norm", section.pool != "mean", True),
+        ("img_size", tuple(section.image_size), (224, 224)),
+        ("patch_size", section.patch_size, patch),
+        ("in_chans", section.channels, 3),
+        ("embed_dim", size.width, known.width),
+        ("depth", size.depth, known.depth),
+        ("num_heads", size.heads, known.heads),
+    ):
+        if value != default:
+            arguments[key] = value
+    texts = [repr(name), *(f"{key}={value!r}" for key, value in arguments.items())]
+    if section.ln_eps != LN_EPS:
+        texts.append(f"norm_layer=partial(torch.nn.LayerNorm, eps={section.ln_eps!r})")
+    return f"timm.create_model({', '.join(texts)}, checkpoint_path={file.name!r})"

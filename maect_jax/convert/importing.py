@@ -8,14 +8,15 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from maect_jax import errors
 from maect_jax.convert import names, tensors
 from maect_jax.convert.names import CLASSIFIER, DECODER, ENCODER, HEAD, Parts
 from maect_jax.convert.tensors import Content, Stored
@@ -25,14 +26,34 @@ from maect_jax.stages import SAVED
 
 LN_EPS = 1e-6  # MAE's, MAE-CT's and timm's
 _DECODER_HEADS = {512: 16}  # by width: MAE's
-_POOLS = {"": None, "token": "cls", "avg": "mean"}  # by timm's names
 _HEAD_SIZES = {
     "projector_hidden": "projector.0.weight",
     "projector_out": "projector.6.weight",
     "predictor_hidden": "predictor.0.weight",
     "queue_size": "queue",
 }
+_TARGET = "target_projector.0.weight"  # a head of stage ct has a target
 _WHOLE_NUMBERS = ("queue_id", "queue_y", "queue_ptr")
+
+
+def _sides(value) -> tuple[int, int]:
+    """(height, width) of an image size: one side or two, or JSON."""
+    sides = json.loads(value) if isinstance(value, str) else value
+    height, width = sides if isinstance(sides, list) else (sides, sides)
+    if type(height) is not int or type(width) is not int:
+        raise ValueError
+    return height, width
+
+
+# What may be written beside the tensors, by key: how it is read, and what it must be.
+_METADATA = {
+    "num_attention_heads": (errors.positive(int), "a number above 0"),
+    "decoder_num_attention_heads": (errors.positive(int), "a number above 0"),
+    "layer_norm_eps": (errors.positive(float), "a number above 0"),
+    "image_size": (_sides, "one side or two, in pixels"),
+    "hidden_act": ({"gelu": "gelu"}.__getitem__, "'gelu'"),  # no tensor says
+    "global_pool": ({"": None, "token": "cls", "avg": "mean"}.__getitem__, "'token' or 'avg'"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,46 +74,44 @@ class Imported:
 
     Attributes:
       files: their paths.
+      layouts: whose names each has.
       kind: the stage that a run with such variables has saved, a key of `SAVED`.
       config: of such a run: `model`, `data` where the normalisation is known, the sizes of a head.
       described: for people, a line each.
+      parts: the tensors.
+      grid: (rows, columns) of patches that their positions are for.
     """
 
     files: tuple[Path, ...]
+    layouts: tuple[str, ...]
     kind: str
     config: ConfigDict
     described: tuple[str, ...]
-    _layouts: tuple[str, ...]
-    _parts: Parts
-    _grid: tuple[int, int]
+    parts: Parts
+    grid: tuple[int, int]
 
     def read(self) -> dict:
         """The variables, NumPy arrays: the fields `saved` and `exported` of the stage's class."""
-        model, parts = self.config.model, self._parts
-        fit = partial(
-            positions.fitted,
-            old=self._grid,
-            new=positions.grid(model.image_size, model.patch_size),
-        )
-        encoder = fit(names.encoder_from_torch(parts[ENCODER], self._grid))
-        fields = SAVED[self.kind].with_encoder(encoder)
+        model = self.config.model
+        grids = self.grid, positions.grid(model.image_size, model.patch_size)
+        encoder = names.encoder_from_torch(self.parts[ENCODER], self.grid)
+        fields = SAVED[self.kind].with_encoder(positions.fitted(encoder, *grids))
         more = {}
-        if DECODER in parts:
-            decoder = fit(names.decoder_from_torch(parts[DECODER], self._grid))
-            more = {"params": {"decoder": decoder}}
-        elif HEAD in parts:
-            more = names.head_from_torch(parts[HEAD])
-        elif CLASSIFIER in parts:
-            more = names.classifier_from_torch(parts[CLASSIFIER])
-        return fields | {
-            field: {**fields[field], **x} if field in fields else x for field, x in more.items()
-        }
+        if DECODER in self.parts:
+            decoder = names.decoder_from_torch(self.parts[DECODER], self.grid)
+            more = {"params": {"decoder": positions.fitted(decoder, *grids)}}
+        elif HEAD in self.parts:
+            more = names.head_from_torch(self.parts[HEAD])
+        elif CLASSIFIER in self.parts:
+            more = names.classifier_from_torch(self.parts[CLASSIFIER])
+        both = {field: {**fields[field], **more[field]} for field in fields.keys() & more.keys()}
+        return fields | more | both
 
     def origin(self) -> list[dict]:
         """Where the weights are from: each file with its layout and its SHA-256."""
         return [
             {"file": path.name, "layout": layout, "sha256": tensors.sha256(path)}
-            for path, layout in zip(self.files, self._layouts, strict=True)
+            for path, layout in zip(self.files, self.layouts, strict=True)
         ]
 
 
@@ -111,7 +130,7 @@ def paths_of(text: str) -> tuple[Path, ...]:
     return tuple(Path(part) for part in text.split(",") if part)
 
 
-def recognised(files: Sequence[Path], overrides: Overrides = Overrides()) -> Imported:
+def recognised(files: Sequence[Path], overrides: Overrides | None = None) -> Imported:
     """Recognises a model by the names and shapes of the tensors in its files.
 
     Args:
@@ -121,9 +140,8 @@ def recognised(files: Sequence[Path], overrides: Overrides = Overrides()) -> Imp
 
     Raises:
       UserError: a file does not exist, is damaged or of no kind that can be read; a tensor is
-        missing, unexpected or has a wrong shape; or the files do not say what a model needs.
+        missing, unexpected or of a wrong shape; or the files do not say what a model needs.
     """
-    where = ",".join(map(str, files))
     contents = [tensors.read(path) for path in files]
     sorted_files = [names.sort(content.tensors, str(content.path)) for content in contents]
     parts: Parts = {}
@@ -133,104 +151,179 @@ def recognised(files: Sequence[Path], overrides: Overrides = Overrides()) -> Imp
         parts |= one.parts
     if ENCODER not in parts:
         raise UserError(
-            f"{where}: holds {sorted_files[0].layout}, and no encoder; name the encoder with it, "
-            f"ENCODER,{files[0].name}"
+            f"{files[0]}: holds {sorted_files[0].layout}, and no encoder; name the encoder with "
+            f"it, ENCODER,{files[0].name}"
         )
     main = next(i for i, one in enumerate(sorted_files) if ENCODER in one.parts)
-    config, grid = _Builder(contents[main], parts, overrides).build()
-    described = _described(contents, sorted_files, config, grid)
-    layouts = tuple(one.layout for one in sorted_files)
-    return Imported(tuple(files), config.stages[0], config, tuple(described), layouts, parts, grid)
+    config, grid = _Builder(contents[main], parts, overrides or Overrides()).build()
+    return Imported(
+        files=tuple(files),
+        layouts=tuple(one.layout for one in sorted_files),
+        kind=config.stages[0],
+        config=config,
+        described=tuple(_described(contents, sorted_files, config, grid)),
+        parts=parts,
+        grid=grid,
+    )
 
 
-@dataclasses.dataclass(frozen=True)
 class _Builder:
-    """Makes the config of a model.
+    """Makes the config of a model from its tensors, what is beside them, and the overrides."""
 
-    Attributes:
-      content: of the file with the encoder.
-      parts: the tensors of all files.
-      overrides: what the user says.
-    """
+    def __init__(self, content: Content, parts: Parts, overrides: Overrides):
+        self.content, self.parts, self.overrides = content, parts, overrides
+        first = {
+            "num_attention_heads": overrides.heads,
+            "decoder_num_attention_heads": overrides.decoder_heads,
+            "layer_norm_eps": overrides.ln_eps,
+        }
+        stated = {**content.config, **{key: x for key, x in first.items() if x is not None}}
+        self.stated = dict.fromkeys(_METADATA)
+        for key in _METADATA.keys() & stated.keys():
+            read, allowed = _METADATA[key]
+            try:
+                self.stated[key] = read(stated[key])
+            except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
+                raise self.error(f"{key} is {stated[key]!r}, must be {allowed}") from error
 
-    content: Content
-    parts: Parts
-    overrides: Overrides
+    def error(self, message: str) -> UserError:
+        return UserError(f"{self.content.path}: {message}")
+
+    def tensor(self, part: str, name: str, axes: int) -> Stored:
+        """A tensor that must be there. Its exact shape is compared later."""
+        if name not in self.parts[part]:
+            raise self.error(f"the {part}'s tensor {name!r} is missing")
+        x = self.parts[part][name]
+        if len(x.shape) != axes or not min(x.shape):
+            raise self.error(f"{x.names[0]!r} has shape {x.shape}, must have {axes} axes")
+        return x
 
     def build(self) -> tuple[ConfigDict, tuple[int, int]]:
         """The config, and the patch grid (rows, columns) of the positions in the files."""
-        kind = self._kind()
-        model, grid = self._model()
-        self._move_class_position(grid)
-        section, decoder = {}, None
+        kind, section, decoder = self.kind(), {}, None
+        model, grid = self.model()
         if DECODER in self.parts:
-            decoder = self._decoder(model)
+            decoder = self.decoder(model)
             section["decoder"] = {key: getattr(decoder, key) for key in vit.Size._fields}
         elif HEAD in self.parts:
-            section = {
-                key: self._tensor(HEAD, name, axes=2).shape[0] for key, name in _HEAD_SIZES.items()
-            }
-        elif "running_var" in self.parts.get(CLASSIFIER, {}):
+            sizes = {key: self.tensor(HEAD, name, axes=2) for key, name in _HEAD_SIZES.items()}
+            section = {key: x.shape[0] for key, x in sizes.items()}
+        elif kind == "probe":
             name = self.parts[CLASSIFIER]["running_var"].names[0]
             section["bn_eps"] = 1e-6 if name.startswith("head.") else 1e-5  # MAE's, the authors'
-        self._compare(self._expected(model, section, decoder, grid))
-        data = self._normalisation(model.channels)
-        name = self.content.path.stem
-        config = {"name": name, "stages": (kind,), "model": model, "data": data, kind: section}
+        self.compare(self.shapes(model, section, decoder, grid))
+        config = {
+            "name": self.content.path.stem,
+            "stages": (kind,),
+            "model": model,
+            "data": self.normalisation(model.channels),
+            kind: section,
+        }
         return ConfigDict(config), grid
 
-    def _kind(self) -> str:
-        """The key of `SAVED` by what there is beside the encoder."""
+    def kind(self) -> str:
+        """The key of `SAVED`, by what there is beside the encoder."""
         beside = sorted(set(self.parts) - {ENCODER})
         if len(beside) > 1:
-            raise self._error(f"holds {' and '.join(beside)}; only one of them is allowed")
+            raise self.error(f"holds {' and '.join(beside)}; only one of them is allowed")
         if HEAD in beside:
-            return "ct" if "target_projector.0.weight" in self.parts[HEAD] else "head"
+            return "ct" if _TARGET in self.parts[HEAD] else "head"
         if CLASSIFIER in beside:
             return "probe" if "running_var" in self.parts[CLASSIFIER] else "finetune"
         return "mae" if DECODER in beside else "encoder"
 
-    # What is written beside the tensors
-
-    def _error(self, message: str) -> UserError:
-        return UserError(f"{self.content.path}: {message}")
-
-    def _stated(self, key: str, *allowed):
-        """The value of a key, by default the first that is allowed."""
-        value = self.content.config.get(key, allowed[0])
-        if value not in allowed:
-            names_of = " or ".join(map(repr, allowed))
-            raise self._error(f"{key} is {value!r}, must be {names_of}")
-        return value
-
-    def _number(self, key: str, override, kind: type):
-        """The override, or else the value of a key: a number above 0, or `None`."""
-        value = self.content.config.get(key) if override is None else override
-        if value is None:
-            return None
+    def model(self) -> tuple[ConfigDict, tuple[int, int]]:
+        """The `model` section, and the patch grid of the positions in the file."""
+        weight = self.tensor(ENCODER, "patch_embed.proj.weight", axes=4)
+        width, channels, patch, across = weight.shape
+        if patch != across:
+            raise self.error(f"{weight.names[0]!r} has shape {weight.shape}: not a square patch")
+        variant = next((name for name, size in vit.VARIANTS.items() if size.width == width), None)
+        heads, ln_eps = self.stated["num_attention_heads"], self.stated["layer_norm_eps"]
+        if variant:
+            heads, ln_eps = heads or vit.VARIANTS[variant].heads, ln_eps or LN_EPS
+        asked = [f"--{key}" for key, x in (("heads", heads), ("ln_eps", ln_eps)) if x is None]
+        if asked:
+            widths = ", ".join(str(size.width) for size in vit.VARIANTS.values())
+            raise self.error(
+                f"an encoder of width {width} is none of the known ones ({widths}): import it "
+                f"with {' and '.join(asked)}"
+            )
+        size = vit.Size(width, names.depth(self.parts[ENCODER]), heads)
+        for key, value in (
+            ("hidden_size", width),
+            ("num_hidden_layers", size.depth),
+            ("patch_size", patch),
+            ("num_channels", channels),
+        ):
+            if (stated := self.content.config.get(key, value)) != value:
+                raise self.error(f"{key} is {stated!r}, must be {value} as in the tensors")
+        variant, grid = variant or "B", self.grid(patch)
+        sizes = {
+            key: None if value == getattr(vit.VARIANTS[variant], key) else value
+            for key, value in size._asdict().items()
+        }
+        section = {
+            "variant": variant,
+            **sizes,
+            "patch_size": patch,
+            "image_size": self.overrides.image_size or (grid[0] * patch, grid[1] * patch),
+            "channels": channels,
+            "pool": self.overrides.pool or self.pool(grid, width),
+            "ln_eps": ln_eps,
+            "dtype": self.overrides.dtype or "bfloat16",
+        }
+        config = ConfigDict({"model": section})
         try:
-            number = kind(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if not (math.isfinite(number) and number > 0):
-            raise self._error(f"{key} is {value!r}, must be a number above 0")
-        return number
+            vit.check(config)
+        except UserError as error:
+            raise self.error(str(error)) from error
+        return config.model, grid
 
-    def _stated_grid(self, patch: int) -> tuple[int, int] | None:
-        """The patch grid of the image size: one side, or two."""
-        value = self.content.config.get("image_size")
-        try:
-            sides = json.loads(value) if isinstance(value, str) else value
-        except (ValueError, RecursionError):
-            sides = value
-        if sides is None:
-            return None
-        sides = sides if isinstance(sides, list) else [sides, sides]
-        if len(sides) != 2 or any(type(side) is not int or side < patch for side in sides):
-            raise self._error(f"image_size is {value!r}, must be one side or two, in pixels")
-        return sides[0] // patch, sides[1] // patch
+    def grid(self, patch: int) -> tuple[int, int]:
+        """The patch grid (rows, columns) of the position embedding in the file."""
+        position = self.tensor(ENCODER, "pos_embed", axes=3)
+        counts = (position.shape[1] - 1, position.shape[1])  # the class token may have a row
+        squares = [(math.isqrt(count),) * 2 for count in counts]
+        sizes = self.stated["image_size"], self.overrides.image_size
+        stated, asked = (size and (size[0] // patch, size[1] // patch) for size in sizes)
+        # Of several, MAE's embedding decides; most others have a row for the class token.
+        possible = [
+            grid
+            for grid in (stated, squares[0], asked, squares[1])
+            if grid and math.prod(grid) in counts and min(grid) > 0
+        ]
+        if not possible:
+            raise self.error(
+                f"{position.names[0]!r} has shape {position.shape}, which is not that of a square "
+                "image; import it with the --image_size=HEIGHT,WIDTH that it was made for"
+            )
+        return next((g for g in possible if _is_fixed(self.parts[ENCODER], g)), possible[0])
 
-    def _normalisation(self, channels: int) -> dict[str, tuple[float, ...]]:
+    def pool(self, grid: tuple[int, int], width: int) -> str:
+        """The feature, where the user does not name one."""
+        norm = self.parts[ENCODER].get("norm.weight")
+        if norm and norm.names[0] == "fc_norm.weight":
+            return "fc_norm"
+        if CLASSIFIER in self.parts or self.stated["global_pool"]:
+            return self.stated["global_pool"] or "cls"
+        # Of an MAE of ViT-B the paper takes the patches' mean, of the others the class token.
+        is_base = width == vit.VARIANTS["B"].width
+        return "mean" if is_base and _is_fixed(self.parts[ENCODER], grid) else "cls"
+
+    def decoder(self, model: ConfigDict) -> mae.Decoder:
+        width = self.tensor(DECODER, "embed.weight", axes=2).shape[0]
+        heads = self.stated["decoder_num_attention_heads"] or _DECODER_HEADS.get(width)
+        if heads is None:
+            raise self.error(
+                f"a decoder of width {width} is not MAE's; import it with --decoder_heads"
+            )
+        if width % heads or width % 4:
+            raise self.error(f"its decoder's width {width} must be a multiple of 4 and {heads}")
+        size = vit.Size(width, names.depth(self.parts[DECODER]), heads)
+        return mae.Decoder(*size, model.patch_size, model.channels, model.ln_eps)
+
+    def normalisation(self, channels: int) -> dict[str, tuple[float, ...]]:
         """`mean` and `std` of the channels of pixels from 0 to 1, where they are stated."""
         processor, timm = self.content.preprocessor, self.content.config.get("pretrained_cfg")
         timm = timm if isinstance(timm, Mapping) else {}
@@ -242,223 +335,72 @@ class _Builder:
         for key, values in stated.items():
             fits = isinstance(values, list) and len(values) == channels
             if not fits or any(type(x) not in (int, float) or not math.isfinite(x) for x in values):
-                raise self._error(f"{key} is {values!r}, must be {channels} numbers")
+                raise self.error(f"{key} is {values!r}, must be {channels} numbers")
         return {key: tuple(map(float, values)) for key, values in stated.items()}
 
-    # What the tensors say
-
-    def _tensor(self, part: str, name: str, axes: int) -> Stored:
-        """A tensor that must be there. Its exact shape is compared later."""
-        if name not in self.parts[part]:
-            raise self._error(f"the {part}'s tensor {name!r} is missing")
-        x = self.parts[part][name]
-        if len(x.shape) != axes or not min(x.shape):
-            raise self._error(
-                f"{x.names[0]!r} has shape {x.shape}, must have {axes} axes, none empty"
-            )
-        return x
-
-    def _model(self) -> tuple[ConfigDict, tuple[int, int]]:
-        """The `model` section, and the patch grid of the positions in the file."""
-        weight = self._tensor(ENCODER, "patch_embed.proj.weight", axes=4)
-        width, channels, patch, across = weight.shape
-        if patch != across:
-            raise self._error(f"{weight.names[0]!r} has shape {weight.shape}: not a square patch")
-        known = next((name for name, size in vit.VARIANTS.items() if size.width == width), None)
-        heads = self._number("num_attention_heads", self.overrides.heads, int)
-        ln_eps = self._number("layer_norm_eps", self.overrides.ln_eps, float)
-        if known:
-            heads, ln_eps = heads or vit.VARIANTS[known].heads, ln_eps or LN_EPS
-        asked = [f"--{key}" for key, x in (("heads", heads), ("ln_eps", ln_eps)) if x is None]
-        if asked:
-            widths = ", ".join(str(size.width) for size in vit.VARIANTS.values())
-            raise self._error(
-                f"an encoder of width {width} is none of the known ones ({widths}), and the file "
-                f"does not say all of it: import it with {' and '.join(asked)}"
-            )
-        self._check_width(ENCODER, width, heads)
-        size = vit.Size(width, names.depth(self.parts[ENCODER]), heads)
-        self._stated("hidden_act", "gelu")  # no tensor tells
-        for key, value in (
-            ("hidden_size", width),
-            ("num_hidden_layers", size.depth),
-            ("patch_size", patch),
-            ("num_channels", channels),
-        ):
-            self._stated(key, value)
-        grid = self._grid(patch)
-        variant = known or "B"
-        sizes = {
-            key: None if value == getattr(vit.VARIANTS[variant], key) else value
-            for key, value in size._asdict().items()
-        }
-        section = {
-            "variant": variant,
-            **sizes,
-            "patch_size": patch,
-            "image_size": self.overrides.image_size or (grid[0] * patch, grid[1] * patch),
-            "channels": channels,
-            "pool": self.overrides.pool or self._pool(grid, width),
-            "ln_eps": ln_eps,
-            "dtype": self.overrides.dtype or "bfloat16",
-        }
-        return ConfigDict(section), grid
-
-    def _check_width(self, part: str, width: int, heads: int) -> None:
-        if width % heads or width % 4:
-            raise self._error(
-                f"the {part}'s width {width} must be a multiple of 4 and of its {heads} heads"
-            )
-
-    def _grid(self, patch: int) -> tuple[int, int]:
-        """The patch grid (rows, columns) of the position embedding in the file."""
-        size = self.overrides.image_size
-        if size and any(side < patch or side % patch for side in size):
-            raise self._error(
-                f"the image size {size} must be a multiple of the patch size, {patch}, which "
-                "cannot be changed"
-            )
-        position = self._tensor(ENCODER, "pos_embed", axes=3)
-        rows = position.shape[1]
-        counts = (rows - 1, rows)  # the class token may have a row
-        squares = [(math.isqrt(count),) * 2 for count in counts]
-        asked = size and (size[0] // patch, size[1] // patch)
-        # Of several MAE's embedding decides; most others have a row for the class token.
-        possible = (self._stated_grid(patch), squares[0], asked, squares[1])
-        possible = [grid for grid in possible if grid and math.prod(grid) in counts and min(grid)]
-        if not possible:
-            raise self._error(
-                f"{position.names[0]!r} has shape {position.shape}, which is not that of a square "
-                "image; import it with the --image_size=HEIGHT,WIDTH that it was made for"
-            )
-        return next((g for g in possible if _is_fixed(self.parts[ENCODER], g)), possible[0])
-
-    def _pool(self, grid: tuple[int, int], width: int) -> str:
-        """The feature of the model where the user does not name one: for an MAE the paper's."""
-        norm = self.parts[ENCODER].get("norm.weight")
-        if norm and norm.names == ("fc_norm.weight",):
-            return "fc_norm"
-        pool = _POOLS[self._stated("global_pool", *_POOLS)]
-        if pool or CLASSIFIER in self.parts:
-            return pool or "cls"
-        base = width == vit.VARIANTS["B"].width
-        return "mean" if base and _is_fixed(self.parts[ENCODER], grid) else "cls"
-
-    def _decoder(self, model: ConfigDict) -> mae.Decoder:
-        width = self._tensor(DECODER, "embed.weight", axes=2).shape[0]
-        heads = self._number("decoder_num_attention_heads", self.overrides.decoder_heads, int)
-        heads = heads or _DECODER_HEADS.get(width)
-        if heads is None:
-            raise self._error(
-                f"a decoder of width {width} is not MAE's; import it with --decoder_heads"
-            )
-        self._check_width(DECODER, width, heads)
-        size = vit.Size(width, names.depth(self.parts[DECODER]), heads)
-        return mae.Decoder(*size, model.patch_size, model.channels, model.ln_eps)
-
-    def _move_class_position(self, grid: tuple[int, int]) -> None:
-        """Adds the class token's row of the position embedding, where there is one, to the token.
-
-        A decoder has no class token of its own, so there the row must be zero.
-        """
-        patches = math.prod(grid)
-        for part in (ENCODER, DECODER):
-            tensors = self.parts.get(part, {})
-            position = tensors.get("pos_embed")
-            if position is None or position.shape[1:2] != (patches + 1,):
-                continue
-            if part == ENCODER:
-                token = self._tensor(ENCODER, "cls_token", axes=3)
-                tensors["cls_token"] = dataclasses.replace(
-                    token,
-                    names=token.names + position.names,
-                    read=lambda token=token, x=position: np.asarray(token) + np.asarray(x)[:, :1],
-                    floating=token.floating and position.floating,
-                )
-            elif np.asarray(position)[:, 0].any():
-                raise self._error(
-                    f"{position.names[0]!r} has a row for the class token that is not zero, for "
-                    "which there is no place in the decoder"
-                )
-            tensors["pos_embed"] = dataclasses.replace(
-                position,
-                shape=(position.shape[0], patches, *position.shape[2:]),
-                read=lambda x=position: np.asarray(x)[:, 1:],
-            )
-
-    # The comparison with the network
-
-    def _expected(
+    def shapes(
         self, model: ConfigDict, section: Mapping, decoder: mae.Decoder | None, grid
     ) -> dict[str, dict[str, tuple[int, ...]]]:
-        """By part, the shapes of the tensors of the network that the config describes."""
-        encoder, width, patch = vit.from_config(model), vit.size_of(model).width, model.patch_size
-        images = np.empty((1, grid[0] * patch, grid[1] * patch, model.channels), np.float32)
-        params = _abstract(encoder.init, images)["params"]
-        expected = {ENCODER: names.encoder_to_torch(params, patch, grid)}
+        """By part, the shapes of the tensors of the network that a config describes."""
+        patch, width, patches = model.patch_size, vit.size_of(model).width, math.prod(grid)
+        out, queue = section.get("projector_out"), section.get("queue_size")
+
+        def init(key):
+            images = jnp.zeros((1, grid[0] * patch, grid[1] * patch, model.channels))
+            modules = {"encoder": vit.from_config(model).init(key, images)}
+            if decoder:
+                inputs = jnp.zeros((1, 1, width)), jnp.zeros((1, patches), int)
+                modules["decoder"] = decoder.init(key, *inputs, grid)
+            if HEAD in self.parts:
+                projector = nnclr.Projector(section["projector_hidden"], out)
+                predictor = nnclr.Predictor(section["predictor_hidden"], out)
+                modules["projector"] = projector.init(key, jnp.zeros((2, width)), train=True)
+                modules["predictor"] = predictor.init(key, jnp.zeros((2, out)), train=True)
+            return modules
+
+        abstract = jax.eval_shape(init, jax.random.key(0))
+        # Zeros that take no memory.
+        zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), abstract)
+        network = {ENCODER: names.encoder_to_torch(zeros["encoder"]["params"], patch)}
         if decoder:
-            inputs = np.empty((1, 1, width), np.float32), np.empty((1, math.prod(grid)), np.int32)
-            params = _abstract(partial(decoder.init, grid=grid), *inputs)["params"]
-            expected[DECODER] = names.decoder_to_torch(params, grid)
-        shapes = {
-            part: {name: x.shape for name, x in tensors.items()}
-            for part, tensors in expected.items()
-        }
+            network[DECODER] = names.decoder_to_torch(zeros["decoder"]["params"])
         if HEAD in self.parts:
-            shapes[HEAD] = self._expected_head(section, width)
+            head = {
+                field: {name: zeros[name][field] for name in ("projector", "predictor")}
+                for field in ("params", "batch_stats")
+            }
+            if _TARGET in self.parts[HEAD]:
+                head["target"] = {"projector": head["params"]["projector"]}
+            network[HEAD] = names.head_to_torch(head)
+        shapes = {part: {name: x.shape for name, x in of.items()} for part, of in network.items()}
+        for part in network.keys() & {ENCODER, DECODER}:
+            rows = self.tensor(part, "pos_embed", axes=3).shape[1]  # the class token may have one
+            size = decoder.width if part == DECODER else width
+            shapes[part]["pos_embed"] = (1, min(max(rows, patches), patches + 1), size)
+        if HEAD in self.parts:
+            shapes[HEAD] |= {"queue": (queue, out), "queue_ptr": (1,)}
+            shapes[HEAD] |= dict.fromkeys(("queue_id", "queue_y"), (queue,))
         if CLASSIFIER in self.parts:
-            classes = self._tensor(CLASSIFIER, "weight", axes=2).shape[0]
+            classes = self.tensor(CLASSIFIER, "weight", axes=2).shape[0]
             shapes[CLASSIFIER] = {"weight": (classes, width), "bias": (classes,)}
             if "bn_eps" in section:
-                shapes[CLASSIFIER] |= {"running_mean": (width,), "running_var": (width,)}
+                shapes[CLASSIFIER] |= dict.fromkeys(("running_mean", "running_var"), (width,))
         return shapes
 
-    def _expected_head(self, section: Mapping, width: int) -> dict[str, tuple[int, ...]]:
-        out, queue = section["projector_out"], section["queue_size"]
-        modules = {
-            "projector": (nnclr.Projector(section["projector_hidden"], out), width),
-            "predictor": (nnclr.Predictor(section["predictor_hidden"], out), out),
-        }
-        variables = {
-            name: _abstract(partial(module.init, train=True), np.empty((2, size), np.float32))
-            for name, (module, size) in modules.items()
-        }
-        head = {
-            field: {name: tree[field] for name, tree in variables.items()}
-            for field in ("params", "batch_stats")
-        }
-        if "target_projector.0.weight" in self.parts[HEAD]:
-            head["target"] = {"projector": head["params"]["projector"]}
-        rings = {
-            "queue": (queue, out),
-            "queue_id": (queue,),
-            "queue_y": (queue,),
-            "queue_ptr": (1,),
-        }
-        return {name: x.shape for name, x in names.head_to_torch(head).items()} | rings
-
-    def _compare(self, expected: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+    def compare(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
         """Raises `UserError` for a tensor that is missing or unexpected, or of a wrong shape."""
-        for part, shapes in expected.items():
-            tensors = self.parts[part]
-            missing = sorted(set(shapes) - set(tensors))
+        for part, expected in shapes.items():
+            missing = sorted(set(expected) - set(self.parts[part]))
             if missing:
-                more = f" and {len(missing) - 1} more" if missing[1:] else ""
-                raise self._error(f"the {part}'s tensor {missing[0]!r} is missing{more}")
-            for name, x in tensors.items():
-                label, shape = " + ".join(x.names), shapes.get(name)
-                if shape is None:
-                    raise self._error(f"no place in the {part} for {label!r}")
-                if x.shape != shape:
-                    raise self._error(f"{label!r} has shape {x.shape}, must be {shape}")
+                raise self.error(f"the {part}'s tensors {missing} are missing")
+            for name, x in self.parts[part].items():
+                label = " + ".join(x.names)
+                if name not in expected:
+                    raise self.error(f"no place in the {part} for {label!r}")
+                if x.shape != expected[name]:
+                    raise self.error(f"{label!r} has shape {x.shape}, must be {expected[name]}")
                 if not x.floating and name not in _WHOLE_NUMBERS:
-                    raise self._error(f"{label!r} must hold floats of 16, 32 or 64 bits")
-
-
-def _abstract(init: Callable, *inputs: np.ndarray) -> dict:
-    """What a network initialises: zeros of the same shapes, which take no memory."""
-    variables = jax.eval_shape(init, jax.random.key(0), *inputs)
-    return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), variables)
+                    raise self.error(f"{label!r} must hold floats of 16, 32 or 64 bits")
 
 
 def _is_fixed(encoder: Mapping[str, Stored], grid: tuple[int, int]) -> bool:
@@ -470,12 +412,7 @@ def _is_fixed(encoder: Mapping[str, Stored], grid: tuple[int, int]) -> bool:
     return np.array_equal(rows, positions.sincos(grid, stored.shape[2]))
 
 
-def _described(
-    contents: Sequence[Content],
-    sorted_files: Sequence[names.Sorted],
-    config: ConfigDict,
-    grid: tuple[int, int],
-) -> Iterator[str]:
+def _described(contents, sorted_files, config: ConfigDict, grid) -> Iterator[str]:
     """Lines for people: the files, the model, how each tensor is used, which are not and why.
 
     Weight and bias, and those of all blocks, share a line.
@@ -497,17 +434,17 @@ def _described(
     known = "from the folder" if config.data else "unknown; config.data.mean and .std apply"
     yield f"mean, std  {known}"
     ignored = {name: why for one in sorted_files for name, why in one.ignored.items()}
-    used = {name for of_part in parts.values() for x in of_part.values() for name in x.names}
-    yield f"tensors    {len(ignored) + len(used)}, used as"
+    used = [(part, name, x) for part, named in parts.items() for name, x in named.items()]
+    total = len(ignored) + len({name for *_, x in used for name in x.names})
+    yield f"tensors    {total}, used as"
     rows: dict[str, dict[str, None]] = {}
-    for part, of_part in parts.items():
-        for name, x in of_part.items():
-            module, _, leaf = name.rpartition(".")
-            if not module or not all(n.endswith(f".{leaf}") for n in x.names):
-                module, leaf = name, ""
-            theirs = " + ".join(n.removesuffix(f".{leaf}") for n in x.names)
-            row = re.sub(r"\.\d+\b", ".*", f"  {theirs} -> {part} {module}")
-            rows.setdefault(row, {})[leaf] = None
+    for part, name, x in used:
+        module, dot, leaf = name.rpartition(".")
+        if not all(n.endswith(dot + leaf) for n in x.names):
+            module, dot, leaf = name, "", ""
+        theirs = " + ".join(n.removesuffix(dot + leaf) for n in x.names)
+        row = re.sub(r"\.\d+\b", ".*", f"  {theirs} -> {part} {module}")
+        rows.setdefault(row, {})[leaf] = None
     for row, leaves in rows.items():
         yield f"{row} ({', '.join(leaves)})" if any(leaves) else row
     for name, reason in ignored.items():

@@ -135,24 +135,38 @@ def _to_torch(variables: Mapping, table: Table, first_block: int = 0) -> dict[st
 
 
 def _network_from_torch(tensors: Tensors, table: Table, grid: tuple[int, int], what: str) -> dict:
-    """`_from_torch`, and `pos_embed` where it differs from the fixed position embedding."""
+    """`_from_torch`, and `pos_embed` where it differs from the fixed position embedding.
+
+    A row of `pos_embed` for the class token is added to that token. A decoder has no class token of
+    its own, so there the row must be zero.
+    """
     tensors = dict(tensors)
     position = tensors.pop("pos_embed", None)
     params = _from_torch(tensors, table, what)
     if position is None:
         return params
-    position = np.asarray(position)[0]
-    if len(position) != math.prod(grid):
-        raise UserError(f"{what}: pos_embed has {len(position)} rows, must have {math.prod(grid)}")
+    position, rows = np.asarray(position)[0], math.prod(grid)
+    class_row, position = position[:-rows], position[-rows:]
+    if len(position) != rows or len(class_row) > 1:
+        raise UserError(f"{what}: pos_embed has {len(class_row) + len(position)} rows, not {rows}")
+    if class_row.any() and "cls_token" not in params:
+        raise UserError(f"{what}: pos_embed has a row for the class token that is not zero")
+    if len(class_row) and "cls_token" in params:
+        params["cls_token"] = params["cls_token"] + class_row
     fixed = np.array_equal(position, positions.sincos(grid, position.shape[1]))
     return params if fixed else params | {"pos_embed": position}
 
 
-def _position(params: Mapping, grid: tuple[int, int], width: int) -> dict[str, np.ndarray]:
-    """The learned or else the fixed position embedding, `[1, N, D]`."""
-    position = params.get("pos_embed")
-    position = positions.sincos(grid, width) if position is None else np.asarray(position)
-    return {"pos_embed": position[None]}
+def _network_to_torch(params: Mapping, table: Table, grid: tuple[int, int] | None, first_block=0):
+    """The inverse of `_network_from_torch`, with `pos_embed` where `grid` is given."""
+    params = dict(params)
+    position = params.pop("pos_embed", None)
+    tensors = _to_torch(params, table, first_block)
+    if grid is None:
+        return tensors
+    token = params["cls_token"] if "cls_token" in params else params["mask_token"]
+    position = positions.sincos(grid, token.shape[-1]) if position is None else position
+    return tensors | {"pos_embed": np.asarray(position)[None]}
 
 
 def encoder_from_torch(tensors: Tensors, grid: tuple[int, int]) -> dict:
@@ -181,15 +195,12 @@ def encoder_to_torch(
       grid: patches in (rows, columns). With it `params` must be whole, and `pos_embed` is written.
       first_block: index in the whole encoder of the first block of `params["blocks"]`.
     """
-    rest = {key: x for key, x in params.items() if key != "pos_embed"}
-    tensors = _to_torch(rest, _ENCODER, first_block)
+    tensors = _network_to_torch(params, _ENCODER, grid, first_block=first_block)
     if "patch_embed" in params:
         weight = tensors["patch_embed.proj.weight"]
         pixels = weight.reshape(len(weight), patch_size, patch_size, -1)
         tensors["patch_embed.proj.weight"] = pixels.transpose(0, 3, 1, 2)
-    if grid is None:
-        return tensors
-    return tensors | _position(params, grid, params["cls_token"].shape[-1])
+    return tensors
 
 
 def decoder_from_torch(tensors: Tensors, grid: tuple[int, int]) -> dict:
@@ -200,10 +211,7 @@ def decoder_from_torch(tensors: Tensors, grid: tuple[int, int]) -> dict:
 
 def decoder_to_torch(params: Mapping, grid: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
     """The inverse of `decoder_from_torch`, with `pos_embed` where `grid` is given."""
-    tensors = _to_torch({key: x for key, x in params.items() if key != "pos_embed"}, _DECODER)
-    if grid is None:
-        return tensors
-    return tensors | _position(params, grid, params["mask_token"].shape[-1])
+    return _network_to_torch(params, _DECODER, grid)
 
 
 def head_from_torch(tensors: Tensors) -> dict:
@@ -306,48 +314,39 @@ def mae_decoder_name(name: str) -> str:
     return name if name == "mask_token" else f"decoder_{name}"
 
 
-def _hf_blocks(stack: str, block: Mapping[str, str]) -> dict[str, str]:
-    return {f"blocks.{{}}.{ours}": f"{stack}.{{}}.{theirs}" for ours, theirs in block.items()}
-
-
-# By this module's names: HuggingFace's, in its files, and those of its code today where they differ
+_ATTENTION = ("query", "key", "value")
+# By this module's names: HuggingFace's.
 _HF_BLOCK = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
-    "attn.query": "attention.attention.query",
-    "attn.key": "attention.attention.key",
-    "attn.value": "attention.attention.value",
+    **{f"attn.{which}": f"attention.attention.{which}" for which in _ATTENTION},
     "attn.proj": "attention.output.dense",
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
-}
-_HF_BLOCK_TODAY = _HF_BLOCK | {
-    "attn.query": "attention.q_proj",
-    "attn.key": "attention.k_proj",
-    "attn.value": "attention.v_proj",
-    "attn.proj": "attention.o_proj",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
 }
 _HF_ENCODER = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm": "layernorm",
-} | _hf_blocks("encoder.layer", _HF_BLOCK)
-_HF_DECODER = {"mask_token": "decoder.mask_token"} | {
-    name: f"decoder.decoder_{name}" for name in ("pos_embed", "embed", "norm", "pred")
+    **{f"blocks.{{}}.{ours}": f"encoder.layer.{{}}.{x}" for ours, x in _HF_BLOCK.items()},
 }
-# By the names of modules and tensors in files: the part, and the name in this module
+_HF_DECODER = {
+    "mask_token": "decoder.mask_token",
+    **{name: f"decoder.decoder_{name}" for name in ("pos_embed", "embed", "norm", "pred")},
+    **{f"blocks.{{}}.{ours}": f"decoder.decoder_layers.{{}}.{x}" for ours, x in _HF_BLOCK.items()},
+}
+# What HuggingFace's code says today (in this order) where its files say something else.
+_HF_TODAY = {
+    r"^layers\.": "encoder.layer.",
+    **{rf"attention\.{which[0]}_proj": f"attention.attention.{which}" for which in _ATTENTION},
+    r"attention\.o_proj": "attention.output.dense",
+    r"mlp\.fc1": "intermediate.dense",
+    r"mlp\.fc2": "output.dense",
+}
+# By the names of modules and tensors in files: the part, and the name in this module.
 _HF_MODULES = {theirs: (ENCODER, ours) for ours, theirs in _HF_ENCODER.items()}
 _HF_MODULES |= {theirs: (DECODER, ours) for ours, theirs in _HF_DECODER.items()}
-_HF_MODULES |= {
-    theirs: (part, ours)
-    for part, prefix in ((ENCODER, ""), (DECODER, "decoder.decoder_"))
-    for stack in ("encoder.layer", "layers")
-    for block in (_HF_BLOCK, _HF_BLOCK_TODAY)
-    for ours, theirs in _hf_blocks(f"{prefix}{stack}", block).items()
-}
 _HF_MODULES["classifier"] = (CLASSIFIER, "")
 _MAE_MODULES = {name: (ENCODER, name) for name in _modules("pos_embed", *_ENCODER.values())}
 _MAE_MODULES |= {
@@ -372,7 +371,6 @@ _IGNORED = {
     r"(vit\.)?embeddings\.mask_token": "hides patches in SimMIM, which is not used here",
 }
 _LEAF = r"(.*?)(\.(?:weight|bias|running_mean|running_var))?"
-_ATTENTION = ("query", "key", "value")
 
 
 def _template(name: str) -> tuple[str, str]:
@@ -389,17 +387,13 @@ def sort(tensors: Mapping[str, Stored], where: str) -> Sorted:
     Raises:
       UserError: the file is of no known kind, or a tensor has no place in a Vision Transformer.
     """
-    fitting = (
-        (title, modules)
-        for mark, title, modules in _LAYOUTS
-        if any(re.fullmatch(mark, name) for name in tensors)
-    )
-    title, modules = next(fitting, ("", {}))
-    if not title:
+    layout = next((x for x in _LAYOUTS if any(re.fullmatch(x[0], n) for n in tensors)), None)
+    if layout is None:
         raise UserError(
             f"{where}: none of the kinds that can be read (MAE, MAE-CT's encoder, head or probe, "
             f"HuggingFace's ViTMAE or ViT, timm's ViT); its first tensor is {min(tensors)!r}"
         )
+    _, title, modules = layout
     parts: Parts = {}
     ignored = {}
     for name, x in tensors.items():
@@ -408,14 +402,16 @@ def sort(tensors: Mapping[str, Stored], where: str) -> Sorted:
             ignored[name] = reason
             continue
         module, leaf = re.fullmatch(_LEAF, name.removeprefix("vit."), re.DOTALL).groups("")
+        if modules is _HF_MODULES:
+            for today, saved in _HF_TODAY.items():
+                module = re.sub(today, saved, module)
         template, block = _template(module)
-        place = modules.get(module) or modules.get(template)
-        if place is None:
+        part, ours = modules.get(module) or modules.get(template) or ("", "")
+        if not part:
             raise UserError(
-                f"{where}: there is no place for the tensor {name!r} in a plain Vision "
-                "Transformer; such a model cannot be read"
+                f"{where}: a plain Vision Transformer has no tensor like {name!r}; such a model "
+                "cannot be read"
             )
-        part, ours = place
         ours = f"{ours.format(block)}{leaf}".removeprefix(".")
         same = parts.setdefault(part, {}).setdefault(ours, x)
         if same is not x:

@@ -27,9 +27,6 @@ _INDEX = "model.safetensors.index.json"
 _WEIGHTS = ("model.safetensors", _INDEX, "pytorch_model.bin")
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _TORCH_FLOATS = ("float16", "bfloat16", "float32", "float64")
-_BESIDE = ("config", "preprocessor_config")
-_SAFE = (2, 6)  # before it, weights_only could be got around (CVE-2025-32434)
-_NO_TORCH = "reading and writing it needs PyTorch, the extra [torch]: pip install torch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +59,16 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """What a file or a folder holds: its tensors by name, and what is written beside them."""
+    """What a file or a folder holds: its tensors by name, and what is written beside them.
+
+    `config` is that of a HuggingFace folder, or of the header of a safetensors file; `config` and
+    `preprocessor` may be empty.
+    """
 
     path: Path
     container: str
     tensors: Mapping[str, Stored]
-    config: Mapping  # of a HuggingFace folder, or of a safetensors header; may be empty
+    config: Mapping
     preprocessor: Mapping
 
 
@@ -75,35 +76,30 @@ def read(path: Path) -> Content:
     """The tensors of a file, or of a HuggingFace folder.
 
     Raises:
-      UserError: it is not there, damaged, or something else.
+      UserError: it does not exist, is damaged, or is something else.
     """
-    if path.is_dir():
-        found = weights_in(path)
-        if found is None:
-            run = "; a run need not be imported" if (path / "checkpoints").is_dir() else ""
-            raise UserError(f"{path}: the folder holds none of {', '.join(_WEIGHTS)}{run}")
-    elif path.is_file():
-        found = path
-    else:
+    file = (weights_in(path) if path.is_dir() else path) or path
+    config, preprocessor = {}, {}
+    if file.is_dir():
+        run = "; a run need not be imported" if (path / "checkpoints").is_dir() else ""
+        raise UserError(f"{path}: the folder holds none of {', '.join(_WEIGHTS)}{run}")
+    if not file.is_file():
         raise UserError(f"{path}: there is no such file")
-    about = {}
-    if found.name == _INDEX:
-        container, tensors = "safetensors, in parts", _parts(found)
-    elif found.suffix in SAFETENSORS:
-        container, (tensors, about) = "safetensors", _safetensors(found)
-    elif found.suffix in PICKLES:
-        container, tensors = _pickle(found)
+    if file.name == _INDEX:
+        container, tensors = "safetensors, in parts", _parts(file)
+    elif file.suffix in SAFETENSORS:
+        container, (tensors, config) = "safetensors", _safetensors(file)
+    elif file.suffix in PICKLES:
+        container, tensors = _pickle(file)
     else:
         allowed = ", ".join(SAFETENSORS + PICKLES)
         raise UserError(f"{path}: not a file of tensors by its name; must end in one of {allowed}")
     if not tensors:
         raise UserError(f"{path}: holds no tensors")
-    config, preprocessor = {}, {}
-    if found.name in _WEIGHTS:  # what lies beside a file of another name may be of another model
-        config, preprocessor = (
-            files.read_json(found.with_name(f"{name}.json")) for name in _BESIDE
-        )
-    return Content(path, container, tensors, about | config, preprocessor)
+    if file.name in _WEIGHTS:  # what lies beside a file of another name may be of another model
+        config |= files.read_json(file.with_name("config.json"))
+        preprocessor = files.read_json(file.with_name("preprocessor_config.json"))
+    return Content(path, container, tensors, config, preprocessor)
 
 
 def weights_in(folder: Path) -> Path | None:
@@ -112,15 +108,11 @@ def weights_in(folder: Path) -> Path | None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file, or of the files with a folder's weights, one after the other."""
+    """The hash of a file, or of the files with a folder's weights, one after the other."""
     found = weights_in(path) or path
-    parts = (
-        sorted({found.with_name(x.where.name) for x in _parts(found).values()})
-        if (found.name == _INDEX)
-        else [found]
-    )
+    parts = {x.where for x in _parts(found).values()} if found.name == _INDEX else {found}
     digest = hashlib.sha256()
-    for part in parts:
+    for part in sorted(parts):
         with part.open("rb") as file:
             while block := file.read(2**24):
                 digest.update(block)
@@ -169,12 +161,11 @@ def _torch(path: Path):
     try:
         import torch
     except ImportError as error:
-        raise UserError(f"{path}: {_NO_TORCH}") from error
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < _SAFE:
+        raise UserError(f"{path}: needs PyTorch, the extra [torch]: pip install torch") from error
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):  # CVE-2025-32434
         raise UserError(
             f"{path}: PyTorch {torch.__version__} is too old to read pickles without running them; "
-            f"{_SAFE[0]}.{_SAFE[1]} or later does"
+            "2.6 or later does"
         )
     return torch
 
@@ -237,29 +228,26 @@ def write(
     wrapper: str = "",
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes tensors, whole or not at all: safetensors, or by the path's ending a pickle of tensors
-    and nothing else, `{wrapper: tensors}`. `metadata` goes into the header of safetensors.
+    """Writes tensors as safetensors, or by the path's ending as a pickle of `{wrapper: tensors}`.
+
+    `metadata` goes into the header of safetensors.
 
     Raises:
-      OSError: it cannot be written there.
-      UserError: PyTorch is needed and not there.
+      OSError: the file cannot be written; a part of it may be left.
+      UserError: PyTorch is needed and not installed.
     """
     arrays = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-    draft = path.with_name(path.name + ".tmp")
     torch = None if path.suffix in SAFETENSORS else _torch(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()  # safetensors makes files that no one else may read
+    mode = path.stat().st_mode
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.touch()  # safetensors makes files that no one else may read
-        mode = draft.stat().st_mode
         if torch is None:
-            save_file(arrays, draft, metadata={"format": "pt", **(metadata or {})})
+            save_file(arrays, path, metadata={"format": "pt", **(metadata or {})})
         else:
             content = {name: torch.tensor(x) for name, x in arrays.items()}
-            torch.save({wrapper: content} if wrapper else content, draft)
-        draft.chmod(mode)
-        draft.replace(path)
+            torch.save({wrapper: content} if wrapper else content, path)
     # A full disk is an error of the libraries' own.
     except (SafetensorError, RuntimeError) as error:
         raise OSError(str(error).splitlines()[0]) from error
-    finally:
-        draft.unlink(missing_ok=True)
+    path.chmod(mode)

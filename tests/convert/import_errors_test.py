@@ -30,7 +30,7 @@ def with_position(shape, dtype=np.float32):
 ROWS, WIDTH = CT.grid[0] * CT.grid[1], CT.meta["width"]
 # What is wrong with a file, by what the error says.
 WRONG = {
-    "the encoder's tensor 'blocks.1.attn.qkv.bias' is missing": broken(
+    "the encoder's tensors ['blocks.1.attn.qkv.bias'] are missing": broken(
         lambda t: t.pop("blocks.1.attn.qkv.bias")
     ),
     "the encoder's tensor 'pos_embed' is missing": broken(lambda t: t.pop("pos_embed")),
@@ -45,7 +45,7 @@ WRONG = {
     "'norm.bias' must hold floats of 16, 32 or 64 bits": broken(
         lambda t: t.update({"norm.bias": np.zeros(WIDTH, np.int8)})
     ),
-    "there is no place for the tensor 'blocks.0.ls1.gamma'": broken(
+    "a plain Vision Transformer has no tensor like 'blocks.0.ls1.gamma'": broken(
         lambda t: t.update({"blocks.0.ls1.gamma": np.zeros(3, np.float32)})
     ),
     "none of the kinds that can be read": {"conv1.weight": np.zeros((3, 3), np.float32)},

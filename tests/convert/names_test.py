@@ -87,7 +87,7 @@ def test_what_is_missing_or_left_over_is_named(case):
     tensors = {**case.under("encoder/"), "head.weight": np.zeros(1)}
     with pytest.raises(UserError, match=r"encoder: .* \['head\.weight'\] are unexpected"):
         convert.encoder_from_torch(tensors, case.grid)
-    with pytest.raises(UserError, match=r"encoder: pos_embed has \d+ rows, must have 81"):
+    with pytest.raises(UserError, match=r"encoder: pos_embed has \d+ rows, not 81"):
         convert.encoder_from_torch(case.under("encoder/"), (9, 9))
 
 
