@@ -24,13 +24,7 @@ _ENDINGS = {
     "mae": (".safetensors", ".pth"),
 }
 FORMATS = tuple(_ENDINGS)
-_TIMM = {
-    "Ti": ("vit_tiny_patch16_224", 16),
-    "S": ("vit_small_patch16_224", 16),
-    "B": ("vit_base_patch16_224", 16),
-    "L": ("vit_large_patch16_224", 16),
-    "H": ("vit_huge_patch14_224", 14),
-}
+_TIMM_VARIANTS = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,7 +171,7 @@ def _mae(model: Model, file: Path) -> bool:
     weights = _encoder(model) | _classifier(model, linear, "head.0")
     if decoder := model.parts["params"].get("decoder"):
         decoder = _with_class_row(names.decoder_to_torch(decoder, model.grid))
-        weights |= {names.mae_decoder_name(name): x for name, x in decoder.items()}
+        weights |= names.to_files(decoder, part="decoder", column="pytorch")
     tensors.write(file, weights, wrapper="model", metadata=_metadata(model))
     return True
 
@@ -198,7 +192,7 @@ def _maect(model: Model, file: Path) -> bool:
 
 def _hf(model: Model, folder: Path) -> bool:
     section, size = model.config.model, vit.size_of(model.config.model)
-    weights = names.to_hf(_encoder(model), prefix="vit." if model.hf_classifier else "")
+    weights = names.to_files(_encoder(model), part="encoder", column="hf")
     height, width = section.image_size
     config = {
         "architectures": ["ViTForImageClassification" if model.hf_classifier else "ViTModel"],
@@ -217,6 +211,7 @@ def _hf(model: Model, folder: Path) -> bool:
         "qkv_bias": True,
     }
     if model.hf_classifier:
+        weights = {f"vit.{name}": x for name, x in weights.items()}
         weights |= _classifier(model, "classifier", "")
         classes = {str(i): f"class {i}" for i in range(model.classes)}
         config |= {"id2label": classes, "label2id": {c: int(i) for i, c in classes.items()}}
@@ -278,7 +273,8 @@ def _card(model: Model, file: Path, format: str, left_out: str) -> str:
 def _timm_call(model: Model, file: Path) -> str:
     """The call that builds the model with its weights in timm."""
     section, size = model.config.model, vit.size_of(model.config.model)
-    known, (name, patch) = vit.VARIANTS[section.variant], _TIMM[section.variant]
+    known, patch = vit.VARIANTS[section.variant], 14 if section.variant == "H" else 16
+    name = f"vit_{_TIMM_VARIANTS[section.variant]}_patch{patch}_224"
     arguments = {
         "num_classes": model.classes,
         "global_pool": "token" if section.pool == "cls" else "avg",

@@ -209,7 +209,7 @@ class _Builder:
             sizes = {key: self.tensor(HEAD, name, axes=2) for key, name in _HEAD_SIZES.items()}
             section = {key: x.shape[0] for key, x in sizes.items()}
         elif kind == "probe":
-            name = self.parts[CLASSIFIER]["running_var"].names[0]
+            name = self.parts[CLASSIFIER]["classifier.running_var"].names[0]
             section["bn_eps"] = 1e-6 if name.startswith("head.") else 1e-5  # MAE's, the authors'
         self.compare(self.shapes(model, section, decoder, grid))
         config = {
@@ -229,7 +229,7 @@ class _Builder:
         if HEAD in beside:
             return "ct" if _TARGET in self.parts[HEAD] else "head"
         if CLASSIFIER in beside:
-            return "probe" if "running_var" in self.parts[CLASSIFIER] else "finetune"
+            return "probe" if "classifier.running_var" in self.parts[CLASSIFIER] else "finetune"
         return "mae" if DECODER in beside else "encoder"
 
     def model(self) -> tuple[ConfigDict, tuple[int, int]]:
@@ -244,18 +244,11 @@ class _Builder:
             heads, ln_eps = heads or vit.VARIANTS[variant].heads, ln_eps or LN_EPS
         asked = [f"--{key}" for key, x in (("heads", heads), ("ln_eps", ln_eps)) if x is None]
         if asked:
-            widths = ", ".join(str(size.width) for size in vit.VARIANTS.values())
-            raise self.error(
-                f"an encoder of width {width} is none of the known ones ({widths}): import it "
-                f"with {' and '.join(asked)}"
-            )
+            widths, flags = [size.width for size in vit.VARIANTS.values()], " and ".join(asked)
+            raise self.error(f"its width {width} is none of {widths}: import it with {flags}")
         size = vit.Size(width, names.depth(self.parts[ENCODER]), heads)
-        for key, value in (
-            ("hidden_size", width),
-            ("num_hidden_layers", size.depth),
-            ("patch_size", patch),
-            ("num_channels", channels),
-        ):
+        beside = dict(hidden_size=width, num_hidden_layers=size.depth)
+        for key, value in (beside | dict(patch_size=patch, num_channels=channels)).items():
             if (stated := self.content.config.get(key, value)) != value:
                 raise self.error(f"{key} is {stated!r}, must be {value} as in the tensors")
         variant, grid = variant or "B", self.grid(patch)
@@ -294,10 +287,8 @@ class _Builder:
             if grid and math.prod(grid) in counts and min(grid) > 0
         ]
         if not possible:
-            raise self.error(
-                f"{position.names[0]!r} has shape {position.shape}, which is not that of a square "
-                "image; import it with the --image_size=HEIGHT,WIDTH that it was made for"
-            )
+            wrong = f"{position.names[0]!r} has shape {position.shape}, not that of a square image"
+            raise self.error(f"{wrong}; import it with the --image_size that it was made for")
         return next((g for g in possible if _is_fixed(self.parts[ENCODER], g)), possible[0])
 
     def pool(self, grid: tuple[int, int], width: int) -> str:
@@ -315,9 +306,7 @@ class _Builder:
         width = self.tensor(DECODER, "embed.weight", axes=2).shape[0]
         heads = self.stated["decoder_num_attention_heads"] or _DECODER_HEADS.get(width)
         if heads is None:
-            raise self.error(
-                f"a decoder of width {width} is not MAE's; import it with --decoder_heads"
-            )
+            raise self.error(f"a decoder of width {width}: import it with --decoder_heads")
         if width % heads or width % 4:
             raise self.error(f"its decoder's width {width} must be a multiple of 4 and {heads}")
         size = vit.Size(width, names.depth(self.parts[DECODER]), heads)
@@ -381,10 +370,11 @@ class _Builder:
             shapes[HEAD] |= {"queue": (queue, out), "queue_ptr": (1,)}
             shapes[HEAD] |= dict.fromkeys(("queue_id", "queue_y"), (queue,))
         if CLASSIFIER in self.parts:
-            classes = self.tensor(CLASSIFIER, "weight", axes=2).shape[0]
-            shapes[CLASSIFIER] = {"weight": (classes, width), "bias": (classes,)}
+            classes = self.tensor(CLASSIFIER, "classifier.weight", axes=2).shape[0]
+            expected = {"weight": (classes, width), "bias": (classes,)}
             if "bn_eps" in section:
-                shapes[CLASSIFIER] |= dict.fromkeys(("running_mean", "running_var"), (width,))
+                expected |= {"running_mean": (width,), "running_var": (width,)}
+            shapes[CLASSIFIER] = {f"classifier.{leaf}": shape for leaf, shape in expected.items()}
         return shapes
 
     def compare(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
@@ -392,7 +382,8 @@ class _Builder:
         for part, expected in shapes.items():
             missing = sorted(set(expected) - set(self.parts[part]))
             if missing:
-                raise self.error(f"the {part}'s tensors {missing} are missing")
+                more = f" and {len(missing) - 1} more" if missing[1:] else ""
+                raise self.error(f"the {part}'s tensor {missing[0]!r} is missing{more}")
             for name, x in self.parts[part].items():
                 label = " + ".join(x.names)
                 if name not in expected:
@@ -421,30 +412,29 @@ def _described(contents, sorted_files, config: ConfigDict, grid) -> Iterator[str
         yield f"{content.path}: {one.layout} names, {content.container}"
     parts = {part: x for one in sorted_files for part, x in one.parts.items()}
     model, size = config.model, vit.size_of(config.model)
-    yield f"kind       {config.stages[0]}: {' + '.join(sorted(parts, key=ENCODER.__ne__))}"
-    yield (
-        f"encoder    width {size.width}, depth {size.depth}, heads {size.heads}, patch "
-        f"{model.patch_size}, LayerNorm eps {model.ln_eps:g}, feature {model.pool}"
-    )
-    yield f"images     {model.image_size[0]} x {model.image_size[1]} x {model.channels}"
     fixed = "the fixed sine-cosine ones" if _is_fixed(parts[ENCODER], grid) else "learned, frozen"
     resized = positions.grid(model.image_size, model.patch_size) != grid
     how = f", resized (bicubic) from {grid[0]} x {grid[1]} patches" if resized else ""
-    yield f"positions  {fixed}{how}"
     known = "from the folder" if config.data else "unknown; config.data.mean and .std apply"
-    yield f"mean, std  {known}"
     ignored = {name: why for one in sorted_files for name, why in one.ignored.items()}
     used = [(part, name, x) for part, named in parts.items() for name, x in named.items()]
     total = len(ignored) + len({name for *_, x in used for name in x.names})
-    yield f"tensors    {total}, used as"
+    yield f"""\
+kind       {config.stages[0]}: {" + ".join(sorted(parts, key=ENCODER.__ne__))}
+encoder    width {size.width}, depth {size.depth}, heads {size.heads}, patch {model.patch_size}, \
+LayerNorm eps {model.ln_eps:g}, feature {model.pool}
+images     {model.image_size[0]} x {model.image_size[1]} x {model.channels}
+positions  {fixed}{how}
+mean, std  {known}
+tensors    {total}, used as"""
     rows: dict[str, dict[str, None]] = {}
     for part, name, x in used:
-        module, dot, leaf = name.rpartition(".")
-        if not all(n.endswith(dot + leaf) for n in x.names):
-            module, dot, leaf = name, "", ""
-        theirs = " + ".join(n.removesuffix(dot + leaf) for n in x.names)
-        row = re.sub(r"\.\d+\b", ".*", f"  {theirs} -> {part} {module}")
-        rows.setdefault(row, {})[leaf] = None
+        leaf = names.split(name)[2]
+        leaf = leaf if all(theirs.endswith(leaf) for theirs in x.names) else ""
+        theirs = " + ".join(theirs.removesuffix(leaf) for theirs in x.names)
+        ours = f"{part} {name.removesuffix(leaf)}".replace("classifier classifier", "classifier")
+        row = re.sub(r"\.\d+\b", ".*", f"  {theirs} -> {ours}")
+        rows.setdefault(row, {})[leaf.removeprefix(".")] = None
     for row, leaves in rows.items():
         yield f"{row} ({', '.join(leaves)})" if any(leaves) else row
     for name, reason in ignored.items():

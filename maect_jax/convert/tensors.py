@@ -230,24 +230,28 @@ def write(
 ) -> None:
     """Writes tensors as safetensors, or by the path's ending as a pickle of `{wrapper: tensors}`.
 
-    `metadata` goes into the header of safetensors.
+    `metadata` goes into the header of safetensors. The file is written whole or not at all.
 
     Raises:
-      OSError: the file cannot be written; a part of it may be left.
+      OSError: the file cannot be written.
       UserError: PyTorch is needed and not installed.
     """
     arrays = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    draft = path.with_name(path.name + ".tmp")
     torch = None if path.suffix in SAFETENSORS else _torch(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()  # safetensors makes files that no one else may read
-    mode = path.stat().st_mode
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.touch()  # safetensors makes files that no one else may read
+        mode = draft.stat().st_mode
         if torch is None:
-            save_file(arrays, path, metadata={"format": "pt", **(metadata or {})})
+            save_file(arrays, draft, metadata={"format": "pt", **(metadata or {})})
         else:
             content = {name: torch.tensor(x) for name, x in arrays.items()}
-            torch.save({wrapper: content} if wrapper else content, path)
+            torch.save({wrapper: content} if wrapper else content, draft)
+        draft.chmod(mode)
+        draft.replace(path)
     # A full disk is an error of the libraries' own.
     except (SafetensorError, RuntimeError) as error:
         raise OSError(str(error).splitlines()[0]) from error
-    path.chmod(mode)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -30,7 +30,7 @@ def with_position(shape, dtype=np.float32):
 ROWS, WIDTH = CT.grid[0] * CT.grid[1], CT.meta["width"]
 # What is wrong with a file, by what the error says.
 WRONG = {
-    "the encoder's tensors ['blocks.1.attn.qkv.bias'] are missing": broken(
+    "the encoder's tensor 'blocks.1.attn.qkv.bias' is missing": broken(
         lambda t: t.pop("blocks.1.attn.qkv.bias")
     ),
     "the encoder's tensor 'pos_embed' is missing": broken(lambda t: t.pop("pos_embed")),
@@ -39,7 +39,7 @@ WRONG = {
         (1, ROWS, 1)
     ),
     f"'pos_embed' has shape (2, {ROWS}, {WIDTH}), must be": with_position((2, ROWS, WIDTH)),
-    f"'pos_embed' has shape (1, {ROWS + 3}, {WIDTH}), which is not that of a square": (
+    f"'pos_embed' has shape (1, {ROWS + 3}, {WIDTH}), not that of a square": (
         with_position((1, ROWS + 3, WIDTH))
     ),
     "'norm.bias' must hold floats of 16, 32 or 64 bits": broken(
@@ -69,9 +69,9 @@ def test_what_is_no_whole_model_is_one_clear_line(file, message, found):
 
 def test_what_a_file_does_not_tell_is_asked_for(file, tmp_path):
     path = file(CT.under("init/encoder/"))
-    with pytest.raises(UserError, match=r"none of the known ones .* with --heads and --ln_eps"):
+    with pytest.raises(UserError, match=r"none of \[192, .* with --heads and --ln_eps"):
         importing.recognised([path])
-    with pytest.raises(UserError, match=r"patch size, .*, which cannot be changed"):
+    with pytest.raises(UserError, match=r"image_size=\(17, 17\): .* patch size"):
         importing.recognised([path], told(CT, image_size=(17, 17)))
     with pytest.raises(UserError, match="another encoder; one file of each"):
         importing.recognised([path, path], told(CT))

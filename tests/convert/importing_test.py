@@ -104,7 +104,8 @@ def test_the_feature_of_a_vit_b_is_the_papers_for_an_mae_alone(file, change, poo
 
 def test_weights_in_parts_are_one_model_and_nothing_outside_their_folder(tmp_path):
     folder, own = tmp_path / "hf", CT.under("init/encoder/")
-    hf = names.to_hf(own | {"pos_embed": with_class_row(own["pos_embed"])}, "vit.")
+    own |= {"pos_embed": with_class_row(own["pos_embed"])}
+    hf = {f"vit.{name}": x for name, x in names.to_files(own, "encoder", "hf").items()}
     halves = [dict(list(hf.items())[i::2]) for i in (0, 1)]
     for i, half in enumerate(halves):
         tensors.write(folder / f"model-{i}.safetensors", half)
