@@ -178,11 +178,10 @@ class _Builder:
             "layer_norm_eps": overrides.ln_eps,
         }
         stated = {**content.config, **{key: x for key, x in first.items() if x is not None}}
-        self.stated = dict.fromkeys(_METADATA)
-        for key in _METADATA.keys() & stated.keys():
-            read, allowed = _METADATA[key]
+        self.stated = {}
+        for key, (read, allowed) in _METADATA.items():
             try:
-                self.stated[key] = read(stated[key])
+                self.stated[key] = None if stated.get(key) is None else read(stated[key])
             except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
                 raise self.error(f"{key} is {stated[key]!r}, must be {allowed}") from error
 
@@ -415,6 +414,8 @@ def _described(contents, sorted_files, config: ConfigDict, grid) -> Iterator[str
     fixed = "the fixed sine-cosine ones" if _is_fixed(parts[ENCODER], grid) else "learned, frozen"
     resized = positions.grid(model.image_size, model.patch_size) != grid
     how = f", resized (bicubic) from {grid[0]} x {grid[1]} patches" if resized else ""
+    if parts[ENCODER]["pos_embed"].shape[1] > math.prod(grid):
+        how += "; the class token's is added to it"
     known = "from the folder" if config.data else "unknown; config.data.mean and .std apply"
     ignored = {name: why for one in sorted_files for name, why in one.ignored.items()}
     used = [(part, name, x) for part, named in parts.items() for name, x in named.items()]

@@ -28,7 +28,6 @@ Parts = dict[str, dict[str, Stored]]  # of a model: its tensors by name
 ENCODER, DECODER, HEAD, CLASSIFIER = "encoder", "decoder", "head", "classifier"
 _PARTS = (ENCODER, DECODER, HEAD, CLASSIFIER)
 
-
 _TABLE = resources.files("maect_jax.convert").joinpath("names.txt").read_text()
 _HEADER, *_LINES = (line.split() for line in _TABLE.splitlines() if not line.startswith("#"))
 _ROWS = [dict(zip(_HEADER, line, strict=True)) for line in _LINES]
@@ -44,12 +43,13 @@ _LEAVES |= {"mean": "running_mean", "var": "running_var"}
 
 def split(name: str) -> tuple[str, str, str]:
     """The module of a tensor, with {} for the number of its block; that number; the leaf."""
-    module, _, leaf = name.rpartition(".")
+    module, dot, leaf = name.rpartition(".")
     if leaf not in _LEAVES.values():
-        module, leaf = name, ""
+        module, dot, leaf = name, "", ""
     number = re.search(r"\.(\d+)\.", module)
-    block = number[1] if number else ""
-    return module.replace(f".{block}.", ".{}.", 1), block, leaf and f".{leaf}"
+    if number is None:
+        return module, "", dot + leaf
+    return module.replace(number[0], ".{}.", 1), number[1], dot + leaf
 
 
 # Between tensors and variables

@@ -160,6 +160,7 @@ def test_positions_are_resized_as_pytorch_does(rng, old, new):
     assert_close("resized positions", positions.resize(table, old, new), want, 1e-6)
 
 
+@pytest.mark.slow
 def test_the_readmes_commands_go_all_the_way(tmp_path):
     """From an MAE to timm, as they stand in the README; then the features of its example."""
     readme = (ROOT / "README.md").read_text()

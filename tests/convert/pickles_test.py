@@ -98,6 +98,7 @@ def test_odd_pickles_are_one_clear_line(tmp_path):
     importing.recognised([path], Overrides(heads=3, ln_eps=1e-6)).read()
 
 
+@pytest.mark.slow
 def test_an_import_of_a_pickle_takes_less_memory_than_twice_the_file(tmp_path):
     path, width = tmp_path / "large.pth", 640
     model = timm.models.vision_transformer.VisionTransformer(
