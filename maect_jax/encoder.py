@@ -9,7 +9,6 @@ import numpy as np
 
 from maect_jax import sharding
 from maect_jax.convert import importing
-from maect_jax.convert.importing import Given
 from maect_jax.data import augment
 from maect_jax.errors import UserError
 from maect_jax.models import positions, vit
@@ -104,8 +103,8 @@ def load_encoder(
         if value not in (None, *allowed):
             raise UserError(f"{key}={value!r}: must be one of {', '.join(allowed)}")
     if importing.is_file(str(path)):
-        given = Given(heads=heads, ln_eps=ln_eps, image_size=image_size)
-        origin = lineage.of_files(importing.recognised(importing.paths_of(str(path)), given))
+        overrides = importing.Overrides(heads=heads, ln_eps=ln_eps, image_size=image_size)
+        origin = lineage.of_files(importing.recognised(importing.paths_of(str(path)), overrides))
     elif heads or ln_eps:
         raise UserError(f"{path}: heads and ln_eps are for files; a run has its own")
     elif not (checkpoints.run_of(Path(path))[0] / "config.json").is_file():

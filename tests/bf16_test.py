@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-from maect_jax.convert import head_names
 from maect_jax.convert import names as convert
 from maect_jax.stages import support_queue
 from maect_jax.stages.step import gradients
@@ -93,7 +92,7 @@ def test_ct_forward_and_gradients(case):
         return aux, rounded(grads, scale)
 
     def quantities(aux, grads):
-        stats = head_names.head_to_torch({"batch_stats": aux["batch_stats"]})
+        stats = convert.head_to_torch({"batch_stats": aux["batch_stats"]})
         return {
             **{name: aux[name] for name in ("projected", "predicted")},
             **{f"running statistics/{name}": x for name, x in stats.items()},

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from maect_jax import config, sharding
-from maect_jax.convert import head_names
 from maect_jax.convert import names as convert
 from maect_jax.data import arrays, bad_images
 from maect_jax.evals import cluster, features, knn, runner
@@ -65,7 +64,7 @@ def _to_torch(params):
     if "decoder" in params:
         parts["decoder"] = convert.decoder_to_torch(params["decoder"])
     if "projector" in params:
-        parts["head"] = head_names.head_to_torch({"params": params})
+        parts["head"] = convert.head_to_torch({"params": params})
     return grad_parts(figures.prefixed(**parts))
 
 

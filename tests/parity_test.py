@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 
-from maect_jax.convert import head_names
 from maect_jax.convert import names as convert
 from maect_jax.evals import knn
 from maect_jax.evals.features import Features
@@ -121,7 +120,7 @@ def test_ct_running_statistics_after_each_step(case, given):
     """Those of the target are the online projector's, as in the authors' code."""
     for s, step in enumerate(run(case, given)):
         theirs = figures.under(case.under(f"step{s}/after/"), "head/")
-        ours = head_names.head_to_torch(
+        ours = convert.head_to_torch(
             {"target": step.after.target, "batch_stats": step.after.batch_stats}
         )
         names = [name for name in theirs if "running_" in name]
@@ -142,7 +141,7 @@ def test_ct_frozen_is_bit_equal(case, given):
 def test_ct_queue_in_the_end(case, given):
     last = case.meta["steps"] - 1
     theirs = case.under(f"step{last}/after/head/")
-    ours = head_names.head_to_torch(
+    ours = convert.head_to_torch(
         {"queue": run(case, given)[-1].after.queue}, len(theirs["queue"])
     )
     oldest_first = [

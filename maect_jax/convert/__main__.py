@@ -5,16 +5,21 @@ python -m maect_jax.convert export RUN FILE --format={timm,hf,maect,mae}
 """
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 from pathlib import Path
 
-from maect_jax import errors, files
+import jax
+
+from maect_jax import config as configs
+from maect_jax import errors, files, sharding
 from maect_jax.convert import exporting, importing
-from maect_jax.convert.told import Given
 from maect_jax.errors import UserError
+from maect_jax.evals import runner, table
 from maect_jax.models import vit
 from maect_jax.run import checkpoints, lineage
+from maect_jax.stages import SAVED
 
 _IMPORT = """
 Makes a run of files from elsewhere, for --config.init_from=OUT_RUN. FILE is MAE's .pth, an encoder
@@ -38,7 +43,7 @@ def _size(text: str) -> tuple[int, int]:
     return sides
 
 
-_size.__name__ = "HEIGHT,WIDTH (such as 224,224)"  # by which argparse calls it
+_size.__name__ = "HEIGHT,WIDTH (such as 224,224)"  # the name in argparse's errors
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,34 +54,29 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m maect_jax.convert", formatter_class=formatted, description=__doc__
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    take = commands.add_parser("import", formatter_class=formatted, description=_IMPORT)
-    take.add_argument("file", nargs="+", type=Path, metavar="FILE", help="of weights")
-    take.add_argument("run", type=Path, metavar="OUT_RUN", help="a new folder")
-    take.add_argument(
-        "--heads", type=errors.positive(int), help="attention heads, where the file does not tell"
-    )
-    take.add_argument(
-        "--decoder_heads", type=errors.positive(int), help="of MAE's decoder, likewise"
-    )
-    take.add_argument(
-        "--ln_eps", type=errors.positive(float), help="epsilon of LayerNorm, likewise"
-    )
-    take.add_argument(
+    add = commands.add_parser("import", formatter_class=formatted, description=_IMPORT).add_argument
+    number, whole = errors.positive(float), errors.positive(int)
+    add("file", nargs="+", type=Path, metavar="FILE", help="of weights")
+    add("run", type=Path, metavar="OUT_RUN", help="a new folder")
+    add("--heads", type=whole, help="attention heads, where the file does not say")
+    add("--decoder_heads", type=whole, help="of MAE's decoder, likewise")
+    add("--ln_eps", type=number, help="epsilon of LayerNorm, likewise")
+    add(
         "--image_size", type=_size, metavar="H,W",
         help="of the images to come; the position grid is resized (bicubic) where it differs",
     )  # fmt: skip
-    take.add_argument(
+    add(
         "--pool", choices=vit.POOLS,
-        help="the feature: the class token, or the patches' mean (by default for an MAE "
-        "of ViT-B, as in the paper), or that mean before the final norm",
+        help="the feature: the class token, or the patches' mean (the default for an MAE of "
+        "ViT-B, as in the paper), or that mean before the final norm",
     )  # fmt: skip
-    take.add_argument("--dtype", choices=vit.DTYPES, help="of activations (bfloat16)")
-    give = commands.add_parser("export", formatter_class=formatted, description=_EXPORT)
-    give.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
-    give.add_argument("file", type=Path, metavar="FILE", help="a new file, for hf a folder")
-    give.add_argument("--format", required=True, choices=exporting.FORMATS)
-    give.add_argument("--stage", help="of a run with several; by default its last")
-    give.add_argument(
+    add("--dtype", choices=vit.DTYPES, help="of activations (bfloat16)")
+    add = commands.add_parser("export", formatter_class=formatted, description=_EXPORT).add_argument
+    add("run", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
+    add("file", type=Path, metavar="FILE", help="a new file, for hf a folder")
+    add("--format", required=True, choices=exporting.FORMATS)
+    add("--stage", help="of a run with several; by default its last")
+    add(
         "--weights", choices=("ema", "trained"), default="ema",
         help="of stage ct: the average of the encoder, which is what is evaluated, or the last one",
     )  # fmt: skip
@@ -86,19 +86,19 @@ def _parser() -> argparse.ArgumentParser:
 def _import(arguments: argparse.Namespace) -> None:
     run = arguments.run.absolute()
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise UserError(f"{run}: is there already; name a new folder")
-    keys = ("heads", "decoder_heads", "ln_eps", "image_size", "pool", "dtype")
-    given = Given(**{key: getattr(arguments, key) for key in keys})
-    found = importing.recognised(arguments.file, given)
-    print("\n".join(found.described), flush=True)
+        raise UserError(f"{run}: exists already; name a new folder")
+    keys = (field.name for field in dataclasses.fields(importing.Overrides))
+    overrides = importing.Overrides(**{key: getattr(arguments, key) for key in keys})
+    imported = importing.recognised(arguments.file, overrides)
+    print("\n".join(imported.described), flush=True)
     try:
         run.parent.mkdir(parents=True, exist_ok=True)
-        # A folder of its own beside it, so that a run is there whole or not at all.
+        # Written beside and renamed, so that a run is there whole or not at all.
         with tempfile.TemporaryDirectory(prefix=".import-", dir=run.parent) as scratch:
             draft = Path(scratch) / "run"
-            checkpoints.write(checkpoints.stage_folder(draft, found.kind), found.read())
-            lineage.write_lineage(draft, found.origin())
-            files.write_json(draft / "config.json", found.config.to_dict())
+            checkpoints.write(checkpoints.stage_folder(draft, imported.kind), imported.read())
+            lineage.write_lineage(draft, imported.origin())
+            files.write_json(draft / "config.json", imported.config.to_dict())
             draft.replace(run)
     # A full disk is an error of orbax's own.
     except (OSError, ValueError, RuntimeError) as error:
@@ -106,15 +106,44 @@ def _import(arguments: argparse.Namespace) -> None:
     print(f"\n{arguments.run}: start from it with --config.init_from={arguments.run}")
 
 
+def read_run(path: Path, stage: str | None = None, weights: str = "ema") -> exporting.Model:
+    """Reads a trained stage of a run, and what a model card says about it.
+
+    Args:
+      path: a run, or one of its checkpoints.
+      stage: its name, by default the checkpoint's or the last one.
+      weights: "ema" for the encoder as it is evaluated, "trained" for the last one.
+
+    Raises:
+      UserError: there is no such run, stage or step, or the stage is not finished.
+    """
+    run, stage, step = lineage.trained_stage(path, stage)
+    kind, folder = SAVED[stage], checkpoints.stage_folder(run, stage)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    parts = checkpoints.read_parts(folder, kind.saved + kind.exported, mesh, step)
+    encoder = kind.last_encoder_params if weights == "trained" else kind.encoder_params
+    results = runner.read_results(run).get(stage, {})
+    measured = table.percentages({stage: results})[stage]
+    return exporting.Model(
+        stage=stage,
+        config=configs.read(run / "config.json"),
+        encoder=jax.device_get(encoder(parts)),
+        parts=jax.device_get(parts),
+        averaged="ema" in kind.saved and weights == "ema",
+        run=run.name,
+        lineage=lineage.read_lineage(run),
+        measured=measured,
+        held_out="k-NN" in measured or results.get("cluster", {}).get("split") == "val",
+    )
+
+
 def main() -> None:
     arguments = _parser().parse_args()
     if arguments.command == "import":
         _import(arguments)
         return
-    written = exporting.export(
-        arguments.run, arguments.file, arguments.format, arguments.stage, arguments.weights
-    )
-    print("\n".join(written))
+    model = read_run(arguments.run, arguments.stage, arguments.weights)
+    print("\n".join(exporting.export(model, arguments.file, arguments.format)))
 
 
 if __name__ == "__main__":

@@ -1,214 +1,201 @@
-"""From a run to files for timm, HuggingFace's transformers, and MAE's and MAE-CT's PyTorch code."""
+"""Writes a model for timm, HuggingFace's transformers, and MAE's and MAE-CT's PyTorch code."""
 
+import dataclasses
+import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import jax
+import jinja2
 import numpy as np
 from ml_collections import ConfigDict
 
-from maect_jax import config as configs
-from maect_jax import files, sharding
-from maect_jax.convert import card, head_names, layouts, names, tensors
+from maect_jax import files
+from maect_jax.convert import names, tensors
+from maect_jax.convert.importing import LN_EPS
 from maect_jax.errors import UserError
 from maect_jax.models import positions, vit
-from maect_jax.run import checkpoints, lineage
 from maect_jax.stages import SAVED
 
-FORMATS = ("timm", "hf", "maect", "mae")
-_ENDINGS = {"timm": (".safetensors",), "maect": (".safetensors", ".pth", ".th"),
-            "mae": (".safetensors", ".pth")}  # fmt: skip
+_ENDINGS = {
+    "timm": (".safetensors",),
+    "hf": (),  # a folder
+    "maect": (".safetensors", ".pth", ".th"),
+    "mae": (".safetensors", ".pth"),
+}
+FORMATS = tuple(_ENDINGS)
+_TIMM_VARIANTS = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
 
 
-class Model(NamedTuple):
-    """A stage of a run, with NumPy arrays.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A trained stage, with NumPy arrays.
 
     Attributes:
-      stage: its name.
-      config: of the run.
-      encoder: whole parameters, as they are evaluated or, if asked, as they were last trained.
-      parts: all that the stage has saved of its state.
+      stage: its name, a key of `SAVED`.
+      config: of its run.
+      encoder: whole parameters, with one stack of blocks.
+      parts: the fields of the state that the stage has saved.
+      averaged: whether `encoder` is a moving average of what was trained.
+      run: the name of its run, and below what the model card says about it.
+      lineage: where the weights that training started from are from, the last first.
+      measured: figures of the evaluation, in percent.
+      held_out: whether they are of images that training has not seen.
     """
 
     stage: str
     config: ConfigDict
     encoder: dict
     parts: dict
+    averaged: bool = False
+    run: str = ""
+    lineage: Sequence[Mapping] = ()
+    measured: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    held_out: bool = False
+
+    @property
+    def classifier(self) -> dict[str, np.ndarray]:
+        """`weight [C, D]` and `bias [C]` of a linear classifier, if there is one, after
+        `running_mean [D]` and `running_var [D]` if batch normalisation comes before it."""
+        linear = self.parts["params"].get("classifier")
+        norm = self.parts.get("batch_stats", {}).get("classifier", {})
+        running = {f"running_{key}": norm[key] for key in ("mean", "var") if norm}
+        return running | {"weight": linear["kernel"].T, "bias": linear["bias"]} if linear else {}
+
+    @property
+    def classes(self) -> int:
+        """How many classes a classifier right behind the feature has; 0 for none."""
+        return 0 if "running_var" in self.classifier else len(self.classifier.get("bias", ()))
+
+    @property
+    def hf_classifier(self) -> bool:
+        """Whether HuggingFace's model has the classifier, which there reads the class token."""
+        return bool(self.classes) and self.config.model.pool == "cls"
 
     @property
     def grid(self) -> tuple[int, int]:
-        section = self.config.model
-        return positions.grid(section.image_size, section.patch_size)
-
-    @property
-    def classifier(self) -> dict:
-        """`kernel` `[D, C]` and `bias` `[C]`, if there is one."""
-        return self.parts["params"].get("classifier", {})
-
-    @property
-    def classifies(self) -> bool:
-        """Whether HuggingFace's classifier, which is one of the class token, can be made of it."""
-        return self.stage == "finetune" and self.config.model.pool == "cls"
+        """(rows, columns) of patches."""
+        return positions.grid(self.config.model.image_size, self.config.model.patch_size)
 
 
-def load(
-    run: Path, stage: str | None = None, weights: str = "ema", step: int | None = None
-) -> Model:
-    """Reads a stage of a run, by default the last, at its end unless a step is named; `weights` is
-    "ema" or "trained".
-
-    Raises:
-      UserError: there is no such run, stage or step.
-    """
-    if not (run / "config.json").is_file():
-        file = "; a file must be imported first" if run.is_file() else ""
-        raise UserError(f"{run}: there is no run (no config.json); name the folder of a run{file}")
-    config = configs.read(run / "config.json")
-    there = checkpoints.trained_stages(run, tuple(SAVED))
-    if not there or stage not in (None, *there):
-        has = f"it has {', '.join(there)}" if there else "it has no checkpoint yet"
-        raise UserError(f"{run}: no stage {stage or 'to export'}; {has}")
-    stage = stage or there[-1]
-    lineage.check_saved(run, stage, step, f"{run}: ")
-    wanted = SAVED[stage].saved + (("target",) if stage == "ct" else ())
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    parts = checkpoints.read_parts(checkpoints.stage_folder(run, stage), wanted, mesh, step)
-    if weights == "trained" and stage == "ct":
-        params = vit.merge_blocks({**parts["frozen"]["encoder"], **parts["params"]["encoder"]})
-    else:
-        params = SAVED[stage].encoder_params(parts)
-    return Model(stage, config, jax.device_get(params), jax.device_get(parts))
-
-
-def export(run: Path, file: Path, format: str, stage: str | None, weights: str) -> list[str]:
-    """Writes a stage of a run, or a checkpoint, in one of `FORMATS`, and a model card.
+def export(model: Model, file: Path, format: str) -> list[str]:
+    """Writes a model in one of `FORMATS`, and a model card.
 
     Returns:
-      What was written, and what was left out, a line each.
+      The paths that were written, and what was left out.
 
     Raises:
-      UserError: there is no such run or stage, the format has no place for it, the file is there
-        already, or it cannot be written there.
+      UserError: the format has no place for the model, a file exists already, or it cannot be
+        written.
     """
-    endings = _ENDINGS.get(format)
+    endings = _ENDINGS[format]
     if endings and file.suffix not in endings:
         raise UserError(f"{file}: a file of format {format} must end in {' or '.join(endings)}")
-    run, at, step = checkpoints.run_of(run)
-    if stage not in (None, at or stage):
-        raise UserError(f"--stage={stage}: the checkpoint is one of stage {at}")
-    model = load(run, stage or at, weights, step)
     if model.config.model.pool == "fc_norm" and format in ("hf", "maect"):
         raise UserError(f"{format}: has no norm behind the pooling (fc_norm); use timm or mae")
     parent, card_name = file.absolute().parent, f"{file.name}.md"
-    _new(file, *([] if format == "hf" else [parent / card_name]))
+    _check_new(file, *([parent / card_name] if endings else []))
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        # All is written aside, and then put in its place.
+        # Everything is written aside, and then moved into place.
         with tempfile.TemporaryDirectory(prefix=".export-", dir=parent) as scratch:
             draft = Path(scratch) / file.name
-            whole = _WRITERS[format](model, draft)
-            left = (
-                "" if whole else f"the run's classifier is left out: {format} has no place for it"
-            )
-            place = draft / "README.md" if format == "hf" else draft.with_name(card_name)
-            files.write_text(place, card.text(run, model, file, format, weights, left))
-            made = {one: file.parent / one.name for one in sorted(draft.parent.iterdir())}
-            _new(*made.values())
-            for one, there in made.items():
-                one.replace(there)
+            complete = _WRITERS[format](model, draft)
+            left_out = f"The run's classifier is left out: {format} has no place for it"
+            left_out = "" if complete else left_out
+            text = _card(model, file=file, format=format, left_out=left_out)
+            files.write_text(draft.with_name(card_name) if endings else draft / "README.md", text)
+            written = {one: file.parent / one.name for one in sorted(draft.parent.iterdir())}
+            _check_new(*written.values())
+            for one, path in written.items():
+                one.replace(path)
     except OSError as error:
         raise UserError(f"{file}: cannot write there: {error}") from error
-    return [*map(str, made.values()), *filter(None, [left])]
+    return [*map(str, written.values()), *filter(None, [left_out])]
 
 
-def _new(*places: Path) -> None:
-    for place in places:
-        if place.exists():
-            raise UserError(f"{place}: is there already; name another file, or remove it")
+def _check_new(*paths: Path) -> None:
+    for path in paths:
+        if path.exists():
+            raise UserError(f"{path}: exists already; name another file, or remove it")
 
 
-def _about(model: Model) -> dict[str, str]:
-    """What the tensors do not tell, by HuggingFace's keys, for the header of a safetensors file."""
+def _metadata(model: Model) -> dict[str, str]:
+    """For the header of a safetensors file: what tensors do not say, by HuggingFace's keys."""
     section = model.config.model
-    told = {
+    values = {
         "num_attention_heads": vit.size_of(section).heads,
         "layer_norm_eps": section.ln_eps,
         "image_size": list(section.image_size),
     }
-    if model.stage == "mae" and "decoder" in model.parts["params"]:
-        told["decoder_num_attention_heads"] = model.config.mae.decoder.heads
-    return {key: str(value) for key, value in told.items()}
+    if "decoder" in model.parts["params"]:
+        values["decoder_num_attention_heads"] = model.config[model.stage].decoder.heads
+    return {key: str(value) for key, value in values.items()}
 
 
-def _encoder(model: Model) -> dict[str, np.ndarray]:
-    return names.encoder_to_torch(model.encoder, model.config.model.patch_size, model.grid)
+def _encoder(model: Model, class_row: bool = True) -> dict[str, np.ndarray]:
+    """The encoder; for others than the authors with a position of the class token, zero."""
+    encoder = names.encoder_to_torch(model.encoder, model.config.model.patch_size, model.grid)
+    encoder = _with_class_row(encoder) if class_row else encoder
+    if model.config.model.pool != "fc_norm":
+        return encoder
+    return {f"fc_{name}" if name.startswith("norm.") else name: x for name, x in encoder.items()}
 
 
 def _with_class_row(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """With a position of zeros for the class token, which has none here."""
     position = tensors["pos_embed"]
     row = np.zeros_like(position[:, :1])
     return tensors | {"pos_embed": np.concatenate([row, position], axis=1)}
 
 
-def _norm_of_pool(model: Model, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """With the final norm under the name that it has behind the pooling."""
-    if model.config.model.pool != "fc_norm":
-        return found
-    return {f"fc_{n}" if n.startswith("norm.") else n: x for n, x in found.items()}
+def _classifier(model: Model, linear: str, norm: str) -> dict[str, np.ndarray]:
+    """The classifier with the names of its two modules."""
+    return {
+        f"{norm if name.startswith('running') else linear}.{name}": x
+        for name, x in model.classifier.items()
+    }
 
 
-def _head(model: Model) -> dict[str, np.ndarray]:
-    """The linear classifier under timm's and MAE's names, if there is one."""
-    if not model.classifier:
-        return {}
-    weight, bias = model.classifier["kernel"].T, model.classifier["bias"]
-    if model.stage != "probe":
-        return {"head.weight": weight, "head.bias": bias}
-    found = model.parts["batch_stats"]["classifier"]
-    running = {f"head.0.running_{key}": found[key] for key in ("mean", "var")}
-    return running | {"head.1.weight": weight, "head.1.bias": bias}
+# Each writes a model to a path, and says whether the format has a place for its classifier.
 
 
 def _timm(model: Model, file: Path) -> bool:
-    found = _norm_of_pool(model, _with_class_row(_encoder(model)))
     # timm's models have no batch normalisation before the classifier.
-    classifier = {} if model.stage == "probe" else _head(model)
-    tensors.write(file, found | classifier, about=_about(model))
+    classifier = _classifier(model, "head", "") if model.classes else {}
+    tensors.write(file, _encoder(model) | classifier, metadata=_metadata(model))
     return bool(classifier) or not model.classifier
 
 
 def _mae(model: Model, file: Path) -> bool:
-    found = _norm_of_pool(model, _with_class_row(_encoder(model))) | _head(model)
-    decoder = model.parts["params"].get("decoder") if model.stage == "mae" else None
-    if decoder:
-        own = _with_class_row(names.decoder_to_torch(decoder, model.grid))
-        found |= {layouts.mae_decoder_name(name): x for name, x in own.items()}
-    tensors.write(file, found, "model", _about(model))
+    linear = "head" if model.classes else "head.1"
+    weights = _encoder(model) | _classifier(model, linear, "head.0")
+    if decoder := model.parts["params"].get("decoder"):
+        decoder = _with_class_row(names.decoder_to_torch(decoder, model.grid))
+        weights |= names.to_files(decoder, part="decoder", column="pytorch")
+    tensors.write(file, weights, wrapper="model", metadata=_metadata(model))
     return True
 
 
 def _maect(model: Model, file: Path) -> bool:
-    tensors.write(file, _encoder(model), "state_dict", _about(model))
-    beside = {}
-    if model.stage in ("head", "ct"):
+    encoder = _encoder(model, class_row=False)
+    tensors.write(file, encoder, wrapper="state_dict", metadata=_metadata(model))
+    second = {"probe": _classifier(model, "layer.2", "layer.1")}
+    if "queue" in model.parts:
         size = model.config[model.stage].queue_size
-        beside["head"] = head_names.head_to_torch(model.parts, size)
-    elif model.classifier:
-        beside["probe"] = layouts.probe(_head(model))
-    for kind, found in beside.items():
-        tensors.write(file.with_name(f"{file.stem}_{kind}{file.suffix}"), found, "state_dict")
+        second = {"head": names.head_to_torch(model.parts, size)}
+    for kind, weights in second.items():
+        if weights:
+            path = file.with_name(f"{file.stem}_{kind}{file.suffix}")
+            tensors.write(path, weights, wrapper="state_dict")
     return True
 
 
 def _hf(model: Model, folder: Path) -> bool:
     section, size = model.config.model, vit.size_of(model.config.model)
-    found = layouts.to_hf(_with_class_row(_encoder(model)), "vit." if model.classifies else "")
+    weights = names.to_files(_encoder(model), part="encoder", column="hf")
     height, width = section.image_size
     config = {
-        "architectures": ["ViTForImageClassification" if model.classifies else "ViTModel"],
+        "architectures": ["ViTForImageClassification" if model.hf_classifier else "ViTModel"],
         "model_type": "vit",
         "hidden_size": size.width,
         "num_hidden_layers": size.depth,
@@ -223,19 +210,17 @@ def _hf(model: Model, folder: Path) -> bool:
         "num_channels": section.channels,
         "qkv_bias": True,
     }
-    if model.classifies:
-        kernel, bias = model.classifier["kernel"], model.classifier["bias"]
-        found |= {"classifier.weight": kernel.T, "classifier.bias": bias}
-        classes = {str(i): f"class {i}" for i in range(len(bias))}
+    if model.hf_classifier:
+        weights = {f"vit.{name}": x for name, x in weights.items()}
+        weights |= _classifier(model, "classifier", "")
+        classes = {str(i): f"class {i}" for i in range(model.classes)}
         config |= {"id2label": classes, "label2id": {c: int(i) for i, c in classes.items()}}
     else:
         # ViTModel has a pooler: one that hands on the class token as it is.
-        found |= {
-            "pooler.dense.weight": np.eye(size.width, dtype=np.float32),
-            "pooler.dense.bias": np.zeros(size.width, np.float32),
-        }
+        weights["pooler.dense.weight"] = np.eye(size.width, dtype=np.float32)
+        weights["pooler.dense.bias"] = np.zeros(size.width, np.float32)
         config |= {"pooler_act": "linear", "pooler_output_size": size.width}
-    tensors.write(folder / "model.safetensors", found)
+    tensors.write(folder / "model.safetensors", weights)
     files.write_json(folder / "config.json", config)
     data = model.config.get("data", {})
     if "mean" in data:
@@ -251,8 +236,61 @@ def _hf(model: Model, folder: Path) -> bool:
             "image_std": list(data["std"]),
         }
         files.write_json(folder / "preprocessor_config.json", processor)
-    return model.classifies or not model.classifier
+    return model.hf_classifier or not model.classifier
 
 
-# Each writes a model to a place, and tells whether it has a place for its classifier.
-_WRITERS: Mapping = {"timm": _timm, "hf": _hf, "maect": _maect, "mae": _mae}
+_WRITERS = {"timm": _timm, "hf": _hf, "maect": _maect, "mae": _mae}
+
+
+def _card(model: Model, file: Path, format: str, left_out: str) -> str:
+    """The model card, as Markdown."""
+    templates = jinja2.PackageLoader("maect_jax.convert", package_path="")
+    options = dict(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    kind, section = SAVED[model.stage], model.config.get(model.stage)
+    size = vit.size_of(model.config.model)
+    settings = {"model": model.config.model.to_dict() | size._asdict()}
+    settings |= {model.stage: section.to_dict()} if section else {}
+    return (
+        jinja2.Environment(loader=templates, **options)
+        .get_template("card.md")
+        .render(
+            model=model,
+            config=model.config,
+            data=model.config.get("data", {}),
+            title=kind.title.replace("{} ", ""),
+            size=size,
+            file=repr(file.name),
+            safetensors=file.suffix == ".safetensors",
+            format=format,
+            timm_call=_timm_call(model, file),
+            left_out=left_out,
+            average_measured="ema" in kind.saved and not model.averaged,
+            settings=json.dumps(settings, indent=2),
+        )
+    )
+
+
+def _timm_call(model: Model, file: Path) -> str:
+    """The call that builds the model with its weights in timm."""
+    section, size = model.config.model, vit.size_of(model.config.model)
+    known, patch = vit.VARIANTS[section.variant], 14 if section.variant == "H" else 16
+    name = f"vit_{_TIMM_VARIANTS[section.variant]}_patch{patch}_224"
+    arguments = {
+        "num_classes": model.classes,
+        "global_pool": "token" if section.pool == "cls" else "avg",
+    }
+    for key, value, default in (
+        ("fc_norm", section.pool != "mean", True),
+        ("img_size", tuple(section.image_size), (224, 224)),
+        ("patch_size", section.patch_size, patch),
+        ("in_chans", section.channels, 3),
+        ("embed_dim", size.width, known.width),
+        ("depth", size.depth, known.depth),
+        ("num_heads", size.heads, known.heads),
+    ):
+        if value != default:
+            arguments[key] = value
+    texts = [repr(name), *(f"{key}={value!r}" for key, value in arguments.items())]
+    if section.ln_eps != LN_EPS:
+        texts.append(f"norm_layer=partial(torch.nn.LayerNorm, eps={section.ln_eps!r})")
+    return f"timm.create_model({', '.join(texts)}, checkpoint_path={file.name!r})"

@@ -1,70 +1,67 @@
-"""PyTorch's tensors and this package's variables: the same numbers under two sets of names.
+"""PyTorch's tensors and this package's variables: the same numbers under other names.
 
-PyTorch's side is a flat dict of NumPy arrays with the names and layouts of MAE's and MAE-CT's
-state dicts: `blocks.3.mlp.fc1.weight`, Linear weights `[out, in]`, the patch embedding a
-convolution `[D, C, P, P]`. This side is a nested dict: kernels `[in, out]`, the blocks of a stack
-along a leading layer axis. No number is changed on the way, so there and back is bit-equal, but
-for fixed position embeddings, which this side computes and does not keep.
+*Variables* are nested dicts: kernels `[in, out]`, the blocks of a stack along a leading layer axis.
+*Tensors* are flat dicts with the names and shapes of MAE's and MAE-CT's state dicts:
+`blocks.3.mlp.fc1.weight`, Linear weights `[out, in]`, the patch embedding a convolution
+`[D, C, P, P]`. *Files* may have other names for the same tensors. `names.txt` is the table of all.
+
+No number is changed on the way, so there and back is bit-equal, except for fixed position
+embeddings, which the networks compute and the variables do not hold.
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from importlib import resources
+from typing import NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from maect_jax.convert.tensors import Stored
 from maect_jax.errors import UserError
 from maect_jax.models import positions
+from maect_jax.stages import support_queue
 
 Tensors = Mapping[str, np.ndarray]
+Parts = dict[str, dict[str, Stored]]  # of a model: its tensors by name
+ENCODER, DECODER, HEAD, CLASSIFIER = "encoder", "decoder", "head", "classifier"
+_PARTS = (ENCODER, DECODER, HEAD, CLASSIFIER)
 
-LINEAR = {"kernel": "weight", "bias": "bias"}
-NORM = {"scale": "weight", "bias": "bias"}
-
-
-def named(ours: str, theirs: str, leaves: dict[str, str]) -> dict[str, str]:
-    """A table of the leaves of a module, this side's paths to PyTorch's names."""
-    return {f"{ours}/{leaf}": f"{theirs}.{their_leaf}" for leaf, their_leaf in leaves.items()}
-
-
-_BLOCKS = (
-    named("blocks/norm1", "blocks.{}.norm1", NORM)
-    | named("blocks/attn/qkv", "blocks.{}.attn.qkv", LINEAR)
-    | named("blocks/attn/proj", "blocks.{}.attn.proj", LINEAR)
-    | named("blocks/norm2", "blocks.{}.norm2", NORM)
-    | named("blocks/fc1", "blocks.{}.mlp.fc1", LINEAR)
-    | named("blocks/fc2", "blocks.{}.mlp.fc2", LINEAR)
-)
-_ENCODER = (
-    {"cls_token": "cls_token"}
-    | named("patch_embed", "patch_embed.proj", LINEAR)
-    | _BLOCKS
-    | named("norm", "norm", NORM)
-)
-_DECODER = (
-    {"mask_token": "mask_token"}
-    | named("embed", "embed", LINEAR)
-    | _BLOCKS
-    | named("norm", "norm", NORM)
-    | named("pred", "pred", LINEAR)
-)
+_TABLE = resources.files("maect_jax.convert").joinpath("names.txt").read_text()
+_HEADER, *_LINES = (line.split() for line in _TABLE.splitlines() if not line.startswith("#"))
+_ROWS = [dict(zip(_HEADER, line, strict=True)) for line in _LINES]
+_TENSOR = {
+    part: {r["variable"]: r["tensor"] for r in _ROWS if r["part"] == part} for part in _PARTS
+}
+_VARIABLE = {part: {name: path for path, name in _TENSOR[part].items()} for part in _PARTS}
+_QUEUE = ("queue", "queue_id", "queue_y", "queue_ptr")
+_ATTENTION = ("query", "key", "value")
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+_LEAVES |= {"mean": "running_mean", "var": "running_var"}
 
 
-def _to_ours(path: str, x: np.ndarray) -> np.ndarray:
-    if path.endswith("kernel"):
-        # A convolution's pixels come in the order of `vit.patchify`: row, column, channel.
-        return x.T if x.ndim == 2 else x.transpose(2, 3, 1, 0).reshape(-1, len(x))
-    return x
+def split(name: str) -> tuple[str, str, str]:
+    """The module of a tensor, with {} for the number of its block; that number; the leaf."""
+    module, dot, leaf = name.rpartition(".")
+    if leaf not in _LEAVES.values():
+        module, dot, leaf = name, "", ""
+    number = re.search(r"\.(\d+)\.", module)
+    if number is None:
+        return module, "", dot + leaf
+    return module.replace(number[0], ".{}.", 1), number[1], dot + leaf
 
 
-def depth(tensors: Iterable[str]) -> int:
-    """How many blocks the names of a state dict have; 1 for none."""
-    numbers = [int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))]
-    return 1 + max(numbers, default=0)
+# Between tensors and variables
+
+
+def depth(names: Iterable[str]) -> int:
+    """The number of blocks in a state dict; 1 for none."""
+    return max(1, len({block for name in names if (block := split(name)[1])}))
 
 
 def _stacked(layers: Iterator[np.ndarray], count: int) -> np.ndarray:
-    """`np.stack`, but that no more than one of the layers is held beside what it makes."""
+    """`np.stack` that holds no more than one of the layers beside its result."""
     first = next(layers)
     stack = np.empty((count, *first.shape), first.dtype)
     stack[0] = first
@@ -73,78 +70,106 @@ def _stacked(layers: Iterator[np.ndarray], count: int) -> np.ndarray:
     return stack
 
 
-def from_torch(tensors: Tensors, table: dict[str, str], what: str) -> dict:
-    """A tree of all that `table` names; what is missing or left over is an error."""
-    left = dict(tensors)
+def _path(name: str, part: str) -> tuple[tuple[str, ...], str]:
+    """The path of the variable of a tensor, and the number of its block. Raises `UserError`."""
+    module, block, leaf = split(name)
+    variable = _VARIABLE[part].get(module, "-")
+    if variable == "-":
+        raise UserError(f"{part}: the tensor {name!r} is unexpected")
+    leaves = {f".{theirs}": ours for ours, theirs in _LEAVES.items()}
+    leaves[".weight"] = "scale" if re.search("norm|bn", variable) else "kernel"
+    collection = "batch_stats" if leaf.startswith(".running") else "params"
+    return (collection, *variable.split("/"), *([leaves[leaf]] if leaf else [])), block
 
-    def take(path, name):
-        if name not in left:
-            raise UserError(f"{what}: the tensor {name!r} is missing")
-        return _to_ours(path, np.asarray(left.pop(name)))
 
+def _from_torch(tensors: Tensors, part: str) -> dict[str, dict]:
+    """The variables of a part, by collection: "params" and "batch_stats".
+
+    Raises:
+      UserError: a tensor is unexpected, or not there for every block.
+    """
     layers = depth(tensors)
+    stacks: dict[tuple[str, ...], dict[str, str]] = {}
+    for name in tensors:
+        path, block = _path(name, part)
+        stacks.setdefault(path, {})[block] = name
+
+    def variable(path, name):
+        x = np.asarray(tensors[name])
+        if path[-1] != "kernel":
+            return x
+        # A convolution's pixels come in the order of `vit.patchify`: row, column, channel.
+        return x.T if x.ndim == 2 else x.transpose(2, 3, 1, 0).reshape(-1, len(x))
+
     flat = {}
-    for path, name in table.items():
-        if "{}" in name:
-            flat[path] = _stacked((take(path, name.format(i)) for i in range(layers)), layers)
-        else:
-            flat[path] = take(path, name)
-    if left:
-        raise UserError(f"{what}: no place for the tensor {min(left)!r}")
-    return unflatten_dict(flat, sep="/")
+    for path, stack in stacks.items():
+        blocks = [""] if "" in stack else [str(i) for i in range(layers)]
+        if missing := [block for block in blocks if block not in stack]:
+            name = min(stack.values())
+            raise UserError(f"{part}: {name!r} is missing in block {missing[0]}")
+        arrays = (variable(path, stack[block]) for block in blocks)
+        flat[path] = next(arrays) if "" in stack else _stacked(arrays, layers)
+    return unflatten_dict(flat)
 
 
-def to_torch(tree: Mapping, table: dict[str, str], first_block: int = 0) -> dict[str, np.ndarray]:
-    """Every leaf of `tree` under the name that `table` has for it."""
+def _to_torch(variables: Mapping[str, Mapping], part: str, first_block: int = 0) -> dict:
+    """The inverse of `_from_torch`, for any of the variables."""
     tensors = {}
-    for path, x in flatten_dict(tree, sep="/").items():
-        name, x = table[path], np.asarray(x)
-        layers = enumerate(x, first_block) if "{}" in name else [(None, x)]
-        for i, layer in layers:
-            tensors[name.format(i)] = layer.T if path.endswith("kernel") else layer
+    for (_, *path), x in flatten_dict(variables).items():
+        last, x = path[-1], np.asarray(x)
+        leaf = f".{_LEAVES[path.pop()]}" if last in _LEAVES else ""
+        name = _TENSOR[part]["/".join(path)] + leaf
+        for i, layer in enumerate(x, first_block) if "{}" in name else [(None, x)]:
+            tensors[name.format(i)] = layer.T if last == "kernel" else layer
     return tensors
 
 
-def _position(tensors: dict, grid: tuple[int, int], what: str) -> np.ndarray | None:
-    """Takes the position embedding `[N, D]` out of `tensors`, if it is there."""
-    position = np.asarray(tensors.pop("pos_embed"))[0] if "pos_embed" in tensors else None
-    if position is None:
-        return None
-    if len(position) != grid[0] * grid[1]:
-        raise UserError(
-            f"{what}: pos_embed has {len(position)} rows, the grid of {grid[0]} x {grid[1]} "
-            f"patches needs {grid[0] * grid[1]}"
-        )
-    return position
+def _network_from_torch(tensors: Tensors, part: str, grid: tuple[int, int]) -> dict:
+    """The parameters, and `pos_embed` where it differs from the fixed position embedding.
 
-
-def _with_position(params: dict, position, grid: tuple[int, int], width: int) -> dict:
-    """`params` with a position embedding, unless it is the fixed one."""
-    if position is None or np.array_equal(position, positions.sincos(grid, width)):
+    A row of `pos_embed` for the class token is added to that token. A decoder has no class token of
+    its own, so there the row must be zero.
+    """
+    params = _from_torch(tensors, part)["params"]
+    if "pos_embed" not in params:
         return params
-    return {**params, "pos_embed": position}
+    position, rows = params.pop("pos_embed")[0], math.prod(grid)
+    class_row, position = position[:-rows], position[-rows:]
+    if len(position) != rows or len(class_row) > 1:
+        raise UserError(f"{part}: pos_embed has {len(class_row) + len(position)} rows, not {rows}")
+    if class_row.any() and "cls_token" not in params:
+        raise UserError(f"{part}: pos_embed has a row for the class token that is not zero")
+    if len(class_row) and "cls_token" in params:
+        params["cls_token"] = params["cls_token"] + class_row
+    fixed = np.array_equal(position, positions.sincos(grid, position.shape[1]))
+    return params if fixed else params | {"pos_embed": position}
 
 
-def _position_of(position, grid: tuple[int, int], width: int) -> np.ndarray:
-    """The learned or, for `None`, the fixed position embedding, `[1, N, D]`."""
-    return (positions.sincos(grid, width) if position is None else np.asarray(position))[None]
+def _network_to_torch(params: Mapping, part: str, grid: tuple | None, first_block: int = 0) -> dict:
+    """The inverse of `_network_from_torch`, with `pos_embed` where `grid` is given."""
+    params = dict(params)
+    position = params.pop("pos_embed", None)
+    tensors = _to_torch({"params": params}, part, first_block)
+    if grid is None:
+        return tensors
+    token = params["cls_token"] if "cls_token" in params else params["mask_token"]
+    position = positions.sincos(grid, token.shape[-1]) if position is None else position
+    return tensors | {"pos_embed": np.asarray(position)[None]}
 
 
 def encoder_from_torch(tensors: Tensors, grid: tuple[int, int]) -> dict:
-    """Whole encoder parameters (one stack of blocks) of a state dict.
+    """Whole encoder parameters, with one stack of blocks, from a state dict.
 
     Args:
-      tensors: `cls_token`, `patch_embed.proj.*`, `blocks.<i>.*`, `norm.*`, and `pos_embed`
-        `[1, N, D]`, which is kept only where it differs from the fixed sine-cosine embedding.
+      tensors: `cls_token`, `patch_embed.proj.*`, `blocks.<i>.*`, `norm.*`, and optionally
+        `pos_embed [1, N, D]`, which is kept only where it differs from the fixed sine-cosine
+        embedding.
       grid: patches in (rows, columns).
 
     Raises:
-      UserError: a tensor is missing or has no place.
+      UserError: a tensor is missing or unexpected.
     """
-    tensors = dict(tensors)
-    position = _position(tensors, grid, "encoder")
-    params = from_torch(tensors, _ENCODER, "encoder")
-    return _with_position(params, position, grid, params["cls_token"].shape[-1])
+    return _network_from_torch(tensors, ENCODER, grid)
 
 
 def encoder_to_torch(
@@ -155,41 +180,202 @@ def encoder_to_torch(
     Args:
       params: parameters, or any tree of their structure, such as gradients.
       patch_size: side of a patch in pixels.
-      grid: patches in (rows, columns), for which `pos_embed` is written, if `params` are whole;
-        without it, it is not.
+      grid: patches in (rows, columns). With it `params` must be whole, and `pos_embed` is written.
       first_block: index in the whole encoder of the first block of `params["blocks"]`.
     """
-    params = dict(params)
-    position = params.pop("pos_embed", None)
-    tensors = to_torch(params, _ENCODER, first_block)
+    tensors = _network_to_torch(params, ENCODER, grid, first_block)
     if "patch_embed" in params:
         weight = tensors["patch_embed.proj.weight"]
         pixels = weight.reshape(len(weight), patch_size, patch_size, -1)
         tensors["patch_embed.proj.weight"] = pixels.transpose(0, 3, 1, 2)
-    if grid is not None:
-        tensors["pos_embed"] = _position_of(position, grid, params["cls_token"].shape[-1])
     return tensors
 
 
 def decoder_from_torch(tensors: Tensors, grid: tuple[int, int]) -> dict:
-    """Decoder parameters of a state dict with the names `mask_token`, `embed.*`, `blocks.<i>.*`,
-    `norm.*`, `pred.*` and, optionally, `pos_embed [1, N, D]` of a patch `grid`, which is kept only
-    where it differs from the fixed sine-cosine embedding.
-
-    Raises:
-      UserError: a tensor is missing or has no place.
-    """
-    tensors = dict(tensors)
-    position = _position(tensors, grid, "decoder")
-    params = from_torch(tensors, _DECODER, "decoder")
-    return _with_position(params, position, grid, params["mask_token"].shape[-1])
+    """Decoder parameters from a state dict: `mask_token`, `embed.*`, `blocks.<i>.*`, `norm.*`,
+    `pred.*` and optionally `pos_embed`, treated as in `encoder_from_torch`."""
+    return _network_from_torch(tensors, DECODER, grid)
 
 
 def decoder_to_torch(params: Mapping, grid: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
     """The inverse of `decoder_from_torch`, with `pos_embed` where `grid` is given."""
-    params = dict(params)
-    position = params.pop("pos_embed", None)
-    tensors = to_torch(params, _DECODER)
-    if grid is not None:
-        tensors["pos_embed"] = _position_of(position, grid, params["mask_token"].shape[-1])
-    return tensors
+    return _network_to_torch(params, DECODER, grid)
+
+
+def head_from_torch(tensors: Tensors) -> dict:
+    """The contrastive head of a state dict, by fields of a `TrainState`.
+
+    Args:
+      tensors: `projector.<i>.*` and `predictor.<i>.*`; optionally `target_projector.*` (stage 3),
+        whose running statistics are copies of the projector's, and are ignored; optionally
+        `queue [Q, D]`, `queue_id [Q]`, `queue_y [Q]`, `queue_ptr [1]`.
+
+    Returns:
+      `params` and `batch_stats` of `projector` and `predictor`; `target` of `projector` and
+      `queue` (a `support_queue.Queue`) where the state dict has them.
+
+    Raises:
+      UserError: a tensor is unexpected.
+    """
+    tensors = {name: x for name, x in tensors.items() if not name.endswith("batches_tracked")}
+    queue = {name: tensors.pop(name) for name in _QUEUE if name in tensors}
+    head = _from_torch(tensors, HEAD)
+    head.get("batch_stats", {}).pop("target_projector", None)
+    if target := head["params"].pop("target_projector", None):
+        head["target"] = {"projector": target}
+    if not queue:
+        return head
+    if missing := [name for name in _QUEUE if name not in queue]:
+        raise UserError(f"head: tensors {missing} are missing")
+    rows, ids, labels, pointer = map(np.asarray, queue.values())
+    oldest = int(pointer.item())
+    # Slots of the largest size whose borders the pointer respects; a stage makes batches of them.
+    slot = math.gcd(len(rows), oldest)
+    head["queue"] = support_queue.Queue(
+        rows=rows.reshape(-1, slot, rows.shape[1]),
+        ids=ids.reshape(-1, slot).astype(np.int32),
+        labels=labels.reshape(-1, slot).astype(np.int32),
+        slot=np.int32(oldest // slot % (len(rows) // slot)),
+    )
+    return head
+
+
+def head_to_torch(state: Mapping, queue_size: int | None = None) -> dict[str, np.ndarray]:
+    """The inverse of `head_from_torch`.
+
+    Args:
+      state: any of `params`, `batch_stats`, `target` and `queue`, as in a `TrainState`. Parameters
+        of the encoder are ignored.
+      queue_size: rows of the queue, by default all of its ring; the surplus is left out.
+    """
+    params, stats = ({**state.get(field, {})} for field in ("params", "batch_stats"))
+    params.pop("encoder", None)
+    tensors = _to_torch({"params": params, "batch_stats": stats}, HEAD)
+    if state.get("target"):
+        target = {"params": {"target_projector": state["target"]["projector"]}}
+        if stats:
+            target["batch_stats"] = {"target_projector": stats["projector"]}
+        tensors |= _to_torch(target, HEAD)
+    queue = state.get("queue")
+    if queue is None:
+        return tensors
+    queue_size = queue_size or queue.ids.size
+    oldest = int(queue.slot) * queue.ids.shape[1] % queue_size
+    by_age = support_queue.in_age_order(queue, queue_size)
+    rows, ids, labels = (np.roll(np.asarray(x), oldest, axis=0) for x in by_age)
+    values = rows, ids.astype(np.int64), labels.astype(np.int64), np.array([oldest])
+    return tensors | dict(zip(_QUEUE, values, strict=True))
+
+
+def classifier_from_torch(tensors: Tensors) -> dict[str, dict]:
+    """A linear classifier by fields of a `TrainState`, from `classifier.weight [C, D]` and `.bias
+    [C]`, and for a probe `.running_mean [D]` and `.running_var [D]` of its batch normalisation."""
+    return _from_torch(tensors, CLASSIFIER)
+
+
+# Between files and tensors
+
+# By the names of modules in all kinds of files: the part, and the name of the tensor.
+_FILES = {
+    name: (row["part"], row["tensor"])
+    for row in _ROWS
+    for name in (*row["pytorch"].split("|"), row["hf"], row["hf_today"])
+    if name != "-"
+}
+# A name that only such files have, and whose names they are; the first that fits is used.
+_LAYOUTS = {
+    r"(vit\.)?embeddings\.patch_embeddings\..*": "HuggingFace's",
+    r"projector\.0\.weight": "a contrastive head of MAE-CT's authors",
+    r"layer\.[23]\.weight": "a linear probe of MAE-CT's authors",
+    r"decoder_embed\.weight": "MAE's (with decoder)",
+    r"patch_embed\.proj\.weight": "MAE's, timm's or MAE-CT's",
+}
+_IGNORED = {
+    r".*\.num_batches_tracked": "counts batches, which nothing reads",
+    r"(vit\.)?pooler\..*": "is HuggingFace's pooler, which comes after the features",
+    r"(vit\.)?embeddings\.mask_token": "hides patches in SimMIM, which is not used here",
+}
+
+
+class Sorted(NamedTuple):
+    """The tensors of a file.
+
+    Attributes:
+      layout: whose names the file has, for people.
+      parts: the tensors by part of a model, under the names of this module.
+      ignored: the tensors that are not used, and why.
+    """
+
+    layout: str
+    parts: Parts
+    ignored: dict[str, str]
+
+
+def sort(tensors: Mapping[str, Stored], where: str) -> Sorted:
+    """Sorts the tensors of a file by part, and gives them the names of this module.
+
+    Raises:
+      UserError: the file is of no known kind, or a tensor has no place in a Vision Transformer.
+    """
+    layouts = [_LAYOUTS[x] for x in _LAYOUTS if any(re.fullmatch(x, name) for name in tensors)]
+    if not layouts:
+        raise UserError(
+            f"{where}: none of the kinds that can be read (MAE, MAE-CT's encoder, head or probe, "
+            f"HuggingFace's ViTMAE or ViT, timm's ViT); its first tensor is {min(tensors)!r}"
+        )
+    parts: Parts = {}
+    ignored = {}
+    for name, x in tensors.items():
+        reason = next((why for what, why in _IGNORED.items() if re.fullmatch(what, name)), None)
+        if reason:
+            ignored[name] = reason
+            continue
+        # transformers 5 writes the decoder's layers under a name that its code has never had.
+        name_5 = name.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers.")
+        module, block, leaf = split(name_5.removeprefix("vit."))
+        part, tensor = _FILES.get(module, ("", ""))
+        if not part:
+            raise UserError(
+                f"{where}: a plain Vision Transformer has no tensor like {name!r}; such a model "
+                "cannot be read"
+            )
+        same = parts.setdefault(part, {}).setdefault(f"{tensor.format(block)}{leaf}", x)
+        if same is not x:
+            raise UserError(f"{where}: {name!r} and {same.names[0]!r} are the same tensor")
+    for of_part in parts.values():
+        _join_attention(of_part, where)
+    return Sorted(layouts[0], parts, ignored)
+
+
+def _join_attention(tensors: dict[str, Stored], where: str) -> None:
+    """Joins the projections of queries, keys and values, which HuggingFace's files keep apart.
+
+    Where one of the three is missing, the comparison with the network names it.
+    """
+    for query in [name for name in tensors if ".attn.query." in name]:
+        names = [query.replace("query", which) for which in _ATTENTION]
+        if not set(names) <= set(tensors):
+            continue
+        three = [tensors.pop(name) for name in names]
+        if len({x.shape for x in three}) > 1:
+            raise UserError(f"{where}: {three[0].names[0]!r} and its key and value differ in shape")
+        rows, *rest = three[0].shape or (0,)
+        tensors[query.replace("query", "qkv")] = Stored(
+            tuple(name for x in three for name in x.names),
+            (3 * rows, *rest),
+            lambda three=three: np.concatenate([np.asarray(x) for x in three]),
+            three[0].where,
+            all(x.floating for x in three),
+        )
+
+
+def to_files(tensors: Tensors, part: str, column: str) -> dict[str, np.ndarray]:
+    """The tensors of a part under their names in files, a column of `names.txt`."""
+    names = {row["tensor"]: row[column].split("|")[0] for row in _ROWS if row["part"] == part}
+    renamed = {}
+    for name, x in tensors.items():
+        module, block, leaf = split(name)
+        thirds = _ATTENTION if names[module] == "-" else ("qkv",)
+        for which, third in zip(thirds, np.split(x, len(thirds)), strict=True):
+            renamed[names[module.replace("qkv", which)].format(block) + leaf] = third
+    return renamed

@@ -7,7 +7,6 @@ which builds tensors and plain containers, refuses all else, and maps the file.
 import argparse
 import dataclasses
 import hashlib
-import json
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from maect_jax import files
 from maect_jax.errors import UserError
 
 SAFETENSORS, PICKLES = (".safetensors",), (".pth", ".pt", ".th", ".bin", ".ckpt")
@@ -27,9 +27,6 @@ _INDEX = "model.safetensors.index.json"
 _WEIGHTS = ("model.safetensors", _INDEX, "pytorch_model.bin")
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _TORCH_FLOATS = ("float16", "bfloat16", "float32", "float64")
-_BESIDE = ("config", "preprocessor_config")
-_SAFE = (2, 6)  # before it, weights_only could be got around (CVE-2025-32434)
-_NO_TORCH = "reading and writing it needs PyTorch, the extra [torch]: pip install torch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +59,16 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """What a file or a folder holds: its tensors by name, and what is written beside them."""
+    """What a file or a folder holds: its tensors by name, and what is written beside them.
+
+    `config` is that of a HuggingFace folder, or of the header of a safetensors file; `config` and
+    `preprocessor` may be empty.
+    """
 
     path: Path
     container: str
     tensors: Mapping[str, Stored]
-    config: Mapping  # of a HuggingFace folder, or of a safetensors header; may be empty
+    config: Mapping
     preprocessor: Mapping
 
 
@@ -75,33 +76,30 @@ def read(path: Path) -> Content:
     """The tensors of a file, or of a HuggingFace folder.
 
     Raises:
-      UserError: it is not there, damaged, or something else.
+      UserError: it does not exist, is damaged, or is something else.
     """
-    if path.is_dir():
-        found = weights_in(path)
-        if found is None:
-            run = "; a run need not be imported" if (path / "checkpoints").is_dir() else ""
-            raise UserError(f"{path}: the folder holds none of {', '.join(_WEIGHTS)}{run}")
-    elif path.is_file():
-        found = path
-    else:
+    file = (weights_in(path) if path.is_dir() else path) or path
+    config, preprocessor = {}, {}
+    if file.is_dir():
+        run = "; a run need not be imported" if (path / "checkpoints").is_dir() else ""
+        raise UserError(f"{path}: the folder holds none of {', '.join(_WEIGHTS)}{run}")
+    if not file.is_file():
         raise UserError(f"{path}: there is no such file")
-    about = {}
-    if found.name == _INDEX:
-        container, tensors = "safetensors, in parts", _parts(found)
-    elif found.suffix in SAFETENSORS:
-        container, (tensors, about) = "safetensors", _safetensors(found)
-    elif found.suffix in PICKLES:
-        container, tensors = _pickle(found)
+    if file.name == _INDEX:
+        container, tensors = "safetensors, in parts", _parts(file)
+    elif file.suffix in SAFETENSORS:
+        container, (tensors, config) = "safetensors", _safetensors(file)
+    elif file.suffix in PICKLES:
+        container, tensors = _pickle(file)
     else:
         allowed = ", ".join(SAFETENSORS + PICKLES)
         raise UserError(f"{path}: not a file of tensors by its name; must end in one of {allowed}")
     if not tensors:
         raise UserError(f"{path}: holds no tensors")
-    config, preprocessor = {}, {}
-    if found.name in _WEIGHTS:  # what lies beside a file of another name may be of another model
-        config, preprocessor = (_json(found.with_name(f"{name}.json")) for name in _BESIDE)
-    return Content(path, container, tensors, about | config, preprocessor)
+    if file.name in _WEIGHTS:  # what lies beside a file of another name may be of another model
+        config |= files.read_json(file.with_name("config.json"))
+        preprocessor = files.read_json(file.with_name("preprocessor_config.json"))
+    return Content(path, container, tensors, config, preprocessor)
 
 
 def weights_in(folder: Path) -> Path | None:
@@ -110,31 +108,15 @@ def weights_in(folder: Path) -> Path | None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file, or of the files with a folder's weights, one after the other."""
+    """The hash of a file, or of the files with a folder's weights, one after the other."""
     found = weights_in(path) or path
-    parts = (
-        sorted({found.with_name(x.where.name) for x in _parts(found).values()})
-        if (found.name == _INDEX)
-        else [found]
-    )
+    parts = {x.where for x in _parts(found).values()} if found.name == _INDEX else {found}
     digest = hashlib.sha256()
-    for part in parts:
+    for part in sorted(parts):
         with part.open("rb") as file:
             while block := file.read(2**24):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def _json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must hold keys and values")
-    return values
 
 
 def _safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
@@ -161,7 +143,7 @@ def _safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 
 def _parts(index: Path) -> dict[str, Stored]:
-    places = _json(index).get("weight_map")
+    places = files.read_json(index).get("weight_map")
     if not isinstance(places, dict) or any(type(name) is not str for name in places.values()):
         raise UserError(f"{index}: has no weight_map from names to files")
     tensors = {}
@@ -179,12 +161,11 @@ def _torch(path: Path):
     try:
         import torch
     except ImportError as error:
-        raise UserError(f"{path}: {_NO_TORCH}") from error
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < _SAFE:
+        raise UserError(f"{path}: needs PyTorch, the extra [torch]: pip install torch") from error
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):  # CVE-2025-32434
         raise UserError(
             f"{path}: PyTorch {torch.__version__} is too old to read pickles without running them; "
-            f"{_SAFE[0]}.{_SAFE[1]} or later does"
+            "2.6 or later does"
         )
     return torch
 
@@ -245,14 +226,15 @@ def write(
     path: Path,
     tensors: Mapping[str, np.ndarray],
     wrapper: str = "",
-    about: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes tensors, whole or not at all: safetensors, or by the path's ending a pickle of tensors
-    and nothing else, `{wrapper: tensors}`. `about` goes into the header of safetensors.
+    """Writes tensors as safetensors, or by the path's ending as a pickle of `{wrapper: tensors}`.
+
+    `metadata` goes into the header of safetensors. The file is written whole or not at all.
 
     Raises:
-      OSError: it cannot be written there.
-      UserError: PyTorch is needed and not there.
+      OSError: the file cannot be written.
+      UserError: PyTorch is needed and not installed.
     """
     arrays = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
     draft = path.with_name(path.name + ".tmp")
@@ -262,7 +244,7 @@ def write(
         draft.touch()  # safetensors makes files that no one else may read
         mode = draft.stat().st_mode
         if torch is None:
-            save_file(arrays, draft, metadata={"format": "pt", **(about or {})})
+            save_file(arrays, draft, metadata={"format": "pt", **(metadata or {})})
         else:
             content = {name: torch.tensor(x) for name, x in arrays.items()}
             torch.save({wrapper: content} if wrapper else content, draft)

@@ -192,3 +192,27 @@ def write_lineage(run: Path, lineage: list[dict]) -> None:
         if before.get(file, sha) != sha:
             raise UserError(f"{file}: is another file than {run} started from (by its SHA-256)")
     files.write_json(run / _FILE, {"from": lineage})
+
+
+def trained_stage(path: Path, stage: str | None = None) -> tuple[Path, str, int | None]:
+    """The run, the stage and the step that `RUN` or `RUN/checkpoints/STAGE/STEP` names.
+
+    Without `stage` it is the checkpoint's or the run's last one; the step is `None` for the end.
+
+    Raises:
+      UserError: there is no such run, stage or step, or the stage is not finished.
+    """
+    run, checkpoint_stage, step = checkpoints.run_of(path)
+    if not (run / "config.json").is_file():
+        file = "; a file must be imported first" if run.is_file() else ""
+        raise UserError(f"{run}: there is no run (no config.json); name the folder of a run{file}")
+    if stage not in (None, checkpoint_stage or stage):
+        raise UserError(f"--stage={stage}: the checkpoint is one of stage {checkpoint_stage}")
+    stage = stage or checkpoint_stage
+    trained = checkpoints.trained_stages(run, tuple(SAVED))
+    if not trained or stage not in (None, *trained):
+        has = f"it has {', '.join(trained)}" if trained else "it has no checkpoint yet"
+        raise UserError(f"{run}: no stage {stage or 'to export'}; {has}")
+    stage = stage or trained[-1]
+    check_saved(run, stage, step, f"{run}: ")
+    return run, stage, step

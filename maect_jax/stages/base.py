@@ -29,6 +29,7 @@ class Saved:
       title: what it is, for reports and model cards; `{}` stands for the number of tuned blocks.
       row: what its row of the results holds.
       saved: the fields of the state that a later stage or an evaluation reads; never the moments.
+      exported: further fields, which only an export reads.
       hands_on: what `handover` gives.
     """
 
@@ -36,12 +37,23 @@ class Saved:
     title: ClassVar[str]
     row: ClassVar[str]
     saved: ClassVar[tuple[str, ...]]
+    exported: ClassVar[tuple[str, ...]] = ()
     hands_on: ClassVar[tuple[str, ...]] = ("encoder",)
 
     @staticmethod
     def encoder_params(parts: Mapping) -> dict:
         """The encoder to evaluate, one stack of blocks, from the saved fields."""
         return parts["params"]["encoder"]
+
+    @classmethod
+    def last_encoder_params(cls, parts: Mapping) -> dict:
+        """The encoder as it was last trained, where `encoder_params` is an average."""
+        return cls.encoder_params(parts)
+
+    @staticmethod
+    def with_encoder(encoder: dict) -> dict:
+        """The saved fields that hold an encoder from elsewhere: the inverse of `encoder_params`."""
+        return {"params": {"encoder": encoder}}
 
     @classmethod
     def handover(cls, parts: Mapping) -> dict:
@@ -65,6 +77,10 @@ class ImportedProbe(Saved):
     @staticmethod
     def encoder_params(parts: Mapping) -> dict:
         return parts["frozen"]["encoder"]
+
+    @staticmethod
+    def with_encoder(encoder: dict) -> dict:
+        return {"frozen": {"encoder": encoder}}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -72,6 +72,11 @@ class Finetune(Stage):
     def encoder_params(parts: Mapping) -> dict:
         return {**parts["frozen"]["encoder"], **parts["params"]["encoder"]}
 
+    @staticmethod
+    def with_encoder(encoder: dict) -> dict:
+        trained, frozen = vit.split_blocks(encoder, 0)
+        return {"params": {"encoder": trained}, "frozen": {"encoder": frozen}}
+
     @classmethod
     def training_images(cls, config, images: Source) -> Source:
         """Those that `config.finetune.images` names.

@@ -243,6 +243,10 @@ class Head(NNCLR):
     def encoder_params(parts: Mapping) -> dict:
         return parts["frozen"]["encoder"]
 
+    @staticmethod
+    def with_encoder(encoder: dict) -> dict:
+        return {"frozen": {"encoder": encoder}}
+
     @classmethod
     def tuned_blocks(cls, config) -> int:
         return 0
@@ -261,6 +265,7 @@ class ContrastiveTuning(NNCLR):
     title = "contrastive tuning of the upper {} blocks (MAE-CT)"
     row = "the average of the tuned encoder"
     saved = (*NNCLR.saved, "ema")
+    exported = ("target",)
     starts_from = ("head", "ct", "mae", "finetune")
     takes = NNCLR.hands_on
     rules = NNCLR.rules | {
@@ -281,6 +286,21 @@ class ContrastiveTuning(NNCLR):
     def encoder_params(parts: Mapping) -> dict:
         """The average of the encoder."""
         return vit.merge_blocks({**parts["frozen"]["encoder"], **parts["ema"]["encoder"]})
+
+    @classmethod
+    def last_encoder_params(cls, parts: Mapping) -> dict:
+        return vit.merge_blocks({**parts["frozen"]["encoder"], **parts["params"]["encoder"]})
+
+    @staticmethod
+    def with_encoder(encoder: dict) -> dict:
+        """As after tuning with all blocks frozen: the average is the encoder itself."""
+        depth = len(encoder["blocks"]["norm1"]["scale"])
+        trained, frozen = vit.split_blocks(encoder, depth)
+        return {
+            "params": {"encoder": trained},
+            "frozen": {"encoder": frozen},
+            "ema": {"encoder": trained},
+        }
 
     @classmethod
     def frozen_blocks(cls, config) -> int:

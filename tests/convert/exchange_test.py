@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from maect_jax.convert import importing
-from maect_jax.convert.told import Given
+from maect_jax.convert.importing import Overrides
 from maect_jax.models import positions
 from tests.helpers import CONFIGS, FAST_RUN, ROOT
 from tests.helpers.foreign_files import assert_same, run_convert
@@ -55,7 +55,8 @@ def test_timm_there_and_back(tmp_path, monkeypatch, rng, own, pool, ending):
     images, size = images_for(peer, rng), peer.patch_embed.img_size
     with torch.no_grad():
         want = peer.forward_head(peer.forward_features(pixels(images)), pre_logits=True).numpy()
-    told = Given(3, None, peer.norm.eps if pool != "fc_norm" else 1e-6, size, pool)
+    eps = peer.norm.eps if pool != "fc_norm" else 1e-6
+    told = Overrides(heads=3, ln_eps=eps, image_size=size, pool=pool)
     found = importing.recognised([path], told)
     assert_close("timm features", features(found, images), want, FORWARD)
     flags = [f"--heads={told.heads}", f"--ln_eps={told.ln_eps}", f"--pool={pool}"]
@@ -159,6 +160,7 @@ def test_positions_are_resized_as_pytorch_does(rng, old, new):
     assert_close("resized positions", positions.resize(table, old, new), want, 1e-6)
 
 
+@pytest.mark.slow
 def test_the_readmes_commands_go_all_the_way(tmp_path):
     """From an MAE to timm, as they stand in the README; then the features of its example."""
     readme = (ROOT / "README.md").read_text()

@@ -9,7 +9,8 @@ import pytest
 
 import maect_jax
 from maect_jax import config as configs
-from maect_jax.convert import exporting, importing, names, tensors
+from maect_jax.convert import importing, names, tensors
+from maect_jax.convert.__main__ import read_run
 from maect_jax.errors import UserError
 from maect_jax.evals.classifier import Classifier, fold_batch_norm
 from maect_jax.evals.features import Features
@@ -33,7 +34,7 @@ def test_a_file_is_evaluated_under_its_name_with_its_classifier(tmp_path, monkey
         "layer.2.weight": rng.normal(size=(10, width)).astype(np.float32),
         "layer.2.bias": rng.normal(size=10).astype(np.float32),
     }
-    tensors.write(tmp_path / "vit7.safetensors", encoder, about={
+    tensors.write(tmp_path / "vit7.safetensors", encoder, metadata={
         "num_attention_heads": "2", "layer_norm_eps": "1e-6"})  # fmt: skip
     tensors.write(tmp_path / "probe.safetensors", probe)
     both = f"{tmp_path / 'vit7.safetensors'},{tmp_path / 'probe.safetensors'}"
@@ -78,7 +79,7 @@ def test_a_classifier_of_other_classes_is_skipped(rng):
 def test_load_encoder_takes_pixels_as_they_come(tmp_path, rng):
     path = tmp_path / "encoder.safetensors"
     about = {"num_attention_heads": str(CT.meta["heads"]), "layer_norm_eps": "1e-6"}
-    tensors.write(path, CT.under("init/encoder/"), about=about)
+    tensors.write(path, CT.under("init/encoder/"), metadata=about)
     encoder = maect_jax.load_encoder(path, image_size=CT.image_size, pool="mean")
     pixels = rng.integers(0, 256, (3, *CT.image_size, 3), dtype=np.uint8)
     got = encoder(pixels)
@@ -115,7 +116,7 @@ def test_an_import_takes_less_memory_than_twice_the_file(tmp_path, rng):
     size = path.stat().st_size / 1024
     assert size > 200_000
     assert_peak_of_import_below(2 * size, path, tmp_path / "run")
-    assert_trees_equal(exporting.load(tmp_path / "run").encoder, params)
+    assert_trees_equal(read_run(tmp_path / "run").encoder, params)
 
 
 def test_a_stage_starts_from_a_file_at_another_image_size(tmp_path, monkeypatch):
@@ -124,10 +125,10 @@ def test_a_stage_starts_from_a_file_at_another_image_size(tmp_path, monkeypatch)
     params = jax.jit(module.init)(jax.random.key(1), np.zeros((1, 14, 14, 1)))["params"]
     about = {"num_attention_heads": "2", "layer_norm_eps": "1e-6"}
     path = tmp_path / "small.safetensors"
-    tensors.write(path, names.encoder_to_torch(jax.device_get(params), 7, (2, 2)), about=about)
+    tensors.write(path, names.encoder_to_torch(jax.device_get(params), 7, (2, 2)), metadata=about)
     page, workdir = str(CONFIGS / "head_vith14.py:test"), tmp_path / "head"
     run_on(monkeypatch, (1, 2), configs.load(page, [f"init_from={path}", SMALL]), workdir)
-    found = exporting.load(workdir)
+    found = read_run(workdir)
     assert found.stage == "head"
     want = positions.resize(positions.sincos((2, 2), 32), (2, 2), (4, 4))
     np.testing.assert_array_equal(found.encoder.pop("pos_embed"), want)

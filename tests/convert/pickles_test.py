@@ -8,7 +8,7 @@ import pytest
 
 from maect_jax import load_encoder
 from maect_jax.convert import importing
-from maect_jax.convert.told import Given
+from maect_jax.convert.importing import Overrides
 from maect_jax.errors import UserError
 from tests.helpers.foreign_files import assert_peak_of_import_below, run_convert
 from tests.helpers.golden_figures import FORWARD, assert_close
@@ -18,7 +18,7 @@ from tests.helpers.peers import features, images_for, pixels, timm, timm_model, 
 def test_half_precision_and_old_pickles_are_read(tmp_path, rng):
     peer = timm_model(num_classes=0).half()
     images = images_for(peer, rng)
-    given = Given(3, None, 1e-6)
+    given = Overrides(heads=3, ln_eps=1e-6)
     found = {}
     for name, saved in (
         ("new.pth", dict(_use_new_zipfile_serialization=True)),
@@ -45,7 +45,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("how", ["torch", "pickle"])
-def test_a_malicious_pickle_runs_nothing(tmp_path, monkeypatch, capsys, how):
+def test_a_malicious_pickle_runs_nothing(tmp_path, monkeypatch, how):
     trap, path = tmp_path / "ran", tmp_path / "weights.pth"
     content = {"model": {"cls_token": torch.zeros(1)}, "extra": Malicious(trap)}
     if how == "torch":
@@ -53,11 +53,10 @@ def test_a_malicious_pickle_runs_nothing(tmp_path, monkeypatch, capsys, how):
     else:
         path.write_bytes(pickle.dumps(content, protocol=2))
     for _ in range(2):
-        with pytest.raises(SystemExit, match="2"):
+        with pytest.raises(UserError) as error:
             run_convert(monkeypatch, "import", path, tmp_path / "run")
-        message = capsys.readouterr().err
-        assert message.startswith(f"error: {path}: refused: it is damaged, no file")
-        assert message.count("\n") == 1
+        assert str(error.value).startswith(f"{path}: refused")
+        assert "\n" not in str(error.value)
         with pytest.raises(UserError, match="refused"):
             load_encoder(path)
     assert not trap.exists()
@@ -75,7 +74,7 @@ def test_a_pickle_cut_short_is_one_clear_line(tmp_path):
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(UserError) as error:
-            importing.recognised([path], Given(3, None, 1e-6)).read()
+            importing.recognised([path], Overrides(heads=3, ln_eps=1e-6)).read()
         assert str(error.value).startswith(f"{path}: ")
         assert "\n" not in str(error.value)
 
@@ -93,12 +92,13 @@ def test_odd_pickles_are_one_clear_line(tmp_path):
     ):
         torch.save(content, path)
         with pytest.raises(UserError, match=message):
-            importing.recognised([path], Given(3, None, 1e-6))
+            importing.recognised([path], Overrides(heads=3, ln_eps=1e-6))
     # Parameters, not only tensors: what named_parameters() gives.
     torch.save(dict(timm_model(num_classes=0).named_parameters()), path)
-    importing.recognised([path], Given(3, None, 1e-6)).read()
+    importing.recognised([path], Overrides(heads=3, ln_eps=1e-6)).read()
 
 
+@pytest.mark.slow
 def test_an_import_of_a_pickle_takes_less_memory_than_twice_the_file(tmp_path):
     path, width = tmp_path / "large.pth", 640
     model = timm.models.vision_transformer.VisionTransformer(

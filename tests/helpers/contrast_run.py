@@ -7,7 +7,6 @@ import jax
 import numpy as np
 
 from maect_jax import sharding
-from maect_jax.convert import head_names
 from maect_jax.convert import names as convert
 from maect_jax.models import vit
 from maect_jax.stages import state
@@ -40,7 +39,7 @@ def trained_tree(case: Case, tensors: dict[str, np.ndarray]) -> dict:
     both = {**case.under("init/"), **tensors}
     encoder = convert.encoder_from_torch(figures.under(both, "encoder/"), case.grid)
     trained, _ = vit.split_blocks(encoder, case.meta["frozen_blocks"])
-    head = head_names.head_from_torch(figures.under(both, "head/"))
+    head = convert.head_from_torch(figures.under(both, "head/"))
     return {"encoder": trained, **head["params"]}
 
 
@@ -48,13 +47,13 @@ def trained_to_torch(case: Case, params: dict) -> dict[str, np.ndarray]:
     patch_size, frozen = case.meta["patch_size"], case.meta["frozen_blocks"]
     return figures.prefixed(
         encoder=convert.encoder_to_torch(params["encoder"], patch_size, first_block=frozen),
-        head=head_names.head_to_torch({"params": params}),
+        head=convert.head_to_torch({"params": params}),
     )
 
 
 def started(case: Case, stage, shape=ONE) -> state.TrainState:
     """The stage's first state, from the reference's start, on a mesh of that shape."""
-    head = head_names.head_from_torch(case.under("init/head/"))
+    head = convert.head_from_torch(case.under("init/head/"))
     start = dict(
         encoder=convert.encoder_from_torch(case.under("init/encoder/"), case.grid),
         batch_stats=head["batch_stats"],
@@ -81,10 +80,10 @@ def given_state(case: Case, s: int, own: state.TrainState, given: str) -> state.
     if given == "drift":
         heads = {"target": own.target, "batch_stats": own.batch_stats}
         ours = trained_to_torch(case, own.params)
-        ours |= figures.prefixed(head=head_names.head_to_torch(heads))
+        ours |= figures.prefixed(head=convert.head_to_torch(heads))
         ours, theirs = grad_parts(ours), grad_parts(theirs)
         theirs = joined({n: theirs[n] if zero_by_construction(n) else x for n, x in ours.items()})
-    head = head_names.head_from_torch(case.under("init/head/") | figures.under(theirs, "head/"))
+    head = convert.head_from_torch(case.under("init/head/") | figures.under(theirs, "head/"))
     new = own.replace(
         params=trained_tree(case, theirs),
         batch_stats=head["batch_stats"],
@@ -188,7 +187,7 @@ def allowed_errors(case: Case, given: str, off) -> list[dict[str, float]]:
 def assert_parameters(kind: str, case: Case, steps: list[Step], given: str, off) -> None:
     """What is trained, and the target, after each step within `allowed_errors`."""
     for s, (step, allowed) in enumerate(zip(steps, allowed_errors(case, given, off), strict=True)):
-        targets = figures.prefixed(head=head_names.head_to_torch({"target": step.after.target}))
+        targets = figures.prefixed(head=convert.head_to_torch({"target": step.after.target}))
         ours = grad_parts(trained_to_torch(case, step.after.params)) | targets
         theirs = grad_parts(case.under(f"step{s}/after/"))
         assert ours.keys() == allowed.keys()

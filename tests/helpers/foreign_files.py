@@ -6,7 +6,7 @@ import sys
 import numpy as np
 
 from maect_jax.convert.__main__ import main as convert
-from maect_jax.convert.told import Given
+from maect_jax.convert.importing import Overrides
 from tests.helpers import ROOT
 from tests.helpers import golden_figures as figures
 
@@ -16,8 +16,11 @@ MAE, CT = figures.cases("mae")[0], figures.cases("ct")[0]
 def told(case, **own):
     """What the golden figures' odd widths do not tell."""
     decoder = case.meta.get("dec_heads")
-    found = Given(case.meta["heads"], decoder, 1e-6, case.image_size, "cls", "float32")
-    return found if not own else Given(**{**vars(found), **own})
+    found = dict(
+        heads=case.meta["heads"], decoder_heads=decoder, ln_eps=1e-6, image_size=case.image_size,
+        pool="cls", dtype="float32",
+    )  # fmt: skip
+    return Overrides(**found | own)
 
 
 def flags(case):
