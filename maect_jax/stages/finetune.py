@@ -83,7 +83,7 @@ class Finetune(Stage):
 
     @classmethod
     def for_images(cls, config, images: Source) -> "Finetune":
-        return cls.from_config(config, len(images), subsets.classes_of(images))
+        return cls.from_config(config, len(images), images.num_classes)
 
     @classmethod
     def example_maker(cls, config, images: Source) -> loader.FinetuneRecord:
