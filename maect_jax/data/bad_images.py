@@ -17,12 +17,8 @@ _MAX_LISTED = 20
 class BadImages:
     """Counts the images of a source that could not be read on any host, and names each once.
 
-    A resumed run starts from zero: files may have been repaired.
-
-    Args:
-      source: the images.
-      channels: of the model.
-      allowed: fraction of all images that may be bad.
+    At most the fraction `allowed` of all images may be bad. A resumed run starts from zero: files
+    may have been repaired.
     """
 
     def __init__(self, source: Source, channels: int, allowed: float):

@@ -142,7 +142,7 @@ def _make_index(root: epath.Path, given: str) -> Index:
     if not exists:
         raise _error(f"there is no folder {given!r}")
     # A folder's time is read before its files: a file that comes meanwhile makes a new index.
-    changed = {root: _changed(os.fspath(root))}
+    changed, real_root = {root: _changed(os.fspath(root))}, os.path.realpath(root)
     class_folders, images = _listed(root)
     if images and class_folders:
         example = f"{given!r} has images beside its class folders, such as {images[0].name}"
@@ -150,7 +150,7 @@ def _make_index(root: epath.Path, given: str) -> Index:
     paths, labels = sorted(os.fspath(image) for image in images), [-1] * len(images)
     empty = []
     for label, folder in enumerate(class_folders):
-        below = sorted(os.fspath(image) for image in _walk(folder, changed, (_real(root),)))
+        below = sorted(os.fspath(image) for image in _walk(folder, changed, (real_root,)))
         paths += below
         labels += [label] * len(below)
         empty += [] if below else [folder.name]
@@ -185,17 +185,14 @@ def _listed(folder: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
     return [entry for entry in others if entry.is_dir()], images
 
 
-def _real(folder: epath.Path) -> str:
-    path = os.fspath(folder)
-    return path if _is_remote(path) else os.path.realpath(path)
-
-
 def _walk(folder: epath.Path, changed: dict[epath.Path, int], above: tuple[str, ...]) -> Iterator:
-    """Yields the images below a folder; notes in `changed` when each folder changed."""
-    real = _real(folder)
+    """Yields the images below a folder, whose parents are `above` (real paths); notes in `changed`
+    when each folder changed."""
+    path = os.fspath(folder)
+    real = path if _is_remote(path) else os.path.realpath(path)
     if real in above:
-        raise _error(f"{str(folder)!r} is a symbolic link that leads back into itself")
-    changed[folder] = _changed(os.fspath(folder))
+        raise _error(f"{path!r} is a symbolic link that leads back into itself")
+    changed[folder] = _changed(path)
     folders, images = _listed(folder)
     yield from images
     for inner in folders:

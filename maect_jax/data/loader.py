@@ -183,8 +183,7 @@ class EvalRecord:
                 crop = transforms.centre_crop(pixels, self.short_side, self.size)
             except (BadImageError, OSError):
                 bad = record
-        numbers = {"label": label, "index": record, "bad": bad}
-        numbers = {key: np.int32(value) for key, value in numbers.items()}
+        numbers = {"label": np.int32(label), "index": np.int32(record), "bad": np.int32(bad)}
         return {"image": crop, **numbers, "valid": np.bool_(exists and bad < 0)}
 
 

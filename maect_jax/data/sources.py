@@ -163,8 +163,7 @@ RULES: Rules = {
 }
 _PACKAGED: Rules = {
     "path": Rule("empty, or set config.data.source=folder as well", lambda v, _: not v),
-    "train_split": one_of(arrays.FASHION_MNIST),
-    "val_split": one_of(arrays.FASHION_MNIST),
+    **dict.fromkeys(("train_split", "val_split"), one_of(arrays.FASHION_MNIST)),
 }
 
 
@@ -173,8 +172,7 @@ def check(config) -> None:
     channels, side = config.model.channels, max(config.model.image_size)
     per_channel = Rule(f"{channels} numbers, one per channel", lambda v, _: len(v) == channels)
     large_enough = Rule(f"at least the larger side of the image, {side}", lambda v, _: v >= side)
-    configs.check(config, "data", RULES)
-    if config.data.source == "fashion_mnist":
-        configs.check(config, "data", _PACKAGED)
     of_model = {"mean": per_channel, "std": per_channel, "short_side": large_enough}
-    configs.check(config, "data", of_model)
+    packaged = _PACKAGED if config.data.source == "fashion_mnist" else {}
+    for rules in (RULES, packaged, of_model):
+        configs.check(config, "data", rules)

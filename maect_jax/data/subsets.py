@@ -67,11 +67,10 @@ def _without_suffix(name: str) -> PurePosixPath:
 
 
 def from_list(path: str, names: Sequence[str]) -> np.ndarray:
-    """Record numbers of the images that a text file lists, one name a line, in its order.
+    """Record numbers of the images that the text file `path` lists, one name a line, in its order.
 
-    Args:
-      path: of the file. A name may have folders before it, and any ending or none.
-      names: of all images, by record number.
+    A name may have folders before it, and any ending or none. `names` are those of all images, by
+    record number.
 
     Raises:
       UserError: there is no such file, or no image with one of its names.
@@ -100,12 +99,8 @@ def from_list(path: str, names: Sequence[str]) -> np.ndarray:
 
 @lru_cache(maxsize=1)  # a run asks several times, and names may take a pass over a prepared set
 def select(source: Source, images: str, seed: int) -> Source:
-    """The images of a source that `config.finetune.images` asks for.
-
-    Args:
-      source: labelled images.
-      images: "all"; a percentage of each class, such as "1%"; or the path of a list (`from_list`).
-      seed: of the draw for a percentage.
+    """The images of a source that `config.finetune.images` asks for: "all"; a percentage of each
+    class, such as "1%", drawn by `seed`; or the path of a list (`from_list`).
 
     Raises:
       UserError: there is no such list, or no image with one of its names.
@@ -113,20 +108,18 @@ def select(source: Source, images: str, seed: int) -> Source:
     if images == "all":
         return source
     if images.endswith("%"):
-        return Subset(source, fraction_of(source.labels, _percentage(images) / 100, seed))
+        fraction = float(images.removesuffix("%")) / 100
+        return Subset(source, fraction_of(source.labels, fraction, seed))
+    names = [source.name(record) for record in range(len(source))]
     try:
-        return Subset(source, from_list(images, [source.name(i) for i in range(len(source))]))
+        return Subset(source, from_list(images, names))
     except UserError as error:
         raise UserError(f"config.finetune.images={images!r}: {error}") from error
-
-
-def _percentage(text: str) -> float:
-    return float(text.removesuffix("%"))
 
 
 def is_percentage(text: str) -> bool:
     """Whether a text is a percentage above `0%` and at most `100%`."""
     try:
-        return 0 < _percentage(text) <= 100
+        return 0 < float(text.removesuffix("%")) <= 100
     except ValueError:
         return False

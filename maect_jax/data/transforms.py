@@ -15,13 +15,8 @@ def random_crop_box(
 ) -> Box:
     """Draws the box of a random resized crop ("Inception crop"), as torchvision does.
 
-    Args:
-      rng: source of randomness.
-      shape: height and width of the image.
-      scale: range of the crop's fraction of the area.
-
-    Returns:
-      The first of ten draws that fits, else the central box.
+    `scale` is the range of its fraction of the area of an image of `shape` (height, width). Returns
+    the first of ten draws that fits, else the central box.
     """
     height, width = shape
     for _ in range(10):
