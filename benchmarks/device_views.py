@@ -3,9 +3,9 @@
     python -m benchmarks.device_views
 
 Images of 32 pixels, batches of 256, MAE-CT_aug's recipe for both views; needs torch and
-torchvision. Ours looks up the arrays in a thread and does the rest on the device, as in a training
-step: boxes, crops, flips, colours. torchvision's DataLoader makes the views one by one of Pillow
-images, in as many worker processes as there are cores.
+torchvision. Ours reads the arrays in a thread and does the rest on the device, as in a training
+step: boxes, crops, flips, colours. torchvision's DataLoader makes the views one by one from Pillow
+images, with one worker process per core.
 """
 
 import os
@@ -24,23 +24,23 @@ from maect_jax.data import arrays, augment
 from maect_jax.stages import STAGES
 
 BATCH, IMAGES = 256, 10_000
-PAGE = "configs/head_aug_vitb16.py"
+CONFIG = str(configs.FOLDER / "head_aug_vitb16.py")
 
 
 def ours(pixels: np.ndarray):
     """This package's loader and its views on the device."""
-    config = configs.load(PAGE, ["model.image_size=(32, 32)", f"head.batch_size={BATCH}"])
+    config = configs.load(CONFIG, ["model.image_size=(32, 32)", f"head.batch_size={BATCH}"])
     source = arrays.Arrays(pixels, np.zeros(len(pixels), np.int32), [])
     stage = STAGES["head"].from_config(config, len(source))
     mesh = jax.make_mesh((1, 1), ("data", "fsdp"))
-    see = jax.jit(lambda batch: augment.views(batch, stage.recipe))
+    make_views = jax.jit(lambda batch: augment.views(batch, stage.recipe))
     for batch in train.batches(config, STAGES["head"], source, 10**6, mesh):
         del batch["bad"]
-        yield jax.block_until_ready(see(batch))
+        yield jax.block_until_ready(make_views(batch))
 
 
 class _Blur:
-    """Pillow's Gaussian blur, of a random sigma."""
+    """Pillow's Gaussian blur, with a random sigma."""
 
     def __call__(self, image):
         return image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2)))
@@ -73,7 +73,7 @@ class _Images(torch.utils.data.Dataset):
 
 
 def pillow(pixels: np.ndarray):
-    """torchvision's transforms of Pillow images, one image after the other."""
+    """torchvision's transforms of Pillow images, one image after another."""
     options = dict(shuffle=True, drop_last=True, num_workers=os.cpu_count())
     batches = torch.utils.data.DataLoader(
         _Images(pixels), BATCH, persistent_workers=True, **options

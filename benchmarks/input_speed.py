@@ -2,10 +2,9 @@
 
     python -m benchmarks.input_speed FOLDER [--workers=2] [--width=2560]
 
-FOLDER holds `train/<class>/*.jpg`; needs torch and torchvision. All sides read the same files in as
-many worker processes and give batches of uint8 views (`turns`).
-With a width the first 64 photographs are enlarged to it, and noise stands for the detail that they
-lack.
+FOLDER contains `train/<class>/*.jpg`; needs torch and torchvision. All sides read the same files in
+the same number of worker processes and give batches of uint8 views (`turns`).
+With a width the first 64 photographs are enlarged to it, and noise replaces the missing detail.
 `scaled` is this package's loader with `config.data.scaled_jpeg`; its error is the mean difference
 of its pixels from those of the whole JPEG.
 """
@@ -32,20 +31,20 @@ ENLARGED, NOISE = 64, 8.0
 def ours(folder: str, workers: int, batch_size: int, scaled_jpeg: bool = False):
     """This package's loader."""
     source = Folder(f"{folder}/train")
-    make = loader.TrainRecord(source, 3, SIZE, (SCALE, SCALE), (0, 0), scaled_jpeg)
+    make = loader.TrainRecord(source, 3, SIZE, (SCALE,) * 2, (0, 0), scaled_jpeg)
     order = loader.Order(len(source), batch_size, 10**6, (0, 0), range(batch_size))
     return loader.train_batches(order, make, workers)
 
 
 def scaled(folder: str, workers: int, batch_size: int):
-    """The same, with JPEGs that come smaller out of the decoder."""
+    """The same, with JPEGs decoded at a smaller scale."""
     return ours(folder, workers, batch_size, scaled_jpeg=True)
 
 
 def _views(folder: str, workers: int, batch_size: int, transform):
-    found = datasets.ImageFolder(f"{folder}/train", transform)
+    images = datasets.ImageFolder(f"{folder}/train", transform)
     options = dict(shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True)
-    batches = torch.utils.data.DataLoader(found, batch_size, **options)
+    batches = torch.utils.data.DataLoader(images, batch_size, **options)
     while True:
         yield from batches
 
@@ -71,7 +70,7 @@ def one_decode(folder: str, workers: int, batch_size: int):
 
 
 def decode_a_view(folder: str, workers: int, batch_size: int):
-    """torchvision as it is usually called, for twice the images: each is decoded for one view."""
+    """torchvision as usual, decoding each image once per view."""
     single = _views(folder, workers, batch_size, _one())
     while True:
         yield next(single), next(single)
@@ -92,7 +91,7 @@ def enlarged(folder: str, width: int, into: str) -> str:
 
 
 def error(folder: str) -> float:
-    """The mean difference of the views of `scaled` from those of `ours`, of 255."""
+    """Mean absolute difference of the views of `scaled` from those of `ours`, out of 255."""
     pairs = zip(ours(folder, 0, 32), scaled(folder, 0, 32), strict=True)
     batches = (next(pairs) for _ in range(2))
     return np.mean([np.abs(a["image"].astype(int) - b["image"]).mean() for a, b in batches])
@@ -112,9 +111,10 @@ if __name__ == "__main__":
     parser.add_argument("folder")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--width", type=int)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        if given.width:
-            main(enlarged(given.folder, given.width, scratch), given.workers, 8, 12)
+        if arguments.width:
+            larger = enlarged(arguments.folder, arguments.width, scratch)
+            main(larger, arguments.workers, batch_size=8, batches=12)
         else:
-            main(given.folder, given.workers, 32, 45)
+            main(arguments.folder, arguments.workers, batch_size=32, batches=45)

@@ -1,23 +1,21 @@
-"""Microbatches and rematerialisation: memory against speed of one step of ct.
+"""Memory and speed of a step of ct with microbatches and rematerialisation.
 
     python -m benchmarks.memory_and_speed
 
-ViT-S with 197 tokens in float32, 8 images x 2 views, on this machine's CPU. Each row does the same
-work; the steps of all rows take turns, and the times are medians, relative to the first row.
+ViT-S with 197 tokens in float32, 8 images x 2 views, on the CPU. All rows compute the same; their
+steps take turns, and the times are medians, relative to the first row.
 """
 
 import statistics
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from maect_jax import config, sharding
+from maect_jax import config as configs
+from maect_jax import sharding
 from maect_jax.stages import STAGES, state
 from maect_jax.stages.step import jitted_step
-
-PAGE = Path(__file__).parents[1] / "configs" / "ct_vitb16.py"
 
 ROWS = [(1, "none"), (1, "dots"), (1, "blocks"), (2, "none"), (4, "none"), (8, "none"), (8, "dots")]
 ROUNDS = 5
@@ -26,11 +24,11 @@ IMAGES = 8
 
 def prepared(microbatches: int, remat: str):
     """The compiled step of a row, and its first state."""
-    page = config.load(str(PAGE))
-    page.model.update(variant="S", dtype="float32")
-    page.ct.update(batch_size=IMAGES, queue_size=1024, frozen_blocks=6)
-    page.update(encoder_microbatches=microbatches, remat=remat)
-    stage, mesh = STAGES["ct"].from_config(page, 10_000), sharding.make_mesh()
+    config = configs.load(str(configs.FOLDER / "ct_vitb16.py"))
+    config.model.update(variant="S", dtype="float32")
+    config.ct.update(batch_size=IMAGES, queue_size=1024, frozen_blocks=6)
+    config.update(encoder_microbatches=microbatches, remat=remat)
+    stage, mesh = STAGES["ct"].from_config(config, 10_000), sharding.make_mesh()
     with jax.set_mesh(mesh):
         first = state.create_state(stage, jax.random.key(0), {}, mesh)
         return jitted_step(stage, state.state_shardings(first)).lower(

@@ -1,8 +1,9 @@
-"""How long training waits for a checkpoint, and how long all of it takes.
+"""How long training waits for a checkpoint, and how long saving and restoring take.
 
-python -m benchmarks.saving [PAGE]
+    python -m benchmarks.saving [CONFIG]
 
-Saves and restores the first state of the last training stage of a page, five times; prints medians.
+Saves and restores the first state of the last training stage of a config, five times; prints
+medians.
 """
 
 import statistics
@@ -21,8 +22,8 @@ from maect_jax.stages import STAGES, state
 
 
 def main(name: str) -> None:
-    page = config.load(name)
-    stage = STAGES[page.stages[-1]].from_config(page, 1_281_167)
+    loaded = config.load(name)
+    stage = STAGES[loaded.stages[-1]].from_config(loaded, 1_281_167)
     mesh, key = sharding.make_mesh(), jax.random.key(0)
     rows = []
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as scratch:
@@ -48,7 +49,7 @@ def main(name: str) -> None:
             rows.append((copied, waited, seconds, checked, restored))
         size = metadata[0]["checkpoint_bytes"]
     copied, waited, seconds, checked, restored = map(statistics.median, zip(*rows, strict=True))
-    print(f"{name}, stage {page.stages[-1]}: {size / 2**20:,.0f} MiB on disk")
+    print(f"{name}, stage {loaded.stages[-1]}: {size / 2**20:,.0f} MiB on disk")
     print(f"a copy of the state in memory {copied:8.2f} s")
     print(f"training waits                {waited:8.2f} s, {waited / seconds:.2f} of saving")
     print(f"saving, with the manifest     {seconds:8.2f} s")

@@ -2,12 +2,12 @@
 
     python -m maect_jax.main --config=configs/cifar10.py
 
-A ViT with patches of 4 pixels goes through mae, head and ct, and is evaluated against raw pixels.
+A ViT with patches of 4 pixels is trained by mae, head and ct and evaluated against raw pixels.
 Images: TensorFlow Datasets' cifar10, prepared as array_record; or a file of arrays,
-`--config.data.path=FILE.npz` (its keys: `maect_jax/data/arrays.py`).
-Hardware: a GPU or a TPU host; `--dry_run` prints steps, memory of the state and FLOPs.
-Duration: 400 + 20 + 100 epochs of 50,000 images; not run here as it stands.
-Expected: no figure of the paper's; the tests run `:test` on a small file of arrays.
+`--config.data.path=FILE.npz` (`maect_jax/data/arrays.py` explains its keys).
+Hardware: a GPU or a TPU host; `--dry_run` prints the steps, the memory of the state and the FLOPs.
+Duration: 400 + 20 + 100 epochs of 50,000 images, not measured.
+Expected: the paper has no figures for it; the tests run `:test` on a small file of arrays.
 """
 
 from configs import common

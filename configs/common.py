@@ -1,8 +1,7 @@
-"""Every default, once. The pages of this folder change what they name and nothing else.
+"""All defaults. The configs in this folder contain only what they change.
 
-A config has the keys that all stages share and one section for each stage it runs; the
-learning rates are base rates, multiplied by batch * views / 256; an image has two views, but
-one in fine-tuning.
+A config has the keys that all stages share and one section for each stage that it runs. Learning
+rates are base rates, multiplied by batch * views / 256; an image has two views, in fine-tuning one.
 """
 
 from ml_collections import ConfigDict
@@ -13,66 +12,66 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -> ConfigDict:
-    """What all stages share; `stages` starts empty, `add_*` appends to it.
+    """What all stages share; `stages` is empty at first, `add_*` appends to it.
 
-    Without a variant there is no `model` section: the run that `init_from` names has it.
+    Without a variant there is no `model` section: it comes from the run in `init_from`.
     """
     config = ConfigDict()
-    config.name = name  # the run's folder is runs/<name> unless --workdir names another
+    config.name = name  # the run's folder is runs/<name>, or --workdir
     config.stages = ()
     config.seed = 0
     config.init_from = ""  # a run to start from; "random" for seeded random weights
-    config.log_level = "info"  # debug: parameters, saves, and what the libraries have to say
+    config.log_level = "info"  # debug: parameters, saves, and messages of the libraries
     config.log_every = 50  # steps between two lines of metrics.jsonl
-    config.tensorboard = False  # writes them for TensorBoard, too (extra [tensorboard])
+    config.tensorboard = False  # write them for TensorBoard, too (extra [tensorboard])
     config.profile = ()  # (first, last) step of each stage that jax.profiler traces for XProf
-    config.debug_nans = False  # names the operation that makes the first NaN; slow
-    # A step whose loss or gradient is not finite changes nothing. stop: it ends the run; skip: it
-    # is left out, and nan_limit such steps of a stage at most.
+    config.debug_nans = False  # find the operation that makes the first NaN; slow
+    # A step whose loss or gradient is not finite changes nothing. stop: it ends the run; skip: at
+    # most nan_limit such steps of a stage are skipped.
     config.nan_policy = "stop"
     config.nan_limit = 10
-    # every: epochs (the last step is always saved); keep: how many of the last ones stay; best: the
-    # one with the highest knn_accuracy or neighbour_accuracy (see monitor) stays, too.
+    # every: epochs (the last step is always saved); keep: number of latest checkpoints that stay;
+    # best: knn_accuracy or neighbour_accuracy (see monitor), whose best checkpoint stays, too.
     config.checkpoint = ConfigDict({"every": 5, "keep": 2, "best": ""})
-    # While training, k-NN on the held-out images, where there are such and all have labels, which
-    # serve nothing else. `images` is how many training and held-out images are taken at most.
+    # k-NN on held-out images during training, if there are any and all images have labels; the
+    # labels are not used otherwise. images: maximum of training and of held-out images.
     config.monitor = ConfigDict({"every": 10, "images": 10_000})  # epochs; 0: never
 
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # -1: the rest of the devices
-    # Memory against speed; neither changes what is computed (launch/README.md has a table).
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # -1: all remaining devices
+    # Memory against speed; neither changes the result (launch/README.md has a table).
     config.encoder_microbatches = 1  # parts of a batch that the encoder sees one after the other
-    config.remat = "dots"  # what a block computes again in the backward pass: none, dots or blocks
+    config.remat = "dots"  # what a block recomputes in the backward pass: none, dots or blocks
 
     if variant:
         config.model = _model(variant, patch_size, pool)
     data = config.data = ConfigDict()
     data.source = "folder"  # fashion_mnist, folder or tfds
-    # folder: holds train/ and val/; tfds: its data_dir; for both: an .npz file of images instead.
+    # folder: contains train/ and val/; tfds: its data_dir; for both: or an .npz file of images.
     data.path = "data/imagenet"
-    data.name = "imagenet2012"  # tfds: the set's name
+    data.name = "imagenet2012"  # tfds: name of the data set
     data.train_split = "train"
     data.val_split = "val"  # imagenet2012 calls it validation
     data.mean = IMAGENET_MEAN
     data.std = IMAGENET_STD
     data.short_side = 256  # evaluation: resize to this, then cut the centre
     data.workers = 8  # processes that read and cut images; 0: threads
-    # Training only: large JPEGs come smaller out of the decoder where the crops have pixels enough.
+    # Training only: decode large JPEGs at a smaller scale if the crops still have enough pixels.
     data.scaled_jpeg = False
-    data.max_bad_fraction = 0.01  # of the images may be unreadable; others take their place
-    return config.lock()  # what a page misspells is an error
+    data.max_bad_fraction = 0.01  # of the images may be unreadable; others replace them
+    return config.lock()  # a misspelt key is an error
 
 
 def _model(variant: str, patch_size: int, pool: str) -> ConfigDict:
     model = ConfigDict()
     model.variant = variant  # Ti, S, B, L or H: width, depth and heads
-    model.width = placeholder(int)  # in place of the variant's
+    model.width = placeholder(int)  # replaces the variant's
     model.depth = placeholder(int)
     model.heads = placeholder(int)
     model.patch_size = patch_size
     model.image_size = (224, 224)  # height, width
     model.channels = 3
-    # Feature: the class token (cls), the mean of the patch tokens (mean), or that mean before the
-    # final norm, then the norm (fc_norm).
+    # Feature: the class token (cls), the mean of the patch tokens (mean), or the final norm of the
+    # mean of the unnormalised patch tokens (fc_norm).
     model.pool = pool
     model.ln_eps = 1e-6
     model.dtype = "bfloat16"  # of activations; parameters and losses are float32
@@ -104,7 +103,7 @@ def _photometric(jitter=(0.0, 0.0), blur=(0.0, 0.0), grayscale=(0.0, 0.0), solar
 
 
 def strong_photometric() -> ConfigDict:
-    """MAE-CT_aug's colours: each view has a recipe of its own."""
+    """The colour augmentations of MAE-CT_aug, different for each view."""
     settings = _photometric(
         jitter=(0.8, 0.8), blur=(1.0, 0.1), grayscale=(0.2, 0.2), solarize=(0.0, 0.2)
     )
@@ -179,15 +178,15 @@ def add_ct(config: ConfigDict, batch_size: int, frozen_blocks: int, **changes) -
 def add_finetune(config: ConfigDict, batch_size: int) -> ConfigDict:
     """Full fine-tuning with labels.
 
-    The settings are those of the protocol that the authors' group published for later work, for
-    10 % of the images at batch 256. The optimiser's betas are this house's, (0.9, 0.95).
+    The settings are those that the authors' group published for later work, for 10 % of the images
+    at batch 256. The optimiser's betas are (0.9, 0.95), as in all stages here.
     """
     return _add(config, "finetune", {
-        "images": "all",  # or a share of each class, such as "10%", or a file that lists names
+        "images": "all",  # or a percentage of each class, such as "10%", or a file with a list
         "epochs": 50,
         "warmup_epochs": 5,
         "batch_size": batch_size,
-        "base_lr": 1e-3,  # times batch / 256: an image has one view here
+        "base_lr": 1e-3,  # times batch / 256, as an image has one view
         "weight_decay": 0.05,
         "layer_decay": 0.75,
         "crop_scale": (0.08, 1.0),
@@ -196,7 +195,7 @@ def add_finetune(config: ConfigDict, batch_size: int) -> ConfigDict:
         "mixup_alpha": 0.8,  # 0: no mixup
         "cutmix_alpha": 1.0,  # 0: no cutmix
         "label_smoothing": 0.1,
-        "drop_path": 0.2,  # of the last block; it rises linearly from 0
+        "drop_path": 0.2,  # of the last block; rises linearly from 0
     })  # fmt: skip
 
 
@@ -209,26 +208,27 @@ def add_eval(config: ConfigDict) -> ConfigDict:
         {
             # some of knn, probe, probe_augmented, lowshot, cluster
             "protocols": ("knn", "probe", "cluster"),
-            "pixels": False,  # also evaluate raw pixels, the floor
+            "pixels": False,  # also evaluate raw pixels, as a baseline
             "batch_size": 256,
-            "pool": "",  # cls, mean, fc_norm or cls+mean; empty: as the model pools
+            "pool": "",  # cls, mean, fc_norm or cls+mean; empty: the model's
             "final_norm": True,  # features after the final norm, or before it
-            "dtype": "",  # that the encoder computes in; empty: the model's
-            "memory_mb": 1024,  # that k-NN and k-means may use on each device
+            "dtype": "",  # of the encoder's activations; empty: the model's
+            "memory_mb": 1024,  # for k-NN and k-means on each device
             "knn": {"k": (1, 10, 20, 100, 200), "temperature": 0.07, "standardise": False},
             "probe": {
                 "epochs": 50,
                 "batch_size": 1024,
                 "base_lrs": tuple(round(0.01 * i, 2) for i in range(10, 0, -1)),
                 "crop_scale": (0.08, 1.0),  # of augmented images
-                "held_out": 0.0,  # of the training images, to choose the best on; 0: on the test's
+                # Fraction of the training images to choose the best probe on; 0: the test images.
+                "held_out": 0.0,
             },
             "lowshot": {
-                "images": (1, 2, 5),  # a class
+                "images": (1, 2, 5),  # per class
                 "splits": 3,  # for each of these
-                "shares": (0.01, 0.1),  # of all training images
-                "lists": (),  # text files with the images' names, which take the place of all these
-                "weight_decays": (0.00025,),  # times the number of images; the first is named
+                "shares": (0.01, 0.1),  # fractions of all training images
+                "lists": (),  # text files with names of images, in place of all these
+                "weight_decays": (0.00025,),  # times the number of images; the first is reported
             },
             "cluster": {
                 "split": "val",  # or train
@@ -239,17 +239,15 @@ def add_eval(config: ConfigDict) -> ConfigDict:
                 "minibatch": 0,  # images of a mini-batch; 0: all at once
                 "subsets": (),  # also of these classes alone: imagenet_dogs15, imagenet10
             },
-            "map": "pca",  # of the page: pca, tsne or umap
+            "map": "pca",  # in the report: pca, tsne or umap
             "export": "",  # features with file names: npz or parquet
         },
     )
 
 
 def small_images(config: ConfigDict) -> None:
-    """The packaged Fashion-MNIST images, in float32, which is what a CPU is fast in.
-
-    They are small: nothing need be computed twice to save memory.
-    """
+    """The packaged Fashion-MNIST images, in float32, which is fast on CPUs; without
+    rematerialisation, as small images need little memory."""
     config.remat = "none"
     if "model" in config:
         config.model.update(image_size=(28, 28), channels=1, dtype="float32")
@@ -260,14 +258,17 @@ def small_images(config: ConfigDict) -> None:
 
 
 def finish(config: ConfigDict, argument: str, variants: tuple[str, ...] = ()) -> ConfigDict:
-    """The page as it stands for no argument; for "test" the same stages, tiny.
+    """The config itself for no argument; for "test" its tiny variant, with the same stages.
 
-    `variants` are further arguments, which the page itself has seen to.
+    `variants` are further arguments, which the config file has handled.
+
+    Raises:
+      ValueError: the argument is none of these.
     """
     known = ("test", *variants)
     if argument and argument not in known:
         allowed = " or ".join(map(repr, known))
-        raise ValueError(f"this page takes no argument or {allowed}, not {argument!r}")
+        raise ValueError(f"this config takes no argument or {allowed}, not {argument!r}")
     return _tiny(config) if argument == "test" else config
 
 
@@ -276,7 +277,7 @@ def _tiny(config: ConfigDict) -> ConfigDict:
     if config.init_from:
         config.init_from += "_test"
     elif config.stages[0] != "mae":
-        config.init_from = "random"  # the page leaves its start to the user
+        config.init_from = "random"  # in the full config the user sets it
     config.log_every = 10
     config.checkpoint.every = 1
     if config.data.short_side > _SMALL:
@@ -291,7 +292,7 @@ def _tiny(config: ConfigDict) -> ConfigDict:
     return config
 
 
-_SMALL = 32  # pixels; a page of larger images reads the packaged ones when it is tiny
+_SMALL = 32  # pixels; the tiny variants of configs for larger images use the packaged ones
 _TINY_HEAD = dict(
     epochs=1, queue_size=512, projector_hidden=64, projector_out=32, predictor_hidden=64
 )

@@ -3,8 +3,8 @@
     python -m maect_jax.main --config=configs/ct_aug_vitb16.py
 
 Starts from `runs/head_aug_vitb16`: encoder, head and queue.
-Images: data/imagenet/{train,val}/<class>/, or where `--config.data.path` points.
-Hardware: TPU or GPU; `--dry_run` prints steps, memory of the state and FLOPs.
+Images: data/imagenet/{train,val}/<class>/; set `--config.data.path` for another folder.
+Hardware: TPU or GPU; `--dry_run` prints the steps, the memory of the state and the FLOPs.
 Duration: 80 epochs, 100,080 updates of 1024 images x 2 views.
 Expected (paper): k-NN 73.4 %, linear probe 76.9 % top-1 (the encoder's EMA).
 """

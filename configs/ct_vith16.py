@@ -3,8 +3,8 @@
     python -m maect_jax.main --config=configs/ct_vith16.py
 
 Starts from `runs/head_vith16`: encoder, head and queue.
-Images: data/imagenet/{train,val}/<class>/, or where `--config.data.path` points.
-Hardware: TPU or GPU; `--dry_run` prints steps, memory of the state and FLOPs.
+Images: data/imagenet/{train,val}/<class>/; set `--config.data.path` for another folder.
+Hardware: TPU or GPU; `--dry_run` prints the steps, the memory of the state and the FLOPs.
 Duration: 30 epochs, 75,060 updates of 512 images x 2 views.
 Expected (paper): k-NN 79.4 %, linear probe 81.5 % top-1 (the encoder's EMA).
 """

@@ -4,13 +4,13 @@
 
 k-NN; linear probes on augmented images, and on centre crops (the fast variant); low-shot logistic
 regression; k-means of all held-out images, of ImageNet-Dogs-15 and of ImageNet-10.
-The encoder's sizes come from the run. Images: as in the training pages; those without labels are
-clustered (`--config.eval.cluster.clusters=K`), what needs labels is skipped.
-Hardware: anything. Features are extracted once and kept; the same command goes on where it was
-stopped, and computes anew only what other `eval` keys change.
-Duration: a forward pass over train and val for everything but `probe_augmented`, which takes one
-over train in each of 50 epochs; `--config.eval.protocols` names what is wanted.
-Expected: on ImageNet-1k the paper's figures, which the page shows beside these.
+The encoder's sizes come from the run. Images: as for training. Images without labels are only
+clustered (`--config.eval.cluster.clusters=K`); protocols that need labels are skipped.
+Hardware: any. Features are extracted once and saved. Run the same command to resume; after a change
+of `eval` keys it recomputes only what they change.
+Duration: one forward pass over train and val, and for `probe_augmented` one over train in each of
+50 epochs; choose protocols with `--config.eval.protocols`.
+Expected: on ImageNet-1k the paper's figures, which the report shows beside the measured ones.
 """
 
 from configs import common

@@ -4,15 +4,15 @@
     python -m maect_jax.main --config=configs/finetune.py:10percent --config.init_from=RUN
     python -m maect_jax.main --config=configs/finetune.py:1percent --config.init_from=RUN
 
-The encoder's sizes come from the run. The images of 1 % and 10 % are drawn from each class by
-`seed`; `--config.finetune.images=FILE` takes those that a file lists, one name a line. The settings
-for 1 % and 10 % are those that the authors' group published for later work; those for all images
-are our choice: the same as for 10 %, at batch 1024.
+The encoder's sizes come from the run. For 1 % and 10 % images are drawn from each class by `seed`;
+`--config.finetune.images=FILE` uses those that a file lists, one name a line. The settings for 1 %
+and 10 % are those that the authors' group published for later work. For all images they are our
+choice: the same as for 10 %, at batch 1024.
 Hardware: TPU or GPU. Duration: 50 epochs, not measured; 1 % is about 1,250 updates of 512 images,
 10 % 25,000 of 256, all 62,550 of 1024.
 Expected (paper), top-1 with 1 % and 10 % of the labels: MAE L/16 67.7 and 79.3 %, MAE-CT_aug L/16
-74.2 and 80.4 %, MAE-CT_aug H/14 74.4 and 81.7 %. The paper surely fine-tuned for 10 %, and probably
-for 1 %; with which settings is not confirmed.
+74.2 and 80.4 %, MAE-CT_aug H/14 74.4 and 81.7 %. The paper's 10 % figures are from fine-tuning, its
+1 % figures probably; the settings are not confirmed.
 """
 
 from configs import common

@@ -3,12 +3,11 @@
     python -m maect_jax.main --config=configs/head_aug_vith14.py \\
       --config.init_from=mae_pretrain_vit_huge.pth
 
-Starts from what `--config.init_from` names: for the paper MAE's public checkpoint, which is under
-CC BY-NC 4.0.
-Images: data/imagenet/{train,val}/<class>/, or where `--config.data.path` points.
-Hardware: TPU or GPU; `--dry_run` prints steps, memory of the state and FLOPs.
+Starts from `--config.init_from`: in the paper from MAE's public checkpoint, licensed CC BY-NC 4.0.
+Images: data/imagenet/{train,val}/<class>/; set `--config.data.path` for another folder.
+Hardware: TPU or GPU; `--dry_run` prints the steps, the memory of the state and the FLOPs.
 Duration: 20 epochs, 50,040 updates of 512 images x 2 views, encoder forward only.
-Expected: the encoder stays as it is; `nn_accuracy` in metrics.jsonl rises.
+Expected: the encoder does not change; `nn_accuracy` in metrics.jsonl rises.
 """
 
 from configs import common

@@ -3,10 +3,10 @@
     python -m maect_jax.main --config=configs/head_vith16.py
 
 Starts from `runs/mae_vith16`.
-Images: data/imagenet/{train,val}/<class>/, or where `--config.data.path` points.
-Hardware: TPU or GPU; `--dry_run` prints steps, memory of the state and FLOPs.
+Images: data/imagenet/{train,val}/<class>/; set `--config.data.path` for another folder.
+Hardware: TPU or GPU; `--dry_run` prints the steps, the memory of the state and the FLOPs.
 Duration: 20 epochs, 50,040 updates of 512 images x 2 views, encoder forward only.
-Expected: the encoder stays as it is; `nn_accuracy` in metrics.jsonl rises.
+Expected: the encoder does not change; `nn_accuracy` in metrics.jsonl rises.
 """
 
 from configs import common

@@ -2,8 +2,8 @@
 
     python -m maect_jax.main --config=configs/mae_vitb16.py
 
-Images: data/imagenet/{train,val}/<class>/, or where `--config.data.path` points.
-Hardware: TPU or GPU; `--dry_run` prints steps, memory of the state and FLOPs.
+Images: data/imagenet/{train,val}/<class>/; set `--config.data.path` for another folder.
+Hardware: TPU or GPU; `--dry_run` prints the steps, the memory of the state and the FLOPs.
 Duration: 800 epochs, 1,000,800 updates of 1024 images x 2 crops.
 Expected (paper): k-NN 51.1 %, linear probe 66.7 % top-1.
 """

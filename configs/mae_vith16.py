@@ -2,8 +2,8 @@
 
     python -m maect_jax.main --config=configs/mae_vith16.py
 
-Images: data/imagenet/{train,val}/<class>/, or where `--config.data.path` points.
-Hardware: TPU or GPU; `--dry_run` prints steps, memory of the state and FLOPs.
+Images: data/imagenet/{train,val}/<class>/; set `--config.data.path` for another folder.
+Hardware: TPU or GPU; `--dry_run` prints the steps, the memory of the state and the FLOPs.
 Duration: 800 epochs, 2,001,600 updates of 512 images x 2 crops.
 Expected (paper): k-NN 61.1 %, linear probe 78.0 % top-1.
 """

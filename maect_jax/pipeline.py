@@ -274,7 +274,8 @@ def _run_stages(
 ) -> None:
     config, is_main = run.config, jax.process_index() == 0
     if is_main:
-        sources.keep(images)
+        for source in images.values():
+            source.save_index()
     held_out = images.get("val", images["train"])
     examples = snapshots.Examples(runner.record(config, held_out), held_out="val" in images)
 

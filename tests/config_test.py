@@ -1,4 +1,4 @@
-"""The config pages, and the paper's tables written once more."""
+"""The configs against the paper's tables, written once more."""
 
 from functools import partial
 
@@ -26,7 +26,7 @@ SIZES = {
     "h16": (1280, 32, 16, 16, "cls", 512, 16),
     "h14": (1280, 32, 16, 14, "cls", 512, 16),
 }
-# page: epochs, head base lr, temperature, target factor, top-k
+# config: epochs, head base lr, temperature, target factor, top-k
 TUNING = {
     "ct_vitb16": (20, 1e-4, 0.15, 0.99, 20),
     "ct_vitl16": (20, 1e-4, 0.20, 0.99, 20),
@@ -44,7 +44,7 @@ def load(name, *overrides):
                           f"{'' if ':' in name else '.py'}"), overrides)  # fmt: skip
 
 
-def test_every_row_of_the_tables_has_its_page():
+def test_every_row_of_the_tables_has_its_config():
     expected = {f"mae_vit{size}" for size in ("b16", "l16", "h16")}
     expected |= {f"{kind}_vit{size}" for size in SIZES for kind in ("head", "head_aug")}
     assert set(NAMES) == expected | set(TUNING) | {*OF_A_RUN, *PIPELINES}
@@ -60,7 +60,7 @@ def test_long_is_the_quickstart_on_more_epochs():
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in (*OF_A_RUN, *PIPELINES)])
-def test_page_has_the_papers_numbers(name):
+def test_config_has_the_papers_numbers(name):
     config = load(name)
     kind, _, size = name.rpartition("_vit")
     width, depth, heads, patch, pool, batch, frozen = SIZES[size]
@@ -111,7 +111,7 @@ def test_page_has_the_papers_numbers(name):
         assert set(probabilities.values()) == {(0.0, 0.0)}
 
 
-def test_eval_page_has_the_protocols_numbers():
+def test_eval_config_has_the_protocols_numbers():
     section = load("eval").eval
     assert section.probe.base_lrs == (0.1, 0.09, 0.08, 0.07, 0.06, 0.05, 0.04, 0.03, 0.02, 0.01)
     assert (section.probe.epochs, section.probe.batch_size) == (50, 1024)
@@ -133,7 +133,7 @@ def batch_of(config, stage):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in OF_A_RUN])
 @pytest.mark.parametrize("variant", ["", ":test"])
-def test_page_builds_locks_and_its_full_state_has_a_shape(name, variant):
+def test_config_builds_locks_and_its_full_state_has_a_shape(name, variant):
     config = load(name + variant)
     assert config.is_locked
     pipeline.check(config, devices=8)
@@ -199,12 +199,12 @@ def test_override_that_is_wrong_is_one_clear_line(override, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_page_that_misspells_a_key_is_one_clear_line(tmp_path):
+def test_a_config_with_a_misspelt_key_is_one_clear_line(tmp_path):
     text = (CONFIGS / "ct_vith16.py").read_text().replace("temperature=", "temprature=")
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "page.py").write_text(text)
-    with pytest.raises(UserError, match=r"page\.py: not a config page: .*temprature") as error:
-        configs.load(str(tmp_path / "configs" / "page.py"))
+    (tmp_path / "configs" / "wrong.py").write_text(text)
+    with pytest.raises(UserError, match=r"wrong\.py: not a config.*temprature") as error:
+        configs.load(str(tmp_path / "configs" / "wrong.py"))
     assert "\n" not in str(error.value)
 
 
@@ -246,17 +246,17 @@ def test_overrides_are_typed():
 
 
 @pytest.mark.parametrize(
-    ("page", "message"),
+    ("name", "message"),
     [
         ("configs/ct_vitb61.py", "no such file; did you mean .*ct_vitb16.py"),
         ("configs/ct_vitb16.py:large", "no argument or 'test', not 'large'"),
-        ("README.md", "not a config page"),
-        ("tests/conftest.py", "not a config page"),
+        ("README.md", "not a config"),
+        ("tests/conftest.py", "not a config"),
     ],
 )
-def test_page_that_is_none_is_one_clear_line(page, message):
+def test_file_that_is_no_config_is_one_clear_line(name, message):
     with pytest.raises(UserError, match=message):
-        configs.load(str(ROOT / page))
+        configs.load(str(ROOT / name))
 
 
 def test_config_survives_its_file(tmp_path):

@@ -18,6 +18,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # Threads of scikit-learn that wait for a core which another test has wait busily.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import hypothesis
 import numpy as np
 import pytest
 from absl import flags
@@ -26,6 +27,23 @@ from tests.helpers.common import save
 
 # grain's worker processes read absl's flags, which `main` parses.
 flags.FLAGS.mark_as_parsed()
+
+# At most so many examples of each property (`fuzz.bounded`): few by default, all with `-m slow`.
+hypothesis.settings.register_profile("few", max_examples=25)
+hypothesis.settings.register_profile("all", max_examples=1000)
+
+
+def pytest_configure(config):
+    hypothesis.settings.load_profile("all" if config.option.markexpr == "slow" else "few")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Counts properties among the slow tests when these are asked for."""
+    if config.option.markexpr == "slow":
+        for item in items:
+            if hypothesis.is_hypothesis_test(getattr(item, "obj", None)):
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""Inputs that lie: each either works or ends in one clear line; nothing is left half written."""
+"""Wrong inputs: each works or ends in one clear line; nothing is left half written.
+
+By default each property has a few examples (`pytest -m slow tests/fuzz_test.py` draws all).
+"""
 
 import contextlib
 import io
@@ -11,16 +14,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from maect_jax import config as configs
-from maect_jax import pipeline  # fmt: skip
+from maect_jax import pipeline
 from maect_jax.data import arrays, decode, folder, loader, sources, subsets
 from maect_jax.errors import BadImageError
 from tests.helpers.fuzz import DEEP, bounded, load, one_line, only, refused
 
-PAGES = ("quickstart:test", "ct_vitb16", "eval:test", "finetune:test", "tune_my_images:test")
+CONFIG_NAMES = ("quickstart:test", "ct_vitb16", "eval:test", "finetune:test", "tune_my_images:test")
 
 
 MODEL = load("quickstart:test").model
-KEYS = {name: list(configs.flat(load(name))) for name in PAGES}
+KEYS = {name: list(configs.flat(load(name))) for name in CONFIG_NAMES}
 NUMBERS = st.one_of(
     st.integers().map(str),
     st.floats().map(str),
@@ -41,8 +44,8 @@ VALUES = st.one_of(
 
 @st.composite
 def overrides(draw):
-    """A page, and some overrides of it: mostly of keys that it has."""
-    name = draw(st.sampled_from(PAGES))
+    """A config, and some overrides of it: mostly of keys that it has."""
+    name = draw(st.sampled_from(CONFIG_NAMES))
     key = st.sampled_from(KEYS[name])
     near = st.tuples(key, st.text(max_size=3)).map("".join) | st.text() | st.just("x" * 100_000)
     known = st.tuples(key, VALUES).map("=".join)
@@ -51,7 +54,7 @@ def overrides(draw):
 
 
 def planned(name, changes):
-    """As a dry run and a run check a config; with a model, which some pages take from a run."""
+    """As a dry run and a run check a config; with a model, which some take from a run."""
     config = load(name, *changes)
     if "model" not in config:
         with config.unlocked():
@@ -140,7 +143,7 @@ def seen(content):
             assert min(pixels.shape) > 0
             assert (pixels.dtype, pixels.shape[2]) == (np.uint8, channels)
             assert min(decode.shape(content)) > 0
-    with one_line():  # nobody stands for the only image
+    with one_line():  # no other image can replace the only one
         make = loader.TrainRecord(only(content), 3, (8, 8), ((0.2, 1.0),), (0,), scaled_jpeg=True)
         assert make((0, 0))["image"].shape == (1, 8, 8, 3)
     assert loader.EvalRecord(only(content), 3, (8, 8), 8)(0)["image"].shape == (8, 8, 3)
@@ -158,7 +161,7 @@ WHOLE = [
     npz(image=PIXELS, label=[0, 1, 2], names=["a", "b", "c"], is_test=[0, 0, 1]),
     npz(blob=np.tile(FILE, 2), offsets=np.arange(3) * len(FILE)),
 ]
-ODD = [  # arrays that are no images, or labels that nobody can have
+ODD = [  # arrays that are not images, or impossible labels
     npz(image=PIXELS, label=[0, 1, 2**31 - 1]),
     npz(image=PIXELS, label=np.uint64([0, 1, 2**63])),
     npz(image=PIXELS, names=5),
@@ -203,7 +206,7 @@ def test_a_list_of_names_is_read_or_refused(tmp_path, lines):
         subsets.from_list(str(path), ["a/1.png", "a/2.png"])
 
 
-def test_a_list_without_an_end_is_not_read(tmp_path):
+def test_an_endless_list_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, tmp_path / ("x" * 300), "/dev/zero"):
         with refused("cannot be read"):
@@ -211,30 +214,31 @@ def test_a_list_without_an_end_is_not_read(tmp_path):
 
 
 @pytest.fixture
-def kept(images, monkeypatch):
-    """A folder of images whose index is kept; its file."""
+def saved_index(images, monkeypatch):
+    """The file with the index of a folder of images."""
     monkeypatch.setattr(folder, "_LARGE", 1)
-    folder.Folder(str(images / "train")).keep()
+    folder.Folder(str(images / "train")).save_index()
     return images / ".train.index.npz"
 
 
 @bounded(60)
 @given(data=st.data())
-def test_an_index_that_lies_is_made_anew(kept, data):
-    """Whatever its arrays are; they may also be those of an index, of which some are changed."""
-    with kept.open("rb") as file:
-        own = dict(np.load(file))
+def test_a_wrong_index_is_replaced(saved_index, data):
+    """Whatever its arrays are: damaged, or one replaced by another."""
+    with saved_index.open("rb") as file:
+        arrays_of_index = dict(np.load(file))
     strange = st.sampled_from([
         np.int64(3), np.zeros(0, int), np.arange(21), np.arange(21)[::-1], np.full(21, 10**9),
         np.array(["a", "b"]), np.zeros((2, 2)), np.float64([1, 2]), np.full(21, -1, np.int32),
+        np.array([b""] * 21), np.array([b"x"]),
     ])  # fmt: skip
-    key = data.draw(st.sampled_from(["names", "ends", "labels", "classes", "folders"]))
-    whole, wrong = kept.read_bytes(), own | {key: data.draw(strange)}
+    key = data.draw(st.sampled_from(["names", "labels", "classes", "folders"]))
+    whole, wrong = saved_index.read_bytes(), arrays_of_index | {key: data.draw(strange)}
     try:
-        kept.write_bytes(data.draw(damaged([whole]) | st.just(npz(**wrong))))
-        found = folder.Folder(str(kept.parent / "train"))
+        saved_index.write_bytes(data.draw(damaged([whole]) | st.just(npz(**wrong))))
+        found = folder.Folder(str(saved_index.parent / "train"))
         assert len(found) == 21
-        assert all(found.name(record).startswith(str(kept.parent)) for record in range(21))
+        assert all(found.name(record).startswith(str(saved_index.parent)) for record in range(21))
         assert all(-1 <= found[record][1] < 2 for record in range(21))
     finally:
-        kept.write_bytes(whole)
+        saved_index.write_bytes(whole)

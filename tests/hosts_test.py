@@ -236,7 +236,7 @@ def test_bad_images_of_all_hosts_together_end_all_of_them(tmp_path):
     assert len(errors) == 2
     assert errors[0] == errors[1]
     assert errors[0].startswith("error: 8 of 40 images cannot be read")
-    assert sum("left out, as it cannot be read" in line for line in lines) == 8
+    assert sum("skipping an unreadable image" in line for line in lines) == 8
 
 
 @pytest.mark.parametrize("process", [0, 1])

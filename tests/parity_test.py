@@ -141,9 +141,7 @@ def test_ct_frozen_is_bit_equal(case, given):
 def test_ct_queue_in_the_end(case, given):
     last = case.meta["steps"] - 1
     theirs = case.under(f"step{last}/after/head/")
-    ours = convert.head_to_torch(
-        {"queue": run(case, given)[-1].after.queue}, len(theirs["queue"])
-    )
+    ours = convert.head_to_torch({"queue": run(case, given)[-1].after.queue}, len(theirs["queue"]))
     oldest_first = [
         np.roll(np.arange(len(x["queue"])), -int(x["queue_ptr"].item())) for x in (ours, theirs)
     ]

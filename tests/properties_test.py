@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -17,11 +17,10 @@ from maect_jax.stages import losses, support_queue
 from maect_jax.stages.step import gradients
 from maect_jax.stages.support_queue import EXCLUDED
 from tests.helpers.common import mesh_of
+from tests.helpers.fuzz import bounded
 from tests.helpers.tiny_stages import BATCH, TINY_STAGES, batch_of, mae_stage_of, started
 
-# The same draws in every session, so that what is green stays green.
-drawn = settings(deadline=None, derandomize=True, max_examples=60)
-
+drawn = bounded(60)
 ROWS, DIM = 8, 4  # rows of a batch; rows of +-1/2 have length 1 and exact cosines, with ties
 MESHES = {"none": None, "8": (4, 2)}
 SIZES = (24, 20, 3)  # of whole slots, with a surplus, below a batch
@@ -70,8 +69,8 @@ def test_neighbours_are_numpys(mesh, size, k, batches, queries, own, random):
     queue's size, so also above the number of allowed rows."""
     k = size if k == "size" else k
     queue, fifo = fifo_of(size, batches)
-    places = [position for _, _, position in fifo]
-    mine = set(places if own == "all" else random.sample(places, min(own, size)))
+    positions = [position for _, _, position in fifo]
+    mine = set(positions if own == "all" else random.sample(positions, min(own, size)))
     held = np.array(queue.ids).ravel()
     held[list(mine)] = OWN
     queue = queue.replace(ids=jnp.asarray(held.reshape(queue.ids.shape)))
@@ -81,14 +80,14 @@ def test_neighbours_are_numpys(mesh, size, k, batches, queries, own, random):
         )
     for i, query in enumerate(queries):
         scores = [EXCLUDED if place in mine else float(row @ query) for row, _, place in fifo]
-        ranked = sorted((-score, place) for score, place in zip(scores, places, strict=True))
+        ranked = sorted((-score, place) for score, place in zip(scores, positions, strict=True))
         np.testing.assert_array_equal(found.scores[i], [-score for score, _ in ranked[:k]])
         np.testing.assert_array_equal(found.positions[i], [place for _, place in ranked[:k]])
         assert int(chosen[i]) in found.positions[i]
         if len(mine) < size:
             assert int(chosen[i]) not in mine
         else:  # the first of the ring that the queue holds
-            assert int(chosen[i]) == min(places)
+            assert int(chosen[i]) == min(positions)
 
 
 @drawn
@@ -171,7 +170,7 @@ def started_and_look():
 labels_of = partial(arrays, np.int32, elements=st.integers(-1, 2))
 
 
-@settings(drawn, max_examples=20)
+@bounded(20)
 @given(labels_of(BATCH), labels_of((3, BATCH)), st.sampled_from(["all", "some", "none"]))
 def test_a_step_without_labels_or_allowed_neighbours(labels, stored, excluded):
     """The loss and its gradient are finite, and the neighbour accuracy counts the images whose

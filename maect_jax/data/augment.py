@@ -2,13 +2,13 @@
 
 Photometric operations work on RGB in [0, 1] and follow torchvision's definitions. They take
 channels first, `[C, H, W]`: three channels in the last axis would leave most of a vector unit idle.
-An image's randomness comes with it (`batch["seed"]`), so its views do not depend on the batch,
-the row or the device that it lands on.
+An image's random seed is part of the batch (`batch["seed"]`), so its views do not depend on the
+other images, the row or the device.
 """
 
-import dataclasses
 import itertools
 import math
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -19,11 +19,11 @@ from maect_jax import sharding
 from maect_jax.data import transforms
 
 GRAY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's mode L
-_BLUR_RADIUS = 8  # four times the largest sigma
-_ORDERS = tuple(itertools.permutations(range(3)))  # of the blends
+_BLUR_RADIUS = 8  # pixels, four times the largest sigma
+_ORDERS = tuple(itertools.permutations(range(3)))  # of brightness, contrast and saturation
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Photometric:
     """One view's colour recipe; `jitter`, `blur`, `grayscale` and `solarize` are probabilities.
 
@@ -44,11 +44,11 @@ class Photometric:
     solarize_threshold: float = 128
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Recipe:
-    """How a batch becomes normalised views of `size` (height, width): one colour recipe a view.
+    """How a batch becomes normalised views of `size` (height, width), with one colour recipe each.
 
-    `crop_scale` is the range of a crop's share of the area, where the crops are cut here.
+    `crop_scale` is the range of a crop's fraction of the area, for crops that are cut here.
     """
 
     size: tuple[int, int]
@@ -59,7 +59,7 @@ class Recipe:
 
 
 def _cubic(x):
-    """The Keys kernel with a = -0.5, which Pillow calls bicubic."""
+    """The bicubic kernel of Pillow (Keys, 1981, with a = -0.5)."""
     x = jnp.abs(x)
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
@@ -69,7 +69,7 @@ def _cubic(x):
 def _resize_weights(start, length, size_in: int, size_out: int):
     """Matrix `[size_out, size_in]` that cuts `length` pixels from `start` on and resizes them.
 
-    The kernel widens when it shrinks the image (antialiasing) and sees nothing outside the cut.
+    The kernel widens when the image shrinks (antialiasing); pixels outside the cut have no weight.
     """
     scale = length / size_out
     pixel = jnp.arange(size_in) - start
@@ -82,7 +82,7 @@ def _resize_weights(start, length, size_in: int, size_out: int):
 def crop_resize(image: jax.Array, box: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Cuts `box` (top, left, height, width) from `[C, H, W]` in 0..255, bicubic to `size`.
 
-    Rounds to whole pixel values after each direction, as Pillow does on 8-bit images.
+    Rounds to integers after each direction, as Pillow does on 8-bit images.
     """
     top, left, height, width = box.astype(jnp.float32)
     rows = _resize_weights(top, height, image.shape[1], size[0])
@@ -93,28 +93,25 @@ def crop_resize(image: jax.Array, box: jax.Array, size: tuple[int, int]) -> jax.
 
 
 def random_crop_box(
-    key: jax.Array,
-    shape: tuple[int, int],
-    scale: tuple[float, float],
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    key: jax.Array, shape: tuple[int, int], scale: tuple[float, float]
 ) -> jax.Array:
     """`transforms.random_crop_box` for the device: top, left, height and width, int32 `[4]`."""
     sides = jnp.asarray(shape)
-    draws = jax.random.uniform(key, (4, 10))  # of ten boxes: area, ratio, place
+    draws = jax.random.uniform(key, (4, 10))  # area, ratio and position of ten boxes
     area = math.prod(shape) * (scale[0] + (scale[1] - scale[0]) * draws[0])
-    low, high = map(math.log, ratio)
+    low, high = map(math.log, transforms.RATIO)
     aspect = jnp.exp(low + (high - low) * draws[1])
     drawn = jnp.round(jnp.sqrt(jnp.stack([area / aspect, area * aspect], 1))).astype(jnp.int32)
     fits = ((drawn > 0) & (drawn <= sides)).all(1)
     free = sides - drawn
-    place = jnp.minimum((draws[2:].T * (free + 1)).astype(jnp.int32), free)
-    central = jnp.asarray([transforms.central_box(shape, ratio)])
-    boxes = jnp.concatenate([jnp.concatenate([place, drawn], axis=1), central])
+    start = jnp.minimum((draws[2:].T * (free + 1)).astype(jnp.int32), free)
+    central = jnp.asarray([transforms.central_box(shape)])
+    boxes = jnp.concatenate([jnp.concatenate([start, drawn], axis=1), central])
     return boxes[jnp.argmax(jnp.append(fits, True))]  # the first that fits; the last one does
 
 
 def random_crop(image: jax.Array, key: jax.Array, recipe: Recipe) -> jax.Array:
-    """A random resized crop of `[C, H, W]` in 0..255, which half of the time is flipped."""
+    """A random resized crop of `[C, H, W]` in 0..255, flipped with probability 0.5."""
     box_key, flip_key = jax.random.split(key)
     box = random_crop_box(box_key, image.shape[1:], recipe.crop_scale)
     x = crop_resize(image, box, recipe.size)
@@ -122,15 +119,14 @@ def random_crop(image: jax.Array, key: jax.Array, recipe: Recipe) -> jax.Array:
 
 
 def to_gray(x: jax.Array) -> jax.Array:
-    """Luma `[1, H, W]` of RGB `[3, H, W]`; one channel is its own."""
+    """Luma `[1, H, W]` of RGB `[3, H, W]`; one channel stays as it is."""
     return x if len(x) == 1 else sum(w * p for w, p in zip(GRAY, x, strict=True))[None]
 
 
 def blend(x: jax.Array, kind, factor) -> jax.Array:
-    """Brightness, contrast or saturation (`kind` 0, 1, 2) times `factor`.
+    """Multiplies brightness, contrast or saturation (`kind` 0, 1, 2) by `factor`.
 
-    These are `x` blended with black, with the mean of its luma, with its luma. A factor of 1
-    changes nothing, to the bit.
+    Blends `x` with black, with the mean of its luma or with its luma. A factor of 1 changes no bit.
     """
     gray = to_gray(x)
     other = jnp.where(kind == 0, 0.0, jnp.where(kind == 1, gray.mean(), gray))
@@ -138,14 +134,14 @@ def blend(x: jax.Array, kind, factor) -> jax.Array:
 
 
 def adjust_hue(x: jax.Array, shift) -> jax.Array:
-    """Turns the hue by `shift` (1 is a whole turn); does nothing unless C is three."""
+    """Shifts the hue by `shift` turns of the colour circle; does nothing unless C is three."""
     if len(x) != 3:
         return x
     red, green, blue = x
     high, low = x.max(0), x.min(0)
     chroma = high - low
     safe = jnp.where(chroma > 0, chroma, 1.0)
-    # Not by `high == red`: compiled, the two may be computed twice and differ in the last bit.
+    # Not by `high == red`: compiled code may compute both twice and differ in the last bit.
     hue = jnp.where(
         (red >= green) & (red >= blue),
         (green - blue) / safe,
@@ -158,7 +154,7 @@ def adjust_hue(x: jax.Array, shift) -> jax.Array:
 
 
 def _blur_weights(size: int, sigma):
-    """Matrix `[size, size]` that blurs a line; pixels beyond its ends are those at the ends."""
+    """Matrix `[size, size]` that blurs a line; beyond its ends the end pixels are repeated."""
     radius = _BLUR_RADIUS
     offsets = jnp.arange(-radius, size + radius) - jnp.arange(size)[:, None]
     kernel = jnp.where(jnp.abs(offsets) <= radius, jnp.exp(-0.5 * jnp.square(offsets / sigma)), 0)
@@ -181,26 +177,27 @@ def solarize(x: jax.Array, threshold: float) -> jax.Array:
 
 def colour_jitter(x: jax.Array, key: jax.Array, recipe: Photometric) -> jax.Array:
     """Brightness, contrast, saturation and hue by random factors, in one of their 24 orders."""
-    order_key, place_key, factor_key = jax.random.split(key, 3)
+    order_key, hue_key, factor_key = jax.random.split(key, 3)
     order = jnp.asarray(_ORDERS)[jax.random.randint(order_key, (), 0, len(_ORDERS))]
-    place = jax.random.randint(place_key, (), 0, 4)  # of the hue: after so many blends
+    before_hue = jax.random.randint(hue_key, (), 0, 4)  # number of blends
     strength = jnp.asarray([recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue])
     change = strength * jax.random.uniform(factor_key, (4,), minval=-1.0, maxval=1.0)
 
-    def blends(x, chosen):
+    def blends(x, selected):
         for i, kind in enumerate(order):
-            x = blend(x, kind, 1 + jnp.where(chosen(i), change[kind], 0.0))
+            x = blend(x, kind, 1 + jnp.where(selected(i), change[kind], 0.0))
         return x
 
-    # Under vmap a branch costs as much as both its sides; so hue, the dearest, is here once.
-    x = blends(x, lambda i: i < place)
+    # Under vmap a branch costs as much as both its sides: the hue, the most expensive operation,
+    # is computed only once.
+    x = blends(x, lambda i: i < before_hue)
     x = adjust_hue(x, change[3])
-    return blends(x, lambda i: i >= place)
+    return blends(x, lambda i: i >= before_hue)
 
 
 def photometric(x: jax.Array, key: jax.Array, recipe: Photometric) -> jax.Array:
     """Applies a view's colour recipe to one image `[C, H, W]` in [0, 1]."""
-    keys = jax.random.split(key, 6)
+    keys = jax.random.split(key, 6)  # of the four coins, the jitter and the blur
 
     def blur(x):
         return gaussian_blur(x, jax.random.uniform(keys[5], (), jnp.float32, *recipe.blur_sigma))
@@ -218,7 +215,7 @@ def photometric(x: jax.Array, key: jax.Array, recipe: Photometric) -> jax.Array:
 
 
 def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """Images `[..., C]` in [0, 1] less the mean of each channel, over its deviation."""
+    """Images `[..., C]` in [0, 1] minus the mean of each channel, divided by its std."""
     return (images - jnp.asarray(mean)) / jnp.asarray(std)
 
 
@@ -229,17 +226,16 @@ def normalise_pixels(images: jax.Array, mean: tuple[float, ...], std: tuple[floa
 
 def denormalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
     """The inverse of `normalise`, as uint8 `[..., C]`."""
-    return jnp.round(jnp.clip(images * jnp.asarray(std) + jnp.asarray(mean), 0, 1) * 255).astype(
-        jnp.uint8
-    )
+    images = jnp.clip(images * jnp.asarray(std) + jnp.asarray(mean), 0, 1)
+    return jnp.round(images * 255).astype(jnp.uint8)
 
 
 def views(batch: dict, recipe: Recipe) -> jax.Array:
     """Normalised views fp32 `[B, V, H, W, C]` of a batch from the loader.
 
-    `batch["image"]` is one of: uint8 `[B, H0, W0, C]`, of which the views are cut here; uint8
-    `[B, V, H, W, C]`, already cut; float `[B, V, H, W, C]`, already normalised, which is taken as
-    it is. `batch["seed"]` is uint32 `[B, 2]`.
+    `batch["image"]` is one of: uint8 `[B, H0, W0, C]`, from which the views are cut here; uint8
+    `[B, V, H, W, C]`, already cut; float `[B, V, H, W, C]`, already normalised, which is returned
+    unchanged. `batch["seed"]` is uint32 `[B, 2]`.
     """
     if jnp.issubdtype(batch["image"].dtype, jnp.floating):
         return batch["image"]
@@ -251,16 +247,18 @@ def _views(recipe: Recipe, images: jax.Array, seeds: jax.Array) -> jax.Array:
     whole = images.ndim == 4
     images = jnp.moveaxis(images, -1, -3)
     keys = jax.random.wrap_key_data(seeds)
-    seen = []
-    for v, colour in enumerate(recipe.photometric):
-        own = jax.vmap(lambda key, v=v: jax.random.split(jax.random.fold_in(key, v)))(keys)
-        cut = partial(random_crop, recipe=recipe)
-        x = jax.vmap(cut)(images, own[:, 0]) if whole else images[:, v]
+    crop = jax.vmap(partial(random_crop, recipe=recipe))
+    views = []
+    for v, colours in enumerate(recipe.photometric):
+        view_keys = jax.vmap(lambda key, v=v: jax.random.split(jax.random.fold_in(key, v)))(keys)
+        x = crop(images, view_keys[:, 0]) if whole else images[:, v]
         x = _planes(x.astype(jnp.float32) / 255)
-        seen.append(_planes(jax.vmap(partial(photometric, recipe=colour))(x, own[:, 1])))
-    return normalise(jnp.moveaxis(jnp.stack(seen, axis=1), -3, -1), recipe.mean, recipe.std)
+        change = jax.vmap(partial(photometric, recipe=colours))
+        views.append(_planes(change(x, view_keys[:, 1])))
+    return normalise(jnp.moveaxis(jnp.stack(views, axis=1), -3, -1), recipe.mean, recipe.std)
 
 
 def _planes(x: jax.Array) -> jax.Array:
-    """Has channels first in memory, too, lest the layout of what comes after reaches back here."""
+    """Pins channels first in memory, too, so that the layout of later operations does not spread
+    to the augmentations."""
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

@@ -1,4 +1,4 @@
-"""Images that cannot be read: they are named, and too many end the run."""
+"""Images that cannot be read: the log names them, and too many end the run."""
 
 import logging
 
@@ -7,22 +7,18 @@ import numpy as np
 
 from maect_jax import sharding
 from maect_jax.data import decode
-from maect_jax.data.sources import Source
+from maect_jax.data.base import Source
 from maect_jax.errors import BadImageError, RunFailedError
 
 _LOGGER = logging.getLogger(__name__)
-_LISTED = 20
+_MAX_LISTED = 20
 
 
 class BadImages:
-    """Counts the images of a source that could not be read, on any host, and names each once.
+    """Counts the images of a source that could not be read on any host, and names each once.
 
-    A run that goes on counts anew: files may have been mended since.
-
-    Args:
-      source: the images.
-      channels: of the model.
-      allowed: the share of all images that may be bad.
+    At most the fraction `allowed` of all images may be bad. A resumed run starts from zero: files
+    may have been repaired.
     """
 
     def __init__(self, source: Source, channels: int, allowed: float):
@@ -31,32 +27,32 @@ class BadImages:
         self._named: dict[int, str] = {}
 
     def collect(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The batch without its field `bad`, whose records are counted."""
+        """Counts the records in the field `bad` of a batch; returns the batch without it."""
         batch = dict(batch)
         self._bad |= set(batch.pop("bad").tolist()) - {-1}
         return batch
 
     def check(self) -> None:
-        """Names in the log what was found since it was last called; all hosts must call it.
+        """Logs the bad images since the last call. All hosts must call it.
 
         Raises:
-          RunFailedError: on all hosts, more images are bad than are allowed; the text lists them.
+          RunFailedError: on all hosts, if more images are bad than allowed; the text lists them.
         """
         self._bad = sharding.gather_set(self._bad)
         for record in sorted(self._bad - self._named.keys()):
-            self._named[record] = f"{self._source.name(record)}: {self._why(record)}"
+            self._named[record] = f"{self._source.name(record)}: {self._reason(record)}"
             if jax.process_index() == 0:
-                _LOGGER.warning("left out, as it cannot be read: %s", self._named[record])
+                _LOGGER.warning("skipping an unreadable image: %s", self._named[record])
         count, records = len(self._named), len(self._source)
         if count > self._allowed * records:
-            listed = "; ".join(list(self._named.values())[:_LISTED])
-            more = f"; and {count - _LISTED} more" if count > _LISTED else ""
+            listed = "; ".join(list(self._named.values())[:_MAX_LISTED])
+            more = f"; and {count - _MAX_LISTED} more" if count > _MAX_LISTED else ""
             raise RunFailedError(
-                f"{count} of {records:,} images cannot be read so far, more than the share of "
+                f"{count} of {records:,} images cannot be read so far, more than the fraction "
                 f"config.data.max_bad_fraction={self._allowed}: {listed}{more}"
             )
 
-    def _why(self, record: int) -> str:
+    def _reason(self, record: int) -> str:
         try:
             decode.pixels(self._source[record][0], self._channels)
         except (BadImageError, OSError) as error:

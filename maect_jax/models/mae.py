@@ -6,12 +6,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maect_jax.models import positions, vit
+from maect_jax.models import vit
 
 
 def kept_patches(patches: int, mask_ratio: float) -> int:
-    """How many of `patches` the encoder sees: all at ratio 0; none close to 1, where it encodes
-    the class token alone."""
+    """Number of `patches` that the encoder sees: all at ratio 0; none close to 1, where it encodes
+    only the class token."""
     return int(patches * (1 - mask_ratio))
 
 
@@ -20,11 +20,11 @@ def random_mask(noise: jax.Array, mask_ratio: float) -> tuple[jax.Array, jax.Arr
 
     Args:
       noise: uniform noise `[B, N]`.
-      mask_ratio: share of the patches to remove.
+      mask_ratio: fraction of the patches to remove.
 
     Returns:
-      `keep` int32 `[B, K]`, the kept patches in noise order; `restore` int32 `[B, N]`, the
-      place of every patch among kept-then-removed ones; `mask` fp32 `[B, N]`, 1 where removed.
+      `keep` int32 `[B, K]`, the kept patches in noise order; `restore` int32 `[B, N]`, the index of
+      every patch in the order "kept, then removed"; `mask` fp32 `[B, N]`, 1 where removed.
     """
     order = jnp.argsort(noise, axis=1)
     restore = jnp.argsort(order, axis=1)
@@ -35,7 +35,7 @@ def random_mask(noise: jax.Array, mask_ratio: float) -> tuple[jax.Array, jax.Arr
 class Decoder(nn.Module):
     """Predicts the pixels of all patches from the encoded visible ones.
 
-    A parameter `pos_embed [N, D]`, where given, takes the place of the fixed position embedding.
+    An optional parameter `pos_embed [N, D]` replaces the fixed position embedding.
     """
 
     width: int
@@ -53,15 +53,11 @@ class Decoder(nn.Module):
         x = vit.Linear(self.width, self.dtype, name="embed")(latent)
         mask_token = self.param("mask_token", vit.token_init, (1, 1, self.width))
         removed = restore.shape[1] + 1 - x.shape[1]
-        # Cast after it is spread, so that its gradient is summed over all places in fp32.
+        # Broadcast before the cast, so that its gradient is summed over all patches in fp32.
         filler = jnp.broadcast_to(mask_token, (len(x), removed, self.width)).astype(self.dtype)
         patches = jnp.concatenate([x[:, 1:], filler], axis=1)
         patches = jnp.take_along_axis(patches, restore[..., None], axis=1)
-        if self.has_variable("params", "pos_embed"):
-            position = self.get_variable("params", "pos_embed")
-        else:
-            position = positions.sincos(grid, self.width)
-        patches = patches + jnp.asarray(position, self.dtype)
+        patches = patches + jnp.asarray(vit.position_embedding(self, grid), self.dtype)
         x = jnp.concatenate([x[:, :1], patches], axis=1)
         block = dict(heads=self.heads, ln_eps=self.ln_eps, dtype=self.dtype)
         x, _ = vit.scanned_blocks(self.depth, "blocks", self.remat, **block)(x)

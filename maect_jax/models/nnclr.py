@@ -6,17 +6,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# The default of PyTorch's Linear: uniform in +-1/sqrt(fan_in).
-dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+def _dense(width: int, dtype: Any, name: str) -> nn.Dense:
+    """A layer without bias; weights as in PyTorch's Linear, uniform in +-1/sqrt(fan_in)."""
+    init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    return nn.Dense(width, use_bias=False, dtype=dtype, kernel_init=init, name=name)
 
 
 class BatchNorm(nn.Module):
     """Batch normalisation over axis 0 in fp32, as in PyTorch.
 
-    Flax's own keeps a biased running variance; the authors' running variance is unbiased, and
-    an exported head must match theirs. Written as if on one device: under `jax.jit` the
-    statistics are those of the global batch, however it is sharded. A batch of one row, which
-    PyTorch refuses in training, has no spread: its output is the bias.
+    Its running variance is unbiased, as in the authors' heads; Flax's is biased. Under `jax.jit`
+    the statistics are those of the global batch, however it is sharded. A batch of one row, which
+    PyTorch refuses in training, has variance 0: its output is the bias.
     """
 
     momentum: float = 0.9
@@ -52,9 +54,8 @@ class Projector(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        dense = dict(use_bias=False, dtype=self.dtype, kernel_init=dense_init)
         for i, width in enumerate((self.hidden, self.hidden, self.out), start=1):
-            x = nn.Dense(width, name=f"fc{i}", **dense)(x)
+            x = _dense(width, self.dtype, f"fc{i}")(x)
             x = BatchNorm(name=f"bn{i}")(x, train)
             x = nn.relu(x) if i < 3 else x
         return x
@@ -69,7 +70,6 @@ class Predictor(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        dense = dict(use_bias=False, dtype=self.dtype, kernel_init=dense_init)
-        x = nn.Dense(self.hidden, name="fc1", **dense)(x)
+        x = _dense(self.hidden, self.dtype, "fc1")(x)
         x = nn.relu(BatchNorm(name="bn1")(x, train))
-        return nn.Dense(self.out, name="fc2", **dense)(x).astype(jnp.float32)
+        return _dense(self.out, self.dtype, "fc2")(x).astype(jnp.float32)

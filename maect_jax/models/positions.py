@@ -1,10 +1,10 @@
-"""Position embeddings of a grid of patches: MAE's fixed one, and another grid for a given one."""
+"""Position embeddings of a grid of patches: MAE's fixed one, and resizing to another grid."""
 
 from collections.abc import Mapping
 
 import numpy as np
 
-# Of the cubic kernel (Keys, 1981): PyTorch's, by which MAE's and the authors' code resize.
+# PyTorch's parameter of the cubic kernel (Keys, 1981), as in MAE's and the authors' code.
 _A = -0.75
 
 
@@ -16,7 +16,7 @@ def grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
 def sincos(grid: tuple[int, int], width: int) -> np.ndarray:
     """Fixed 2-D sine-cosine position embedding, fp32 `[N, D]` (MAE, appendix A.1).
 
-    The first half of the channels codes the column, the second the row; each half is the
+    The first half of the channels encodes the column, the second the row; each half has the
     sines, then the cosines, at frequencies `10000^(-i / (D/4))`. D must be a multiple of 4.
     """
     frequencies = 10000.0 ** (-np.arange(width // 4) / (width / 4))
@@ -26,7 +26,7 @@ def sincos(grid: tuple[int, int], width: int) -> np.ndarray:
 
 
 def _cubic(old: int, new: int) -> np.ndarray:
-    """The matrix `[new, old]` that resizes an axis, as PyTorch's bicubic interpolation does with
+    """Matrix `[new, old]` that resizes an axis, as PyTorch's bicubic interpolation does with
     `align_corners=False` and no antialiasing; `jax.image.resize` has another kernel (a = -0.5)."""
     x = (np.arange(new) + 0.5) * old / new - 0.5
     first = np.floor(x)
@@ -35,13 +35,13 @@ def _cubic(old: int, new: int) -> np.ndarray:
         t = np.abs(x - first - tap)
         near = ((_A + 2) * t - (_A + 3)) * t**2 + 1
         far = _A * (((t - 5) * t + 8) * t - 4)
-        place = np.clip(first + tap, 0, old - 1).astype(int)
-        np.add.at(matrix, (np.arange(new), place), np.where(t <= 1, near, far))
+        column = np.clip(first + tap, 0, old - 1).astype(int)
+        np.add.at(matrix, (np.arange(new), column), np.where(t <= 1, near, far))
     return matrix
 
 
 def resize(table: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
-    """A position embedding fp32 `[N, D]` of the patch grid `old` for the grid `new`, bicubic."""
+    """Resizes a position embedding fp32 `[N, D]` from patch grid `old` to `new`, bicubic."""
     rows, cols = (_cubic(a, b) for a, b in zip(old, new, strict=True))
     grid = np.asarray(table, np.float64).reshape(*old, -1)
     out = np.einsum("ar,bc,rcd->abd", rows, cols, grid, optimize=True)
@@ -49,9 +49,9 @@ def resize(table: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.
 
 
 def fitted(params: Mapping, old: tuple[int, int], new: tuple[int, int]) -> dict:
-    """Parameters of an encoder or a decoder, trained on the patch grid `old`, for the grid `new`.
+    """Parameters of an encoder or a decoder, trained on patch grid `old`, for the grid `new`.
 
-    Where they differ, what the network knows as positions, learned or fixed, is resized.
+    Where the grids differ, the position embedding, learned or fixed, is resized.
     """
     if old == new:
         return dict(params)

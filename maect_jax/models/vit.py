@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from maect_jax import config as configs
@@ -21,10 +22,11 @@ from maect_jax.errors import UserError
 from maect_jax.models import positions
 
 DTYPES = ("float32", "bfloat16")  # of activations
-# Bounds far above what can be trained, below which a dry run takes a moment and little memory.
-MOST_UNITS = 2**16  # width, depth or heads
-MOST_PIXELS = 2**14  # a side of an image
-_MOST_POSITIONS = 2**25  # numbers in the table of positions
+POOLS = ("cls", "mean", "fc_norm")  # of a model
+# Bounds far above what can be trained; within them a dry run is fast and takes little memory.
+MAX_UNITS = 2**16  # width, depth or heads
+MAX_PIXELS = 2**14  # side of an image
+_MAX_POSITIONS = 2**25  # numbers in the position embedding
 
 
 class Size(NamedTuple):
@@ -65,10 +67,9 @@ def unpatchify(patches: jax.Array, patch_size: int, grid: tuple[int, int]) -> ja
 class Linear(nn.Module):
     """Linear layer `[..., D] -> [..., features]` in `dtype`; parameters are fp32.
 
-    The leading axes are made one: left with two, XLA takes up to three times as long for the
-    gradient on CPU, as it contracts over both. The bias is added in fp32, and so its gradient, a
-    sum over every token of the batch, is summed in fp32: a sum in bf16 stands still once it is
-    2^8 times its addends.
+    The leading axes are merged: with two of them XLA's gradient on CPU contracts over both and
+    takes up to three times as long. The bias is added in fp32, so that its gradient, a sum over all
+    tokens of the batch, is summed in fp32: a sum in bf16 stops growing at 2^8 times its addends.
     """
 
     features: int
@@ -100,10 +101,10 @@ class Attention(nn.Module):
 
 
 def drop_paths(key: jax.Array, rate: float, batch: int, depth: int) -> jax.Array:
-    """Stochastic depth (Huang et al., 2016): factors of what each block adds to each image.
+    """Stochastic depth (Huang et al., 2016): a factor for each image and branch of each block.
 
-    A branch of a block is left out, factor 0, with a probability that rises linearly over the depth
-    from 0 to `rate`; the factor of one that stays makes up for it in the mean.
+    A branch is dropped (factor 0) with a probability that rises linearly over the depth from 0 to
+    `rate`; the factors of the others keep the mean.
 
     Returns:
       fp32 `[B, L, 2]`, of the attention and of the MLP.
@@ -113,12 +114,12 @@ def drop_paths(key: jax.Array, rate: float, batch: int, depth: int) -> jax.Array
 
 
 def _residual(x: jax.Array, y: jax.Array, factor: jax.Array | None) -> jax.Array:
-    """`x + y`, `[B, N, D]`; with `factor [B]`, fp32, of `y` so much, rounded once."""
+    """`x + y`, `[B, N, D]`; with `factor [B]`, fp32, `x + factor * y`, rounded once."""
     return x + y if factor is None else (x + factor[:, None, None] * y).astype(x.dtype)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; returns `(x, None)`, the signature that a scan asks for.
+    """Pre-norm transformer block; returns `(x, None)`, the signature that a scan needs.
 
     `paths [2, B]`, if given, are the factors of its two branches (`drop_paths`).
     """
@@ -137,43 +138,44 @@ class Block(nn.Module):
         y = nn.LayerNorm(name="norm2", **norm)(x)
         y = nn.gelu(Linear(4 * width, self.dtype, name="fc1")(y), approximate=False)
         x = _residual(x, Linear(width, self.dtype, name="fc2")(y), mlp)
-        # Unpinned, the compiler may trade the batch sharding of the residual stream
-        # for that of the weights, at several times the memory.
+        # Without it the compiler may replace the batch sharding of the residual stream by that of
+        # the weights, at several times the memory.
         return sharding.constrain_batch(x), None
 
 
-# What a backward pass computes again instead of keeping it: nothing; all within a block but its
-# matrix products; or all within a block.
+# What a backward pass recomputes instead of storing it: nothing; everything within a block except
+# its matrix products; or everything within a block.
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "blocks": jax.checkpoint_policies.nothing_saveable,
 }
-FROZEN = "frozen"  # the name of what the frozen blocks hand on, for policies of checkpointing
+FROZEN = "frozen"  # name of the frozen blocks' output, for checkpointing policies
 
 
 def scanned_blocks(depth: int, name: str, remat: str, **block) -> nn.Module:
     """`depth` blocks whose parameters are stacked along a leading layer axis."""
     policy = REMAT[remat]
     body = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
-    scan = nn.scan(
-        body,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        length=depth,
-    )
-    return scan(name=name, **block)
+    stacked = dict(variable_axes={"params": 0}, split_rngs={"params": True})
+    return nn.scan(body, length=depth, **stacked)(name=name, **block)
+
+
+def position_embedding(module: nn.Module, grid: tuple[int, int]) -> jax.Array | np.ndarray:
+    """The parameter `pos_embed [N, D]` of a module, if it has one; else the fixed embedding."""
+    if module.has_variable("params", "pos_embed"):
+        return module.get_variable("params", "pos_embed")
+    return positions.sincos(grid, module.width)
 
 
 class ViT(nn.Module):
     """Encoder `[B, H, W, C] -> [B, 1 + N, D]`: class token and patch tokens after the final norm
     (before it without `final_norm`).
 
-    Parameters: `patch_embed`, `cls_token`, `frozen_blocks` (the first `frozen_blocks` layers,
-    only if there are any), `blocks` (the other layers), `norm`. Both stacks carry a leading
-    layer axis, so that what is trained and what is frozen are separate leaves
-    (`split_blocks`, `merge_blocks`). A parameter `pos_embed [N, D]`, where given, is a learned
-    position embedding that takes the place of the fixed one. `remat` is a key of `REMAT`.
+    Parameters: `patch_embed`, `cls_token`, `frozen_blocks` (the first `frozen_blocks` layers, if
+    any), `blocks` (the other layers), `norm`. Both stacks have a leading layer axis: trained and
+    frozen layers are separate leaves (`split_blocks`). A parameter `pos_embed [N, D]`, if there is
+    one, is a learned position embedding and replaces the fixed one. `remat` is a key of `REMAT`.
     """
 
     width: int
@@ -190,33 +192,26 @@ class ViT(nn.Module):
     def __call__(
         self, images: jax.Array, keep: jax.Array | None = None, paths: jax.Array | None = None
     ) -> jax.Array:
-        """`keep [B, K]`, if given, are the patches to encode, in that order (MAE).
-
-        `paths [B, L, 2]`, if given, are the factors of the branches in `blocks` (`drop_paths`).
-        """
+        """Encodes images; with `keep [B, K]` only these patches, in this order (MAE).
+        `paths [B, L, 2]` are the factors of the branches in `blocks` (`drop_paths`)."""
         grid = positions.grid(images.shape[1:3], self.patch_size)
         patches = patchify(images, self.patch_size)
-        if self.has_variable("params", "pos_embed"):
-            position = self.get_variable("params", "pos_embed")[None]
-        else:
-            position = jnp.asarray(positions.sincos(grid, self.width))[None]
+        position = jnp.asarray(position_embedding(self, grid))[None]
         if keep is not None:
-            # Gathering pixels instead of embedded patches embeds a quarter of them.
+            # Pixels are gathered, not embedded patches: only the kept patches are embedded.
             patches = jnp.take_along_axis(patches, keep[..., None], axis=1)
             position = position[0][keep]
         x = Linear(self.width, self.dtype, name="patch_embed")(patches)
         x = x + position.astype(self.dtype)
         cls_token = self.param("cls_token", token_init, (1, 1, self.width))
-        # Cast after it is spread, so that its gradient is summed over the batch in fp32.
+        # Broadcast before the cast, so that its gradient is summed over the batch in fp32.
         cls_token = jnp.broadcast_to(cls_token, (len(x), 1, self.width)).astype(self.dtype)
-        x = jnp.concatenate([cls_token, x], axis=1)
-        x = sharding.constrain_batch(x)
+        x = sharding.constrain_batch(jnp.concatenate([cls_token, x], axis=1))
         block = dict(heads=self.heads, ln_eps=self.ln_eps, dtype=self.dtype)
         if self.frozen_blocks:
             x, _ = scanned_blocks(self.frozen_blocks, "frozen_blocks", "none", **block)(x)
             x = checkpoint_name(x, FROZEN)
-        if self.depth > self.frozen_blocks:
-            rest = self.depth - self.frozen_blocks
+        if (rest := self.depth - self.frozen_blocks) > 0:
             layers = None if paths is None else jnp.moveaxis(paths, 0, -1)
             x, _ = scanned_blocks(rest, "blocks", self.remat, **block)(x, layers)
         norm = nn.LayerNorm(self.ln_eps, dtype=self.dtype, use_fast_variance=False, name="norm")
@@ -224,26 +219,23 @@ class ViT(nn.Module):
 
 
 def split_blocks(params: dict, frozen_blocks: int) -> tuple[dict, dict]:
-    """Splits whole encoder parameters into `(trained, frozen)` for a model with `frozen_blocks`.
+    """Splits parameters of a whole encoder into `(trained, frozen)`.
 
-    With none frozen everything is trained; else the embedding, the class token and the first
-    blocks are frozen, the other blocks and the final norm are trained. A learned position
-    embedding is always frozen.
+    Frozen are a learned position embedding and, if any blocks are frozen, the patch embedding, the
+    class token and these first blocks.
     """
     if not frozen_blocks:
         frozen = {k: v for k, v in params.items() if k == "pos_embed"}
         return {k: v for k, v in params.items() if k not in frozen}, frozen
     lower = jax.tree.map(lambda x: x[:frozen_blocks], params["blocks"])
     upper = jax.tree.map(lambda x: x[frozen_blocks:], params["blocks"])
-    trained = {"norm": params["norm"]}
-    if jax.tree.leaves(upper)[0].shape[0]:
-        trained["blocks"] = upper
+    blocks = {"blocks": upper} if jax.tree.leaves(upper)[0].shape[0] else {}
     rest = {k: v for k, v in params.items() if k not in ("blocks", "norm")}
-    return trained, {**rest, "frozen_blocks": lower}
+    return {"norm": params["norm"], **blocks}, {**rest, "frozen_blocks": lower}
 
 
 def merge_blocks(params: dict) -> dict:
-    """The inverse of `split_blocks`, from the union of both parts: one stack `blocks [L, ...]`."""
+    """The inverse of `split_blocks`, for the union of both parts: one stack `blocks [L, ...]`."""
     params = dict(params)
     lower, upper = params.pop("frozen_blocks", None), params.get("blocks")
     if lower is not None:
@@ -253,21 +245,16 @@ def merge_blocks(params: dict) -> dict:
 
 
 def pool(tokens: jax.Array, how: str) -> jax.Array:
-    """`[B, 1 + N, D]` -> fp32 `[B, D]`: the class token ("cls") or the patches' mean ("mean"); or
-    `[B, 2 * D]`, one after the other ("cls+mean")."""
+    """`[B, 1 + N, D]` -> fp32 `[B, D]`: the class token ("cls") or the mean of the patches
+    ("mean"); or `[B, 2 * D]`, both concatenated ("cls+mean")."""
     tokens = tokens.astype(jnp.float32)
     parts = {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(1)}
     return jnp.concatenate([parts[part] for part in how.split("+")], axis=1)
 
 
-POOLS = ("cls", "mean", "fc_norm")  # of a model
-
-
 def features(model: ViT, params: dict, images: jax.Array, how: str, **inputs) -> jax.Array:
-    """Pooled features fp32 `[B, D]` of normalised images `[B, H, W, C]` (`pool`).
-
-    For "fc_norm" not each token goes through the final norm, but the patches' mean, as in MAE's
-    fine-tuning. `inputs` are further ones of the model.
+    """Pooled features fp32 `[B, D]` of normalised images `[B, H, W, C]` (`pool`); for "fc_norm" the
+    final norm of the mean of the patches, as in MAE's fine-tuning. `inputs` are the model's others.
     """
     if how != "fc_norm":
         return pool(model.apply({"params": params}, images, **inputs), how)
@@ -280,43 +267,33 @@ def features(model: ViT, params: dict, images: jax.Array, how: str, **inputs) ->
 
 
 def size_of(model) -> Size:
-    """Width, depth and heads: the variant's, but for those that are set."""
-    given = {key: model[key] for key in Size._fields if model[key] is not None}
-    return VARIANTS[model.variant]._replace(**given)
+    """Width, depth and heads: the variant's, unless they are set."""
+    changes = {key: model[key] for key in Size._fields if model[key] is not None}
+    return VARIANTS[model.variant]._replace(**changes)
 
 
 def from_config(model, frozen_blocks: int = 0, remat: str = "none") -> ViT:
-    """The encoder that a section describes."""
-    return ViT(
-        *size_of(model),
-        patch_size=model.patch_size,
-        frozen_blocks=frozen_blocks,
-        ln_eps=model.ln_eps,
-        dtype=model.dtype,
-        remat=remat,
-    )
+    """The encoder that a `model` section describes."""
+    settings = dict(patch_size=model.patch_size, ln_eps=model.ln_eps, dtype=model.dtype)
+    return ViT(*size_of(model), frozen_blocks=frozen_blocks, remat=remat, **settings)
 
 
+def _are_sides(sides: tuple[int, ...], model) -> bool:
+    fit = (0 < side <= MAX_PIXELS and side % model.patch_size == 0 for side in sides)
+    return len(sides) == 2 and all(fit)
+
+
+_UNITS = Rule(
+    f"above 0 and at most {MAX_UNITS:,}, or None", lambda v, _: v is None or 0 < v <= MAX_UNITS
+)
+_SIDES = "(height, width), each a multiple of the patch size {patch_size}, and at most "
 RULES: Rules = {
     "variant": one_of(VARIANTS),
-    **dict.fromkeys(
-        Size._fields,
-        Rule(
-            f"above 0 and at most {MOST_UNITS:,}, or None",
-            lambda v, _: v is None or 0 < v <= MOST_UNITS,
-        ),
-    ),
+    **dict.fromkeys(Size._fields, _UNITS),
     **dict.fromkeys(("patch_size", "channels", "ln_eps"), positive),
     "pool": one_of(POOLS),
     "dtype": one_of(DTYPES),
-    "image_size": Rule(
-        "(height, width), each a multiple of the patch size {patch_size}, and at most "
-        f"{MOST_PIXELS:,}",
-        lambda v, model: (
-            len(v) == 2
-            and all(0 < side <= MOST_PIXELS and side % model.patch_size == 0 for side in v)
-        ),
-    ),
+    "image_size": Rule(f"{_SIDES}{MAX_PIXELS:,}", _are_sides),
 }
 
 
@@ -324,22 +301,18 @@ def check(config) -> None:
     """Checks the `model` section of a config. Raises `UserError`."""
     configs.check(config, "model", RULES)
     size = size_of(config.model)
-    check_width("model.width", size.width, size.heads)
-    check_positions(config.model, size.width)
+    check_width(config.model, "model.width", width=size.width, heads=size.heads)
 
 
-def check_width(key: str, width: int, heads: int) -> None:
-    """Raises `UserError` where a width does not suit the positions and the heads."""
+def check_width(model, key: str, width: int, heads: int) -> None:
+    """Raises `UserError` where a width, of config key `key`, does not fit the heads, or gives a
+    position embedding (a row a patch) that is too large to compute."""
     if width % 4 or width % heads:
         raise UserError(f"config.{key}={width}: must be a multiple of 4 and of the {heads} heads")
-
-
-def check_positions(model, width: int) -> None:
-    """Raises `UserError` where the table of positions, a row a patch, is too large to compute."""
     patches = math.prod(positions.grid(model.image_size, model.patch_size))
-    if patches * width > _MOST_POSITIONS:
+    if patches * width > _MAX_POSITIONS:
         raise UserError(
             f"config.model.image_size={model.image_size}: must be at most "
-            f"{_MOST_POSITIONS // width:,} patches of {model.patch_size} x {model.patch_size} "
+            f"{_MAX_POSITIONS // width:,} patches of {model.patch_size} x {model.patch_size} "
             f"pixels for a width of {width}"
         )

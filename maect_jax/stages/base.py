@@ -10,7 +10,7 @@ import jax
 from maect_jax import config as configs
 from maect_jax import sharding
 from maect_jax.config import Rule, Rules, between, not_negative, positive
-from maect_jax.data import loader, subsets
+from maect_jax.data import loader
 from maect_jax.data.augment import Photometric, Recipe
 from maect_jax.data.sources import Source
 from maect_jax.errors import UserError
@@ -174,7 +174,7 @@ class Stage(Saved, abc.ABC):
     @classmethod
     def for_images(cls, config, images: Source) -> "Stage":
         """The stage of a config, for its own training images (`training_images`)."""
-        classes = subsets.classes_of(images) if cls.needs_labels else 0
+        classes = images.num_classes if cls.needs_labels else 0
         return cls.from_config(config, len(images), classes)
 
     @classmethod

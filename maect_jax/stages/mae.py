@@ -27,7 +27,7 @@ class MAE(Stage):
     rules = base.TRAINING | base.PHOTOMETRIC | {
         "mask_ratio": fraction,
         "warmup_epochs": base.WARMUP_EPOCHS,
-        **{f"decoder.{key}": at_most(vit.MOST_UNITS) for key in vit.Size._fields},
+        **{f"decoder.{key}": at_most(vit.MAX_UNITS) for key in vit.Size._fields},
     }  # fmt: skip
 
     decoder: mae.Decoder
@@ -37,8 +37,8 @@ class MAE(Stage):
     def check(cls, config, devices: int) -> None:
         super().check(config, devices)
         decoder = config.mae.decoder
-        vit.check_width("mae.decoder.width", decoder.width, decoder.heads)
-        vit.check_positions(config.model, decoder.width)
+        size = dict(width=decoder.width, heads=decoder.heads)
+        vit.check_width(config.model, "mae.decoder.width", **size)
         if config.init_from:
             raise UserError(
                 f"config.init_from={config.init_from!r}: stage mae starts from random weights; "

@@ -94,9 +94,9 @@ def test_hue_equals_colorsys(picture, x, shift):
 
 
 def test_compiled_colours_are_those_of_single_operations(rng):
-    """In a compiled whole the same value may be computed twice, and differ in its last bit."""
-    pictures = jnp.asarray(rng.integers(0, 256, (32, 3, 24, 24)) / 255, jnp.float32)
-    keys = jax.random.split(jax.random.key(4), 32)
+    """Compiled code may compute the same value twice, with a difference in its last bit."""
+    pictures = jnp.asarray(rng.integers(0, 256, (8, 3, 48, 48)) / 255, jnp.float32)
+    keys = jax.random.split(jax.random.key(4), 8)
     colour = partial(augment.colour_jitter, recipe=Photometric(brightness=0.4, hue=0.1))
     optimised = {"xla_backend_optimization_level": 3}  # other tests do without
     together = jax.jit(jax.vmap(colour), compiler_options=optimised)(pictures, keys)
@@ -191,28 +191,28 @@ def test_each_view_keeps_its_own_recipe(picture, x):
 def test_views_depend_on_the_images_seed_alone(picture, whole):
     """Not on the batch's size, the row, or the number of devices."""
     colour = Photometric(jitter=0.8, blur=0.5, grayscale=0.2, solarize=0.2)
-    recipe = Recipe((32, 40), (0.08, 1.0), (0.0,) * 3, (1.0,) * 3, (colour, colour))
+    recipe = Recipe((32, 40), (0.08, 1.0), (0.0,) * 3, (1.0,) * 3, (colour, Photometric()))
     seeds = np.random.default_rng(1).integers(0, 2**32, (8, 2), dtype=np.uint32)
     images = np.broadcast_to(picture, (8, *((2,) * (not whole)), *picture.shape))
+    program = jax.jit(lambda batch: augment.views(batch, recipe))
 
     def views(rows, devices=1):
         mesh = mesh_of(devices, 1)
         batch = sharding.put_batch({"image": images[rows], "seed": seeds[rows]}, mesh)
         with jax.set_mesh(mesh):
-            return np.asarray(jax.jit(lambda batch: augment.views(batch, recipe))(batch))
+            return np.asarray(program(batch))
 
     together, backwards = views(slice(None)), slice(None, None, -1)
     np.testing.assert_allclose(views(backwards)[backwards], together, atol=1e-6)
     np.testing.assert_allclose(views(slice(3)), together[:3], atol=1e-6)
-    for devices in (2, 8):
-        np.testing.assert_allclose(views(slice(None), devices), together, atol=1e-6)
-    flat = together.reshape(16, -1)
-    assert len(np.unique(flat.round(3), axis=0)) >= 14  # views differ, between images and within
+    np.testing.assert_allclose(views(slice(None), 8), together, atol=1e-6)
+    different = together.reshape(16, -1) if whole else together[:, 0].reshape(8, -1)
+    assert len(np.unique(different.round(3), axis=0)) >= 0.85 * len(different)
 
 
 def test_devices_send_each_other_nothing_to_make_views(picture):
     colour = Photometric(jitter=0.8, blur=0.5, grayscale=0.2, solarize=0.2)
-    recipe = Recipe((16, 16), (0.08, 1.0), (0.0,) * 3, (1.0,) * 3, (colour, colour))
+    recipe = Recipe((16, 16), (0.08, 1.0), (0.0,) * 3, (1.0,) * 3, (colour, Photometric()))
     mesh = mesh_of(4, 2)
     whole = {"image": np.stack([picture] * 8), "seed": np.zeros((8, 2), np.uint32)}
     cut = whole | {"image": np.zeros((8, 2, 16, 16, 3), np.uint8)}

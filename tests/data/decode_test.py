@@ -70,7 +70,7 @@ def test_jpegs_have_pillows_pixels(rng):
 @pytest.mark.parametrize("content", KINDS.values(), ids=KINDS.keys())
 def test_a_file_tells_its_shape_before_it_is_decoded(content):
     assert decode.shape(content) == (30, 40)
-    assert decode.pixels(content, 3, least=0.4).shape[0] in (15, 30)  # half of it, or whole
+    assert decode.pixels(content, 3, min_scale=0.4).shape[0] in (15, 30)  # half of it, or whole
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
@@ -111,7 +111,7 @@ def test_images_of_odd_sizes_have_views(size):
         np.testing.assert_allclose(image, np.full((16, 16, 3), (9, 8, 7)), atol=2)
 
 
-def test_what_is_no_image_is_told_by_its_reason():
+def test_what_is_no_image_has_a_reason():
     whole = KINDS["gray jpeg"]
     for content in (b"", b"no image", whole[: len(whole) // 2], KINDS["rgb"][:60], whole[:3]):
         with pytest.raises(BadImageError, match=r"\w"):
@@ -119,7 +119,7 @@ def test_what_is_no_image_is_told_by_its_reason():
 
 
 @pytest.fixture
-def broken(images):
+def damaged(images):
     """A folder in which the third and the fourth image cannot be read."""
     torn = images / "train" / "ant" / "02.png"
     torn.write_bytes(torn.read_bytes()[:50])
@@ -127,8 +127,8 @@ def broken(images):
     return Folder(str(images / "train"))
 
 
-def test_the_next_image_stands_for_one_that_cannot_be_read(broken):
-    make = loader.TrainRecord(broken, 3, (8, 8), ((0.2, 1.0),) * 2, (0, 2))
+def test_the_next_image_stands_for_one_that_cannot_be_read(damaged):
+    make = loader.TrainRecord(damaged, 3, (8, 8), ((0.2, 1.0),) * 2, (0, 2))
     whole, second, third = make((0, 1)), make((0, 2)), make((0, 3))
     assert [x["bad"] for x in (whole, second, third)] == [-1, 2, 3]
     assert [x["index"] for x in (whole, second, third)] == [1, 4, 4]
@@ -137,8 +137,8 @@ def test_the_next_image_stands_for_one_that_cannot_be_read(broken):
     assert not np.array_equal(second["image"], third["image"])  # each has its own boxes
 
 
-def test_bad_images_are_named_once_and_too_many_end_the_run(broken, caplog):
-    some = bad_images.BadImages(broken, 3, allowed=0.1)
+def test_bad_images_are_named_once_and_too_many_end_the_run(damaged, caplog):
+    some = bad_images.BadImages(damaged, 3, allowed=0.1)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             batch = some.collect({"x": np.arange(3), "bad": np.array([-1, 2, 3])})
@@ -146,7 +146,7 @@ def test_bad_images_are_named_once_and_too_many_end_the_run(broken, caplog):
     assert list(batch) == ["x"]
     named = [record.getMessage() for record in caplog.records]
     assert [name.split(": ")[1][-6:] for name in named] == ["02.png", "03.png"]
-    few = bad_images.BadImages(broken, 3, allowed=0.05)
+    few = bad_images.BadImages(damaged, 3, allowed=0.05)
     few.collect({"bad": np.array([2])})
     few.check()
     few.collect({"bad": np.array([3, 2])})
@@ -155,7 +155,7 @@ def test_bad_images_are_named_once_and_too_many_end_the_run(broken, caplog):
         few.check()
 
 
-def test_bad_images_of_all_hosts_are_counted(broken, monkeypatch):
+def test_bad_images_of_all_hosts_are_counted(damaged, monkeypatch):
     """Two hosts, of which the other one has found the fourth image."""
     others = iter([1, [3]])
 
@@ -165,14 +165,14 @@ def test_bad_images_of_all_hosts_are_counted(broken, monkeypatch):
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(sharding.multihost_utils, "process_allgather", gathered)
-    found = bad_images.BadImages(broken, 3, allowed=0.05)
+    found = bad_images.BadImages(damaged, 3, allowed=0.05)
     found.collect({"bad": np.array([2])})
     with pytest.raises(RunFailedError, match=r"2 of 21 images .*02\.png.*03\.png"):
         found.check()
 
 
-def test_an_evaluation_leaves_bad_images_out(broken):
-    example = loader.EvalRecord(broken, 3, (8, 8), 8)
+def test_an_evaluation_leaves_bad_images_out(damaged):
+    example = loader.EvalRecord(damaged, 3, (8, 8), 8)
     batches = list(loader.eval_batches(example, 8, 0, range(8)))
     rows = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
     assert rows["index"][rows["valid"]].tolist() == [0, 1, *range(4, 21)]

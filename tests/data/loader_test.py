@@ -75,7 +75,7 @@ def test_tfds_is_read_without_tensorflow(prepared_tfds):
 
 
 @pytest.mark.parametrize(("name", "shape"), [("cifar10", (32, 32, 3)), ("imagenet2012", None)])
-def test_the_sets_of_the_pages_are_read_as_tfds_lays_them_out(tmp_path, name, shape):
+def test_the_sets_of_the_configs_are_read_as_tfds_lays_them_out(tmp_path, name, shape):
     """With the features of their own builders; where all are of one shape, they travel whole."""
     import tensorflow_datasets as tfds
 
@@ -156,7 +156,7 @@ def assert_batches_equal(a, b):
         np.testing.assert_array_equal(a[key], b[key])
 
 
-@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("workers", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_same_views_with_worker_processes_and_after_a_restart(images, workers):
     order = Order(records=21, batch_size=4, steps=10, seed=(0, 2), rows=range(4))
     threads = loader.train_batches(order, example_of(images), workers=0)

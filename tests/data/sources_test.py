@@ -103,44 +103,44 @@ def test_held_out_images_are_numbered_by_the_classes_of_training(images):
 
 
 @pytest.fixture
-def looked(monkeypatch):
-    """The folders that were looked through; every index is large enough to be kept."""
-    found, look = [], folder._index_of
+def listed(monkeypatch):
+    """The folders that were listed; every index is large enough to be saved."""
+    roots, make = [], folder._make_index
     monkeypatch.setattr(folder, "_LARGE", 1)
     monkeypatch.setattr(
-        folder, "_index_of", lambda root, given: found.append(root) or look(root, given)
+        folder, "_make_index", lambda root, given: roots.append(root) or make(root, given)
     )
-    return found
+    return roots
 
 
 def opened(path):
-    """A folder, whose index is kept."""
+    """A folder whose index is saved."""
     source = Folder(str(path))
-    source.keep()
+    source.save_index()
     return source
 
 
-def test_an_index_is_made_once_and_again_when_a_file_comes(images, looked):
+def test_an_index_is_made_once_and_again_when_a_file_comes(images, listed):
     first, again = opened(images / "train"), opened(images / "train")
-    assert len(looked) == 1
+    assert len(listed) == 1
     assert [again.name(i) for i in range(21)] == [first.name(i) for i in range(21)]
     assert (again.classes, again.labels.tolist()) == (first.classes, first.labels.tolist())
     save(images / "train" / "ant" / "aa.png")
     assert [len(opened(images / "train")) for _ in range(2)] == [22, 22]
-    assert len(looked) == 2
+    assert len(listed) == 2
     index = images / ".train.index.npz"
     whole = index.read_bytes()
     for torn in (b"torn", whole[: len(whole) // 2], whole[:100] + b"torn" + whole[104:]):
         index.write_bytes(torn)
         assert len(Folder(str(images / "train"))) == 22
-    assert len(looked) == 5
+    assert len(listed) == 5
 
 
-def test_what_comes_while_an_index_is_made_makes_it_anew(images, looked, monkeypatch):
-    listed = folder._listed
+def test_what_comes_while_an_index_is_made_makes_it_anew(images, listed, monkeypatch):
+    list_folder = folder._listed
 
     def slow(where):
-        found = listed(where)
+        found = list_folder(where)
         if where.name == "ant":
             save(images / "train" / "ant" / "late.png")
         return found
@@ -158,7 +158,7 @@ def test_the_working_folder_itself_may_hold_the_images(images, monkeypatch):
     assert decode.pixels(source[3][0], 3)[0, 0, 0] == 30
 
 
-def test_where_images_can_only_be_read_the_run_keeps_the_index(images, looked, monkeypatch):
+def test_where_images_can_only_be_read_the_run_keeps_the_index(images, listed, monkeypatch):
     write, beside = files.write_arrays, images / ".train.index.npz"
 
     def refused(path, **arrays):
@@ -170,13 +170,13 @@ def test_where_images_can_only_be_read_the_run_keeps_the_index(images, looked, m
     run = images / "run"
     for _ in range(2):
         found = sources.splits(data_section(path=str(images)), ("train",), 3, run)
-        sources.keep(found)
-    assert len(looked) == 1
+        found["train"].save_index()
+    assert len(listed) == 1
     assert [path.name for path in run.iterdir()] == ["train.index.npz"]
     assert not beside.exists()
 
 
-def test_a_bucket_is_read_through_etils(images, looked, monkeypatch):
+def test_a_bucket_is_read_through_etils(images, listed, monkeypatch):
     kind, asked = type(epath.Path("gs://bucket/x")), []
 
     def local(path):
@@ -195,11 +195,11 @@ def test_a_bucket_is_read_through_etils(images, looked, monkeypatch):
     assert (source.classes, len(source)) == (["ant", "bee"], 21)
     assert source.name(0) == "gs://bucket/train/ant/00.png"
     assert decode.pixels(source[3][0], 3).shape == (12, 7, 3)
-    sources.keep(found)
+    source.save_index()
     asked.clear()
     again = sources.splits(data_section(path="gs://bucket"), ("train",), 3, run)["train"]
     assert [again.name(i) for i in range(21)] == [source.name(i) for i in range(21)]
-    assert (len(looked), asked) == (1, [])
+    assert (len(listed), asked) == (1, [])
 
 
 def encoded(pixels):
@@ -235,11 +235,11 @@ COLOUR = np.zeros((2, 4, 4, 3), np.uint8)
 BAD_ARRAYS = {
     "no file": (None, "not a readable .npz file"),
     "one array": ({"array": COLOUR}, "not a readable .npz file"),
-    "other keys": ({"x": [1]}, "has x; `image`, or `blob` and `offsets` needed"),
-    "no val": ({"image": COLOUR}, "no image is for val, by its `is_test`"),
+    "other keys": ({"x": [1]}, "has x; must have `image`, or `blob` and `offsets`"),
+    "no val": ({"image": COLOUR}, "has no image for val, by its `is_test`"),
     "float": ({"image": COLOUR / 2, "is_test": [True] * 2}, "`image` is float64 (2, 4, 4, 3)"),
     "gray": ({"image": COLOUR[..., 0], "is_test": [True] * 2}, "`image` is uint8 (2, 4, 4, 1)"),
-    "labels": ({"image": COLOUR, "label": [1]}, "`label` is int64 (1,); must be whole numbers"),
+    "labels": ({"image": COLOUR, "label": [1]}, "`label` is int64 (1,); must be integers"),
     "names as labels": ({"image": COLOUR, "label": ["a", "b"]}, "`label` is <U1 (2,); must be"),
     "offsets": ({"blob": COLOUR, "offsets": [0.0, 9.0]}, "`offsets` is float64 (2,); must be"),
     "one number": ({"image": np.uint8(3), "is_test": [True]}, "`image` is uint8"),

@@ -1,4 +1,4 @@
-"""Bounds of the fuzz tests, and how an input is refused."""
+"""Bounds of the property and fuzz tests, and how an input is refused."""
 
 import contextlib
 import time
@@ -16,7 +16,7 @@ from tests.helpers import CONFIGS
 
 
 def only(content):
-    """A source of one image."""
+    """A source of one image, given as a file's content."""
     source = arrays.Arrays(np.zeros((1, 1, 1, 3), np.uint8), np.zeros(1), [])
     source.images, source.shape = [content], None
     return source
@@ -29,9 +29,12 @@ DEEP = "[" * 3000 + "]" * 3000
 
 
 def bounded(examples):
-    unfit = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow)
+    """The same draws in every session: `examples`, or as many as the profile allows."""
     return settings(
-        max_examples=examples, deadline=None, derandomize=True, suppress_health_check=unfit
+        max_examples=min(examples, settings.default.max_examples),
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=(HealthCheck.function_scoped_fixture, HealthCheck.too_slow),
     )
 
 

@@ -65,14 +65,15 @@ def test_encoder_equals_numpy(rng, shape, patch, eps):
     model = vit.ViT(16, 3, 2, patch, ln_eps=eps)
     images = rng.normal(size=(2, *shape)).astype(np.float32)
     params = jax.jit(model.init)(jax.random.key(0), images)["params"]
-    # Random norms and biases, lest a forgotten one go unseen.
+    # Random norms and biases, so that a forgotten one shows.
     params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
     position = positions.sincos((shape[0] // patch, shape[1] // patch), 16)
     expected = np_vit(float64(params), images, patch, eps, position)
-    np.testing.assert_allclose(model.apply({"params": params}, images), expected, atol=2e-5)
-    # A learned position embedding takes the fixed one's place.
+    apply = jax.jit(model.apply)
+    np.testing.assert_allclose(apply({"params": params}, images), expected, atol=2e-5)
+    # A learned position embedding replaces the fixed one.
     learned = rng.normal(size=position.shape).astype(np.float32)
-    got = model.apply({"params": {**params, "pos_embed": learned}}, images)
+    got = apply({"params": {**params, "pos_embed": learned}}, images)
     expected = np_vit(float64(params), images, patch, eps, learned)
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
@@ -94,8 +95,8 @@ def test_split_encoder_is_the_same_function_and_merges_back(rng, frozen):
     assert not set(trained) & set(kept)
     split = whole.clone(frozen_blocks=frozen)
     np.testing.assert_allclose(
-        split.apply({"params": {**kept, **trained}}, images),
-        whole.apply({"params": params}, images),
+        jax.jit(split.apply)({"params": {**kept, **trained}}, images),
+        jax.jit(whole.apply)({"params": params}, images),
         rtol=1e-6, atol=1e-6,
     )  # fmt: skip
     assert_trees_equal(vit.merge_blocks({**kept, **trained}), params)
@@ -139,10 +140,11 @@ def test_encoder_sees_only_the_kept_patches(rng):
     images = rng.normal(size=(1, 8, 8, 1)).astype(np.float32)
     params = jax.jit(model.init)(jax.random.key(0), images)["params"]
     keep = jnp.array([[2, 1]])
-    seen = model.apply({"params": params}, images, keep)
+    apply = jax.jit(model.apply)
+    seen = apply({"params": params}, images, keep)
     assert seen.shape == (1, 3, 16)
     images[:, :4, :4], images[:, 4:, 4:] = 9.0, -9.0  # patches 0 and 3
-    np.testing.assert_array_equal(model.apply({"params": params}, images, keep), seen)
+    np.testing.assert_array_equal(apply({"params": params}, images, keep), seen)
 
 
 def test_mae_forward_equals_numpy(rng):
@@ -153,7 +155,7 @@ def test_mae_forward_equals_numpy(rng):
     stage = mae_stage_of(encoder, decoder, (6, 8, 3), 0.75)
     params = jax.jit(stage.init)(jax.random.key(0), {}).params
     params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
-    got = stage.forward(params, images, jnp.asarray(noise))
+    got = jax.jit(stage.forward)(params, images, jnp.asarray(noise))
     p = float64(params)
     kept = np.argsort(noise, 1)[:, :3]
     patches = np.asarray(vit.patchify(images, 2), np.float64)

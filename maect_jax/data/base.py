@@ -1,0 +1,54 @@
+"""The base class of all sources of images."""
+
+import abc
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+
+
+class Source(abc.ABC):
+    """Random access to images and labels: `source[record]` is `(image, label)`.
+
+    An image is a file's content (bytes) or pixels, uint8 `[H, W, C]`; `decode.pixels` takes either.
+    A label is -1 where an image has none.
+
+    Attributes:
+      shape: (H, W, C) of all images; None where they differ.
+      classes: names of the labels, in order; empty where the labels have no names.
+      in_memory: whether the pixels are in memory, so that each worker process would copy them.
+      reads_labels: whether every record is read for `labels`.
+    """
+
+    in_memory: ClassVar[bool] = False
+    reads_labels: ClassVar[bool] = False
+    shape: tuple[int, int, int] | None = None
+    classes: list[str]
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def __getitem__(self, record: int) -> tuple[bytes | np.ndarray, int]: ...
+
+    def name(self, record: int) -> str:
+        """The name of a record: its file's, if it has one."""
+        return f"image {record}"
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Labels of all images, integers `[N]`."""
+        return np.array([self[record][1] for record in range(len(self))], np.int32)
+
+    @cached_property
+    def labelled(self) -> bool:
+        """Whether all images have a label."""
+        return bool((self.labels >= 0).all())
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes: of those that have a name, else up to the highest label."""
+        return len(self.classes) or int(self.labels.max()) + 1
+
+    def save_index(self) -> None:  # noqa: B027 - most sources have none
+        """Saves what took long to find out, for the next run. Called by one process alone."""
