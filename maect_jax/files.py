@@ -1,4 +1,4 @@
-"""Atomic writing and patient I/O: a reader finds the old content of a file or the new, never half."""
+"""Atomic writing: a reader finds the old content of a file or the new one, never half of it."""
 
 import errno
 import json

@@ -362,7 +362,7 @@ def test_images_are_chosen_by_share_or_list(images, tmp_path):
     (tmp_path / "names.txt").write_text("ant/03.png\nbee/deep/er/99\n")
     listed = subsets.select(source, str(tmp_path / "names.txt"), 0)
     assert [listed[i][1] for i in range(2)] == [0, 1]
-    assert subsets.classes_of(listed) == 2
+    assert listed.num_classes == 2
     with pytest.raises(UserError, match=r"config\.finetune\.images='no\.txt': list 'no\.txt': can"):
         subsets.select(source, "no.txt", 0)
 
