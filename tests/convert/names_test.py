@@ -1,9 +1,12 @@
 """PyTorch's tensors and this package's variables, there and back."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from maect_jax.convert import names as convert
+from maect_jax.convert.tensors import Stored
 from maect_jax.errors import UserError
 from maect_jax.models import vit
 from maect_jax.stages import support_queue
@@ -97,3 +100,20 @@ def test_a_queue_in_part_is_refused(case):
     del head["queue_y"]
     with pytest.raises(UserError, match=r"head: tensors \['queue_y'\] are missing"):
         convert.head_from_torch(head)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("decoder.decoder_layers.0.attention.output.dense.weight", "decoder"),  # transformers 4
+        ("decoder.decoder_encoder.layer.0.attention.output.dense.weight", "decoder"),  # 5
+        ("decoder.decoder_layers.0.attention.o_proj.weight", "decoder"),  # state_dict() of 5
+        ("vit.encoder.layer.0.attention.output.dense.weight", "encoder"),
+        ("encoder.layer.0.attention.output.dense.weight", "encoder"),
+        ("vit.layers.0.attention.o_proj.weight", "encoder"),
+    ],
+)
+def test_huggingfaces_spellings_are_one_tensor(name, part):
+    mark = "vit.embeddings.patch_embeddings.projection.weight"
+    file = {n: Stored((n,), (4, 4), np.zeros, Path("x")) for n in (mark, name)}
+    assert convert.sort(file, "x").parts[part]["blocks.0.attn.proj.weight"] is file[name]
