@@ -216,7 +216,7 @@ def test_a_host_that_cannot_write_leaves_none_waiting(tmp_path, what, both):
     assert "No space left on device" in told[0].splitlines()[-1]
     if both:
         assert hosts[1].returncode == 1
-        assert "a checkpoint cannot be written (on another host); there is" in told[1]
+        assert "cannot be written (another host failed; see its log). There is" in told[1]
 
 
 def test_bad_images_of_all_hosts_together_end_all_of_them(tmp_path):

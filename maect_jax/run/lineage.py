@@ -89,7 +89,7 @@ class Origin:
             pairs[key] = old.data.get(key, config.data[key]), config.data[key]
         for key, (before, value) in pairs.items():
             if before != value:
-                raise UserError(f"{where}: its {key} is {before!r}, this config has {value!r}")
+                raise UserError(f"{where}: its encoder has {key} {before!r}, config has {value!r}")
         if old.model.pool == "fc_norm" != config.model.pool:
             raise UserError(f"{where}: its final norm is that of fc_norm; set config.model.pool so")
         takes = set(STAGES[first].takes) if first in STAGES else set()
