@@ -221,7 +221,7 @@ def test_a_config_with_a_misspelt_key_is_one_clear_line(tmp_path):
         ("data.std=(0.0,)", "data.std=.*above 0"),
         ("ct.crop_scale=(1.0,0.2)", "crop_scale"),
         ("model.heads=5", "model.width=96: must be a multiple of 4 and of the 5 heads"),
-        ("ct.projector_out=32", "ct.projector_out=32: config.head has 64"),
+        ("ct.projector_out=32", "ct.projector_out=32: must be 64"),
         ("eval.knn.k=(0,)", "eval.knn.k"),
     ],
 )

@@ -28,7 +28,7 @@ SIZES = (24, 20, 3)  # of whole slots, with a surplus, below a batch
 halves = partial(arrays, np.float32, elements=st.sampled_from([-0.5, 0.5]))
 ids_below_40 = arrays(np.int32, ROWS, elements=st.integers(0, 39), unique=True)
 pushes = st.lists(st.tuples(halves((ROWS, DIM)), ids_below_40), max_size=8)
-OWN = 40  # the index of the image whose neighbours are looked for
+SELF = 40  # the index of the image whose neighbours are searched
 
 
 def within(mesh):
@@ -64,19 +64,19 @@ def fifo_of(size, batches):
     st.sampled_from(SIZES), st.sampled_from([1, 3, "size"]), pushes, halves((ROWS, DIM)),
     st.sampled_from([0, 1, 2, "all"]), st.randoms(use_true_random=False),
 )  # fmt: skip
-def test_neighbours_are_numpys(mesh, size, k, batches, queries, own, random):
+def test_neighbours_are_numpys(mesh, size, k, batches, queries, excluded, random):
     """Wrap-around, ties, and the image's own index on no row, one, two or all; `k` up to the
     queue's size, so also above the number of allowed rows."""
     k = size if k == "size" else k
     queue, fifo = fifo_of(size, batches)
     positions = [position for _, _, position in fifo]
-    mine = set(positions if own == "all" else random.sample(positions, min(own, size)))
+    mine = set(positions if excluded == "all" else random.sample(positions, min(excluded, size)))
     held = np.array(queue.ids).ravel()
-    held[list(mine)] = OWN
+    held[list(mine)] = SELF
     queue = queue.replace(ids=jnp.asarray(held.reshape(queue.ids.shape)))
     with within(mesh):
         found, chosen = programs(size, k)[1](
-            queue, queries, np.full(ROWS, OWN, np.int32), jax.random.key(len(batches))
+            queue, queries, np.full(ROWS, SELF, np.int32), jax.random.key(len(batches))
         )
     for i, query in enumerate(queries):
         scores = [EXCLUDED if place in mine else float(row @ query) for row, _, place in fifo]

@@ -248,17 +248,12 @@ def _views(recipe: Recipe, images: jax.Array, seeds: jax.Array) -> jax.Array:
     images = jnp.moveaxis(images, -1, -3)
     keys = jax.random.wrap_key_data(seeds)
     crop = jax.vmap(partial(random_crop, recipe=recipe))
+    # Channels first in memory, too: the layout of later operations must not spread to these.
+    pin = partial(with_layout_constraint, layouts=Layout((0, 1, 2, 3)))
     views = []
     for v, colours in enumerate(recipe.photometric):
         view_keys = jax.vmap(lambda key, v=v: jax.random.split(jax.random.fold_in(key, v)))(keys)
         x = crop(images, view_keys[:, 0]) if whole else images[:, v]
-        x = _planes(x.astype(jnp.float32) / 255)
         change = jax.vmap(partial(photometric, recipe=colours))
-        views.append(_planes(change(x, view_keys[:, 1])))
+        views.append(pin(change(pin(x.astype(jnp.float32) / 255), view_keys[:, 1])))
     return normalise(jnp.moveaxis(jnp.stack(views, axis=1), -3, -1), recipe.mean, recipe.std)
-
-
-def _planes(x: jax.Array) -> jax.Array:
-    """Pins channels first in memory, too, so that the layout of later operations does not spread
-    to the augmentations."""
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

@@ -62,11 +62,11 @@ def test_draws_are_distributed_as_timms(rng, monkeypatch):
     """How often each operation is applied, and mean and spread of the magnitudes."""
     draws = 6000
     image = Image.fromarray(picture(rng, 3, (4, 4)))
-    drawn = {"own": [], "timm": []}
+    drawn = {"ours": [], "timm": []}
     for name in randaugment.OPERATIONS:
 
         def record(image, level, _, name=name):
-            drawn["own"].append((name, abs(level), level < 0))
+            drawn["ours"].append((name, abs(level), level < 0))
             return image
 
         monkeypatch.setitem(randaugment.OPERATIONS, name, record)
@@ -82,15 +82,15 @@ def test_draws_are_distributed_as_timms(rng, monkeypatch):
     for _ in range(draws):
         theirs(image)
     for name in randaugment.OPERATIONS:
-        own, timm = ([x for x in drawn[who] if x[0] == name] for who in ("own", "timm"))
+        ours, timm = ([x for x in drawn[who] if x[0] == name] for who in ("ours", "timm"))
         # 400 are expected of each, with a deviation of 20.
-        assert abs(len(own) - 400) < 80
+        assert abs(len(ours) - 400) < 80
         assert abs(len(timm) - 400) < 80
-        levels = np.array([x[1] for x in own])
+        levels = np.array([x[1] for x in ours])
         assert levels.max() <= 1
         assert abs(levels.mean() - np.mean([x[1] for x in timm])) < 0.01
         assert abs(levels.std() - np.std([x[1] for x in timm])) < 0.008
-        backwards = np.mean([x[2] for x in own])
+        backwards = np.mean([x[2] for x in ours])
         assert abs(backwards - 0.5 * (name in randaugment._TWO_WAYS)) < 0.12
 
 
