@@ -96,9 +96,14 @@ def _take(path: Path, me: dict) -> None:
                 "Wait for its end or use another --workdir. The lock of a holder that is gone "
                 f"expires within {_STALE:.0f} seconds."
             )
-        # If two processes pass here together, `check` ends one of them.
-        if holder and _holder(path) == holder:
-            path.unlink(missing_ok=True)
+        # Of two processes that find it stale one moves it away; a lock taken since is put back.
+        aside = path.with_name(f".{_NAME}.{me['host']}.{me['pid']}")
+        with suppress(FileNotFoundError):
+            path.replace(aside)
+            if _holder(aside) != holder:
+                aside.replace(path)
+                break
+            aside.unlink()
     raise UserError(f"--workdir={path.parent}: another process has just taken it")
 
 
