@@ -2,7 +2,7 @@
 # Runs `python -m maect_jax.main` as N processes on this machine that work as one program, as the
 # hosts of a pod do:  launch/local_pod.sh N [--config=... and the other flags of main]
 # Where one of them fails the others are ended, and its status is that of the script; 75 says that
-# they were preempted, and that the same command goes on.
+# they were preempted; run the same command to resume.
 set -euo pipefail
 
 processes=${1:-}

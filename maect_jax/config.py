@@ -230,10 +230,10 @@ def check(config: ConfigDict, section: str, rules: Rules) -> None:
     """
     values = flat(config[section] if section else config)
     for key, rule in rules.items():
-        value = values.get(key)  # a section that another run has written may lack it
+        value = values.get(key)  # a config.json that was edited may lack it, or have another type
         try:
             allowed = rule.holds(value, config[section] if section else config)
-        except TypeError:  # nor need its values be of these types
+        except TypeError:
             allowed = False
         if not allowed:
             name = f"{section}.{key}" if section else key

@@ -24,7 +24,7 @@ class Encoder:
     Attributes:
       image_size: (H, W) of the images.
       channels: C.
-      mean, std: of each channel, of pixels from 0 to 1, by which it normalises images.
+      mean, std: of each channel, of pixels from 0 to 1; images are normalised by them.
       pool: what the feature is, "cls", "mean" or "fc_norm" (`vit.features`).
       width: D of a feature.
     """

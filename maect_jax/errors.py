@@ -39,14 +39,12 @@ def shown(text: str) -> str:
 
 def say(error: Exception | str) -> None:
     """Writes one line on stderr."""
-    sys.stderr.write(f"error: {error}\n")  # in one call, lest another host's line come between
+    sys.stderr.write(f"error: {error}\n")  # in one call, as other hosts write too
 
 
 def run_command(main: Callable[[], None]) -> int:
-    """Runs a command; returns its exit status, having told what went wrong in one line.
-
-    What nobody foresaw is a traceback first, and then such a line.
-    """
+    """Runs a command and returns its exit status. An error is one line on stderr; an unforeseen one
+    is a traceback before it."""
     try:
         main()
         return 0
@@ -79,7 +77,7 @@ def positive(kind: type):
             raise ValueError
         return value
 
-    parse.__name__ = "number above 0"  # by which argparse calls it
+    parse.__name__ = "number above 0"  # for argparse's messages
     return parse
 
 

@@ -169,11 +169,11 @@ def check_enough(config: ConfigDict, images: sources.Source) -> None:
 
 
 def images_to_plan(config: ConfigDict) -> tuple[sources.Source, str]:
-    """The training images and whose they are; blank ones where they are not at hand: as many as a
-    known set has, ImageNet-1k's for a folder.
+    """The training images and where they are from; if they are absent, as many blank ones as a known
+    set has (ImageNet-1k for a folder).
 
     Raises:
-      UserError: they are there, but not such as are needed; or nothing is known of them.
+      UserError: they exist but do not fit, or the set is not known.
     """
     data, channels = config.data, config.model.channels
     known = _KNOWN.get(data.name if data.source == "tfds" else "imagenet2012")
@@ -235,7 +235,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
     Args:
       config: a locked config from `config.load`.
-      workdir: the run's folder; made if need be.
+      workdir: the run's folder, which may be new.
 
     Raises:
       UserError: bad input, before anything is written.

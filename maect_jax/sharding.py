@@ -88,7 +88,7 @@ def _jitted_max(mesh: Mesh):
 
 def max_over_hosts(number: int, mesh: Mesh):
     """The highest of all processes' numbers (int32). Each must call it; unlike `all_hosts` it
-    works on the devices, so that nobody waits until the result is read."""
+    works on the devices, and no process waits until the result is read."""
     if jax.process_count() == 1:
         return np.int32(number)
     numbers = jax.make_array_from_callback(

@@ -88,7 +88,7 @@ def _digests(folder: Path, flush: bool = False) -> dict[str, dict]:
             sha = hashlib.file_digest(file, "sha256").hexdigest()
             return {"bytes": file.tell(), "sha256": sha}
 
-    paths = (path for path in folder.rglob("*") if not path.is_dir())
+    paths = (path for path in folder.rglob("*") if path.is_file())  # not a link to nothing
     names = sorted({path.relative_to(folder).as_posix() for path in paths} - {NAME})
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter
         return dict(zip(names, pool.map(digest, names), strict=True))

@@ -124,7 +124,7 @@ class Finetune(Stage):
         encoder = {**frozen["encoder"], **params["encoder"]}
         x = over_microbatches(partial(self._features, encoder), microbatches, *rows)
         kernel, bias = params["classifier"]["kernel"], params["classifier"]["bias"]
-        # On TPU a matmul rounds its inputs to bf16 unless told otherwise.
+        # By default a TPU rounds the inputs of a matmul to bf16.
         return jnp.matmul(x, kernel, precision="highest") + bias
 
     def loss(self, params, state: TrainState, views: jax.Array, batch: dict, key: jax.Array):

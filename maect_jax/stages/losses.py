@@ -54,7 +54,7 @@ def nearest_neighbour(neighbours: jax.Array, predicted: jax.Array, temperature: 
         all other rows of the global batch.
       temperature: divides the cosines.
     """
-    # On TPU a matmul rounds its inputs to bf16 unless told otherwise.
+    # By default a TPU rounds the inputs of a matmul to bf16.
     logits = jnp.matmul(neighbours, normalise(predicted).T, precision="highest") / temperature
     labels = jnp.arange(len(logits))
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()

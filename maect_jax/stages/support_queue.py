@@ -126,7 +126,7 @@ def _search(queue: Queue, queries, ids, *, size, k, first_row, batch):
 
     def search_tile(best, part):
         tile, rows, own = part
-        # On TPU a matmul rounds its inputs to bf16 unless told otherwise, which picks another
+        # By default a TPU rounds the inputs of a matmul to bf16, which picks another
         # neighbour in about 3 % of the look-ups.
         scores = jnp.einsum("qd,rd->qr", queries, rows, precision="highest")
         scores = jnp.where(own == ids[:, None], EXCLUDED, scores)
