@@ -64,7 +64,7 @@ def test_run_leaves_its_files_and_a_table(finished):
     # One line of progress a stage, redrawn in place, and nothing else.
     redrawn = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     progress = {line.split(":")[0]: line for line in redrawn}
-    assert list(progress) == [*STAGES, "eval"]
+    assert list(progress) == [*CHAIN, "eval"]
     assert all("100%" in line for line in progress.values())
     assert "nn_accuracy" in progress["ct"]
 
@@ -100,7 +100,7 @@ def test_metrics_have_every_step_once(finished):
             assert 0 <= entry["input_wait"] < 1
             assert ("nn_accuracy" in entry) == (stage != "mae")
     assert [entry["stage"] for entry in entries] == sorted(
-        (entry["stage"] for entry in entries), key=STAGES.index
+        (entry["stage"] for entry in entries), key=CHAIN.index
     )
 
 

@@ -100,15 +100,9 @@ while true; do sleep 0.05; done
     )
     stub.chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-
-    def default_signals():  # a shell cannot trap what is ignored where it starts, as under nohup
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    with subprocess.Popen(
-        [LAUNCH / "local_pod.sh", "3"],
-        env=os.environ | {"PATH": path},
-        preexec_fn=default_signals,
-    ) as pod:
+    # A shell cannot trap what is ignored where it starts, as under nohup.
+    command = ["env", "--default-signal=INT", LAUNCH / "local_pod.sh", "3"]
+    with subprocess.Popen(command, env=os.environ | {"PATH": path}) as pod:
         while not (tmp_path / "log").exists() or (tmp_path / "log").read_text().count("d\n") < 3:
             time.sleep(0.05)
         pod.send_signal(getattr(signal, how))

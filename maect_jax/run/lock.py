@@ -90,7 +90,9 @@ def _take(path: Path, me: dict) -> None:
             return
         except FileExistsError:
             holder = _holder(path)
-        if holder and not _is_stale(path, holder, me):
+        if holder is None:  # just released
+            continue
+        if not _is_stale(path, holder, me):
             raise UserError(
                 f"--workdir={path.parent}: in use by process {holder['pid']} on {holder['host']}. "
                 "Wait for its end or use another --workdir. The lock of a holder that is gone "
