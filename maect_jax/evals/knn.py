@@ -95,9 +95,8 @@ class Search:
         (rows, width), devices = bank, self.mesh.size
         floats = self.memory_mb * 2**20 // 4
         tile = min(rows, max(floats // 2 // (3 * width), 1))
-        block = min(_BLOCK, max(floats // 4 // (5 * (tile + k)), 1))
         per_device = min(max(floats // 4 // (2 * width + 4 * k), 1), -(-queries // devices))
-        block = min(block, per_device)
+        block = min(_BLOCK, max(floats // 4 // (5 * (tile + k)), 1), per_device)
         return -(-per_device // block) * block * devices, block, tile
 
     def nearest(
@@ -118,9 +117,8 @@ class Search:
         scale = [sharding.replicate(np.float32(part), self.mesh) for part in scale]
         parts = []
         for first in range(0, len(queries), size):
-            part = queries[first : first + size]
-            count = len(part)
-            part = _normalised(sharding.put_rows(_padded(part, size), self.mesh), *scale)
+            rows = _padded(queries[first : first + size], size)
+            part = _normalised(sharding.put_rows(rows, self.mesh), *scale)
             empty = np.full((size, k), -np.inf, np.float32), np.zeros((size, k), np.int32)
             best = tuple(sharding.put_rows(array, self.mesh) for array in empty)
             for start in range(0, len(bank), tile):
@@ -128,8 +126,8 @@ class Search:
                 jax.block_until_ready(best)  # at most one tile waits for its turn
                 at = np.int32(start), np.int32(len(bank))
                 best = _merge(best, part, _Tile(rows, *at, *scale), block=block)
-            parts.append([array[:count] for array in sharding.to_host(best)])
-        return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+            parts.append(sharding.to_host(best))
+        return tuple(np.concatenate(x)[: len(queries)] for x in zip(*parts, strict=True))
 
 
 @partial(jax.jit, static_argnames=("ks", "classes"))
@@ -168,11 +166,9 @@ def classify(
         labels = train.labels[rows[part]]
         predicted = _vote(scores[part], labels, temperature, ks=ks, classes=classes)
         correct += (np.asarray(predicted) == test.labels[part]).sum(1)
+    accuracies = (correct / len(test.x)).tolist()
     settings = {"temperature": temperature, "standardised": search.standardise}
-    return [
-        {"k": k, "accuracy": float(number / len(test.x)), **settings}
-        for k, number in zip(ks, correct, strict=True)
-    ]
+    return [{"k": k, "accuracy": x, **settings} for k, x in zip(ks, accuracies, strict=True)]
 
 
 class KNN(Protocol):

@@ -278,9 +278,9 @@ def test_lowshot_takes_lists_of_names(blobs, mesh, tmp_path):
 
 def test_matched_accuracy_by_hand():
     labels = np.array([0, 0, 0, 1, 1, 2])
-    assert cluster.matched_accuracy(labels, np.array([2, 2, 2, 0, 0, 1])) == 1
-    assert cluster.matched_accuracy(labels, np.array([1, 1, 0, 0, 0, 0])) == pytest.approx(4 / 6)
-    assert cluster.matched_accuracy(labels, np.zeros(6, int)) == pytest.approx(3 / 6)
+    assert cluster.agreement(labels, np.array([2, 2, 2, 0, 0, 1]))["acc"] == 1
+    assert cluster.agreement(labels, np.array([1, 1, 0, 0, 0, 0]))["acc"] == pytest.approx(4 / 6)
+    assert cluster.agreement(labels, np.zeros(6, int))["acc"] == pytest.approx(3 / 6)
 
 
 def test_nmi_ami_and_ari_by_hand():
