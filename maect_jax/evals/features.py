@@ -50,7 +50,13 @@ def encoder(model: vit.ViT, params: dict, pool: str) -> Encode:
 
 def pixels(mean: tuple[float, ...], std: tuple[float, ...]) -> Encode:
     """The baseline: the pixels themselves, in [0, 1], `[B, H*W*C]`."""
-    return jax.jit(lambda x: (x * jnp.asarray(std) + jnp.asarray(mean)).reshape(len(x), -1))
+
+    @jax.jit
+    def flattened(images):
+        images = images * jnp.asarray(std) + jnp.asarray(mean)
+        return images.reshape(len(images), -1)
+
+    return flattened
 
 
 @jax.jit

@@ -1,5 +1,6 @@
 """Linear probes: many learning rates side by side on the same features."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import ClassVar, NamedTuple
@@ -124,14 +125,12 @@ def fit(
 
 def cached_batches(train: Features, batch_size: int, seed: int, mesh) -> Batches:
     """Yields batches of extracted features without end, shuffled in each epoch."""
-    epoch = 0
-    while True:
+    for epoch in itertools.count():
         order = np.random.default_rng((seed, epoch)).permutation(len(train.x))
         for start in range(0, len(order) - batch_size + 1, batch_size):
             # Ascending, for features that lie on disk; a batch has no order.
             rows = np.sort(order[start : start + batch_size])
             yield tuple(sharding.put_rows(part[rows], mesh) for part in (train.x, train.labels))
-        epoch += 1
 
 
 def summary(
@@ -200,7 +199,9 @@ class Probe(Protocol):
         return cached_batches(train, batch_size, seed=row.config.seed, mesh=row.run.mesh)
 
 
-_views = jax.jit(augment.views, static_argnums=1)
+@partial(jax.jit, static_argnums=1)
+def _only_view(batch: dict, recipe: augment.Recipe) -> jax.Array:
+    return augment.views(batch, recipe)[:, 0]
 
 
 class AugmentedProbe(Probe):
@@ -227,5 +228,5 @@ class AugmentedProbe(Probe):
         order = loader.Order(len(images), batch_size, steps, seed, rows)
         for batch in loader.train_batches(order, make, data.workers):
             batch = sharding.put_batch(bad.collect(batch), mesh)
-            yield row.encode(_views(batch, recipe)[:, 0]), batch["label"]
+            yield row.encode(_only_view(batch, recipe)), batch["label"]
         bad.check()

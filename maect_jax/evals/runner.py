@@ -40,8 +40,9 @@ RULES: Rules = {
 _normalise = jax.jit(augment.normalise_pixels, static_argnums=(1, 2))
 
 folder_of = base.folder_of
-# Of a run's folder and a row: the arrays of the protocols, see `base.Protocol.read_arrays`.
-read_retrieval, read_clusters = (PROTOCOLS[key].read_arrays for key in ("retrieval", "cluster"))
+# The arrays that a row has in a run's folder (`base.Protocol.read_arrays`).
+read_retrieval = PROTOCOLS["retrieval"].read_arrays
+read_clusters = PROTOCOLS["cluster"].read_arrays
 
 
 def check(config: ConfigDict, devices: int) -> None:

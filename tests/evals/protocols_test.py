@@ -83,17 +83,17 @@ def test_knn_keeps_to_its_memory():
     assert size < 10**5
     shape = jax.ShapeDtypeStruct
     best = shape((size, k), np.float32), shape((size, k), np.int32)
-    moments, numbers = [shape((width,), np.float32)] * 2, [shape((), np.int32)] * 2
     queries, rows = shape((size, width), np.float32), shape((tile, width), np.float32)
     with jax.set_mesh(mesh):
-        lowered = knn._merge.lower(best, queries, knn._Tile(rows, *numbers, *moments), block=block)
+        numbered = rows, shape((tile,), np.int32)
+        lowered = knn._merge.lower(best, queries, numbered, block=block)
     memory = lowered.compile().memory_analysis()
     used = memory.temp_size_in_bytes + memory.argument_size_in_bytes
     # Wide rows, few at a time.
     wide_queries, wide_block, _ = knn.Search(mesh, 1024).plan((10**5, 150_528), 10**4, k)
     assert wide_block <= wide_queries < 300
-    # One more tile comes meanwhile, and the queries as they came.
-    waiting = 4 * width * (tile + size)
+    # One more tile comes meanwhile and is normalised, and the queries as they came.
+    waiting = 4 * width * (2 * tile + size)
     assert used + waiting <= memory_mb * 2**20
     assert used + waiting > memory_mb * 2**20 / 3  # and it makes use of it
 
