@@ -1,7 +1,7 @@
 """What a protocol is: from the frozen features of an encoder to its entry in the results."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -24,21 +24,21 @@ class Row:
     Attributes:
       run: config, folder and device mesh, which must be the current one.
       name: of the row.
-      made_of: by split, what the features are made of, plain JSON.
-      features: by split, "train" and "val"; only "train" if no images are held out.
       images, bad_images: by split, the images and the counters of unreadable ones.
       encode: from normalised images to features.
       classifier: on the features, kernel fp32 `[D, C]` and bias `[C]`, if the encoder has one.
+      made_of: by split, what the features are made of, plain JSON.
+      features: by split, "train" and "val"; only "train" if no images are held out.
     """
 
     run: Run
     name: str
-    made_of: Mapping[str, dict]
-    features: Mapping[str, Features]
     images: Mapping[str, Source]
     bad_images: Mapping[str, BadImages]
     encode: Encode
     classifier: tuple[np.ndarray, np.ndarray] | None = None
+    made_of: dict[str, dict] = field(default_factory=dict)
+    features: dict[str, Features] = field(default_factory=dict)
 
     @property
     def config(self) -> ConfigDict:
@@ -65,6 +65,7 @@ class Protocol:
       section: of `config.eval`, with its settings; empty if it has none.
       rules: of that section, by the key within it.
       needs_labels: whether it is skipped unless there are held-out images and all have labels.
+      needs_classifier: whether it runs on encoders with a classifier only.
       arrays: the names of its arrays, if it has any.
     """
 
@@ -72,6 +73,7 @@ class Protocol:
     section: ClassVar[str] = ""
     rules: ClassVar[Rules] = {}
     needs_labels: ClassVar[bool] = True
+    needs_classifier: ClassVar[bool] = False
     arrays: ClassVar[tuple[str, ...]] = ()
 
     def settings(self, config: ConfigDict) -> dict:
@@ -84,10 +86,6 @@ class Protocol:
 
     def check_images(self, config: ConfigDict, images: Mapping[str, Source]) -> None:
         """Raises `UserError` if its settings do not fit the images, by split."""
-
-    def applies(self, row: Row) -> bool:
-        """Whether it runs on a row; asked if it runs by itself."""
-        return True
 
     def skip_reason(self, row: Row) -> str:
         """Why it cannot run on these features; empty if it can."""

@@ -17,9 +17,9 @@ def fold_batch_norm(parts: dict, bn_eps: float) -> tuple[np.ndarray, np.ndarray]
     Returns:
       Kernel fp32 `[D, C]` and bias `[C]`.
     """
-    kernel, bias = (np.asarray(parts["params"][key], np.float64) for key in ("kernel", "bias"))
+    kernel, bias = (np.float64(parts["params"][key]) for key in ("kernel", "bias"))
     if "batch_stats" in parts:
-        mean, var = (np.asarray(parts["batch_stats"][key], np.float64) for key in ("mean", "var"))
+        mean, var = (np.float64(parts["batch_stats"][key]) for key in ("mean", "var"))
         kernel = kernel / np.sqrt(var + bn_eps)[:, None]
         bias = bias - mean @ kernel
     return kernel.astype(np.float32), bias.astype(np.float32)
@@ -35,9 +35,7 @@ class Classifier(Protocol):
     """The accuracy of the classifier that the encoder comes with."""
 
     name = "classifier"
-
-    def applies(self, row: Row) -> bool:
-        return row.classifier is not None
+    needs_classifier = True
 
     def skip_reason(self, row: Row) -> str:
         reason, known = super().skip_reason(row), len(row.classifier[1])

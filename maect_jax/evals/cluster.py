@@ -1,13 +1,11 @@
 """k-means on frozen features, compared with the labels if there are any.
 
-scikit-learn and SciPy, which take a second to import, are imported where they are used: not by
-training, nor by each process that reads images.
+scikit-learn and SciPy take a second to import, so only the functions that need them do.
 """
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -37,19 +35,14 @@ SUBSETS = {
 }  # fmt: skip
 
 
-def _matching(labels: np.ndarray, clusters: np.ndarray):
-    """The contingency table, and the classes and clusters (rows, columns) that are matched."""
+def matched(labels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """Renumbers clusters int `[N]` by the class that the best one-to-one matching gives them, in
+    order; those without a class come after the classes."""
     from scipy.optimize import linear_sum_assignment
     from sklearn.metrics.cluster import contingency_matrix
 
     counts = contingency_matrix(labels, clusters)
-    return counts, *linear_sum_assignment(-counts)
-
-
-def matched(labels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """Renumbers clusters int `[N]` by the matched class, in order; those without a class come after
-    the classes."""
-    counts, classes, columns = _matching(labels, clusters)
+    classes, columns = linear_sum_assignment(-counts)
     number = np.full(counts.shape[1], -1)
     number[columns] = classes
     rest = np.flatnonzero(number < 0)
@@ -57,18 +50,13 @@ def matched(labels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     return number[np.unique(clusters, return_inverse=True)[1]].astype(np.int32)
 
 
-def matched_accuracy(labels: np.ndarray, clusters: np.ndarray) -> float:
-    """Accuracy under the best one-to-one matching of clusters and classes."""
-    counts, *pairs = _matching(labels, clusters)
-    return counts[tuple(pairs)].sum() / len(labels)
-
-
 def agreement(labels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
-    """ACC, NMI (arithmetic), AMI and ARI of a clustering, each at most 1."""
+    """ACC (of clusters `matched` with classes), NMI (arithmetic), AMI and ARI, each at most 1."""
     from sklearn import metrics
 
+    classes = np.unique(labels, return_inverse=True)[1]
     return {
-        "acc": float(matched_accuracy(labels, clusters)),
+        "acc": float((matched(labels, clusters) == classes).mean()),
         "nmi": float(metrics.normalized_mutual_info_score(labels, clusters)),
         "ami": float(metrics.adjusted_mutual_info_score(labels, clusters)),
         "ari": float(metrics.adjusted_rand_score(labels, clusters)),
@@ -108,9 +96,13 @@ def cluster(row: Row, x: np.ndarray, labels: np.ndarray | None, clusters: int):
     section, seed = row.config.eval.cluster, row.config.seed
     x = normalize(x) if section.normalise else np.asarray(x)
     x = PCA(section.pca, svd_solver="covariance_eigh").fit_transform(x) if section.pca else x
-    count = clusters or len(np.unique(labels))
-    limits = dict(memory_mb=row.config.eval.memory_mb, batch_size=section.minibatch)
-    settings = kmeans.Settings(count, section.runs, seed, **limits)
+    settings = kmeans.Settings(
+        k=clusters or len(np.unique(labels)),
+        runs=section.runs,
+        seed=seed,
+        memory_mb=row.config.eval.memory_mb,
+        batch_size=section.minibatch,
+    )
     clustering = kmeans.kmeans(x, settings, row.run.mesh)
     best = int(clustering.loss.argmin())
     assigned = clustering.clusters[best]
@@ -126,7 +118,7 @@ def cluster(row: Row, x: np.ndarray, labels: np.ndarray | None, clusters: int):
     names = list(runs[0])
     values = np.array([[run[name] for name in names] for run in runs])
     metrics = {
-        "clusters": count,
+        "clusters": settings.k,
         "images": len(x),
         "runs": section.runs,
         "l2_normalised": section.normalise,
@@ -181,8 +173,8 @@ class Cluster(Protocol):
         metrics = {"split": split} | metrics
         if section.subsets:
             metrics["subsets"] = {name: self._subset(row, split, name) for name in section.subsets}
-        values = clusters, distance, images.index, images.labels
-        return Result(metrics, dict(zip(self.arrays, values, strict=True)))
+        arrays = dict(clusters=clusters, distance=distance, index=images.index)
+        return Result(metrics, arrays | {"labels": images.labels})
 
     def _subset(self, row: Row, split: str, name: str) -> dict:
         """The metrics of the classes of a subset, or why it is skipped."""
@@ -197,22 +189,18 @@ class Cluster(Protocol):
             return {"skipped": f"there are only {chosen.sum()} images of its classes"}
         return cluster(row, images.x[chosen], images.labels[chosen], 0)[0]
 
-    def summarise(self, run, rows: Sequence[str], images) -> None:
-        source = images[cluster_split(run.config, images)]
-        files.write_text(run.folder / "clusters.csv", self.table(run.folder, rows, source))
-
-    def table(self, folder: Path, rows: Sequence[str], images: sources.Source) -> str:
-        """Lists each image with its label and its cluster in every row of a run, as CSV."""
-        labels, clusters = {}, {}
+    def summarise(self, run, rows, images) -> None:
+        """Lists each image with its label and its cluster in every row."""
+        source, labels, clusters = images[cluster_split(run.config, images)], {}, {}
         for name in rows:
-            if arrays := {key: x.tolist() for key, x in self.read_arrays(folder, name).items()}:
+            if arrays := {key: x.tolist() for key, x in self.read_arrays(run.folder, name).items()}:
                 clusters[name] = dict(zip(arrays["index"], arrays["clusters"], strict=True))
                 labels |= zip(arrays["index"], arrays["labels"], strict=True)
         text = io.StringIO()
         lines = csv.writer(text, lineterminator="\n")
         lines.writerow(["image", "label", *clusters])
         for record, label in sorted(labels.items()):
-            title = sources.class_name(images.classes, label) if label >= 0 else ""
+            title = sources.class_name(source.classes, label) if label >= 0 else ""
             numbers = (of_row.get(record, "") for of_row in clusters.values())
-            lines.writerow([images.name(record), title, *numbers])
-        return text.getvalue()
+            lines.writerow([source.name(record), title, *numbers])
+        files.write_text(run.folder / "clusters.csv", text.getvalue())

@@ -3,9 +3,8 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +20,8 @@ _PART = 8192  # images whose features are copied to the devices at a time
 _SAVE_EVERY = 20  # batches, after which what is on disk counts as done
 _ARRAYS = {"x": (np.float32, 2), "labels": (np.int32, 1), "valid": (np.bool_, 1)}  # dtype, axes
 
+EXPORTS = ("npz", "parquet")
+_ROW_GROUP = 8192  # rows
 Encode = Callable[[jax.Array], jax.Array]  # normalised images fp32 [B, H, W, C] -> fp32 [B, D]
 Batches = Iterator[tuple[np.ndarray, ...]]  # x fp32 [B, D], labels int32 [B], valid bool [B]
 
@@ -39,25 +40,23 @@ class Features(NamedTuple):
         return bool((self.labels >= 0).all())
 
 
+_vit_features = jax.jit(vit.features, static_argnums=(0, 3))
+
+
 def encoder(model: vit.ViT, params: dict, pool: str) -> Encode:
     """The pooled features of a ViT (`vit.pool`), jitted."""
-    return lambda images: _encode(params, images, model=model, pool=pool)
-
-
-@partial(jax.jit, static_argnames=("model", "pool"))
-def _encode(params, images, *, model: vit.ViT, pool: str) -> jax.Array:
-    return vit.features(model, params, images, pool)
+    return lambda images: _vit_features(model, params, images, pool)
 
 
 def pixels(mean: tuple[float, ...], std: tuple[float, ...]) -> Encode:
     """The baseline: the pixels themselves, in [0, 1], `[B, H*W*C]`."""
 
     @jax.jit
-    def run(images):
+    def flattened(images):
         images = images * jnp.asarray(std) + jnp.asarray(mean)
         return images.reshape(len(images), -1)
 
-    return run
+    return flattened
 
 
 @jax.jit
@@ -121,31 +120,30 @@ def stored(
 
 def _write(folder: Path, state: dict, batches: Batches) -> None:
     """Writes the rows of the batches after those that are `done`; `state` is `settings.json`."""
-    opened, is_writer, images = [], jax.process_index() == 0, state["images"]
+    opened, is_writer, images = {}, jax.process_index() == 0, state["images"]
     if is_writer and not state["done"]:
         shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         for number, batch in enumerate(batches, start=1):
             rows = min(len(batch[0]), images - state["done"])
-            if is_writer and not opened:
-                shapes = [(images, *x.shape[1:]) for x in batch]
-                new = (_open(folder, *x, state["done"]) for x in zip(_ARRAYS, shapes, strict=True))
-                opened = [stack.enter_context(file) for file in new]
-            for file, x, (dtype, _) in zip(opened, batch, _ARRAYS.values(), strict=False):
-                file.write(np.ascontiguousarray(x[:rows], dtype))
+            for name, x in zip(_ARRAYS if is_writer else (), batch, strict=False):
+                x = np.ascontiguousarray(x, _ARRAYS[name][0])
+                if name not in opened:
+                    file = _open(folder / f"{name}.npy", x, images, done=state["done"])
+                    opened[name] = stack.enter_context(file)
+                opened[name].write(x[:rows])
             state["done"] += rows
             if is_writer and (number % _SAVE_EVERY == 0 or state["done"] == images):
-                for file in opened:
+                for file in opened.values():
                     files.fsync(file)
                 files.write_json(folder / "settings.json", state)
 
 
-def _open(folder: Path, name: str, shape: tuple[int, ...], done: int):
-    """Opens an array's file to write the rows after those that are `done`; makes it if there are
-    none, in its full size."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, mode = folder / f"{name}.npy", "r+" if done else "w+"
-    array = np.lib.format.open_memmap(path, mode, dtype=_ARRAYS[name][0], shape=shape)
+def _open(path: Path, rows: np.ndarray, images: int, done: int):
+    """Opens an array's file, made in its full size, to write such rows after those `done`."""
+    mode, shape = "r+" if done else "w+", (images, *rows.shape[1:])
+    array = np.lib.format.open_memmap(path, mode, dtype=rows.dtype, shape=shape)
     # Rows are written to the file: through the map a full disk would be a crash, not an error.
     file = path.open("r+b")
     file.seek(array.offset + done * array.strides[0])
@@ -175,8 +173,7 @@ def is_whole(folder: Path) -> bool:
 
 def load(folder: Path) -> Features:
     """Reads the features of the readable images from a folder that `is_whole`."""
-    arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
-    return _readable(*arrays)
+    return _readable(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS))
 
 
 def parts(
@@ -191,3 +188,22 @@ def parts(
         x = np.pad(x, ((0, padding), (0, 0)))
         labels = np.pad(labels, (0, padding), constant_values=-1)
         yield sharding.put_rows(x, mesh), sharding.put_rows(labels, mesh)
+
+
+def export(path: Path, features: Features, names: Sequence[str]) -> None:
+    """Writes a `.npz` (`features` fp32 `[N, D]`, `label`, `index`, `name`) or a `.parquet` (the
+    same as columns, a list of D numbers a row), as the suffix says. `names` are of these images."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft, (x, labels, index) = path.with_suffix(".tmp"), features
+    if path.suffix == ".npz":
+        with draft.open("wb") as file:
+            np.savez(file, features=x, name=np.array(names, str), label=labels, index=index)
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        flat = pa.array(np.ascontiguousarray(x).ravel())  # no copy of what lies on disk
+        columns = {"name": pa.array(names, pa.string()), "label": labels, "index": index}
+        columns["features"] = pa.FixedSizeListArray.from_arrays(flat, x.shape[1])
+        pq.write_table(pa.table(columns), draft, row_group_size=_ROW_GROUP)
+    draft.replace(path)

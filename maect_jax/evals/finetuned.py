@@ -34,23 +34,22 @@ def classify(run: Run, name: str, images: Mapping[str, Source], bad_images: BadI
     folder = checkpoints.stage_folder(run.folder, name)
     parts = checkpoints.read_parts(folder, kind.saved, run.mesh)
     weights = features.fingerprint(parts["params"])
-    if results.get(name, {}).get(name, {}).get("weights") != weights:
+    row, size = results.setdefault(name, {}), section.batch_size
+    if row.get(name, {}).get("weights") != weights:
         trained = kind.training_images(config, images["train"])
         stage = kind.for_images(config, trained)
         rank = partial(jax.jit(stage.ranked), parts["params"], parts["frozen"])
-        size = section.batch_size
         extraction = runner.Extraction(run, images["val"], bad_images, batch_size=size)
         ranked = features.collected(extraction.batches(rank))
-        metrics = accuracies(ranked.x, ranked.labels) | {
+        row[name] = accuracies(ranked.x, ranked.labels) | {
             "images": len(ranked.labels),
             "training_images": len(trained),
             "settings": section.to_dict(),
             "weights": weights,
         }
-        results[name] = results.get(name, {}) | {name: metrics}
         if jax.process_index() == 0:
             files.write_json(run.folder / "results.json", results)
-    return results[name][name]
+    return row[name]
 
 
 def text(metrics: dict) -> str:

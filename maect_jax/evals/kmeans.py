@@ -82,6 +82,9 @@ def _nearest(x, centres):
     return jnp.where(products == best, numbers, k).min(-1).T
 
 
+_on_devices = partial(sharding.shard_map_batch, replicated_args=1, replicated_out=True)
+
+
 def _scattered(x, weight, nearest, k: int):
     add = jax.vmap(partial(jax.ops.segment_sum, num_segments=k), (None, 0))
     return add(x * weight[:, None], nearest), add(weight, nearest)
@@ -101,18 +104,17 @@ def _sums(x, weight, nearest, k: int):
 
 def _pass(rows: Rows, centres):
     """Sums `[R, K, D]` and counts `[R, K]` of the clusters of all rows."""
-    k = centres.shape[1]
 
-    def on_device(x, weight, centres):
+    @_on_devices
+    def sums(x, weight, centres):
         def add(total, tile):
-            sums = _sums(*tile, _nearest(tile[0], centres), k)
-            return jax.tree.map(jnp.add, total, sums), None
+            new = _sums(*tile, _nearest(tile[0], centres), centres.shape[1])
+            return jax.tree.map(jnp.add, total, new), None
 
         start = jnp.zeros_like(centres), jnp.zeros(centres.shape[:2])
         return sharding.sum_over_devices(jax.lax.scan(add, start, (x, weight))[0])
 
-    on_devices = sharding.shard_map_batch(on_device, replicated_args=1, replicated_out=True)
-    return on_devices(*rows, centres)
+    return sums(*rows, centres)
 
 
 def candidates(k: int) -> int:
@@ -121,10 +123,8 @@ def candidates(k: int) -> int:
 
 
 def _drawn(uniform, potential):
-    """Draws a row with probability proportional to its potential `[G, T]`, by a number in [0, 1).
-
-    It draws the tile first and then the row in it, so only a tile's worth of rows is sent.
-    """
+    """Draws a row with probability proportional to its potential `[G, T]`, by a number in [0, 1):
+    first the tile, then the row in it, so that only a tile's worth of rows is sent."""
 
     def draw(uniform, potential):
         sums = jnp.cumsum(potential)
@@ -152,9 +152,6 @@ def plus_plus(rows: Rows, keys: jax.Array, *, k: int) -> jax.Array:
         squared = squares - 2 * products + jnp.square(points).sum(-1)[:, None, None]
         return jnp.maximum(squared, 0) * weight
 
-    def start(key):
-        return x[_drawn(jax.random.uniform(key), weight)]
-
     def choose(key, closest):
         uniform = jax.random.uniform(key, (candidates(k),))
         points = x[jax.vmap(_drawn, (0, None))(uniform, closest)]
@@ -168,7 +165,7 @@ def plus_plus(rows: Rows, keys: jax.Array, *, k: int) -> jax.Array:
         points, closest = jax.vmap(choose)(step_keys, closest)
         return centres.at[:, i].set(points), closest
 
-    first = jax.vmap(start)(keys)
+    first = jax.vmap(lambda key: x[_drawn(jax.random.uniform(key), weight)])(keys)
     centres = jnp.zeros((len(keys), k, x.shape[-1])).at[:, 0].set(first)
     closest = jax.vmap(lambda point: distances(point[None])[0])(first)
     return jax.lax.fori_loop(1, k, add, (centres, closest))[0]
@@ -180,36 +177,35 @@ def lloyd(rows: Rows, centres: jax.Array, limit: jax.Array):
     all together). Returns the centres and the number of passes `[R]` of each restart."""
 
     def goes_on(state):
-        _, moved, _, passed = state
-        return (moved > limit).any() & (passed < _PASSES)
+        _, moved, passes = state
+        return (moved > limit).any() & (passes.max() < _PASSES)
 
     def move(state):
-        centres, moved, passes, passed = state
+        centres, moved, passes = state
         sums, counts = _pass(rows, centres)
         counts = counts[..., None]
         new = jnp.where(counts > 0, sums / jnp.maximum(counts, 1), centres)  # empty ones stay
         active = moved > limit  # a restart that has converged stays as it is
         new = jnp.where(active[:, None, None], new, centres)
         moved = jnp.where(active, jnp.square(new - centres).sum((1, 2)), moved)
-        return new, moved, passes + active, passed + 1
+        return new, moved, passes + active
 
-    count = len(centres)
-    start = centres, jnp.full(count, jnp.inf), jnp.zeros(count, jnp.int32), 0
-    centres, _, passes, _ = jax.lax.while_loop(goes_on, move, start)
+    start = centres, jnp.full(len(centres), jnp.inf), jnp.zeros(len(centres), jnp.int32)
+    centres, _, passes = jax.lax.while_loop(goes_on, move, start)
     return centres, passes
 
 
 @jax.jit
 def mini_batch(rows: Rows, centres: jax.Array):
     """Mini-batch k-means: the i-th tiles of all devices are a batch; a centre is the mean of all
-    rows that it was nearest to. The rows must be in random order."""
+    rows that it was nearest to. The rows must be in random order. Returns as `lloyd` does."""
 
-    def on_device(x, weight, centres):
+    @_on_devices
+    def learned(x, weight, centres):
         def learn(state, tile):
             centres, seen = state
-            sums, counts = sharding.sum_over_devices(
-                _sums(*tile, _nearest(tile[0], centres), centres.shape[1])
-            )
+            sums = _sums(*tile, _nearest(tile[0], centres), centres.shape[1])
+            sums, counts = sharding.sum_over_devices(sums)
             seen = seen + counts
             step = (sums - counts[..., None] * centres) / jnp.maximum(seen, 1)[..., None]
             return (centres + step, seen), None
@@ -220,8 +216,7 @@ def mini_batch(rows: Rows, centres: jax.Array):
         start = centres, jnp.zeros(centres.shape[:2])
         return jax.lax.fori_loop(0, _EPOCHS, epoch, start)[0]
 
-    on_devices = sharding.shard_map_batch(on_device, replicated_args=1, replicated_out=True)
-    return on_devices(*rows, centres)
+    return learned(*rows, centres), jnp.full(len(centres), _EPOCHS, jnp.int32)
 
 
 @jax.jit
@@ -268,20 +263,14 @@ def kmeans(x: np.ndarray, settings: Settings, mesh) -> Clustering:
     else:
         numbers = layout(np.arange(len(x)), mesh.size, _TILE)
         rows = first_rows = place(centred, mesh, numbers)
-    limits = dict(tile=numbers.shape[1], devices=mesh.size, memory_mb=memory_mb)
+    limits, parts = dict(tile=numbers.shape[1], devices=mesh.size, memory_mb=memory_mb), []
     together = restarts_at_a_time(x.shape, k, **limits)
-    parts = []
     for first in range(0, runs, together):
         restarts = jnp.arange(first, min(first + together, runs))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), restarts)
         centres = plus_plus(first_rows, keys, k=k)
-        if batch_size:
-            centres = mini_batch(rows, centres)
-            passes = np.full(len(restarts), _EPOCHS, np.int32)
-        else:
-            centres, passes = lloyd(rows, centres, limit)
-        nearest, loss = _assigned(rows, centres)
-        centres, nearest, loss, passes = sharding.to_host((centres, nearest, loss, passes))
+        found = mini_batch(rows, centres) if batch_size else lloyd(rows, centres, limit)
+        (centres, passes), (nearest, loss) = sharding.to_host((found, _assigned(rows, found[0])))
         clusters = np.empty((len(restarts), len(x)), np.int32)
         clusters[:, numbers[numbers >= 0]] = np.moveaxis(nearest, 1, 0)[:, numbers >= 0]
         parts.append(Clustering(centres + middle, clusters, loss, passes))

@@ -7,7 +7,7 @@ test x train matrix never exists.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +22,6 @@ from maect_jax.evals.features import Features
 _BLOCK = 1024  # queries, at most, that a device compares with a tile at a time
 _READ = 4096  # rows of the bank that its statistics are summed over at a time
 _QUERIES, _NEIGHBOURS = 8, 5  # of the report
-
-
-class _Tile(NamedTuple):
-    """Bank rows `x` `[T, D]` from number `start` of `rows`, to normalise by `mean`, `std` `[D]`."""
-
-    x: jax.Array
-    start: jax.Array
-    rows: jax.Array
-    mean: jax.Array
-    std: jax.Array
 
 
 def moments(bank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -49,32 +39,28 @@ def _normalised(x, mean, std):
 
 
 @partial(jax.jit, static_argnames="block", donate_argnums=0)
-def _merge(best, queries, tile: _Tile, *, block: int):
-    """The best `(cosines, row numbers)` `[Q, k]` of the tiles so far and of this one."""
+def _merge(best, queries, tile, *, block: int):
+    """The best `(cosines, row numbers)` `[Q, k]` of the tiles so far and of this one, its
+    normalised rows `[T, D]` and their numbers `[T]`, -1 for padding."""
 
     def on_device(best, queries, tile):
-        rows = _normalised(tile.x, tile.mean, tile.std)
-        numbers = tile.start + jnp.arange(len(rows), dtype=jnp.int32)
+        rows, numbers = tile
 
         def merge_block(part):
             scores, nearest, queries = part
             new = jnp.einsum("qd,rd->qr", queries, rows, precision="highest")
-            new = jnp.where(numbers < tile.rows, new, -jnp.inf)
+            new = jnp.where(numbers >= 0, new, -jnp.inf)
             # Ties go to the first row of the bank, as the earlier ones are on the left.
             both = jnp.concatenate([scores, new], 1)
             scores, columns = jax.lax.top_k(both, scores.shape[1])
             width = nearest.shape[1]
             old = jnp.take_along_axis(nearest, jnp.minimum(columns, width - 1), 1)
-            return scores, jnp.where(columns < width, old, tile.start + columns - width)
+            return scores, jnp.where(columns < width, old, numbers[columns - width])
 
         parts = tuple(x.reshape(-1, block, x.shape[1]) for x in (*best, queries))
         return tuple(x.reshape(-1, x.shape[-1]) for x in jax.lax.map(merge_block, parts))
 
     return sharding.shard_map_batch(on_device, replicated_args=1)(best, queries, tile)
-
-
-def _padded(x: np.ndarray, rows: int) -> np.ndarray:
-    return np.pad(x, ((0, rows - len(x)), (0, 0)))
 
 
 @dataclass(frozen=True)
@@ -95,9 +81,8 @@ class Search:
         (rows, width), devices = bank, self.mesh.size
         floats = self.memory_mb * 2**20 // 4
         tile = min(rows, max(floats // 2 // (3 * width), 1))
-        block = min(_BLOCK, max(floats // 4 // (5 * (tile + k)), 1))
         per_device = min(max(floats // 4 // (2 * width + 4 * k), 1), -(-queries // devices))
-        block = min(block, per_device)
+        block = min(_BLOCK, max(floats // 4 // (5 * (tile + k)), 1), per_device)
         return -(-per_device // block) * block * devices, block, tile
 
     def nearest(
@@ -116,20 +101,26 @@ class Search:
         size, block, tile = self.plan(bank.shape, len(queries), k)
         scale = moments(bank) if self.standardise else (np.zeros(width), np.ones(width))
         scale = [sharding.replicate(np.float32(part), self.mesh) for part in scale]
+
+        def padded(x, start, rows):
+            x = x[start : start + rows]
+            return np.pad(x, ((0, rows - len(x)), (0, 0)))
+
         parts = []
         for first in range(0, len(queries), size):
-            part = queries[first : first + size]
-            count = len(part)
-            part = _normalised(sharding.put_rows(_padded(part, size), self.mesh), *scale)
+            rows = sharding.put_rows(padded(queries, first, size), self.mesh)
+            part = _normalised(rows, *scale)
             empty = np.full((size, k), -np.inf, np.float32), np.zeros((size, k), np.int32)
             best = tuple(sharding.put_rows(array, self.mesh) for array in empty)
             for start in range(0, len(bank), tile):
-                rows = sharding.replicate(_padded(bank[start : start + tile], tile), self.mesh)
+                rows = sharding.replicate(padded(bank, start, tile), self.mesh)
+                numbers = np.arange(start, start + tile, dtype=np.int32)
+                numbers[len(bank) - start :] = -1
                 jax.block_until_ready(best)  # at most one tile waits for its turn
-                at = np.int32(start), np.int32(len(bank))
-                best = _merge(best, part, _Tile(rows, *at, *scale), block=block)
-            parts.append([array[:count] for array in sharding.to_host(best)])
-        return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+                bank_part = _normalised(rows, *scale), sharding.replicate(numbers, self.mesh)
+                best = _merge(best, part, bank_part, block=block)
+            parts.append(sharding.to_host(best))
+        return tuple(np.concatenate(x)[: len(queries)] for x in zip(*parts, strict=True))
 
 
 @partial(jax.jit, static_argnames=("ks", "classes"))
@@ -168,11 +159,9 @@ def classify(
         labels = train.labels[rows[part]]
         predicted = _vote(scores[part], labels, temperature, ks=ks, classes=classes)
         correct += (np.asarray(predicted) == test.labels[part]).sum(1)
+    accuracies = (correct / len(test.x)).tolist()
     settings = {"temperature": temperature, "standardised": search.standardise}
-    return [
-        {"k": k, "accuracy": float(number / len(test.x)), **settings}
-        for k, number in zip(ks, correct, strict=True)
-    ]
+    return [{"k": k, "accuracy": x, **settings} for k, x in zip(ks, accuracies, strict=True)]
 
 
 class KNN(Protocol):

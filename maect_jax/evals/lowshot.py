@@ -23,8 +23,9 @@ from maect_jax.evals import features
 from maect_jax.evals.base import Protocol, Result, Row
 
 _DRAWN = "seeded, stratified, nested"
-_MULTIPLE = 256  # of this the rows of a device are padded to, so that small parts share a program
+_MULTIPLE = 256  # the rows of a device are padded to one, so that small parts share a program
 _MEMORY = 20  # pairs of steps and gradients
+_STEPS = 1000  # at most
 # It ends where the objective is surely within this fraction of its optimum: a convex function whose
 # curvature is at least the penalty is above its minimum by at most |gradient|^2 / (2 penalty);
 _GAP = 1e-4
@@ -46,8 +47,8 @@ def prepare(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-@partial(jax.jit, static_argnames=("classes", "max_steps"))
-def _solve(x, labels, penalties, *, classes: int, max_steps: int) -> Fit:
+@partial(jax.jit, static_argnames="classes")
+def _solve(x, labels, penalties, *, classes: int) -> Fit:
     known = labels >= 0  # the others are padding
     count = known.sum()
 
@@ -64,7 +65,7 @@ def _solve(x, labels, penalties, *, classes: int, max_steps: int) -> Fit:
         def goes_on(carry):
             _, _, steps, value, norm = carry
             far = norm**2 / (2 * penalty) > _GAP * value
-            return far & (norm > _SMALL * first) & (steps < max_steps)
+            return far & (norm > _SMALL * first) & (steps < _STEPS)
 
         def step(carry):
             weights, state, steps, _, _ = carry
@@ -96,14 +97,14 @@ def fit(x: np.ndarray, labels: np.ndarray, penalties: np.ndarray, classes: int, 
       labels: int `[N]`, from 0 to `classes - 1`.
       penalties: `[P]`.
       classes: C.
-      mesh: the device mesh, which must be the current one.
+      mesh: must be the current one.
     """
     padding = -len(x) % (mesh.size * _MULTIPLE)
     x = np.pad(np.float32(x), ((0, padding), (0, 0)))
     labels = np.pad(np.int32(labels), (0, padding), constant_values=-1)
     rows = (sharding.put_rows(array, mesh) for array in (x, labels))
     penalties = sharding.replicate(np.float32(penalties), mesh)
-    return _solve(*rows, penalties, classes=classes, max_steps=1000)
+    return _solve(*rows, penalties, classes=classes)
 
 
 @jax.jit
@@ -146,11 +147,11 @@ class LowShot(Protocol):
         return super().settings(config) | {"texts": texts}
 
     def run(self, row: Row) -> Result:
+        """Raises `UserError` if a list cannot be read or names an unknown image."""
         entries = self._of_lists(row) if row.config.eval.lowshot.lists else self._of_draws(row)
         return Result(list(entries))
 
     def _of_lists(self, row: Row) -> Iterator[dict]:
-        """Raises `UserError` if a list cannot be read or names an unknown image."""
         train, images, by_name = row.features["train"], row.images["train"], {}
         names = [images.name(record) for record in range(len(images))]
         # Lists name all images, features are those of the readable ones.
@@ -169,12 +170,12 @@ class LowShot(Protocol):
         fewest = np.unique(labels, return_counts=True)[1].min()
         for number in section.images:
             entry = {"images_per_class": number, "drawn": _DRAWN}
-            if number > fewest:
-                yield {**entry, "skipped": f"a class has only {fewest} images"}
-                continue
             seeds = range(seed, seed + section.splits)
-            parts = [subsets.per_class(labels, number, split) for split in seeds]
-            yield {**entry, **self._measured(row, parts)}
+            if number > fewest:
+                yield entry | {"skipped": f"a class has only {fewest} images"}
+            else:
+                parts = [subsets.per_class(labels, number, split) for split in seeds]
+                yield entry | self._measured(row, parts)
         for fraction in section.shares:
             part = subsets.fraction_of(labels, fraction, seed)
             yield {"share": fraction, "drawn": _DRAWN, **self._measured(row, [part])}
@@ -182,11 +183,15 @@ class LowShot(Protocol):
     def _measured(self, row: Row, parts: Sequence[np.ndarray]) -> dict:
         """Mean and unbiased standard deviation over parts of the training images, one for each
         split, for each penalty; those of the first penalty come first."""
-        decays = row.config.eval.lowshot.weight_decays
-        splits = [self._accuracies(row, part, np.asarray(decays)) for part in parts]
-        accuracies, norms, steps = (
-            np.stack(values, axis=1) for values in zip(*splits, strict=True)
-        )
+        train, test, mesh = row.features["train"], row.features["val"], row.run.mesh
+        decays, splits = row.config.eval.lowshot.weight_decays, []
+        for part in parts:
+            x, labels, penalties = prepare(train.x[part]), train.labels[part], np.array(decays)
+            fitted = fit(x, labels, penalties / len(part), classes=row.classes, mesh=mesh)
+            hits = sum(_hits(fitted.weights, *rows) for rows in features.parts(test, mesh, prepare))
+            splits.append(sharding.to_host((hits, fitted.gradient_norm, fitted.steps)))
+        hits, norms, steps = np.stack(splits, axis=-1)
+        accuracies = hits / len(test.labels)
         entries = [
             {
                 "weight_decay": decay,
@@ -200,14 +205,3 @@ class LowShot(Protocol):
         ]
         sizes = {"images": len(parts[0]), "splits": len(parts)}
         return sizes | entries[0] | {"weight_decays": entries}
-
-    def _accuracies(self, row: Row, part: np.ndarray, decays: np.ndarray):
-        """Test accuracies, reached gradient norms and steps `[P]` of regressions on a part."""
-        (train, test), mesh = (row.features[split] for split in ("train", "val")), row.run.mesh
-        x, labels = prepare(train.x[part]), train.labels[part]
-        fitted = fit(x, labels, decays / len(part), classes=row.classes, mesh=mesh)
-        hits = 0
-        for x, labels in features.parts(test, mesh, prepare):
-            hits = hits + _hits(fitted.weights, x, labels)
-        hits, *rest = sharding.to_host((hits, fitted.gradient_norm, fitted.steps))
-        return hits / len(test.labels), *rest

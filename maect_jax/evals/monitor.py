@@ -34,14 +34,12 @@ class Monitor:
     """
 
     def __init__(self, run: Run, stage: type[Stage], images: Mapping[str, sources.Source]):
-        config = run.config
+        config, size = run.config, run.config[stage.name].batch_size
         self._run, self._stage, self._extractions = run, stage, {}
         for split, source in images.items():
             count = min(len(source), config.monitor.images)
-            records = np.linspace(0, len(source) - 1, count).astype(int)
-            chosen = subsets.Subset(source, records)
+            chosen = subsets.Subset(source, np.linspace(0, len(source) - 1, count).astype(int))
             bad = BadImages(chosen, config.model.channels, config.data.max_bad_fraction)
-            size = config[stage.name].batch_size
             self._extractions[split] = runner.Extraction(run, chosen, bad, batch_size=size)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
@@ -49,10 +47,8 @@ class Monitor:
         model = self._run.config.model
         params = self._stage.encoder_params({k: getattr(state, k) for k in self._stage.saved})
         encode = features.encoder(vit.from_config(model), params, model.pool)
-        train, test = (
-            features.collected(self._extractions[split].batches(encode))
-            for split in ("train", "val")
-        )
+        extractions = (self._extractions[split] for split in ("train", "val"))
+        train, test = (features.collected(e.batches(encode)) for e in extractions)
         search = knn.Search(self._run.mesh, _MEMORY_MB)
         nearest, several = knn.classify(search, train, test, ks=(1, min(_K, len(train.x))))
         return dict(zip(MEASURED, (several["accuracy"], nearest["accuracy"]), strict=True))

@@ -1,5 +1,6 @@
 """Linear probes: many learning rates side by side on the same features."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import ClassVar, NamedTuple
@@ -55,7 +56,6 @@ def _init(key, count: int, width: int, classes: int) -> Probes:
 
 
 def _logits(weights, x, mean, var):
-    """`[P, B, C]`."""
     x = (x - mean) * jax.lax.rsqrt(var + _BN_EPS)
     out = jnp.einsum("bd,pdc->pbc", x, weights["kernel"], precision="highest")
     return out + weights["bias"][:, None]
@@ -73,11 +73,8 @@ def _update(probes: Probes, x, labels, lrs, *, steps: int) -> Probes:
     grads = jax.grad(loss)(probes.weights)
     velocity = jax.tree.map(lambda v, g: _MOMENTUM * v + g, probes.velocity, grads)
     lr = lrs * optim.schedule(steps, int(_WARMUP * steps))(probes.step)
-
-    def descend(w, v):
-        return w - lr.reshape(-1, *[1] * (w.ndim - 1)) * v
-
-    weights = jax.tree.map(descend, probes.weights, velocity)
+    lrs_of = {"kernel": lr[:, None, None], "bias": lr[:, None]}
+    weights = jax.tree.map(lambda w, lr, v: w - lr * v, probes.weights, lrs_of, velocity)
     unbiased = var * len(x) / max(len(x) - 1, 1)
     running = optim.ema((probes.mean, probes.var), (mean, unbiased), _BN_DECAY)
     return Probes(weights, velocity, *running, probes.step + 1)
@@ -85,8 +82,7 @@ def _update(probes: Probes, x, labels, lrs, *, steps: int) -> Probes:
 
 @jax.jit
 def _hits(probes: Probes, x, labels):
-    """How many of `x` each probe classifies correctly by its first guess and by its first five,
-    `[P, 2]`."""
+    """How often the first guess of each probe, and one of its first five, is right, `[P, 2]`."""
     out = _logits(probes.weights, x, probes.mean, probes.var)
     _, guesses = jax.lax.top_k(out, min(_TOP, out.shape[-1]))
     hits = guesses == labels[:, None]
@@ -99,11 +95,11 @@ def fit(
     """Trains probes by SGD with momentum, linear warm-up and cosine, without weight decay.
 
     Args:
-      batches: of features and labels, split over the mesh; at least `epochs * updates`.
+      batches: split over the mesh; at least `epochs * updates`.
       schedule: learning rates, length and seed.
       tests: features to evaluate the probes on after each epoch, by name.
       classes: C.
-      mesh: the device mesh, which must be the current one.
+      mesh: must be the current one.
 
     Returns:
       For each of `tests` the top-1 and top-5 accuracies (0 to 1) `[epochs, P, 2]`.
@@ -129,25 +125,23 @@ def fit(
 
 def cached_batches(train: Features, batch_size: int, seed: int, mesh) -> Batches:
     """Yields batches of extracted features without end, shuffled in each epoch."""
-    epoch = 0
-    while True:
+    for epoch in itertools.count():
         order = np.random.default_rng((seed, epoch)).permutation(len(train.x))
         for start in range(0, len(order) - batch_size + 1, batch_size):
             # Ascending, for features that lie on disk; a batch has no order.
             rows = np.sort(order[start : start + batch_size])
             yield tuple(sharding.put_rows(part[rows], mesh) for part in (train.x, train.labels))
-        epoch += 1
 
 
 def summary(
     curves: Mapping[str, np.ndarray], base_lrs: tuple[float, ...], chosen_on: str
 ) -> dict[str, object]:
-    """Summarises the probes' accuracies on the test images.
+    """The accuracies on the test images of the probes and epochs that do best on `chosen_on`.
 
     Args:
-      curves: what `fit` returns, with "test".
+      curves: what `fit` returns, with "test" and `chosen_on`.
       base_lrs: of the probes.
-      chosen_on: the curve that the best probe and epoch are chosen on.
+      chosen_on: the curve to choose on.
 
     Returns:
       `best_last_epoch`: the best probe at the last epoch; `best_any_epoch`: the best probe and
@@ -160,15 +154,12 @@ def summary(
         top1, top5 = test[epoch, probe].tolist()
         return {"base_lr": base_lrs[probe], "epoch": epoch + 1, "top1": top1, "top5": top5}
 
-    best_epochs = enumerate(chosen.argmax(0).tolist())
-    best_epoch, best_probe = divmod(int(chosen.argmax()), len(base_lrs))
+    best = enumerate(chosen.argmax(0).tolist())
     return {
         "chosen_on": chosen_on,
         "best_last_epoch": entry(last, int(chosen[-1].argmax())),
-        "best_any_epoch": entry(best_epoch, best_probe),
-        "probes": [
-            {"last_epoch": entry(last, p), "best_epoch": entry(e, p)} for p, e in best_epochs
-        ],
+        "best_any_epoch": entry(*divmod(int(chosen.argmax()), len(base_lrs))),
+        "probes": [{"last_epoch": entry(last, p), "best_epoch": entry(e, p)} for p, e in best],
         "epochs_top1": test[..., 0].tolist(),
     }
 
@@ -196,18 +187,16 @@ class Probe(Protocol):
             tests[chosen_on] = Features(*(part[held_out] for part in train))
             train = Features(*(part[~held_out] for part in train))
         size = min(section.batch_size, len(train.labels)) // devices * devices
-        lrs = np.array([optim.scaled_lr(lr, size, views=1) for lr in section.base_lrs])
-        updates = len(train.labels) // size
-        schedule = Schedule(lrs, section.epochs, updates=updates, seed=seed)
-        batches = self._batches(row, train, batch_size=size, steps=updates * section.epochs)
+        lrs = optim.scaled_lr(np.array(section.base_lrs), size, views=1)
+        schedule = Schedule(lrs, section.epochs, updates=len(train.labels) // size, seed=seed)
+        batches = self._batches(row, train, size)
         curves = fit(batches, schedule, tests, classes=row.classes, mesh=row.run.mesh)
         settings = {"crops": self.crops, "epochs": section.epochs, "batch_size": size}
         return Result(settings | summary(curves, section.base_lrs, chosen_on))
 
-    def _batches(self, row: Row, train: Features, batch_size: int, steps: int) -> Batches:
+    def _batches(self, row: Row, train: Features, batch_size: int) -> Batches:
         """Batches of those training images that are not held out."""
-        del steps
-        return cached_batches(train, batch_size, row.config.seed, row.run.mesh)
+        return cached_batches(train, batch_size, seed=row.config.seed, mesh=row.run.mesh)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -225,14 +214,14 @@ class AugmentedProbe(Probe):
         crop_scale = {"crop_scale": list(row.config.eval.probe.crop_scale)}
         return Result(super().run(row).metrics | crop_scale)
 
-    def _batches(self, row: Row, train: Features, batch_size: int, steps: int) -> Batches:
+    def _batches(self, row: Row, train: Features, batch_size: int) -> Batches:
         data, model, mesh = row.config.data, row.config.model, row.run.mesh
         images, bad = row.images["train"], row.bad_images["train"]
         if len(train.index) < len(images):
             images = subsets.Subset(images, train.index)
             bad = bad_images.BadImages(images, model.channels, data.max_bad_fraction)
-        scale, size = row.config.eval.probe.crop_scale, model.image_size
-        seed = row.config.seed, _SEED
+        section, size, seed = row.config.eval.probe, model.image_size, (row.config.seed, _SEED)
+        scale, steps = section.crop_scale, len(images) // batch_size * section.epochs
         make = loader.TrainRecord(images, model.channels, size, (scale,), seed, data.scaled_jpeg)
         recipe = augment.Recipe(size, scale, data.mean, data.std, (augment.Photometric(),))
         rows = sharding.local_rows(batch_size, mesh)

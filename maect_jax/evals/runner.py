@@ -19,7 +19,7 @@ from maect_jax.config import Rules, one_of, positive, some_of
 from maect_jax.data import augment, loader, sources
 from maect_jax.data.bad_images import BadImages
 from maect_jax.errors import UserError
-from maect_jax.evals import AUTOMATIC, ON_REQUEST, PROTOCOLS, base, export, features, maps
+from maect_jax.evals import AUTOMATIC, ON_REQUEST, PROTOCOLS, base, features, maps
 from maect_jax.evals.classifier import fold_batch_norm
 from maect_jax.models import vit
 from maect_jax.run import lineage
@@ -35,12 +35,14 @@ RULES: Rules = {
     "pool": one_of(("", *vit.POOLS, "cls+mean")),
     "dtype": one_of(("", *vit.DTYPES)),
     "map": one_of(maps.NAMES),
-    "export": one_of(("", *export.KINDS)),
+    "export": one_of(("", *features.EXPORTS)),
 } | {f"{p.section}.{key}": rule for p in PROTOCOLS.values() for key, rule in p.rules.items()}
-_CLASSIFIER = ("params", "batch_stats")  # the parts of a saved stage that may hold one
 _normalise = jax.jit(augment.normalise_pixels, static_argnums=(1, 2))
 
 folder_of = base.folder_of
+# The arrays that a row has in a run's folder (`base.Protocol.read_arrays`).
+read_retrieval = PROTOCOLS["retrieval"].read_arrays
+read_clusters = PROTOCOLS["cluster"].read_arrays
 
 
 def check(config: ConfigDict, devices: int) -> None:
@@ -85,12 +87,12 @@ class Extraction:
         int32 `[B]`, and `valid` bool `[B]`, false for padding and images that cannot be read.
         """
         config, mesh, size = self.run.config, self.run.mesh, self.batch_size
-        data, rows, pending = config.data, sharding.local_rows(size, mesh), None
-        batches = loader.eval_batches(
-            record(config, self.images), size, data.workers, rows=rows, first=first
-        )
-        total, hidden = -(-len(self.images) // size), jax.process_index() or not sys.stderr.isatty()
-        bar = dict(desc=title, initial=first, total=total, disable=not title or hidden, leave=False)
+        data, make, pending = config.data, record(config, self.images), None
+        rows = sharding.local_rows(size, mesh)
+        batches = loader.eval_batches(make, size, data.workers, rows=rows, first=first)
+        disable = not title or jax.process_index() != 0 or not sys.stderr.isatty()
+        total = -(-len(self.images) // size)
+        bar = dict(desc=title, initial=first, total=total, disable=disable, leave=False)
         for local in tqdm(batches, **bar):
             batch = sharding.put_batch(self.bad_images.collect(local), mesh)
             images = _normalise(batch["image"], data.mean, data.std)
@@ -113,9 +115,10 @@ def _encoder(config: ConfigDict, saved: lineage.Saved | None, mesh):
     pool, dtype = section.pool or model.pool, section.dtype or model.dtype
     module = vit.from_config(model).clone(dtype=dtype, final_norm=section.final_norm)
     kind = f"{pool}, {'after' if section.final_norm else 'before'} the final norm"
-    weights = {"weights": features.fingerprint(params), "model": model.to_dict()}
-    made_of = {"kind": kind, "dtype": dtype} | weights
-    heads = {k: parts[k]["classifier"] for k in _CLASSIFIER if "classifier" in parts.get(k, ())}
+    made_of = {"kind": kind, "dtype": dtype, "weights": features.fingerprint(params)}
+    made_of["model"] = model.to_dict()
+    may_have = [key for key in ("params", "batch_stats") if key in parts]
+    heads = {key: parts[key]["classifier"] for key in may_have if "classifier" in parts[key]}
     classifier = None
     if heads and pool == model.pool and section.final_norm:  # the features it was trained on
         eps = saved.config[saved.stage].get("bn_eps", 0.0)
@@ -124,36 +127,33 @@ def _encoder(config: ConfigDict, saved: lineage.Saved | None, mesh):
     return features.encoder(module, params, pool), made_of, classifier
 
 
-def _row(
-    run: Run,
-    name: str,
-    saved: lineage.Saved | None,
-    images: Mapping[str, sources.Source],
-    bad_images: Mapping[str, BadImages],
-) -> base.Row:
+def _row(run: Run, name: str, saved: lineage.Saved | None, images, bad_images) -> base.Row:
     """A row of the results with its features."""
-    config, size = run.config, run.config.eval.batch_size
+    config, data = run.config, run.config.data.to_dict()
     encode, encoder, classifier = _encoder(config, saved, run.mesh)
-    data = config.data.to_dict()
     described = {key: data[key] for key in ("source", "path", "name", "mean", "std", "short_side")}
-    extracted, made_of = {}, {}
+    inputs = dict(images=images, bad_images=bad_images, encode=encode, classifier=classifier)
+    row = base.Row(run, name, **inputs)
     for split, source in images.items():
-        bad, folder = bad_images[split], folder_of(run.folder, name) / split
-        made_of[split] = encoder | {
+        row.made_of[split] = encoder | {
             "data": described | {"split": data[f"{split}_split"]},
             "size": list(config.model.image_size),
             "images": len(source),
             "labels": sources.labels_digest(source),
         }
+        bad, size = bad_images[split], config.eval.batch_size
         extraction = Extraction(run, source, bad, batch_size=size)
-        batches = partial(extraction.batches, encode, title=f"{name} {split}")
-        sizes = dict(images=len(source), batch_size=size)
-        extracted[split] = features.stored(folder, made_of[split], **sizes, batches=batches)
+        row.features[split] = features.stored(
+            folder_of(run.folder, name) / split,
+            row.made_of[split],
+            images=len(source),
+            batch_size=size,
+            batches=partial(extraction.batches, encode, title=f"{name} {split}"),
+        )
         # Those that an earlier call could not read count as well.
-        bad.collect({"bad": np.setdiff1d(np.arange(len(source)), extracted[split].index)})
+        bad.collect({"bad": np.setdiff1d(np.arange(len(source)), row.features[split].index)})
         bad.check()
-    inputs = dict(features=extracted, images=images, bad_images=bad_images)
-    return base.Row(run, name, made_of, **inputs, encode=encode, classifier=classifier)
+    return row
 
 
 def run(
@@ -188,7 +188,8 @@ def run(
             entry = results[name] = _entry(results.get(name, {}), row.made_of)
             entry["seconds"].setdefault("features", round(time.monotonic() - start, 1))
             bar.update()
-            for protocol in (*(p for p in AUTOMATIC.values() if p.applies(row)), *requested):
+            automatic = [p for p in AUTOMATIC.values() if row.classifier or not p.needs_classifier]
+            for protocol in (*automatic, *requested):
                 bar.set_postfix_str(f"{name} {protocol.name}")
                 _evaluate(row, protocol, entry)
                 if is_writer:
@@ -239,7 +240,7 @@ def _export(row: base.Row, entry: dict) -> None:
         return
     for split, path in paths.items():
         part, source = row.features[split], row.images[split]
-        export.write(path, part, [source.name(int(i)) for i in part.index])
+        features.export(path, part, [source.name(int(i)) for i in part.index])
     entry["made_with"]["export"] = made_with
 
 
@@ -250,13 +251,3 @@ def read_results(workdir: Path) -> dict[str, dict]:
     if not all(isinstance(row, dict) for row in results.values()):
         raise UserError(f"{path}: does not hold rows of results; {AGAIN}")
     return results
-
-
-def read_retrieval(workdir: Path, row: str) -> dict[str, np.ndarray]:
-    """Reads the arrays of `knn.Retrieval`; empty if there are none for a row."""
-    return PROTOCOLS["retrieval"].read_arrays(workdir, row)
-
-
-def read_clusters(workdir: Path, row: str) -> dict[str, np.ndarray]:
-    """Reads the arrays of `cluster.Cluster`; empty if there are none for a row."""
-    return PROTOCOLS["cluster"].read_arrays(workdir, row)

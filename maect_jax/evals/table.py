@@ -34,13 +34,14 @@ def shot(entry: dict) -> str:
 
 
 def _clusters(result: dict) -> dict[str, float]:
-    columns, subsets = {}, result.get("subsets", {})
-    parts = {f"{SUBSET_NAMES[name]} ": part for name, part in subsets.items() if "best" in part}
+    columns = {}
+    parts = {f"{SUBSET_NAMES[name]} ": part for name, part in result.get("subsets", {}).items()}
     for name, part in ({"": result} | parts).items():
+        best = part.get("best", {})
         for key, title in _CLUSTERS.items():
-            if key in part["best"]:
-                columns[f"{name}{title}"] = part["best"][key]
-            if key == "acc" in part["mean"]:
+            if key in best:
+                columns[f"{name}{title}"] = best[key]
+            if key == "acc" in best:
                 columns[f"{name}mean of runs"] = part["mean"]["acc"]
     return columns
 
@@ -60,11 +61,10 @@ _COLUMNS = {
 def percentages(results: Mapping[str, dict]) -> dict[str, dict[str, float]]:
     """The numbers of the table, in percent, by row and column; if MAE and CT are both there, a row
     with what tuning has changed as well."""
-    rows = {name: {} for name in results}
+    rows = {}
     for name, result in results.items():
-        for protocol in (key for key in _COLUMNS if there(result, key)):
-            fractions = _COLUMNS[protocol](result[protocol])
-            rows[name] |= {column: 100 * value for column, value in fractions.items()}
+        parts = [of(result[key]) for key, of in _COLUMNS.items() if there(result, key)]
+        rows[name] = {column: 100 * value for part in parts for column, value in part.items()}
     if {"mae", "ct"} <= set(rows):
         before, after = rows["mae"], rows["ct"]
         rows["ct - mae"] = {key: after[key] - before[key] for key in after if key in before}
@@ -123,11 +123,9 @@ def text(rows: Rows) -> str:
     """Formats a table as aligned lines."""
     lines = _lines(rows)
     first, *rest = (max(map(len, column)) for column in zip(*lines, strict=True))
-    lines = [
-        "  ".join((name.ljust(first), *(c.rjust(w) for c, w in zip(row, rest, strict=True))))
-        for name, *row in lines
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    form = "  ".join([f"{{:{first}}}", *(f"{{:>{width}}}" for width in rest)])
+    head, *lines = (form.format(*line) for line in lines)
+    return "\n".join([head, "-" * len(head), *lines])
 
 
 def markdown(rows: Rows) -> str:

@@ -14,7 +14,7 @@ from maect_jax import config as configs
 from maect_jax import files, pipeline
 from maect_jax.data import arrays, sources
 from maect_jax.errors import RunFailedError, UserError
-from maect_jax.evals import ON_REQUEST, PROTOCOLS, cluster, export, features, runner
+from maect_jax.evals import ON_REQUEST, PROTOCOLS, cluster, features, runner
 from maect_jax.report import build
 from maect_jax.run import jsonl
 from tests.helpers import CONFIGS, SMALL
@@ -173,7 +173,7 @@ def test_features_are_exported_with_names(evaluated, tmp_path):
         np.testing.assert_array_equal(saved["label"], found.labels)
         assert saved["name"][7] == "image 7"
     names = [f"{i}.jpg" for i in range(len(found.x))]
-    export.write(tmp_path / "mae.parquet", found, names)
+    features.export(tmp_path / "mae.parquet", found, names)
     table = pq.read_table(tmp_path / "mae.parquet")
     np.testing.assert_array_equal(np.stack(table["features"].to_numpy()), found.x)
     assert table["name"].to_pylist() == names

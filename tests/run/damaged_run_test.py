@@ -16,6 +16,7 @@ from maect_jax.data import arrays
 from maect_jax.evals import PROTOCOLS, features, runner
 from maect_jax.report import build
 from maect_jax.run import checkpoints, jsonl, lineage, manifest
+from maect_jax.run.folder import Run
 from tests.helpers.common import logger_at, mesh_of
 from tests.helpers.fuzz import DEEP, load, one_line, refused
 
@@ -120,7 +121,7 @@ def read_whole(run):
         lambda: lineage.write_lineage(run, [{"file": "x", "sha256": "y"}]),
         lambda: logger_at(run, 1, 9, stage="mae").close(),
         lambda: jsonl.truncate(run / "metrics.jsonl", "mae", 1),
-        lambda: PROTOCOLS["cluster"].table(run, ["mae"], IMAGES),
+        lambda: PROTOCOLS["cluster"].summarise(Run(config, run, None), ["mae"], SPLITS),
     ):
         with one_line():
             read()
