@@ -94,7 +94,7 @@ def test_load_encoder_takes_pixels_as_they_come(tmp_path, rng):
         encoder(np.zeros((3, 5, 5, 3), np.uint8))
     with pytest.raises(ValueError, match="images of int64: must be uint8"):
         encoder(np.zeros((3, *CT.image_size, 3), int))
-    with pytest.raises(ValueError, match="must be there, and floats from 0 to 1"):
+    with pytest.raises(ValueError, match="must be at least one, and floats from 0 to 1"):
         encoder(200 * np.ones((3, *CT.image_size, 3), np.float32))
     for settings, message in (
         (dict(pool="max"), "pool='max': must be one of cls, mean, fc_norm"),
