@@ -47,39 +47,29 @@ _size.__name__ = "HEIGHT,WIDTH (such as 224,224)"  # the name in argparse's erro
 
 
 def _parser() -> argparse.ArgumentParser:
-    def formatted(prog):
-        return argparse.RawDescriptionHelpFormatter(prog, width=100)
-
-    parser = errors.OneLineParser(
-        prog="python -m maect_jax.convert", formatter_class=formatted, description=__doc__
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("import", formatter_class=formatted, description=_IMPORT).add_argument
+    text = dict(formatter_class=argparse.RawDescriptionHelpFormatter)
     number, whole = errors.positive(float), errors.positive(int)
+    parser = errors.OneLineParser(prog="python -m maect_jax.convert", description=__doc__, **text)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("import", description=_IMPORT, **text).add_argument
     add("file", nargs="+", type=Path, metavar="FILE", help="of weights")
     add("run", type=Path, metavar="OUT_RUN", help="a new folder")
     add("--heads", type=whole, help="attention heads, where the file does not say")
     add("--decoder_heads", type=whole, help="of MAE's decoder, likewise")
     add("--ln_eps", type=number, help="epsilon of LayerNorm, likewise")
-    add(
-        "--image_size", type=_size, metavar="H,W",
-        help="of the images to come; the position grid is resized (bicubic) where it differs",
-    )  # fmt: skip
-    add(
-        "--pool", choices=vit.POOLS,
-        help="the feature: the class token, or the patches' mean (the default for an MAE of "
-        "ViT-B, as in the paper), or that mean before the final norm",
-    )  # fmt: skip
+    resized = "of the images to come; the position grid is resized (bicubic) where it differs"
+    add("--image_size", type=_size, metavar="H,W", help=resized)
+    pooled = """the feature: the class token, or the patches' mean (the default for an MAE of ViT-B,
+        as in the paper), or that mean before the final norm"""
+    add("--pool", choices=vit.POOLS, help=pooled)
     add("--dtype", choices=vit.DTYPES, help="of activations (bfloat16)")
-    add = commands.add_parser("export", formatter_class=formatted, description=_EXPORT).add_argument
+    add = commands.add_parser("export", description=_EXPORT, **text).add_argument
     add("run", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
     add("file", type=Path, metavar="FILE", help="a new file, for hf a folder")
     add("--format", required=True, choices=exporting.FORMATS)
     add("--stage", help="of a run with several; by default its last")
-    add(
-        "--weights", choices=("ema", "trained"), default="ema",
-        help="of stage ct: the average of the encoder, which is what is evaluated, or the last one",
-    )  # fmt: skip
+    averaged = "of stage ct: the encoder's average, which is what is evaluated, or the last encoder"
+    add("--weights", choices=("ema", "trained"), default="ema", help=averaged)
     return parser
 
 

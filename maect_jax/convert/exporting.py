@@ -95,15 +95,17 @@ def export(model: Model, file: Path, format: str) -> list[str]:
         raise UserError(f"{format}: has no norm behind the pooling (fc_norm); use timm or mae")
     parent, card_name = file.absolute().parent, f"{file.name}.md"
     _check_new(file, *([parent / card_name] if endings else []))
+    complete = {"timm": bool(model.classes), "hf": model.hf_classifier}.get(format, True)
+    left_out = []
+    if model.classifier and not complete:
+        left_out = [f"The run's classifier is left out: {format} has no place for it"]
     try:
         parent.mkdir(parents=True, exist_ok=True)
         # Everything is written aside, and then moved into place.
         with tempfile.TemporaryDirectory(prefix=".export-", dir=parent) as scratch:
             draft = Path(scratch) / file.name
-            complete = _WRITERS[format](model, draft)
-            left_out = f"The run's classifier is left out: {format} has no place for it"
-            left_out = "" if complete else left_out
-            text = _card(model, file=file, format=format, left_out=left_out)
+            _WRITERS[format](model, draft)
+            text = _card(model, file, format, left_out)
             files.write_text(draft.with_name(card_name) if endings else draft / "README.md", text)
             written = {one: file.parent / one.name for one in sorted(draft.parent.iterdir())}
             _check_new(*written.values())
@@ -111,7 +113,7 @@ def export(model: Model, file: Path, format: str) -> list[str]:
                 one.replace(path)
     except OSError as error:
         raise UserError(f"{file}: cannot write there: {error}") from error
-    return [*map(str, written.values()), *filter(None, [left_out])]
+    return [*map(str, written.values()), *left_out]
 
 
 def _check_new(*paths: Path) -> None:
@@ -133,10 +135,10 @@ def _metadata(model: Model) -> dict[str, str]:
     return {key: str(value) for key, value in values.items()}
 
 
-def _encoder(model: Model, class_row: bool = True) -> dict[str, np.ndarray]:
-    """The encoder; for others than the authors with a position of the class token, zero."""
+def _encoder(model: Model) -> dict[str, np.ndarray]:
+    """The encoder as all but the authors have it: with a position of the class token, zero."""
     encoder = names.encoder_to_torch(model.encoder, model.config.model.patch_size, model.grid)
-    encoder = _with_class_row(encoder) if class_row else encoder
+    encoder = _with_class_row(encoder)
     if model.config.model.pool != "fc_norm":
         return encoder
     return {f"fc_{name}" if name.startswith("norm.") else name: x for name, x in encoder.items()}
@@ -156,41 +158,34 @@ def _classifier(model: Model, linear: str, norm: str) -> dict[str, np.ndarray]:
     }
 
 
-# Each writes a model to a path, and says whether the format has a place for its classifier.
-
-
-def _timm(model: Model, file: Path) -> bool:
+def _timm(model: Model, file: Path) -> None:
     # timm's models have no batch normalisation before the classifier.
     classifier = _classifier(model, "head", "") if model.classes else {}
     tensors.write(file, _encoder(model) | classifier, metadata=_metadata(model))
-    return bool(classifier) or not model.classifier
 
 
-def _mae(model: Model, file: Path) -> bool:
+def _mae(model: Model, file: Path) -> None:
     linear = "head" if model.classes else "head.1"
     weights = _encoder(model) | _classifier(model, linear, "head.0")
     if decoder := model.parts["params"].get("decoder"):
         decoder = _with_class_row(names.decoder_to_torch(decoder, model.grid))
         weights |= names.to_files(decoder, part="decoder", column="pytorch")
     tensors.write(file, weights, wrapper="model", metadata=_metadata(model))
-    return True
 
 
-def _maect(model: Model, file: Path) -> bool:
-    encoder = _encoder(model, class_row=False)
+def _maect(model: Model, file: Path) -> None:
+    encoder = names.encoder_to_torch(model.encoder, model.config.model.patch_size, model.grid)
     tensors.write(file, encoder, wrapper="state_dict", metadata=_metadata(model))
-    second = {"probe": _classifier(model, "layer.2", "layer.1")}
+    kind, weights = "probe", _classifier(model, "layer.2", "layer.1")
     if "queue" in model.parts:
         size = model.config[model.stage].queue_size
-        second = {"head": names.head_to_torch(model.parts, size)}
-    for kind, weights in second.items():
-        if weights:
-            path = file.with_name(f"{file.stem}_{kind}{file.suffix}")
-            tensors.write(path, weights, wrapper="state_dict")
-    return True
+        kind, weights = "head", names.head_to_torch(model.parts, size)
+    if weights:
+        path = file.with_name(f"{file.stem}_{kind}{file.suffix}")
+        tensors.write(path, weights, wrapper="state_dict")
 
 
-def _hf(model: Model, folder: Path) -> bool:
+def _hf(model: Model, folder: Path) -> None:
     section, size = model.config.model, vit.size_of(model.config.model)
     weights = names.to_files(_encoder(model), part="encoder", column="hf")
     height, width = section.image_size
@@ -222,8 +217,7 @@ def _hf(model: Model, folder: Path) -> bool:
         config |= {"pooler_act": "linear", "pooler_output_size": size.width}
     tensors.write(folder / "model.safetensors", weights)
     files.write_json(folder / "config.json", config)
-    data = model.config.get("data", {})
-    if "mean" in data:
+    if "mean" in (data := model.config.get("data", {})):
         processor = {
             "image_processor_type": "ViTImageProcessor",
             "do_resize": True,
@@ -236,37 +230,34 @@ def _hf(model: Model, folder: Path) -> bool:
             "image_std": list(data["std"]),
         }
         files.write_json(folder / "preprocessor_config.json", processor)
-    return model.hf_classifier or not model.classifier
 
 
 _WRITERS = {"timm": _timm, "hf": _hf, "maect": _maect, "mae": _mae}
 
 
-def _card(model: Model, file: Path, format: str, left_out: str) -> str:
+def _card(model: Model, file: Path, format: str, left_out: Sequence[str]) -> str:
     """The model card, as Markdown."""
-    templates = jinja2.PackageLoader("maect_jax.convert", package_path="")
-    options = dict(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    text = Path(__file__).with_name("card.md").read_text()
+    template = jinja2.Template(
+        text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
     kind, section = SAVED[model.stage], model.config.get(model.stage)
     size = vit.size_of(model.config.model)
     settings = {"model": model.config.model.to_dict() | size._asdict()}
     settings |= {model.stage: section.to_dict()} if section else {}
-    return (
-        jinja2.Environment(loader=templates, **options)
-        .get_template("card.md")
-        .render(
-            model=model,
-            config=model.config,
-            data=model.config.get("data", {}),
-            title=kind.title.replace("{} ", ""),
-            size=size,
-            file=repr(file.name),
-            safetensors=file.suffix == ".safetensors",
-            format=format,
-            timm_call=_timm_call(model, file),
-            left_out=left_out,
-            average_measured="ema" in kind.saved and not model.averaged,
-            settings=json.dumps(settings, indent=2),
-        )
+    return template.render(
+        model=model,
+        config=model.config,
+        data=model.config.get("data", {}),
+        title=kind.title.replace("{} ", ""),
+        size=size,
+        file=repr(file.name),
+        safetensors=file.suffix == ".safetensors",
+        format=format,
+        timm_call=_timm_call(model, file),
+        left_out=left_out,
+        average_measured="ema" in kind.saved and not model.averaged,
+        settings=json.dumps(settings, indent=2),
     )
 
 

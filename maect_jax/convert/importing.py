@@ -9,10 +9,11 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
+import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -24,6 +25,7 @@ from maect_jax.errors import UserError
 from maect_jax.models import mae, nnclr, positions, vit
 from maect_jax.stages import SAVED
 
+Shapes = dict[str, tuple[int, ...]]  # of tensors
 LN_EPS = 1e-6  # MAE's, MAE-CT's and timm's
 _DECODER_HEADS = {512: 16}  # by width: MAE's
 _HEAD_SIZES = {
@@ -103,7 +105,7 @@ class Imported:
         elif HEAD in self.parts:
             more = names.head_from_torch(self.parts[HEAD])
         elif CLASSIFIER in self.parts:
-            more = names.classifier_from_torch(self.parts[CLASSIFIER])
+            more = names.variables_from_torch(self.parts[CLASSIFIER], CLASSIFIER)
         both = {field: {**fields[field], **more[field]} for field in fields.keys() & more.keys()}
         return fields | more | both
 
@@ -199,18 +201,23 @@ class _Builder:
 
     def build(self) -> tuple[ConfigDict, tuple[int, int]]:
         """The config, and the patch grid (rows, columns) of the positions in the files."""
-        kind, section, decoder = self.kind(), {}, None
+        beside = sorted(set(self.parts) - {ENCODER})
+        if len(beside) > 1:
+            raise self.error(f"holds {' and '.join(beside)}; only one of them is allowed")
         model, grid = self.model()
-        if DECODER in self.parts:
-            decoder = self.decoder(model)
-            section["decoder"] = {key: getattr(decoder, key) for key in vit.Size._fields}
-        elif HEAD in self.parts:
-            sizes = {key: self.tensor(HEAD, name, axes=2) for key, name in _HEAD_SIZES.items()}
-            section = {key: x.shape[0] for key, x in sizes.items()}
-        elif kind == "probe":
-            name = self.parts[CLASSIFIER]["classifier.running_var"].names[0]
-            section["bn_eps"] = 1e-6 if name.startswith("head.") else 1e-5  # MAE's, the authors'
-        self.compare(self.shapes(model, section, decoder, grid))
+        patch, width = model.patch_size, vit.size_of(model).width
+        images = np.zeros((1, grid[0] * patch, grid[1] * patch, model.channels))
+        encoder = _zeros(vit.from_config(model), images)["params"]
+        shapes = {ENCODER: _shapes(names.encoder_to_torch(encoder, patch))}
+        shapes[ENCODER]["pos_embed"] = self.position_shape(ENCODER, grid, width)
+        kind, section = "encoder", {}
+        if DECODER in beside:
+            kind, section, shapes[DECODER] = self.decoder(model, grid)
+        elif HEAD in beside:
+            kind, section, shapes[HEAD] = self.head(width)
+        elif CLASSIFIER in beside:
+            kind, section, shapes[CLASSIFIER] = self.classifier(width)
+        self.compare(shapes)
         config = {
             "name": self.content.path.stem,
             "stages": (kind,),
@@ -219,17 +226,6 @@ class _Builder:
             kind: section,
         }
         return ConfigDict(config), grid
-
-    def kind(self) -> str:
-        """The key of `SAVED`, by what there is beside the encoder."""
-        beside = sorted(set(self.parts) - {ENCODER})
-        if len(beside) > 1:
-            raise self.error(f"holds {' and '.join(beside)}; only one of them is allowed")
-        if HEAD in beside:
-            return "ct" if _TARGET in self.parts[HEAD] else "head"
-        if CLASSIFIER in beside:
-            return "probe" if "classifier.running_var" in self.parts[CLASSIFIER] else "finetune"
-        return "mae" if DECODER in beside else "encoder"
 
     def model(self) -> tuple[ConfigDict, tuple[int, int]]:
         """The `model` section, and the patch grid of the positions in the file."""
@@ -251,13 +247,10 @@ class _Builder:
             if (stated := self.content.config.get(key, value)) != value:
                 raise self.error(f"{key} is {stated!r}, must be {value} as in the tensors")
         variant, grid = variant or "B", self.grid(patch)
-        sizes = {
-            key: None if value == getattr(vit.VARIANTS[variant], key) else value
-            for key, value in size._asdict().items()
-        }
+        usual = vit.VARIANTS[variant]._asdict()
         section = {
             "variant": variant,
-            **sizes,
+            **{key: None if x == usual[key] else x for key, x in size._asdict().items()},
             "patch_size": patch,
             "image_size": self.overrides.image_size or (grid[0] * patch, grid[1] * patch),
             "channels": channels,
@@ -278,7 +271,7 @@ class _Builder:
         counts = (position.shape[1] - 1, position.shape[1])  # the class token may have a row
         squares = [(math.isqrt(count),) * 2 for count in counts]
         sizes = self.stated["image_size"], self.overrides.image_size
-        stated, asked = (size and (size[0] // patch, size[1] // patch) for size in sizes)
+        stated, asked = (size and positions.grid(size, patch) for size in sizes)
         # Of several, MAE's embedding decides; most others have a row for the class token.
         possible = [
             grid
@@ -301,16 +294,6 @@ class _Builder:
         is_base = width == vit.VARIANTS["B"].width
         return "mean" if is_base and _is_fixed(self.parts[ENCODER], grid) else "cls"
 
-    def decoder(self, model: ConfigDict) -> mae.Decoder:
-        width = self.tensor(DECODER, "embed.weight", axes=2).shape[0]
-        heads = self.stated["decoder_num_attention_heads"] or _DECODER_HEADS.get(width)
-        if heads is None:
-            raise self.error(f"a decoder of width {width}: import it with --decoder_heads")
-        if width % heads or width % 4:
-            raise self.error(f"its decoder's width {width} must be a multiple of 4 and {heads}")
-        size = vit.Size(width, names.depth(self.parts[DECODER]), heads)
-        return mae.Decoder(*size, model.patch_size, model.channels, model.ln_eps)
-
     def normalisation(self, channels: int) -> dict[str, tuple[float, ...]]:
         """`mean` and `std` of the channels of pixels from 0 to 1, where they are stated."""
         processor, timm = self.content.preprocessor, self.content.config.get("pretrained_cfg")
@@ -326,57 +309,51 @@ class _Builder:
                 raise self.error(f"{key} is {values!r}, must be {channels} numbers")
         return {key: tuple(map(float, values)) for key, values in stated.items()}
 
-    def shapes(
-        self, model: ConfigDict, section: Mapping, decoder: mae.Decoder | None, grid
-    ) -> dict[str, dict[str, tuple[int, ...]]]:
-        """By part, the shapes of the tensors of the network that a config describes."""
-        patch, width, patches = model.patch_size, vit.size_of(model).width, math.prod(grid)
-        out, queue = section.get("projector_out"), section.get("queue_size")
+    # What is beside the encoder: its key of `SAVED`, its config section, the shapes of its tensors.
 
-        def init(key):
-            images = jnp.zeros((1, grid[0] * patch, grid[1] * patch, model.channels))
-            modules = {"encoder": vit.from_config(model).init(key, images)}
-            if decoder:
-                inputs = jnp.zeros((1, 1, width)), jnp.zeros((1, patches), int)
-                modules["decoder"] = decoder.init(key, *inputs, grid)
-            if HEAD in self.parts:
-                projector = nnclr.Projector(section["projector_hidden"], out)
-                predictor = nnclr.Predictor(section["predictor_hidden"], out)
-                modules["projector"] = projector.init(key, jnp.zeros((2, width)), train=True)
-                modules["predictor"] = predictor.init(key, jnp.zeros((2, out)), train=True)
-            return modules
+    def decoder(self, model: ConfigDict, grid: tuple[int, int]) -> tuple[str, dict, Shapes]:
+        width = self.tensor(DECODER, "embed.weight", axes=2).shape[0]
+        heads = self.stated["decoder_num_attention_heads"] or _DECODER_HEADS.get(width)
+        if heads is None:
+            raise self.error(f"a decoder of width {width}: import it with --decoder_heads")
+        if width % heads or width % 4:
+            raise self.error(f"its decoder's width {width} must be a multiple of 4 and {heads}")
+        size = vit.Size(width, names.depth(self.parts[DECODER]), heads)
+        module = mae.Decoder(*size, model.patch_size, model.channels, model.ln_eps)
+        latent = np.zeros((1, 1, vit.size_of(model).width))
+        params = _zeros(module, latent, np.zeros((1, math.prod(grid)), int), grid=grid)["params"]
+        shapes = _shapes(names.decoder_to_torch(params))
+        shapes["pos_embed"] = self.position_shape(DECODER, grid, width)
+        return "mae", {"decoder": size._asdict()}, shapes
 
-        abstract = jax.eval_shape(init, jax.random.key(0))
-        # Zeros that take no memory.
-        zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), abstract)
-        network = {ENCODER: names.encoder_to_torch(zeros["encoder"]["params"], patch)}
-        if decoder:
-            network[DECODER] = names.decoder_to_torch(zeros["decoder"]["params"])
-        if HEAD in self.parts:
-            head = {
-                field: {name: zeros[name][field] for name in ("projector", "predictor")}
-                for field in ("params", "batch_stats")
-            }
-            if _TARGET in self.parts[HEAD]:
-                head["target"] = {"projector": head["params"]["projector"]}
-            network[HEAD] = names.head_to_torch(head)
-        shapes = {part: {name: x.shape for name, x in of.items()} for part, of in network.items()}
-        for part in network.keys() & {ENCODER, DECODER}:
-            rows = self.tensor(part, "pos_embed", axes=3).shape[1]  # the class token may have one
-            size = decoder.width if part == DECODER else width
-            shapes[part]["pos_embed"] = (1, min(max(rows, patches), patches + 1), size)
-        if HEAD in self.parts:
-            shapes[HEAD] |= {"queue": (queue, out), "queue_ptr": (1,)}
-            shapes[HEAD] |= dict.fromkeys(("queue_id", "queue_y"), (queue,))
-        if CLASSIFIER in self.parts:
-            classes = self.tensor(CLASSIFIER, "classifier.weight", axes=2).shape[0]
-            expected = {"weight": (classes, width), "bias": (classes,)}
-            if "bn_eps" in section:
-                expected |= {"running_mean": (width,), "running_var": (width,)}
-            shapes[CLASSIFIER] = {f"classifier.{leaf}": shape for leaf, shape in expected.items()}
-        return shapes
+    def head(self, width: int) -> tuple[str, dict, Shapes]:
+        sizes = {k: self.tensor(HEAD, name, axes=2).shape[0] for k, name in _HEAD_SIZES.items()}
+        hidden, out, predictor_hidden, queue = sizes.values()
+        projector = _zeros(nnclr.Projector(hidden, out), np.zeros((2, width)), train=True)
+        predictor = _zeros(nnclr.Predictor(predictor_hidden, out), np.zeros((2, out)), train=True)
+        state = {key: dict(projector=projector[key], predictor=predictor[key]) for key in projector}
+        kind = "ct" if _TARGET in self.parts[HEAD] else "head"
+        if kind == "ct":
+            state["target"] = {"projector": projector["params"]}
+        shapes = _shapes(names.head_to_torch(state))
+        shapes |= {"queue": (queue, out), "queue_id": (queue,), "queue_y": (queue,)}
+        return kind, sizes, shapes | {"queue_ptr": (1,)}
 
-    def compare(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+    def classifier(self, width: int) -> tuple[str, dict, Shapes]:
+        classes = self.tensor(CLASSIFIER, "classifier.weight", axes=2).shape[0]
+        shapes = {"classifier.weight": (classes, width), "classifier.bias": (classes,)}
+        running = self.parts[CLASSIFIER].get("classifier.running_var")
+        if running is None:
+            return "finetune", {}, shapes
+        shapes |= {f"classifier.running_{key}": (width,) for key in ("mean", "var")}
+        bn_eps = 1e-6 if running.names[0].startswith("head.") else 1e-5  # MAE's, the authors'
+        return "probe", {"bn_eps": bn_eps}, shapes
+
+    def position_shape(self, part: str, grid: tuple[int, int], width: int) -> tuple[int, ...]:
+        rows, patches = self.tensor(part, "pos_embed", axes=3).shape[1], math.prod(grid)
+        return (1, min(max(rows, patches), patches + 1), width)  # the class token may have a row
+
+    def compare(self, shapes: Mapping[str, Shapes]) -> None:
         """Raises `UserError` for a tensor that is missing or unexpected, or of a wrong shape."""
         for part, expected in shapes.items():
             missing = sorted(set(expected) - set(self.parts[part]))
@@ -391,6 +368,17 @@ class _Builder:
                     raise self.error(f"{label!r} has shape {x.shape}, must be {expected[name]}")
                 if not x.floating and name not in _WHOLE_NUMBERS:
                     raise self.error(f"{label!r} must hold floats of 16, 32 or 64 bits")
+
+
+def _zeros(network: nn.Module, *inputs: np.ndarray, **settings) -> dict:
+    """The variables of a network, as zeros that take no memory."""
+    init = partial(network.init, **settings)
+    abstract = jax.eval_shape(init, jax.random.key(0), *inputs)
+    return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), abstract)
+
+
+def _shapes(arrays: Mapping[str, np.ndarray]) -> Shapes:
+    return {name: x.shape for name, x in arrays.items()}
 
 
 def _is_fixed(encoder: Mapping[str, Stored], grid: tuple[int, int]) -> bool:

@@ -9,9 +9,10 @@ No number is changed on the way, so there and back is bit-equal, except for fixe
 embeddings, which the networks compute and the variables do not hold.
 """
 
+import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from typing import NamedTuple
 
@@ -37,14 +38,14 @@ _TENSOR = {
 _VARIABLE = {part: {name: path for path, name in _TENSOR[part].items()} for part in _PARTS}
 _QUEUE = ("queue", "queue_id", "queue_y", "queue_ptr")
 _ATTENTION = ("query", "key", "value")
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-_LEAVES |= {"mean": "running_mean", "var": "running_var"}
+_LEAVES = {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}
+_LEAVES |= {"mean": ".running_mean", "var": ".running_var"}
 
 
 def split(name: str) -> tuple[str, str, str]:
     """The module of a tensor, with {} for the number of its block; that number; the leaf."""
     module, dot, leaf = name.rpartition(".")
-    if leaf not in _LEAVES.values():
+    if dot + leaf not in _LEAVES.values():
         module, dot, leaf = name, "", ""
     number = re.search(r"\.(\d+)\.", module)
     if number is None:
@@ -60,29 +61,7 @@ def depth(names: Iterable[str]) -> int:
     return max(1, len({block for name in names if (block := split(name)[1])}))
 
 
-def _stacked(layers: Iterator[np.ndarray], count: int) -> np.ndarray:
-    """`np.stack` that holds no more than one of the layers beside its result."""
-    first = next(layers)
-    stack = np.empty((count, *first.shape), first.dtype)
-    stack[0] = first
-    for i, layer in enumerate(layers, 1):
-        stack[i] = layer
-    return stack
-
-
-def _path(name: str, part: str) -> tuple[tuple[str, ...], str]:
-    """The path of the variable of a tensor, and the number of its block. Raises `UserError`."""
-    module, block, leaf = split(name)
-    variable = _VARIABLE[part].get(module, "-")
-    if variable == "-":
-        raise UserError(f"{part}: the tensor {name!r} is unexpected")
-    leaves = {f".{theirs}": ours for ours, theirs in _LEAVES.items()}
-    leaves[".weight"] = "scale" if re.search("norm|bn", variable) else "kernel"
-    collection = "batch_stats" if leaf.startswith(".running") else "params"
-    return (collection, *variable.split("/"), *([leaves[leaf]] if leaf else [])), block
-
-
-def _from_torch(tensors: Tensors, part: str) -> dict[str, dict]:
+def variables_from_torch(tensors: Tensors, part: str) -> dict[str, dict]:
     """The variables of a part, by collection: "params" and "batch_stats".
 
     Raises:
@@ -91,10 +70,17 @@ def _from_torch(tensors: Tensors, part: str) -> dict[str, dict]:
     layers = depth(tensors)
     stacks: dict[tuple[str, ...], dict[str, str]] = {}
     for name in tensors:
-        path, block = _path(name, part)
+        module, block, leaf = split(name)
+        variable = _VARIABLE[part].get(module, "-")
+        if variable == "-":
+            raise UserError(f"{part}: the tensor {name!r} is unexpected")
+        leaves = {theirs: ours for ours, theirs in _LEAVES.items()}
+        leaves[".weight"] = "scale" if re.search("norm|bn", variable) else "kernel"
+        collection = "batch_stats" if leaf.startswith(".running") else "params"
+        path = (collection, *variable.split("/"), *([leaves[leaf]] if leaf else []))
         stacks.setdefault(path, {})[block] = name
 
-    def variable(path, name):
+    def array(path, name):
         x = np.asarray(tensors[name])
         if path[-1] != "kernel":
             return x
@@ -107,19 +93,21 @@ def _from_torch(tensors: Tensors, part: str) -> dict[str, dict]:
         if missing := [block for block in blocks if block not in stack]:
             name = min(stack.values())
             raise UserError(f"{part}: {name!r} is missing in block {missing[0]}")
-        arrays = (variable(path, stack[block]) for block in blocks)
-        flat[path] = next(arrays) if "" in stack else _stacked(arrays, layers)
+        arrays = (array(path, stack[block]) for block in blocks)
+        flat[path] = first = next(arrays)
+        if "" not in stack:  # `np.stack`, but no more than two layers are held beside it
+            kind = np.dtype((first.dtype, first.shape))
+            flat[path] = np.fromiter(itertools.chain([first], arrays), kind, layers)
     return unflatten_dict(flat)
 
 
 def _to_torch(variables: Mapping[str, Mapping], part: str, first_block: int = 0) -> dict:
-    """The inverse of `_from_torch`, for any of the variables."""
+    """The inverse of `variables_from_torch`, for any of the variables."""
     tensors = {}
     for (_, *path), x in flatten_dict(variables).items():
-        last, x = path[-1], np.asarray(x)
-        leaf = f".{_LEAVES[path.pop()]}" if last in _LEAVES else ""
-        name = _TENSOR[part]["/".join(path)] + leaf
-        for i, layer in enumerate(x, first_block) if "{}" in name else [(None, x)]:
+        last = path.pop() if path[-1] in _LEAVES else ""
+        name = _TENSOR[part]["/".join(path)] + _LEAVES.get(last, "")
+        for i, layer in enumerate(np.asarray(x) if "{}" in name else [np.asarray(x)], first_block):
             tensors[name.format(i)] = layer.T if last == "kernel" else layer
     return tensors
 
@@ -130,7 +118,7 @@ def _network_from_torch(tensors: Tensors, part: str, grid: tuple[int, int]) -> d
     A row of `pos_embed` for the class token is added to that token. A decoder has no class token of
     its own, so there the row must be zero.
     """
-    params = _from_torch(tensors, part)["params"]
+    params = variables_from_torch(tensors, part)["params"]
     if "pos_embed" not in params:
         return params
     position, rows = params.pop("pos_embed")[0], math.prod(grid)
@@ -219,7 +207,7 @@ def head_from_torch(tensors: Tensors) -> dict:
     """
     tensors = {name: x for name, x in tensors.items() if not name.endswith("batches_tracked")}
     queue = {name: tensors.pop(name) for name in _QUEUE if name in tensors}
-    head = _from_torch(tensors, HEAD)
+    head = variables_from_torch(tensors, HEAD)
     head.get("batch_stats", {}).pop("target_projector", None)
     if target := head["params"].pop("target_projector", None):
         head["target"] = {"projector": target}
@@ -267,12 +255,6 @@ def head_to_torch(state: Mapping, queue_size: int | None = None) -> dict[str, np
     return tensors | dict(zip(_QUEUE, values, strict=True))
 
 
-def classifier_from_torch(tensors: Tensors) -> dict[str, dict]:
-    """A linear classifier by fields of a `TrainState`, from `classifier.weight [C, D]` and `.bias
-    [C]`, and for a probe `.running_mean [D]` and `.running_var [D]` of its batch normalisation."""
-    return _from_torch(tensors, CLASSIFIER)
-
-
 # Between files and tensors
 
 # By the names of modules in all kinds of files: the part, and the name of the tensor.
@@ -298,13 +280,8 @@ _IGNORED = {
 
 
 class Sorted(NamedTuple):
-    """The tensors of a file.
-
-    Attributes:
-      layout: whose names the file has, for people.
-      parts: the tensors by part of a model, under the names of this module.
-      ignored: the tensors that are not used, and why.
-    """
+    """A file's tensors by part of a model, under the names of this module; whose names they had
+    (`layout`, for people); and those that are not used, with the reason."""
 
     layout: str
     parts: Parts
@@ -342,8 +319,8 @@ def sort(tensors: Mapping[str, Stored], where: str) -> Sorted:
         same = parts.setdefault(part, {}).setdefault(f"{tensor.format(block)}{leaf}", x)
         if same is not x:
             raise UserError(f"{where}: {name!r} and {same.names[0]!r} are the same tensor")
-    for of_part in parts.values():
-        _join_attention(of_part, where)
+    for part in parts.values():
+        _join_attention(part, where)
     return Sorted(layouts[0], parts, ignored)
 
 
@@ -361,11 +338,11 @@ def _join_attention(tensors: dict[str, Stored], where: str) -> None:
             raise UserError(f"{where}: {three[0].names[0]!r} and its key and value differ in shape")
         rows, *rest = three[0].shape or (0,)
         tensors[query.replace("query", "qkv")] = Stored(
-            tuple(name for x in three for name in x.names),
-            (3 * rows, *rest),
-            lambda three=three: np.concatenate([np.asarray(x) for x in three]),
-            three[0].where,
-            all(x.floating for x in three),
+            names=tuple(name for x in three for name in x.names),
+            shape=(3 * rows, *rest),
+            read=lambda three=three: np.concatenate(list(map(np.asarray, three))),
+            where=three[0].where,
+            floating=all(x.floating for x in three),
         )
 
 

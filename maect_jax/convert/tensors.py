@@ -10,7 +10,7 @@ import hashlib
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
-from functools import reduce
+from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
 
@@ -79,12 +79,12 @@ def read(path: Path) -> Content:
       UserError: it does not exist, is damaged, or is something else.
     """
     file = (weights_in(path) if path.is_dir() else path) or path
-    config, preprocessor = {}, {}
     if file.is_dir():
         run = "; a run need not be imported" if (path / "checkpoints").is_dir() else ""
         raise UserError(f"{path}: the folder holds none of {', '.join(_WEIGHTS)}{run}")
     if not file.is_file():
         raise UserError(f"{path}: there is no such file")
+    config, preprocessor = {}, {}
     if file.name == _INDEX:
         container, tensors = "safetensors, in parts", _parts(file)
     elif file.suffix in SAFETENSORS:
@@ -114,8 +114,7 @@ def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     for part in sorted(parts):
         with part.open("rb") as file:
-            while block := file.read(2**24):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 
@@ -127,19 +126,17 @@ def _safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         with safe_open(path, "numpy") as file:
             return file.get_tensor(name)
 
+    tensors = {}
     try:
         with safe_open(path, "numpy") as file:
             names = file.keys()
-            slices = {name: file.get_slice(name) for name in names}
-            headers = {n: (tuple(x.get_shape()), x.get_dtype()) for n, x in slices.items()}
-            about = dict(file.metadata() or {})
+            for name in names:
+                x = file.get_slice(name)
+                shape, floats = tuple(x.get_shape()), x.get_dtype() in _FLOATS
+                tensors[name] = Stored((name,), shape, partial(read, name), path, floats)
+            return tensors, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file: {error}") from error
-    found = {
-        name: Stored((name,), shape, lambda name=name: read(name), path, kind in _FLOATS)
-        for name, (shape, kind) in headers.items()
-    }
-    return found, about
 
 
 def _parts(index: Path) -> dict[str, Stored]:
@@ -151,8 +148,7 @@ def _parts(index: Path) -> dict[str, Stored]:
         if Path(name).name != name or not (index.parent / name).is_file():
             raise UserError(f"{index}: its part {name!r} is not beside it")
         tensors |= _safetensors(index.parent / name)[0]
-    absent = set(places) - set(tensors)
-    if absent:
+    if absent := set(places) - set(tensors):
         raise UserError(f"{index}: no part holds the tensor {min(absent)!r}")
     return tensors
 
@@ -215,7 +211,7 @@ def _pickle(path: Path) -> tuple[str, dict[str, Stored]]:
         return (x.float() if x.dtype == torch.bfloat16 else x).contiguous().numpy().copy()
 
     tensors = {
-        name: Stored((name,), tuple(x.shape), lambda name=name: numbers(name), path, floats(x))
+        name: Stored((name,), tuple(x.shape), partial(numbers, name), path, floats(x))
         for name, x in saved.items()
     }
     inside = "".join(f"[{key!r}]" for key in keys)
