@@ -2,10 +2,14 @@
 
 import abc
 import dataclasses
+import functools
+import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from maect_jax import config as configs
 from maect_jax import sharding
@@ -14,7 +18,7 @@ from maect_jax.data import loader
 from maect_jax.data.augment import Photometric, Recipe
 from maect_jax.data.sources import Source
 from maect_jax.errors import UserError
-from maect_jax.models import vit
+from maect_jax.models import positions, vit
 from maect_jax.stages import optim
 from maect_jax.stages.state import TrainState
 
@@ -30,6 +34,7 @@ class Saved:
       row: what its row of the results holds.
       saved: the fields of the state that a later stage or an evaluation reads; never the moments.
       exported: further fields, which only an export reads.
+      encoder_in: the fields with the parts of the encoder that is evaluated.
       hands_on: what `handover` gives.
     """
 
@@ -38,27 +43,30 @@ class Saved:
     row: ClassVar[str]
     saved: ClassVar[tuple[str, ...]]
     exported: ClassVar[tuple[str, ...]] = ()
+    encoder_in: ClassVar[tuple[str, ...]] = ("params",)
     hands_on: ClassVar[tuple[str, ...]] = ("encoder",)
 
-    @staticmethod
-    def encoder_params(parts: Mapping) -> dict:
+    @classmethod
+    def encoder_params(cls, parts: Mapping) -> dict:
         """The encoder to evaluate, one stack of blocks, from the saved fields."""
-        return parts["params"]["encoder"]
+        fields = (parts[field]["encoder"] for field in cls.encoder_in)
+        return vit.merge_blocks(functools.reduce(operator.or_, fields))
 
     @classmethod
     def last_encoder_params(cls, parts: Mapping) -> dict:
         """The encoder as it was last trained, where `encoder_params` is an average."""
         return cls.encoder_params(parts)
 
-    @staticmethod
-    def with_encoder(encoder: dict) -> dict:
+    @classmethod
+    def with_encoder(cls, encoder: dict) -> dict:
         """The saved fields that hold an encoder from elsewhere: the inverse of `encoder_params`."""
-        return {"params": {"encoder": encoder}}
+        return {cls.encoder_in[0]: {"encoder": encoder}}
 
     @classmethod
     def handover(cls, parts: Mapping) -> dict:
         """What the next stage may start from, by name."""
-        return {"encoder": cls.encoder_params(parts)}
+        values = {**parts, **parts["params"], "encoder": cls.encoder_params(parts)}
+        return {name: values[name] for name in cls.hands_on}
 
 
 class ImportedEncoder(Saved):
@@ -73,14 +81,7 @@ class ImportedProbe(Saved):
 
     name, title, row = "probe", "imported, with a linear probe", "the imported encoder of a probe"
     saved = ("params", "frozen", "batch_stats")
-
-    @staticmethod
-    def encoder_params(parts: Mapping) -> dict:
-        return parts["frozen"]["encoder"]
-
-    @staticmethod
-    def with_encoder(encoder: dict) -> dict:
-        return {"frozen": {"encoder": encoder}}
+    encoder_in = ("frozen",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,9 +150,10 @@ class Stage(Saved, abc.ABC):
         A field whose name is a key of the section takes that value, unless `_parts` has it.
         """
         section, model, data = config[cls.name], config.model, config.data
-        steps = section.epochs * cls.updates_per_epoch(config, records)
+        per_epoch = cls.updates_per_epoch(config, records)
+        steps = section.epochs * per_epoch
         if "warmup_epochs" in section:
-            warmup = section.warmup_epochs * cls.updates_per_epoch(config, records)
+            warmup = section.warmup_epochs * per_epoch
         else:
             warmup = warmup_updates(section.warmup_fraction, steps)
         colours = section.photometric.to_dict() if "photometric" in section else {}
@@ -193,7 +195,6 @@ class Stage(Saved, abc.ABC):
     @classmethod
     def training_images(cls, config, images: Source) -> Source:
         """Those of the training images that the stage sees."""
-        del config
         return images
 
     @classmethod
@@ -217,7 +218,6 @@ class Stage(Saved, abc.ABC):
     @classmethod
     def frozen_blocks(cls, config) -> int:
         """How many of the encoder's first blocks the stage leaves as they are."""
-        del config
         return 0
 
     @classmethod
@@ -236,8 +236,9 @@ class Stage(Saved, abc.ABC):
         """The first state. What `start` does not hold is initialised at random."""
 
     def _init_state(self, rng: jax.Array, params: dict, **parts) -> TrainState:
-        """A state at step 0 with fresh moments; fields that are not given are empty."""
-        return TrainState.at_start(rng, params, self.optimizer(params).init(params), **parts)
+        """The state at step 0 with fresh moments; fields that are not given are empty."""
+        moments = self.optimizer(params).init(params)
+        return TrainState(step=jnp.int32(0), params=params, opt_state=moments, rng=rng, **parts)
 
     @abc.abstractmethod
     def loss(self, params, state: TrainState, views: jax.Array, batch: dict, key: jax.Array):
@@ -248,7 +249,6 @@ class Stage(Saved, abc.ABC):
 
     def update_buffers(self, state: TrainState, aux: dict, finite: jax.Array) -> TrainState:
         """What follows the optimiser: averages, statistics, queue; nothing unless overridden."""
-        del aux, finite
         return state
 
     @abc.abstractmethod
@@ -260,13 +260,23 @@ class Stage(Saved, abc.ABC):
         """FLOPs of one update on the global batch, by formula (`block_flops`)."""
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Patches in (rows, columns)."""
+        return positions.grid(self.image_shape[:2], self.encoder.patch_size)
+
+    @property
     def _patches(self) -> int:
-        height, width, _ = self.image_shape
-        return (height // self.encoder.patch_size) * (width // self.encoder.patch_size)
+        return math.prod(self.grid)
 
     @property
     def _patch_pixels(self) -> int:
         return self.encoder.patch_size**2 * self.image_shape[2]
+
+    def _encoder_flops(self, patches: int) -> int:
+        """Forward pass over `patches` patches of a view: their embedding, and all blocks."""
+        encoder = self.encoder
+        blocks = block_flops(encoder.depth, encoder.width, patches + 1)
+        return 2 * patches * self._patch_pixels * encoder.width + blocks
 
 
 def warmup_updates(fraction: float, steps: int) -> int:
@@ -318,9 +328,15 @@ def over_microbatches(encode: Callable[..., jax.Array], parts: int, *rows: jax.A
 
 # Rules that several sections share
 
-CROP_SCALE = Rule(
-    "(low, high) with 0 < low <= high <= 1", lambda v, _: len(v) == 2 and 0 < v[0] <= v[1] <= 1
-)
+
+def _range(most: int) -> Rule:
+    return Rule(
+        f"(low, high) with 0 < low <= high <= {most}",
+        lambda v, _: len(v) == 2 and 0 < v[0] <= v[1] <= most,
+    )
+
+
+CROP_SCALE = _range(1)
 TRAINING: Rules = {
     "batch_size": positive,
     "epochs": positive,
@@ -339,8 +355,6 @@ PHOTOMETRIC: Rules = {
     "photometric.contrast": between(0, 1),
     "photometric.saturation": between(0, 1),
     "photometric.hue": between(0, 0.5),
-    "photometric.blur_sigma": Rule(
-        "(low, high) with 0 < low <= high <= 2", lambda v, _: len(v) == 2 and 0 < v[0] <= v[1] <= 2
-    ),
+    "photometric.blur_sigma": _range(2),
     **{f"photometric.{key}": _PROBABILITIES for key in _PER_VIEW},
 }

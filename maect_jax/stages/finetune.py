@@ -4,8 +4,6 @@ The recipe is that of MAE's fine-tuning (He et al., 2022, appendix A.1).
 """
 
 import dataclasses
-from collections.abc import Mapping
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +43,7 @@ class Finetune(Stage):
     needs_labels = True
     changes_encoder = False  # it does, but it has seen the labels
     saved = ("params", "frozen")
+    encoder_in = ("frozen", "params")
     starts_from = ("ct", "head", "mae", "finetune")
     rules = base.TRAINING | {
         "warmup_epochs": base.WARMUP_EPOCHS,
@@ -68,12 +67,8 @@ class Finetune(Stage):
     cutmix_alpha: float
     erasing: float
 
-    @staticmethod
-    def encoder_params(parts: Mapping) -> dict:
-        return {**parts["frozen"]["encoder"], **parts["params"]["encoder"]}
-
-    @staticmethod
-    def with_encoder(encoder: dict) -> dict:
+    @classmethod
+    def with_encoder(cls, encoder: dict) -> dict:
         trained, frozen = vit.split_blocks(encoder, 0)
         return {"params": {"encoder": trained}, "frozen": {"encoder": frozen}}
 
@@ -103,18 +98,10 @@ class Finetune(Stage):
         images = jnp.zeros((1, *self.image_shape))
         encoder = start.get("encoder") or self.encoder.init(encoder_key, images)["params"]
         trained, frozen = vit.split_blocks(encoder, 0)
-        width = jax.eval_shape(self._features, encoder, images).shape[1]
-        classifier = {
-            "kernel": _kernel_init(classifier_key, (width, self.classes)),
-            "bias": jnp.zeros(self.classes),
-        }
+        kernel = _kernel_init(classifier_key, (self.encoder.width, self.classes))
+        classifier = {"kernel": kernel, "bias": jnp.zeros(self.classes)}
         params = {"encoder": trained, "classifier": classifier}
         return self._init_state(rng, params, frozen={"encoder": frozen})
-
-    def _features(
-        self, encoder: dict, images: jax.Array, paths: jax.Array | None = None
-    ) -> jax.Array:
-        return vit.features(self.encoder, encoder, images, self.pool, paths=paths)
 
     def logits(
         self, params: dict, frozen: dict, *rows: jax.Array, microbatches: int = 1
@@ -122,7 +109,11 @@ class Finetune(Stage):
         """Scores fp32 `[B, classes]` of `rows`: normalised images `[B, H, W, C]`, and in training
         `[B, L, 2]`, the factors of the blocks' branches (`vit.drop_paths`)."""
         encoder = {**frozen["encoder"], **params["encoder"]}
-        x = over_microbatches(partial(self._features, encoder), microbatches, *rows)
+
+        def encode(images, paths=None):
+            return vit.features(self.encoder, encoder, images, self.pool, paths=paths)
+
+        x = over_microbatches(encode, microbatches, *rows)
         kernel, bias = params["classifier"]["kernel"], params["classifier"]["bias"]
         # On TPU a matmul rounds its inputs to bf16 unless told otherwise.
         return jnp.matmul(x, kernel, precision="highest") + bias
@@ -140,8 +131,8 @@ class Finetune(Stage):
             images, targets = mix.mix(images, targets, kept)
         rows = [images]
         if self.drop_path:
-            depth = self.encoder.depth
-            rows.append(vit.drop_paths(path_key, self.drop_path, len(images), depth))
+            size = len(images), self.encoder.depth
+            rows.append(vit.drop_paths(path_key, self.drop_path, *size))
         logits = self.logits(params, state.frozen, *rows, microbatches=self.microbatches)
         return optax.softmax_cross_entropy(logits, targets).mean(), ({}, {})
 
@@ -153,13 +144,9 @@ class Finetune(Stage):
 
     def snapshot(self, state: TrainState, images: jax.Array, ids: jax.Array) -> dict:
         """`ranked` of images uint8 `[Q, H, W, C]`."""
-        del ids
         x = augment.normalise_pixels(images, self.recipe.mean, self.recipe.std)
         return {"ranked": self.ranked(state.params, state.frozen, x)}
 
     def flops_per_step(self, batch_size: int) -> int:
-        encoder, patches = self.encoder, self._patches
-        embed = 2 * patches * self._patch_pixels * encoder.width
-        blocks = base.block_flops(encoder.depth, encoder.width, patches + 1)
-        classifier = 2 * encoder.width * self.classes
-        return batch_size * self.views * 3 * (embed + blocks + classifier)
+        classifier = 2 * self.encoder.width * self.classes
+        return batch_size * self.views * 3 * (self._encoder_flops(self._patches) + classifier)

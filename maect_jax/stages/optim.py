@@ -47,22 +47,6 @@ def schedule(steps: int, warmup: int) -> Callable[[jax.Array], jax.Array]:
     return factor
 
 
-def _lr(path: tuple[str, ...], leaf, group: Group) -> np.ndarray:
-    if group.layer_decay == 1.0 or path[1] == "norm":
-        return np.float32(group.lr)
-    if path[1] == "blocks":
-        # Stacked [layers, ...]: the last ones of `depth`, as the frozen ones are elsewhere.
-        distance = np.arange(leaf.shape[0], 0, -1).reshape(-1, *[1] * (leaf.ndim - 1))
-    else:
-        distance = group.depth + 1
-    return np.asarray(group.lr * group.layer_decay**distance, np.float32)
-
-
-def _weight_decay(path: tuple[str, ...], group: Group) -> float:
-    # By name, not by rank: stacked biases and scales have two dimensions.
-    return 0.0 if path[-1] in ("bias", "scale") else group.weight_decay
-
-
 def per_tensor(params, groups: Mapping[str, Group]):
     """Peak learning rate (scalar, or `[layers, 1, ...]`) and weight decay of each tensor.
 
@@ -74,14 +58,19 @@ def per_tensor(params, groups: Mapping[str, Group]):
       Two trees of the structure of `params`.
     """
 
-    def names(path):
-        return tuple(entry.key for entry in path)
-
     def lr(path, leaf):
-        return _lr(names(path), leaf, groups[names(path)[0]])
+        group, part = groups[path[0].key], path[1].key
+        if group.layer_decay == 1.0 or part == "norm":
+            return np.float32(group.lr)
+        distance = group.depth + 1
+        if part == "blocks":
+            # Stacked [layers, ...]: the last ones of `depth`, as the frozen ones are elsewhere.
+            distance = np.arange(leaf.shape[0], 0, -1).reshape(-1, *[1] * (leaf.ndim - 1))
+        return np.asarray(group.lr * group.layer_decay**distance, np.float32)
 
     def weight_decay(path, _):
-        return _weight_decay(names(path), groups[names(path)[0]])
+        # By name, not by rank: stacked biases and scales have two dimensions.
+        return 0.0 if path[-1].key in ("bias", "scale") else groups[path[0].key].weight_decay
 
     by_path = jax.tree_util.tree_map_with_path
     return by_path(lr, params), by_path(weight_decay, params)
