@@ -21,6 +21,7 @@ from maect_jax.data import decode, transforms
 from maect_jax.data.arrays import Arrays
 from maect_jax.data.base import Source
 from maect_jax.data.randaugment import randaugment
+from maect_jax.data.transforms import Range, Shape
 from maect_jax.errors import BadImageError, RunFailedError
 
 _BUFFERED = 4  # batches made ahead of the step
@@ -77,8 +78,8 @@ class TrainRecord:
 
     source: Source
     channels: int
-    size: tuple[int, int]
-    scales: tuple[tuple[float, float], ...]
+    size: Shape
+    scales: tuple[Range, ...]
     seed: tuple[int, ...]
     scaled_jpeg: bool = False
 
@@ -93,7 +94,10 @@ class TrainRecord:
             index = (record + tries) % len(self.source)
             try:
                 content, label = self.source[index]
-                image = self._image(key, content)
+                if self.whole:
+                    image = decode.pixels(content, self.channels)
+                else:
+                    image = self._views(np.random.default_rng((*self.seed, *key)), content)
                 break
             except (BadImageError, OSError) as error:
                 reason = error
@@ -105,11 +109,6 @@ class TrainRecord:
         numbers = {"index": index, "label": label, "bad": -1 if index == record else record}
         seed = np.array([_epoch_seed(self.seed, epoch), record], np.uint32)
         return {"image": image, "seed": seed, **{k: np.int32(v) for k, v in numbers.items()}}
-
-    def _image(self, key: tuple[int, int], image) -> np.ndarray:
-        if self.whole:
-            return decode.pixels(image, self.channels)
-        return self._views(np.random.default_rng((*self.seed, *key)), image)
 
     def _views(self, rng: np.random.Generator, image) -> np.ndarray:
         if not self.scaled_jpeg:
@@ -135,9 +134,9 @@ class FinetuneRecord(TrainRecord):
 
     def _views(self, rng: np.random.Generator, image) -> np.ndarray:
         views = super()._views(rng, image)
-        if self.mean is None:
-            return views
-        return np.stack([randaugment(rng, view, self.mean) for view in views])
+        if self.mean:
+            views = np.stack([randaugment(rng, view, self.mean) for view in views])
+        return views
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,7 @@ class EvalRecord:
 
     source: Source
     channels: int
-    size: tuple[int, int]
+    size: Shape
     short_side: int
 
     def __call__(self, record: int) -> dict[str, np.ndarray]:
@@ -194,13 +193,11 @@ def train_batches(order: Order, make_example: TrainRecord, workers: int):
     examples are made in that many processes, else in threads; those of images in memory always
     in threads, or in one thread if they are passed on whole.
     """
-    source = make_example.source
-    if isinstance(source, Arrays) and make_example.whole:
-        batch = ArrayBatch(order, source, make_example.seed)
+    if isinstance(make_example.source, Arrays) and make_example.whole:
+        batch = ArrayBatch(order, make_example.source, make_example.seed)
         dataset = grain.MapDataset.range(order.steps).map(batch)
         return iter(dataset.to_iter_dataset(grain.ReadOptions(1, _BUFFERED)))
-    dataset = grain.MapDataset.source(order).map(make_example).batch(len(order.rows))
-    return _stream(dataset, 0 if source.in_memory else workers)
+    return _stream(order, make_example, len(order.rows), workers)
 
 
 def eval_batches(
@@ -209,16 +206,15 @@ def eval_batches(
     """Every image once, in order, in this process's `rows` of each global batch, from batch number
     `first` on. The last batch is padded to `batch_size` with rows whose `valid` is false.
     """
-    source = make_example.source
-    steps = -(-len(source) // batch_size)
+    steps = -(-len(make_example.source) // batch_size)
     records = np.arange(steps * batch_size).reshape(steps, batch_size)[first:, rows]
-    dataset = grain.MapDataset.source(records.ravel()).map(make_example).batch(len(rows))
-    return _stream(dataset, 0 if source.in_memory else workers)
+    return _stream(records.ravel(), make_example, len(rows), workers)
 
 
-def _stream(dataset: grain.MapDataset, workers: int):
-    """An iterator over a dataset, made ahead in `workers` processes, or in threads for 0."""
-    if not workers:
+def _stream(keys: Sequence, make_example: TrainRecord | EvalRecord, rows: int, workers: int):
+    """An iterator over the examples of some keys, in batches of `rows`, made ahead."""
+    dataset = grain.MapDataset.source(keys).map(make_example).batch(rows)
+    if not workers or make_example.source.in_memory:
         return iter(dataset.to_iter_dataset(grain.ReadOptions(_BUFFERED, _BUFFERED)))
     # Python's resource tracker frees the shared memory of unread batches at the end, with a warning
     # on the terminal.

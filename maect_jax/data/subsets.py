@@ -63,7 +63,7 @@ def fraction_of(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 
 def _without_suffix(name: str) -> PurePosixPath:
     path = PurePosixPath(name)
-    return path.with_suffix("") if path.name else path
+    return path.parent / path.stem
 
 
 def from_list(path: str, names: Sequence[str]) -> np.ndarray:
