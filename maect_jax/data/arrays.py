@@ -46,8 +46,8 @@ class Arrays(Source):
 def fashion_mnist(split: str) -> Arrays:
     """The packaged images (Xiao et al., 2017): 28 x 28 gray, 8,000 to train on and 2,000 held out.
 
-    They are the 10,000 of the original test split, divided at random by a fixed seed. `split` is
-    one of `FASHION_MNIST`.
+    They are the 10,000 of the original test split, divided at random. `split` is one of
+    `FASHION_MNIST`.
     """
     folder = resources.files("maect_jax.data") / "fashion_mnist"
 

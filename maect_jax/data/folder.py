@@ -18,22 +18,13 @@ _LARGE = 10_000  # images from which on an index is worth its file
 
 
 class Index(NamedTuple):
-    """The files below a folder, as arrays, which are cheap to pass to worker processes.
+    """The files below a folder, as arrays, which are cheap to pass to worker processes."""
 
-    Attributes:
-      classes: names of the class folders, empty where there are none.
-      names: the files' paths below the folder, as bytes.
-      labels: int32, -1 for all files where there are no classes.
-      folders: paths of all folders that were listed.
-      changed: when each of these last gained or lost a file (ns); 0 on a bucket, where it is not
-        known.
-    """
-
-    classes: np.ndarray
-    names: np.ndarray
-    labels: np.ndarray
-    folders: np.ndarray
-    changed: np.ndarray
+    classes: np.ndarray  # names of the class folders, empty where there are none
+    names: np.ndarray  # the files' paths below the folder, as bytes
+    labels: np.ndarray  # int32, -1 for all files where there are no classes
+    folders: np.ndarray  # paths of all folders that were listed
+    changed: np.ndarray  # when each of these last gained or lost a file (ns); 0 on a bucket
 
     def is_valid(self) -> bool:
         """Whether the arrays have the types and sizes of an index."""
@@ -41,10 +32,8 @@ class Index(NamedTuple):
         return (
             kinds == "USiUi"
             and len(self.names) == len(self.labels) > 0
-            and self.names.all()
-            and self.labels.min() >= -1
-            and self.labels.max() < len(self.classes)
-            and len(self.folders) == len(self.changed)
+            and bool(self.names.all())
+            and -1 <= self.labels.min() <= self.labels.max() < len(self.classes)
         )
 
 
@@ -75,12 +64,10 @@ class Folder(Source):
         self._index = saved or _make_index(epath.Path(self._root), root)
         self.classes, self.labels = self._index.classes.tolist(), self._index.labels
         if classes is not None and self.classes:
-            unknown = sorted(set(self.classes) - set(classes))
-            if unknown:
+            if unknown := sorted(set(self.classes) - set(classes)):
                 names = _first_names(unknown)
                 raise _error(f"{root!r} has classes that the training images lack: {names}")
-            number = {name: label for label, name in enumerate(classes)}
-            self.labels = np.int32([number[name] for name in self.classes])[self.labels]
+            self.labels = np.int32([classes.index(name) for name in self.classes])[self.labels]
             self.classes = list(classes)
 
     def __len__(self) -> int:
@@ -96,13 +83,10 @@ class Folder(Source):
     def _saved_index(self) -> Index | None:
         """The index from its file, unless a folder has changed since."""
         for path in self._index_files:
-            try:
+            with contextlib.suppress(ValueError, TypeError):  # TypeError: arrays of other names
                 index = Index(**files.read_arrays(path))
-            except (ValueError, TypeError):  # TypeError: arrays of other names
-                continue
-            if index.is_valid():
-                now = [_changed(os.path.join(self._root, name)) for name in index.folders]
-                if np.array_equal(now, index.changed):
+                folders = (os.path.join(self._root, name) for name in index.folders)
+                if index.is_valid() and [*map(_changed, folders)] == index.changed.tolist():
                     return index
         return None
 

@@ -40,16 +40,13 @@ def _epoch_seed(seed: tuple[int, ...], epoch: int) -> int:
 
 @dataclass(frozen=True)
 class Order:
-    """The (epoch, record) of every row that a process reads, in order of reading.
-
-    `rows` are those of each global batch that this process reads.
-    """
+    """The (epoch, record) of every row that a process reads, in order of reading."""
 
     records: int
     batch_size: int
     steps: int
     seed: tuple[int, ...]
-    rows: Sequence[int]
+    rows: Sequence[int]  # of each global batch, those that this process reads
 
     def __len__(self) -> int:
         return self.steps * len(self.rows)
@@ -72,8 +69,7 @@ class TrainRecord:
 
     Images of one shape are passed on whole, for the device to cut (`augment.views`); others are cut
     here. Fields: `image`, `index`, `label`, `seed`; and `bad`, -1 unless the record could not be
-    read and the next readable one takes its place (see `BadImages`). With `scaled_jpeg`, JPEG files
-    with more pixels than the crops need are decoded at a smaller scale.
+    read and the next readable one takes its place (see `BadImages`).
     """
 
     source: Source
@@ -81,7 +77,7 @@ class TrainRecord:
     size: Shape
     scales: tuple[Range, ...]
     seed: tuple[int, ...]
-    scaled_jpeg: bool = False
+    scaled_jpeg: bool = False  # decodes JPEG files no larger than the crops need
 
     @property
     def whole(self) -> bool:
@@ -123,40 +119,16 @@ class TrainRecord:
 
 @dataclass(frozen=True)
 class FinetuneRecord(TrainRecord):
-    """`TrainRecord` for fine-tuning: every image is cut here, since RandAugment works on the crop
-    and needs Pillow.
+    """`TrainRecord` for fine-tuning: RandAugment works on crops, so every image is cut here."""
 
-    `mean` of the data set, in [0, 1], is RandAugment's fill colour; `None` for no RandAugment.
-    """
-
-    mean: tuple[float, ...] | None = None
+    mean: tuple[float, ...] | None = None  # the fill colour, in [0, 1]; None for no RandAugment
     whole = False
 
     def _views(self, rng: np.random.Generator, image) -> np.ndarray:
         views = super()._views(rng, image)
-        if self.mean:
-            views = np.stack([randaugment(rng, view, self.mean) for view in views])
-        return views
-
-
-@dataclass(frozen=True)
-class ArrayBatch:
-    """Turns a step into a whole batch of `TrainRecord`'s examples, of images in memory."""
-
-    order: Order
-    source: Arrays
-    seed: tuple[int, ...]
-
-    def __call__(self, step: int) -> dict[str, np.ndarray]:
-        epoch, records = self.order.of_step(step)
-        epoch_seed = np.full_like(records, _epoch_seed(self.seed, epoch))
-        return {
-            "image": self.source.images[records],
-            "seed": np.stack([epoch_seed, records], axis=1).astype(np.uint32),
-            "index": records.astype(np.int32),
-            "label": self.source.labels[records].astype(np.int32),
-            "bad": np.full(len(records), -1, np.int32),
-        }
+        if self.mean is None:
+            return views
+        return np.stack([randaugment(rng, view, self.mean) for view in views])
 
 
 @dataclass(frozen=True)
@@ -175,13 +147,13 @@ class EvalRecord:
     def __call__(self, record: int) -> dict[str, np.ndarray]:
         crop, label, bad = np.zeros((*self.size, self.channels), np.uint8), -1, -1
         exists = record < len(self.source)
-        if exists:
-            try:
+        try:
+            if exists:
                 image, label = self.source[record]
                 pixels = decode.pixels(image, self.channels)
                 crop = transforms.centre_crop(pixels, self.short_side, self.size)
-            except (BadImageError, OSError):
-                bad = record
+        except (BadImageError, OSError):
+            bad = record
         numbers = {"label": np.int32(label), "index": np.int32(record), "bad": np.int32(bad)}
         return {"image": crop, **numbers, "valid": np.bool_(exists and bad < 0)}
 
@@ -191,13 +163,25 @@ def train_batches(order: Order, make_example: TrainRecord, workers: int):
 
     Its `get_state()` (plain JSON) and `set_state()` hold the position. With `workers` > 0 the
     examples are made in that many processes, else in threads; those of images in memory always
-    in threads, or in one thread if they are passed on whole.
+    in threads, or, if they are passed on whole, in one thread that makes a batch at a time.
     """
-    if isinstance(make_example.source, Arrays) and make_example.whole:
-        batch = ArrayBatch(order, make_example.source, make_example.seed)
-        dataset = grain.MapDataset.range(order.steps).map(batch)
-        return iter(dataset.to_iter_dataset(grain.ReadOptions(1, _BUFFERED)))
-    return _stream(order, make_example, len(order.rows), workers)
+    source = make_example.source
+    if not (isinstance(source, Arrays) and make_example.whole):
+        return _stream(order, make_example, len(order.rows), workers)
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        epoch, records = order.of_step(step)
+        epoch_seed = np.full_like(records, _epoch_seed(make_example.seed, epoch))
+        return {
+            "image": source.images[records],
+            "seed": np.stack([epoch_seed, records], axis=1).astype(np.uint32),
+            "index": records.astype(np.int32),
+            "label": source.labels[records].astype(np.int32),
+            "bad": np.full(len(records), -1, np.int32),
+        }
+
+    dataset = grain.MapDataset.range(order.steps).map(batch)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(1, _BUFFERED)))
 
 
 def eval_batches(

@@ -26,25 +26,17 @@ _PER_VIEW = ("jitter", "blur", "grayscale", "solarize")  # keys of `photometric`
 
 
 class Saved:
-    """A trained network as a run keeps it.
+    """A trained network as a run keeps it."""
 
-    Attributes:
-      name: in a run's folder, and of the stage's config section.
-      title: what it is, for reports and model cards; `{}` stands for the number of tuned blocks.
-      row: what its row of the results holds.
-      saved: the fields of the state that a later stage or an evaluation reads; never the moments.
-      exported: further fields, which only an export reads.
-      encoder_in: the fields with the parts of the encoder that is evaluated.
-      hands_on: what `handover` gives.
-    """
-
-    name: ClassVar[str]
-    title: ClassVar[str]
-    row: ClassVar[str]
+    name: ClassVar[str]  # in a run's folder, and of the stage's config section
+    title: ClassVar[str]  # for reports and model cards; `{}` is the number of tuned blocks
+    row: ClassVar[str]  # what its row of the results holds
+    # Fields of the state that a later stage or an evaluation reads, those that only an export
+    # reads, and those with the parts of the encoder that is evaluated.
     saved: ClassVar[tuple[str, ...]]
     exported: ClassVar[tuple[str, ...]] = ()
     encoder_in: ClassVar[tuple[str, ...]] = ("params",)
-    hands_on: ClassVar[tuple[str, ...]] = ("encoder",)
+    hands_on: ClassVar[tuple[str, ...]] = ("encoder",)  # what `handover` gives
 
     @classmethod
     def encoder_params(cls, parts: Mapping) -> dict:
@@ -86,42 +78,23 @@ class ImportedProbe(Saved):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage(Saved, abc.ABC):
-    """A training stage: static settings, and pure functions of state and batch.
+    """A training stage: static settings, and pure functions of state and batch."""
 
-    Class attributes:
-      number: enters the seeds, so that no stage repeats another's random numbers.
-      views: crops of an image in a batch.
-      needs_labels: whether it trains on labels.
-      changes_encoder: whether k-NN on held-out images is worth measuring while it trains.
-      starts_from: stages of another run that it may start from, the preferred one first.
-      takes: what it takes over of their `handover`.
-      rules: of its config section, by the key within it.
-
-    Attributes:
-      encoder: the network.
-      image_shape: (H, W, C) of a view.
-      recipe: how a batch becomes normalised views.
-      groups: the optimiser's settings of each part of the parameters.
-      steps: updates of the whole stage.
-      warmup: those in which the learning rate rises.
-      microbatches: parts of a batch that the encoder sees one after the other.
-    """
-
-    number: ClassVar[int]
-    views: ClassVar[int] = 2
+    number: ClassVar[int]  # enters the seeds: no stage repeats another's random numbers
+    views: ClassVar[int] = 2  # crops of an image in a batch
     needs_labels: ClassVar[bool] = False
-    changes_encoder: ClassVar[bool] = True
-    starts_from: ClassVar[tuple[str, ...]] = ()
-    takes: ClassVar[tuple[str, ...]] = ("encoder",)
-    rules: ClassVar[Rules]
+    changes_encoder: ClassVar[bool] = True  # whether k-NN is worth measuring while it trains
+    starts_from: ClassVar[tuple[str, ...]] = ()  # stages of another run, the preferred one first
+    takes: ClassVar[tuple[str, ...]] = ("encoder",)  # of their `handover`
+    rules: ClassVar[Rules]  # of its config section
 
     encoder: vit.ViT
-    image_shape: tuple[int, int, int]
-    recipe: Recipe
-    groups: Mapping[str, optim.Group]
-    steps: int
-    warmup: int
-    microbatches: int = 1
+    image_shape: tuple[int, int, int]  # (H, W, C) of a view
+    recipe: Recipe  # how a batch becomes normalised views
+    groups: Mapping[str, optim.Group]  # how each part of the parameters is optimised
+    steps: int  # updates of the whole stage
+    warmup: int  # those in which the learning rate rises
+    microbatches: int = 1  # parts of a batch that the encoder sees one after the other
 
     # From the config
 
@@ -287,9 +260,8 @@ def warmup_updates(fraction: float, steps: int) -> int:
 def block_flops(depth: int, width: int, tokens: int) -> int:
     """Forward pass of `depth` transformer blocks over one image of `tokens` tokens.
 
-    Here and in each stage a multiplication and an addition count as two. Matrix products only:
-    norms, activations and the optimiser are below one percent. A backward pass costs twice its
-    forward pass.
+    Here and in each stage: two for a multiplication and an addition; matrix products only, as all
+    else is below one percent. A backward pass costs twice its forward pass.
     """
     linear = 12 * width**2  # qkv 3, projection 1, MLP 8
     attention = 2 * tokens * width  # scores and weighted sum
@@ -297,7 +269,7 @@ def block_flops(depth: int, width: int, tokens: int) -> int:
 
 
 def over_microbatches(encode: Callable[..., jax.Array], parts: int, *rows: jax.Array) -> jax.Array:
-    """`encode(*rows)` on one of `parts` equal parts of the rows after the other.
+    """`encode(*rows)`, up to rounding, on one of `parts` equal parts of the rows after the other.
 
     An encoder has no batch statistics, so the features of a batch are those of its parts. What the
     backward pass needs of a part is computed again when its turn comes (the idea of GradCache, Gao
@@ -307,9 +279,6 @@ def over_microbatches(encode: Callable[..., jax.Array], parts: int, *rows: jax.A
       encode: from arrays `[b, ...]` to an array `[b, ...]`, row by row.
       parts: number of microbatches; each device must hold a multiple of that many rows.
       *rows: arrays `[B, ...]`.
-
-    Returns:
-      What `encode` returns for all rows at once, `[B, ...]`, up to rounding.
     """
     if parts == 1:
         return encode(*rows)

@@ -24,16 +24,7 @@ _kernel_init = nn.initializers.truncated_normal(0.01)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finetune(Stage):
-    """The whole encoder and a classifier.
-
-    Attributes:
-      pool: how tokens become a feature (`vit.features`).
-      classes: number of classes.
-      drop_path: rate of the last block (`vit.drop_paths`).
-      label_smoothing: the part of a target that is spread over all classes.
-      mixup_alpha, cutmix_alpha: of `mix.mix`; 0 for none.
-      erasing: probability that an image loses a box (`mix.erase`).
-    """
+    """The whole encoder and a classifier."""
 
     name = "finetune"
     number = 3
@@ -59,13 +50,13 @@ class Finetune(Stage):
         "erasing": between(0, 1),
     }  # fmt: skip
 
-    pool: str
+    pool: str  # how tokens become a feature (`vit.features`)
     classes: int
-    drop_path: float
-    label_smoothing: float
-    mixup_alpha: float
+    drop_path: float  # rate of the last block (`vit.drop_paths`)
+    label_smoothing: float  # the part of a target that is spread over all classes
+    mixup_alpha: float  # 0 for none, as in the next (`mix.kept_fraction`)
     cutmix_alpha: float
-    erasing: float
+    erasing: float  # probability that an image loses a box (`mix.erase`)
 
     @classmethod
     def with_encoder(cls, encoder: dict) -> dict:
@@ -74,11 +65,7 @@ class Finetune(Stage):
 
     @classmethod
     def training_images(cls, config, images: Source) -> Source:
-        """Those that `config.finetune.images` names.
-
-        Raises:
-          UserError: it names images that are not there.
-        """
+        """Those that `config.finetune.images` names. Raises as `subsets.select` does."""
         return subsets.select(images, config.finetune.images, config.seed)
 
     @classmethod
@@ -119,7 +106,7 @@ class Finetune(Stage):
         return jnp.matmul(x, kernel, precision="highest") + bias
 
     def loss(self, params, state: TrainState, views: jax.Array, batch: dict, key: jax.Array):
-        """Cross entropy with smoothed and mixed labels. `views`: `[B, 1, H, W, C]`."""
+        """Cross entropy with smoothed and mixed labels."""
         erase_key, mix_key, path_key = jax.random.split(key, 3)
         images = views[:, 0]
         targets = mix.smooth(batch["label"], self.classes, self.label_smoothing)
@@ -137,8 +124,8 @@ class Finetune(Stage):
         return optax.softmax_cross_entropy(logits, targets).mean(), ({}, {})
 
     def ranked(self, params: dict, frozen: dict, images: jax.Array) -> jax.Array:
-        """The most likely classes of normalised images `[B, H, W, C]`, the first one first: int32
-        `[B, 5]`, fewer where there are not five."""
+        """The five most likely classes, or all, of normalised images `[B, H, W, C]`: int32
+        `[B, 5]`, the first one first."""
         scores = self.logits(params, frozen, images)
         return jax.lax.top_k(scores, min(_RANKED, self.classes))[1]
 

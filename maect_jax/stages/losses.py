@@ -26,8 +26,8 @@ def fill_patches(
 ) -> jax.Array:
     """`images [B, H, W, C]` with their removed patches replaced by those of `prediction`.
 
-    The inverse of `patch_targets` needs the mean and standard deviation of each removed patch; the
-    model does not predict them, so they are taken from the images.
+    The mean and standard deviation of a removed patch, which the model does not predict, are those
+    of the image.
     """
     patches = vit.patchify(images, patch_size)
     mean, std = _patch_statistics(patches)

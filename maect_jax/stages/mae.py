@@ -88,11 +88,8 @@ class MAE(Stage):
         return outputs["loss"], ({}, {"mask": outputs["mask"]})
 
     def snapshot(self, state: TrainState, images: jax.Array, ids: jax.Array) -> dict:
-        """Masks images uint8 `[Q, H, W, C]`, the same way at every call, and fills them in.
-
-        Returns:
-          `mask` bool `[Q, H, W]`, true where removed; `filled` uint8 `[Q, H, W, C]`.
-        """
+        """`mask` bool `[Q, H, W]`, true where the images lack pixels, the same at every call; and
+        `filled` uint8 `[Q, H, W, C]`, the images with the reconstruction there."""
         recipe, patch = self.recipe, self.encoder.patch_size
         x = augment.normalise_pixels(images, recipe.mean, recipe.std)
         noise = jax.random.uniform(jax.random.key(0), (len(x), self._patches))

@@ -26,10 +26,7 @@ HEAD_KEYS = ("projector_hidden", "projector_out", "predictor_hidden", "queue_siz
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NNCLR(Stage):
-    """A contrastive head on an encoder, with a queue of past projections.
-
-    Of `top_k` neighbours that are found one is drawn. `pool` is how tokens become a feature.
-    """
+    """A contrastive head on an encoder, with a queue of past projections."""
 
     saved = ("params", "frozen", "batch_stats", "queue")
     hands_on = ("encoder", "projector", "predictor", "batch_stats", "queue")
@@ -44,10 +41,10 @@ class NNCLR(Stage):
 
     projector: nnclr.Projector
     predictor: nnclr.Predictor
-    pool: str
+    pool: str  # how tokens become a feature (`vit.features`)
     batch_size: int
     queue_size: int
-    top_k: int
+    top_k: int  # neighbours to find, of which one is drawn
     temperature: float
 
     @classmethod
@@ -134,7 +131,7 @@ class NNCLR(Stage):
         return jnp.stack(projected, 1), jnp.stack(predicted, 1), stats
 
     def loss(self, params, state: TrainState, views: jax.Array, batch: dict, key: jax.Array):
-        """The symmetric NNCLR loss on two views `[B, 2, H, W, C]`."""
+        """The symmetric NNCLR loss."""
         features = self.features(params, state.frozen, views, self.microbatches)
         projected, predicted, stats = self.head(params, state.batch_stats, state.target, features)
         ids = jnp.repeat(batch["index"], 2)
@@ -147,7 +144,6 @@ class NNCLR(Stage):
             losses.nearest_neighbour(rows[:, 0], predicted[:, 1], self.temperature)
             + losses.nearest_neighbour(rows[:, 1], predicted[:, 0], self.temperature)
         ) / 2
-        # Of the images whose label is known.
         known = batch["label"] >= 0
         hits = (labels[:, 0] == batch["label"]) & known
         metrics = {"nn_accuracy": hits.sum() / jnp.maximum(known.sum(), 1)}
@@ -169,13 +165,10 @@ class NNCLR(Stage):
         return state.replace(batch_stats=aux["batch_stats"], queue=queue)
 
     def snapshot(self, state: TrainState, images: jax.Array, ids: jax.Array) -> dict:
-        """Looks up the queue neighbours of images uint8 `[Q, H, W, C]`.
+        """`neighbours` in the queue, int32 `[Q, k]`: dataset indices, nearest first, -1 for rows
+        that belong to no image.
 
         As in training, but with running statistics; rows with the same `ids [Q]` are excluded.
-
-        Returns:
-          `neighbours` int32 `[Q, k]`, dataset indices, nearest first, -1 for rows that belong to
-          no image.
         """
         x = augment.normalise_pixels(images, self.recipe.mean, self.recipe.std)
         features = self.features(state.params, state.frozen, x[:, None])[:, 0]
@@ -217,11 +210,7 @@ class Head(NNCLR):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContrastiveTuning(NNCLR):
-    """Stage 3: the encoder's upper blocks and the head.
-
-    `target_momentum` (`config.ct.target_factor`) is the decay of the target projector, which looks
-    the neighbours up; `ema_decay` that of the encoder's average, which is the result.
-    """
+    """Stage 3: the encoder's upper blocks and the head."""
 
     name = "ct"
     number = 2
@@ -243,6 +232,8 @@ class ContrastiveTuning(NNCLR):
         "head_weight_decay": not_negative,
     }  # fmt: skip
 
+    # Decay of the target projector, which looks the neighbours up (`config.ct.target_factor`), and
+    # of the encoder's average, which is the result.
     target_momentum: float
     ema_decay: float
 

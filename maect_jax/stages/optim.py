@@ -16,18 +16,14 @@ EPS = 1e-8
 class Group:
     """Optimisation of one part of the parameters.
 
-    Attributes:
-      lr: learning rate at the schedule's peak, already scaled (`scaled_lr`).
-      weight_decay: decoupled, multiplied with the learning rate.
-      layer_decay: the last block of an encoder has `lr * layer_decay`, the one below
-        `lr * layer_decay^2`, and so on; the final norm has `lr`.
-      depth: number of blocks of the whole encoder, frozen ones included.
+    With `layer_decay` the last block of an encoder has `lr * layer_decay`, the one below
+    `lr * layer_decay^2`, and so on; the final norm has `lr`.
     """
 
-    lr: float
-    weight_decay: float
+    lr: float  # at the schedule's peak, already scaled (`scaled_lr`)
+    weight_decay: float  # decoupled, multiplied with the learning rate
     layer_decay: float = 1.0
-    depth: int = 0
+    depth: int = 0  # blocks of the whole encoder, frozen ones included
 
 
 def scaled_lr(base_lr: float, batch_size: int, views: int) -> float:

@@ -12,30 +12,20 @@ from maect_jax.stages.support_queue import Queue
 
 @flax.struct.dataclass(kw_only=True)
 class TrainState:
-    """Everything that a step reads and writes; saved whole, so that a resumed run is bit-equal.
+    """Everything that a step reads and writes; saved whole, so that a resumed run is bit-equal."""
 
-    Attributes:
-      step: int32 `[]`, updates done.
-      params: what is trained and nothing else; gradients and moments exist for it alone.
-      frozen: the rest of the encoder.
-      batch_stats: running statistics of the head's BatchNorm. The target projector's are those
-        of the online projector (the authors copy them over at each step).
-      opt_state: the optimiser's moments and counters.
-      ema: average of the trained part of the encoder, which is what is evaluated (stage 3).
-      target: the target projector's parameters, an average of the projector's (stage 3).
-      queue: the support queue (stages 2 and 3).
-      rng: typed key; the randomness of a step is `fold_in(rng, step)`.
-    """
-
-    step: jax.Array
-    params: Any
-    frozen: Any = field(default_factory=dict)
+    step: jax.Array  # int32 `[]`, updates done
+    params: Any  # what is trained and nothing else; gradients and moments exist for it alone
+    frozen: Any = field(default_factory=dict)  # the rest of the encoder
+    # Running statistics of the head's BatchNorm. The target projector's are those of the online
+    # projector (the authors copy them over at each step).
     batch_stats: Any = field(default_factory=dict)
-    opt_state: Any
+    opt_state: Any  # the optimiser's moments and counters
+    # Averages in stage 3: of the encoder's trained part, which is evaluated, and of the projector.
     ema: Any = field(default_factory=dict)
     target: Any = field(default_factory=dict)
-    queue: Queue | None = None
-    rng: jax.Array
+    queue: Queue | None = None  # the support queue (stages 2 and 3)
+    rng: jax.Array  # typed key; the randomness of a step is `fold_in(rng, step)`
 
 
 def abstract_state(stage, key: jax.Array, start, mesh) -> TrainState:

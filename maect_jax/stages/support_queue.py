@@ -24,25 +24,19 @@ _ABSENT = -3.0  # below the excluded ones: rows beyond the queue's size
 
 @flax.struct.dataclass
 class Queue:
-    """A ring of batches.
+    """A ring of batches."""
 
-    Attributes:
-      rows: fp32 `[slots, B, D]`, L2-normalised.
-      ids, labels: dataset index and label of each row, int32 `[slots, B]`, -1 if unknown.
-      slot: int32 `[]`, the slot that is written next, which is the oldest.
-    """
-
-    rows: jax.Array
-    ids: jax.Array
-    labels: jax.Array
-    slot: jax.Array
+    rows: jax.Array  # fp32 `[slots, B, D]`, L2-normalised
+    ids: jax.Array  # dataset index of each row, int32 `[slots, B]`, -1 if unknown
+    labels: jax.Array  # likewise
+    slot: jax.Array  # int32 `[]`, the slot that is written next, which is the oldest
 
 
 class Neighbours(NamedTuple):
-    """Scores fp32 `[Q, k]` (cosines, `EXCLUDED` for own rows) and ring positions int32 `[Q, k]`."""
+    """What a look-up finds for each query, the best first."""
 
-    scores: jax.Array
-    positions: jax.Array
+    scores: jax.Array  # fp32 `[Q, k]`: cosines, `EXCLUDED` for the query's own rows
+    positions: jax.Array  # in the ring, int32 `[Q, k]`
 
 
 def normalise(x: jax.Array) -> jax.Array:
@@ -147,8 +141,8 @@ def nearest(queue: Queue, queries: jax.Array, ids: jax.Array, *, size: int, k: i
       k: neighbours to return, at most `size`.
 
     Returns:
-      Neighbours in the defined order. Excluded rows come last, with score `EXCLUDED`; where fewer
-      than `k` rows are allowed they fill the list up, by ring position.
+      Neighbours in the defined order. Where fewer than `k` rows are allowed, excluded ones fill the
+      list up, by ring position.
     """
     batch = queue.ids.shape[1]
     search = partial(_search, size=size, k=k, batch=batch)
