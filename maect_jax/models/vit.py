@@ -144,8 +144,8 @@ class Block(nn.Module):
         return sharding.constrain_batch(x), None
 
 
-# What a backward pass recomputes instead of storing it: nothing; everything within a block except
-# its matrix products; or everything within a block.
+# What a backward pass recomputes instead of storing it: nothing, everything within a block except
+# its matrix products, or everything within a block.
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -299,7 +299,7 @@ def check(config) -> None:
     """Checks the `model` section of a config. Raises `UserError`."""
     configs.check(config, "model", RULES)
     size = size_of(config.model)
-    check_width(config.model, "model.width", width=size.width, heads=size.heads)
+    check_width(config.model, "model.width", size.width, size.heads)
 
 
 def check_width(model, key: str, width: int, heads: int) -> None:

@@ -15,7 +15,7 @@ from maect_jax.data import augment, loader, mix, subsets
 from maect_jax.data.sources import Source
 from maect_jax.models import vit
 from maect_jax.stages import base
-from maect_jax.stages.base import Stage, over_microbatches
+from maect_jax.stages.base import Stage
 from maect_jax.stages.state import TrainState
 
 _RANKED = 5
@@ -90,17 +90,9 @@ class Finetune(Stage):
         params = {"encoder": trained, "classifier": classifier}
         return self._init_state(rng, params, frozen={"encoder": frozen})
 
-    def logits(
-        self, params: dict, frozen: dict, *rows: jax.Array, microbatches: int = 1
-    ) -> jax.Array:
-        """Scores fp32 `[B, classes]` of `rows`: normalised images `[B, H, W, C]`, and in training
-        `[B, L, 2]`, the factors of the blocks' branches (`vit.drop_paths`)."""
-        encoder = {**frozen["encoder"], **params["encoder"]}
-
-        def encode(images, paths=None):
-            return vit.features(self.encoder, encoder, images, self.pool, paths=paths)
-
-        x = over_microbatches(encode, microbatches, *rows)
+    def logits(self, params: dict, frozen: dict, *rows: jax.Array, microbatches: int = 1):
+        """Scores fp32 `[B, classes]` of the rows that `base.pooled_features` takes."""
+        x = base.pooled_features(self, params, frozen, *rows, microbatches=microbatches)
         kernel, bias = params["classifier"]["kernel"], params["classifier"]["bias"]
         # On TPU a matmul rounds its inputs to bf16 unless told otherwise.
         return jnp.matmul(x, kernel, precision="highest") + bias

@@ -17,7 +17,7 @@ from maect_jax.data import augment
 from maect_jax.errors import UserError
 from maect_jax.models import nnclr, vit
 from maect_jax.stages import base, losses, optim, support_queue
-from maect_jax.stages.base import Stage, over_microbatches
+from maect_jax.stages.base import Stage
 from maect_jax.stages.state import TrainState
 
 _SNAPSHOT_NEIGHBOURS = 3
@@ -70,9 +70,10 @@ class NNCLR(Stage):
         projected = jnp.zeros((2, self.projector.out))
         projector = self.projector.init(projector_key, features, train=True)
         predictor = self.predictor.init(predictor_key, projected, train=True)
-        whole = self.encoder.clone(frozen_blocks=0)
+        whole, images = self.encoder.clone(frozen_blocks=0), jnp.zeros((1, *self.image_shape))
+        encoder = start.get("encoder") or whole.init(encoder_key, images)["params"]
+        trained, frozen = self._split(encoder)
         first = {
-            "encoder": whole.init(encoder_key, jnp.zeros((1, *self.image_shape)))["params"],
             "projector": projector["params"],
             "predictor": predictor["params"],
             "batch_stats": {
@@ -80,7 +81,6 @@ class NNCLR(Stage):
                 "predictor": predictor["batch_stats"],
             },
         } | start
-        trained, frozen = self._split(first["encoder"])
         params = {part: first[part] for part in ("projector", "predictor")}
         params |= {"encoder": trained} if trained else {}
         sizes = self.queue_size, self.batch_size
@@ -91,17 +91,11 @@ class NNCLR(Stage):
         buffers = dict(frozen={"encoder": frozen}, batch_stats=first["batch_stats"], queue=queue)
         return self._init_state(rng, params, **buffers)
 
-    def features(
-        self, params: dict, frozen: dict, views: jax.Array, microbatches: int = 1
-    ) -> jax.Array:
+    def features(self, params: dict, frozen: dict, views: jax.Array, microbatches: int = 1):
         """Pooled features `[B, V, D]` of views `[B, V, H, W, C]`."""
-        encoder = {**frozen["encoder"], **params.get("encoder", {})}
-
-        def encode(images):
-            return vit.features(self.encoder, encoder, images, self.pool)
-
         images = views.reshape(-1, *views.shape[2:])
-        return over_microbatches(encode, microbatches, images).reshape(*views.shape[:2], -1)
+        features = base.pooled_features(self, params, frozen, images, microbatches=microbatches)
+        return features.reshape(*views.shape[:2], -1)
 
     def head(self, params: dict, batch_stats: dict, target: dict, features: jax.Array):
         """Runs the head on each view by itself, with batch statistics.
@@ -134,8 +128,7 @@ class NNCLR(Stage):
         """The symmetric NNCLR loss."""
         features = self.features(params, state.frozen, views, self.microbatches)
         projected, predicted, stats = self.head(params, state.batch_stats, state.target, features)
-        ids = jnp.repeat(batch["index"], 2)
-        queries = projected.reshape(-1, projected.shape[-1])
+        queries, ids = projected.reshape(-1, projected.shape[-1]), jnp.repeat(batch["index"], 2)
         found = support_queue.nearest(state.queue, queries, ids, size=self.queue_size, k=self.top_k)
         positions = support_queue.choose(found, key)
         rows, labels = support_queue.take(state.queue, positions)

@@ -22,11 +22,10 @@ def gradients(stage: Stage, state: TrainState, batch: dict):
 
 
 def step(stage: Stage, state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Pure: `(state, batch) -> (state, metrics)`.
+    """The next state, and metrics, which are scalars. Pure.
 
-    A step whose loss or gradients are not finite counts as a step and changes nothing else:
-    not the parameters, moments, averages, statistics, nor the queue. Metrics are scalars;
-    `finite` tells.
+    A step whose loss or gradients are not `finite` counts as a step and changes nothing else: not
+    the parameters, moments, averages, statistics, nor the queue.
     """
     (loss, (metrics, aux)), grads = gradients(stage, state, batch)
     grad_norm = optax.tree.norm(grads)
