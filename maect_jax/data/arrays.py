@@ -46,8 +46,8 @@ class Arrays(Source):
 def fashion_mnist(split: str) -> Arrays:
     """The packaged images (Xiao et al., 2017): 28 x 28 gray, 8,000 to train on and 2,000 held out.
 
-    They are the 10,000 of the original test split, divided at random by a fixed seed. `split` is
-    one of `FASHION_MNIST`.
+    They are the 10,000 of the original test split, divided at random. `split` is one of
+    `FASHION_MNIST`.
     """
     folder = resources.files("maect_jax.data") / "fashion_mnist"
 
@@ -99,16 +99,22 @@ def npz(path: str, split: str, channels: int) -> Arrays:
     if encoded:
         is_file = images.dtype == np.uint8 and images.ndim == 1
         require(is_file, f"`blob` is {_kind(images)}; must be uint8 [bytes]")
-        try:
-            decoded = _decoded(images, content["offsets"], records, channels)
-        except BadImageError as error:
-            raise UserError(f"{where}: {error}") from error
-        sizes = {image.shape for image in decoded}
+        offsets = content["offsets"]
+
+        def decoded(i: int) -> np.ndarray:
+            try:
+                return decode.pixels(images[offsets[i] : offsets[i + 1]].tobytes(), channels)
+            except BadImageError as error:
+                raise UserError(f"{where}: image {i} cannot be read: {error}") from error
+
+        with ThreadPoolExecutor() as pool:
+            pixels = list(pool.map(decoded, records))
+        sizes = {image.shape for image in pixels}
         require(len(sizes) == 1, f"has images of {len(sizes)} sizes; they must have one size")
-        images = np.stack(decoded)
+        images = np.stack(pixels)
     else:
         images = images[records]
-    images = images[..., None] if images.ndim == 3 else images
+        images = images[..., None] if images.ndim == 3 else images
     fits = images.dtype == np.uint8 and images.ndim == 4 and images.size
     wanted = f"uint8 [N, H, W, C] with {channels} channels"
     require(fits and images.shape[-1] == channels, f"`image` is {_kind(images)}; must be {wanted}")
@@ -123,16 +129,3 @@ def npz(path: str, split: str, channels: int) -> Arrays:
 
 def _kind(array: np.ndarray) -> str:
     return f"{array.dtype} {array.shape}"
-
-
-def _decoded(
-    blob: np.ndarray, offsets: np.ndarray, records: np.ndarray, channels: int
-) -> list[np.ndarray]:
-    def decoded(i: int) -> np.ndarray:
-        try:
-            return decode.pixels(blob[offsets[i] : offsets[i + 1]].tobytes(), channels)
-        except BadImageError as error:
-            raise BadImageError(f"image {i} cannot be read: {error}") from error
-
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(decoded, records, chunksize=256))

@@ -17,6 +17,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from maect_jax import sharding
 from maect_jax.data import transforms
+from maect_jax.data.transforms import Range, Shape
 
 GRAY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's mode L
 _BLUR_RADIUS = 8  # pixels, four times the largest sigma
@@ -38,7 +39,7 @@ class Photometric:
     saturation: float = 0.2
     hue: float = 0.1
     blur: float = 0.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: Range = (0.1, 2.0)
     grayscale: float = 0.0
     solarize: float = 0.0
     solarize_threshold: float = 128
@@ -46,13 +47,13 @@ class Photometric:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a batch becomes normalised views of `size` (height, width), with one colour recipe each.
+    """How a batch becomes normalised views of one `size`, with a colour recipe each.
 
     `crop_scale` is the range of a crop's fraction of the area, for crops that are cut here.
     """
 
-    size: tuple[int, int]
-    crop_scale: tuple[float, float]
+    size: Shape
+    crop_scale: Range
     mean: tuple[float, ...]
     std: tuple[float, ...]
     photometric: tuple[Photometric, ...]
@@ -79,7 +80,7 @@ def _resize_weights(start, length, size_in: int, size_out: int):
     return weights / weights.sum(1, keepdims=True)
 
 
-def crop_resize(image: jax.Array, box: jax.Array, size: tuple[int, int]) -> jax.Array:
+def crop_resize(image: jax.Array, box: jax.Array, size: Shape) -> jax.Array:
     """Cuts `box` (top, left, height, width) from `[C, H, W]` in 0..255, bicubic to `size`.
 
     Rounds to integers after each direction, as Pillow does on 8-bit images.
@@ -92,9 +93,7 @@ def crop_resize(image: jax.Array, box: jax.Array, size: tuple[int, int]) -> jax.
     return jnp.round(jnp.clip(dot("hi,ciw->chw", rows, x), 0, 255))
 
 
-def random_crop_box(
-    key: jax.Array, shape: tuple[int, int], scale: tuple[float, float]
-) -> jax.Array:
+def random_crop_box(key: jax.Array, shape: Shape, scale: Range) -> jax.Array:
     """`transforms.random_crop_box` for the device: top, left, height and width, int32 `[4]`."""
     sides = jnp.asarray(shape)
     draws = jax.random.uniform(key, (4, 10))  # area, ratio and position of ten boxes
@@ -239,8 +238,7 @@ def views(batch: dict, recipe: Recipe) -> jax.Array:
     """
     if jnp.issubdtype(batch["image"].dtype, jnp.floating):
         return batch["image"]
-    make = sharding.shard_map_batch(partial(_views, recipe))
-    return make(batch["image"], batch["seed"])
+    return sharding.shard_map_batch(partial(_views, recipe))(batch["image"], batch["seed"])
 
 
 def _views(recipe: Recipe, images: jax.Array, seeds: jax.Array) -> jax.Array:

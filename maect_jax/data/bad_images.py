@@ -40,7 +40,12 @@ class BadImages:
         """
         self._bad = sharding.gather_set(self._bad)
         for record in sorted(self._bad - self._named.keys()):
-            self._named[record] = f"{self._source.name(record)}: {self._reason(record)}"
+            try:
+                decode.pixels(self._source[record][0], self._channels)
+                reason = "it could be read a moment later"
+            except (BadImageError, OSError) as error:
+                reason = str(error)
+            self._named[record] = f"{self._source.name(record)}: {reason}"
             if jax.process_index() == 0:
                 _LOGGER.warning("skipping an unreadable image: %s", self._named[record])
         count, records = len(self._named), len(self._source)
@@ -51,10 +56,3 @@ class BadImages:
                 f"{count} of {records:,} images cannot be read so far, more than the fraction "
                 f"config.data.max_bad_fraction={self._allowed}: {listed}{more}"
             )
-
-    def _reason(self, record: int) -> str:
-        try:
-            decode.pixels(self._source[record][0], self._channels)
-        except (BadImageError, OSError) as error:
-            return str(error)
-        return "it could be read a moment later"

@@ -12,18 +12,12 @@ class Source(abc.ABC):
 
     An image is a file's content (bytes) or pixels, uint8 `[H, W, C]`; `decode.pixels` takes either.
     A label is -1 where an image has none.
-
-    Attributes:
-      shape: (H, W, C) of all images; None where they differ.
-      classes: names of the labels, in order; empty where the labels have no names.
-      in_memory: whether the pixels are in memory, so that each worker process would copy them.
-      reads_labels: whether every record is read for `labels`.
     """
 
-    in_memory: ClassVar[bool] = False
-    reads_labels: ClassVar[bool] = False
-    shape: tuple[int, int, int] | None = None
-    classes: list[str]
+    in_memory: ClassVar[bool] = False  # pixels, which each worker process would copy
+    reads_labels: ClassVar[bool] = False  # whether every record is read for `labels`
+    shape: tuple[int, int, int] | None = None  # (H, W, C) of all images; None where they differ
+    classes: list[str]  # names of the labels, in order; empty where they have none
 
     @abc.abstractmethod
     def __len__(self) -> int: ...

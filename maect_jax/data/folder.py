@@ -1,5 +1,6 @@
 """Image files in a folder, listed once: the index of a large folder is saved."""
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,22 +18,13 @@ _LARGE = 10_000  # images from which on an index is worth its file
 
 
 class Index(NamedTuple):
-    """The files below a folder, as arrays, which are cheap to pass to worker processes.
+    """The files below a folder, as arrays, which are cheap to pass to worker processes."""
 
-    Attributes:
-      classes: names of the class folders, empty where there are none.
-      names: the files' paths below the folder, as bytes.
-      labels: int32, -1 for all files where there are no classes.
-      folders: paths of all folders that were listed.
-      changed: when each of these last gained or lost a file (ns); 0 on a bucket, where it is not
-        known.
-    """
-
-    classes: np.ndarray
-    names: np.ndarray
-    labels: np.ndarray
-    folders: np.ndarray
-    changed: np.ndarray
+    classes: np.ndarray  # names of the class folders, empty where there are none
+    names: np.ndarray  # the files' paths below the folder, as bytes
+    labels: np.ndarray  # int32, -1 for all files where there are no classes
+    folders: np.ndarray  # paths of all folders that were listed
+    changed: np.ndarray  # when each of these last gained or lost a file (ns); 0 on a bucket
 
     def is_valid(self) -> bool:
         """Whether the arrays have the types and sizes of an index."""
@@ -41,8 +33,7 @@ class Index(NamedTuple):
             kinds == "USiUi"
             and len(self.names) == len(self.labels) > 0
             and bool(self.names.all())
-            and bool(((self.labels >= -1) & (self.labels < len(self.classes))).all())
-            and len(self.folders) == len(self.changed)
+            and -1 <= self.labels.min() <= self.labels.max() < len(self.classes)
         )
 
 
@@ -63,21 +54,20 @@ class Folder(Source):
     def __init__(
         self, root: str, classes: Sequence[str] | None = None, index_file: Path | None = None
     ):
-        self._root = root if _is_remote(root) else os.path.abspath(root)
-        path = Path(self._root)
-        beside = None if _is_remote(root) else path.parent / f".{path.name}.index.npz"
-        self._index_files = [file for file in (beside, index_file) if file]
+        self._root, self._index_files = root, [index_file] if index_file else []
+        if not _is_remote(root):
+            self._root = os.path.abspath(root)
+            path = Path(self._root)
+            self._index_files.insert(0, path.parent / f".{path.name}.index.npz")
         saved = self._saved_index()
         self._is_new = saved is None
         self._index = saved or _make_index(epath.Path(self._root), root)
         self.classes, self.labels = self._index.classes.tolist(), self._index.labels
         if classes is not None and self.classes:
-            unknown = sorted(set(self.classes) - set(classes))
-            if unknown:
+            if unknown := sorted(set(self.classes) - set(classes)):
                 names = _first_names(unknown)
                 raise _error(f"{root!r} has classes that the training images lack: {names}")
-            number = {name: label for label, name in enumerate(classes)}
-            self.labels = np.int32([number[name] for name in self.classes])[self.labels]
+            self.labels = np.int32([classes.index(name) for name in self.classes])[self.labels]
             self.classes = list(classes)
 
     def __len__(self) -> int:
@@ -93,24 +83,19 @@ class Folder(Source):
     def _saved_index(self) -> Index | None:
         """The index from its file, unless a folder has changed since."""
         for path in self._index_files:
-            try:
+            with contextlib.suppress(ValueError, TypeError):  # TypeError: arrays of other names
                 index = Index(**files.read_arrays(path))
-            except (ValueError, TypeError):  # TypeError: arrays of other names
-                continue
-            if index.is_valid():
-                now = [_changed(os.path.join(self._root, name)) for name in index.folders]
-                if np.array_equal(now, index.changed):
+                folders = (os.path.join(self._root, name) for name in index.folders)
+                if index.is_valid() and [*map(_changed, folders)] == index.changed.tolist():
                     return index
         return None
 
     def save_index(self) -> None:
         """Saves the index of a large folder beside it or, where that fails, in `index_file`."""
         for path in self._index_files if self._is_new and len(self) >= _LARGE else ():
-            try:
+            with contextlib.suppress(OSError):  # a read-only folder
                 files.write_arrays(path, **self._index._asdict())
                 return
-            except OSError:  # a read-only folder
-                continue
 
 
 def _is_remote(path: str) -> bool:
@@ -147,41 +132,36 @@ def _make_index(root: epath.Path, given: str) -> Index:
     if images and class_folders:
         example = f"{given!r} has images beside its class folders, such as {images[0].name}"
         raise _error(f"{example}; expected <class>/<image>, or images alone, without labels")
-    paths, labels = sorted(os.fspath(image) for image in images), [-1] * len(images)
-    empty = []
-    for label, folder in enumerate(class_folders):
-        below = sorted(os.fspath(image) for image in _walk(folder, changed, (real_root,)))
-        paths += below
-        labels += [label] * len(below)
-        empty += [] if below else [folder.name]
-    if not paths:
+    classes = [folder.name for folder in class_folders]
+    # The images without a class, which have the label -1, then those of each class.
+    groups = [images, *(_walk(folder, changed, (real_root,)) for folder in class_folders)]
+    groups = [sorted(map(os.fspath, group)) for group in groups]
+    if not any(groups):
         raise _error(
             f"no images below {given!r}; expected <class>/<image>, or images alone, with one of "
             f"the endings {' '.join(SUFFIXES)}"
         )
-    if empty:
+    if empty := [name for name, group in zip(classes, groups[1:], strict=True) if not group]:
         raise _error(f"no images in these classes of {given!r}: {_first_names(empty)}")
     start = len(os.fspath(root).rstrip("/")) + 1
     return Index(
-        classes=np.array([folder.name for folder in class_folders], dtype=str),
-        names=np.array([os.fsencode(path[start:]) for path in paths]),
-        labels=np.asarray(labels, np.int32),
+        classes=np.array(classes, dtype=str),
+        names=np.array([os.fsencode(path[start:]) for group in groups for path in group]),
+        labels=np.repeat(np.arange(-1, len(classes), dtype=np.int32), list(map(len, groups))),
         folders=np.array([os.fspath(folder)[start:] for folder in changed], dtype=str),
         changed=np.array(list(changed.values())),
     )
 
 
 def _listed(folder: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
-    """The folders and the images in a folder, in alphabetical order, without hidden ones.
-
-    An entry with the ending of an image is taken for one: on a bucket each question takes time.
-    """
+    """The folders and the images in a folder, in alphabetical order, without hidden ones."""
     try:
         entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     except OSError as error:
         raise _error(f"cannot list {str(folder)!r}: {error}") from error
+    # What has the ending of an image is taken for one: on a bucket each question takes time.
     images = [entry for entry in entries if entry.suffix.lower() in SUFFIXES]
-    others = [entry for entry in entries if entry.suffix.lower() not in SUFFIXES]
+    others = (entry for entry in entries if entry.suffix.lower() not in SUFFIXES)
     return [entry for entry in others if entry.is_dir()], images
 
 

@@ -21,6 +21,7 @@ from maect_jax.data import decode, transforms
 from maect_jax.data.arrays import Arrays
 from maect_jax.data.base import Source
 from maect_jax.data.randaugment import randaugment
+from maect_jax.data.transforms import Range, Shape
 from maect_jax.errors import BadImageError, RunFailedError
 
 _BUFFERED = 4  # batches made ahead of the step
@@ -39,16 +40,13 @@ def _epoch_seed(seed: tuple[int, ...], epoch: int) -> int:
 
 @dataclass(frozen=True)
 class Order:
-    """The (epoch, record) of every row that a process reads, in order of reading.
-
-    `rows` are those of each global batch that this process reads.
-    """
+    """The (epoch, record) of every row that a process reads, in order of reading."""
 
     records: int
     batch_size: int
     steps: int
     seed: tuple[int, ...]
-    rows: Sequence[int]
+    rows: Sequence[int]  # of each global batch, those that this process reads
 
     def __len__(self) -> int:
         return self.steps * len(self.rows)
@@ -71,16 +69,15 @@ class TrainRecord:
 
     Images of one shape are passed on whole, for the device to cut (`augment.views`); others are cut
     here. Fields: `image`, `index`, `label`, `seed`; and `bad`, -1 unless the record could not be
-    read and the next readable one takes its place (see `BadImages`). With `scaled_jpeg`, JPEG files
-    with more pixels than the crops need are decoded at a smaller scale.
+    read and the next readable one takes its place (see `BadImages`).
     """
 
     source: Source
     channels: int
-    size: tuple[int, int]
-    scales: tuple[tuple[float, float], ...]
+    size: Shape
+    scales: tuple[Range, ...]
     seed: tuple[int, ...]
-    scaled_jpeg: bool = False
+    scaled_jpeg: bool = False  # decodes JPEG files no larger than the crops need
 
     @property
     def whole(self) -> bool:
@@ -93,7 +90,10 @@ class TrainRecord:
             index = (record + tries) % len(self.source)
             try:
                 content, label = self.source[index]
-                image = self._image(key, content)
+                if self.whole:
+                    image = decode.pixels(content, self.channels)
+                else:
+                    image = self._views(np.random.default_rng((*self.seed, *key)), content)
                 break
             except (BadImageError, OSError) as error:
                 reason = error
@@ -105,11 +105,6 @@ class TrainRecord:
         numbers = {"index": index, "label": label, "bad": -1 if index == record else record}
         seed = np.array([_epoch_seed(self.seed, epoch), record], np.uint32)
         return {"image": image, "seed": seed, **{k: np.int32(v) for k, v in numbers.items()}}
-
-    def _image(self, key: tuple[int, int], image) -> np.ndarray:
-        if self.whole:
-            return decode.pixels(image, self.channels)
-        return self._views(np.random.default_rng((*self.seed, *key)), image)
 
     def _views(self, rng: np.random.Generator, image) -> np.ndarray:
         if not self.scaled_jpeg:
@@ -124,13 +119,9 @@ class TrainRecord:
 
 @dataclass(frozen=True)
 class FinetuneRecord(TrainRecord):
-    """`TrainRecord` for fine-tuning: every image is cut here, since RandAugment works on the crop
-    and needs Pillow.
+    """`TrainRecord` for fine-tuning: RandAugment works on crops, so every image is cut here."""
 
-    `mean` of the data set, in [0, 1], is RandAugment's fill colour; `None` for no RandAugment.
-    """
-
-    mean: tuple[float, ...] | None = None
+    mean: tuple[float, ...] | None = None  # the fill colour, in [0, 1]; None for no RandAugment
     whole = False
 
     def _views(self, rng: np.random.Generator, image) -> np.ndarray:
@@ -138,26 +129,6 @@ class FinetuneRecord(TrainRecord):
         if self.mean is None:
             return views
         return np.stack([randaugment(rng, view, self.mean) for view in views])
-
-
-@dataclass(frozen=True)
-class ArrayBatch:
-    """Turns a step into a whole batch of `TrainRecord`'s examples, of images in memory."""
-
-    order: Order
-    source: Arrays
-    seed: tuple[int, ...]
-
-    def __call__(self, step: int) -> dict[str, np.ndarray]:
-        epoch, records = self.order.of_step(step)
-        epoch_seed = np.full_like(records, _epoch_seed(self.seed, epoch))
-        return {
-            "image": self.source.images[records],
-            "seed": np.stack([epoch_seed, records], axis=1).astype(np.uint32),
-            "index": records.astype(np.int32),
-            "label": self.source.labels[records].astype(np.int32),
-            "bad": np.full(len(records), -1, np.int32),
-        }
 
 
 @dataclass(frozen=True)
@@ -170,19 +141,19 @@ class EvalRecord:
 
     source: Source
     channels: int
-    size: tuple[int, int]
+    size: Shape
     short_side: int
 
     def __call__(self, record: int) -> dict[str, np.ndarray]:
         crop, label, bad = np.zeros((*self.size, self.channels), np.uint8), -1, -1
         exists = record < len(self.source)
-        if exists:
-            try:
+        try:
+            if exists:
                 image, label = self.source[record]
                 pixels = decode.pixels(image, self.channels)
                 crop = transforms.centre_crop(pixels, self.short_side, self.size)
-            except (BadImageError, OSError):
-                bad = record
+        except (BadImageError, OSError):
+            bad = record
         numbers = {"label": np.int32(label), "index": np.int32(record), "bad": np.int32(bad)}
         return {"image": crop, **numbers, "valid": np.bool_(exists and bad < 0)}
 
@@ -192,15 +163,25 @@ def train_batches(order: Order, make_example: TrainRecord, workers: int):
 
     Its `get_state()` (plain JSON) and `set_state()` hold the position. With `workers` > 0 the
     examples are made in that many processes, else in threads; those of images in memory always
-    in threads, or in one thread if they are passed on whole.
+    in threads, or, if they are passed on whole, in one thread that makes a batch at a time.
     """
     source = make_example.source
-    if isinstance(source, Arrays) and make_example.whole:
-        batch = ArrayBatch(order, source, make_example.seed)
-        dataset = grain.MapDataset.range(order.steps).map(batch)
-        return iter(dataset.to_iter_dataset(grain.ReadOptions(1, _BUFFERED)))
-    dataset = grain.MapDataset.source(order).map(make_example).batch(len(order.rows))
-    return _stream(dataset, 0 if source.in_memory else workers)
+    if not (isinstance(source, Arrays) and make_example.whole):
+        return _stream(order, make_example, len(order.rows), workers)
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        epoch, records = order.of_step(step)
+        epoch_seed = np.full_like(records, _epoch_seed(make_example.seed, epoch))
+        return {
+            "image": source.images[records],
+            "seed": np.stack([epoch_seed, records], axis=1).astype(np.uint32),
+            "index": records.astype(np.int32),
+            "label": source.labels[records].astype(np.int32),
+            "bad": np.full(len(records), -1, np.int32),
+        }
+
+    dataset = grain.MapDataset.range(order.steps).map(batch)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(1, _BUFFERED)))
 
 
 def eval_batches(
@@ -209,16 +190,15 @@ def eval_batches(
     """Every image once, in order, in this process's `rows` of each global batch, from batch number
     `first` on. The last batch is padded to `batch_size` with rows whose `valid` is false.
     """
-    source = make_example.source
-    steps = -(-len(source) // batch_size)
+    steps = -(-len(make_example.source) // batch_size)
     records = np.arange(steps * batch_size).reshape(steps, batch_size)[first:, rows]
-    dataset = grain.MapDataset.source(records.ravel()).map(make_example).batch(len(rows))
-    return _stream(dataset, 0 if source.in_memory else workers)
+    return _stream(records.ravel(), make_example, len(rows), workers)
 
 
-def _stream(dataset: grain.MapDataset, workers: int):
-    """An iterator over a dataset, made ahead in `workers` processes, or in threads for 0."""
-    if not workers:
+def _stream(keys: Sequence, make_example: TrainRecord | EvalRecord, rows: int, workers: int):
+    """An iterator over the examples of some keys, in batches of `rows`, made ahead."""
+    dataset = grain.MapDataset.source(keys).map(make_example).batch(rows)
+    if not workers or make_example.source.in_memory:
         return iter(dataset.to_iter_dataset(grain.ReadOptions(_BUFFERED, _BUFFERED)))
     # Python's resource tracker frees the shared memory of unread batches at the end, with a warning
     # on the terminal.

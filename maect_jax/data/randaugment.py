@@ -5,7 +5,6 @@ N(9, 0.5) of 10. A larger magnitude changes an image more.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -16,31 +15,27 @@ _MAGNITUDE, _STD, _MAX = 9.0, 0.5, 10.0
 _RESAMPLING = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
 
 
-class Filling(NamedTuple):
-    """How an operation that moves pixels resamples, and the colour of uncovered pixels."""
-
-    resample: Image.Resampling
-    colour: tuple[int, ...] | int
+# Of an image, a level, and the keywords `resample` and `fillcolor` of what moves pixels.
+Operation = Callable[[Image.Image, float, dict], Image.Image]
 
 
-Operation = Callable[[Image.Image, float, Filling], Image.Image]
+def _affine(matrix: Callable[[Image.Image, float], tuple[float, ...]]) -> Operation:
+    def operation(image: Image.Image, level: float, filling: dict) -> Image.Image:
+        return image.transform(image.size, Image.Transform.AFFINE, matrix(image, level), **filling)
 
-
-def _affine(image: Image.Image, matrix: tuple[float, ...], filling: Filling) -> Image.Image:
-    kind = Image.Transform.AFFINE
-    return image.transform(image.size, kind, matrix, filling.resample, fillcolor=filling.colour)
+    return operation
 
 
 def _by_value(image: Image.Image, change: Callable[[int], int]) -> Image.Image:
-    return image.point([change(value) for value in range(256)] * len(image.getbands()))
+    return image.point([*map(change, range(256))] * len(image.getbands()))
 
 
-def _posterize(image: Image.Image, level: float, _: Filling) -> Image.Image:
+def _posterize(image: Image.Image, level: float, _: dict) -> Image.Image:
     dropped = 4 + int(4 * level)  # up to all 8 bits, which Pillow's own may refuse
     return _by_value(image, lambda value: value >> dropped << dropped)
 
 
-def _solarize_add(image: Image.Image, level: float, _: Filling) -> Image.Image:
+def _solarize_add(image: Image.Image, level: float, _: dict) -> Image.Image:
     added = int(110 * level)
     return _by_value(image, lambda value: value + added if value < 128 else value)
 
@@ -59,22 +54,17 @@ _ONE_WAY: dict[str, Operation] = {
     "SolarizeAdd": _solarize_add,
 }
 _TWO_WAYS: dict[str, Operation] = {
-    "Rotate": lambda image, s, fill: image.rotate(30 * s, fill.resample, fillcolor=fill.colour),
+    "Rotate": lambda image, s, filling: image.rotate(30 * s, **filling),
     "ColorIncreasing": _enhance(ImageEnhance.Color),
     "ContrastIncreasing": _enhance(ImageEnhance.Contrast),
     "BrightnessIncreasing": _enhance(ImageEnhance.Brightness),
     "SharpnessIncreasing": _enhance(ImageEnhance.Sharpness),
-    "ShearX": lambda image, s, fill: _affine(image, (1, 0.3 * s, 0, 0, 1, 0), fill),
-    "ShearY": lambda image, s, fill: _affine(image, (1, 0, 0, 0.3 * s, 1, 0), fill),
-    "TranslateXRel": lambda image, s, fill: _affine(
-        image, (1, 0, 0.45 * s * image.width, 0, 1, 0), fill
-    ),
-    "TranslateYRel": lambda image, s, fill: _affine(
-        image, (1, 0, 0, 0, 1, 0.45 * s * image.height), fill
-    ),
+    "ShearX": _affine(lambda _, s: (1, 0.3 * s, 0, 0, 1, 0)),
+    "ShearY": _affine(lambda _, s: (1, 0, 0, 0.3 * s, 1, 0)),
+    "TranslateXRel": _affine(lambda image, s: (1, 0, 0.45 * s * image.width, 0, 1, 0)),
+    "TranslateYRel": _affine(lambda image, s: (1, 0, 0, 0, 1, 0.45 * s * image.height)),
 }
 OPERATIONS = _ONE_WAY | _TWO_WAYS
-_NAMES = tuple(OPERATIONS)
 
 
 def randaugment(rng: np.random.Generator, image: np.ndarray, mean: tuple[float, ...]) -> np.ndarray:
@@ -85,13 +75,13 @@ def randaugment(rng: np.random.Generator, image: np.ndarray, mean: tuple[float, 
     colour = tuple(round(255 * channel) for channel in mean)
     gray = image.shape[2] == 1
     picture = Image.fromarray(image[..., 0] if gray else image)
-    for name in rng.choice(_NAMES, _LAYERS):
+    for name in rng.choice(list(OPERATIONS), _LAYERS):
         if rng.random() >= _PROBABILITY:
             continue
         level = np.clip(rng.normal(_MAGNITUDE, _STD), 0, _MAX) / _MAX
         if name in _TWO_WAYS and rng.random() < 0.5:
             level = -level
         resample = _RESAMPLING[rng.integers(len(_RESAMPLING))]
-        filling = Filling(resample, colour[0] if gray else colour)
+        filling = dict(resample=resample, fillcolor=colour[0] if gray else colour)
         picture = OPERATIONS[name](picture, float(level), filling)
     return np.asarray(picture).reshape(image.shape)

@@ -22,10 +22,7 @@ SPLITS = ("train", "val")
 
 
 class Blank(Source):
-    """Stands for `records` images that are not available, of one shape or of various.
-
-    They have `classes` classes and no labels.
-    """
+    """Stands for images that are not available, of one shape or of various, without labels."""
 
     def __init__(self, records: int, channels: int, shape=None, classes: int = 0):
         self.channels, self.shape = channels, shape
@@ -65,8 +62,7 @@ class Tfds(Source):
             raise UserError(
                 f"config.data.name={name!r}: has {', '.join(features)}; must have image and label"
             )
-        # Labels may be numbers without names.
-        self.classes = list(getattr(features["label"], "names", None) or [])
+        self.classes = getattr(features["label"], "names", None) or []  # or numbers without names
         self._has_names = "file_name" in features
         height, width, _ = features["image"].shape
         self.shape = (height, width, channels) if height and width else None
@@ -102,8 +98,7 @@ def make(
     """The source that the `data` section of a config asks for.
 
     Args:
-      data: has `source` (a key of `KINDS`), `path`, `name`, `train_split`, `val_split`. A path that
-        ends in `.npz` is a file of arrays, whatever the source.
+      data: the section. A path that ends in `.npz` is a file of arrays, whatever the source.
       split: one of `SPLITS`.
       channels: 1 (gray) or 3 (RGB).
       classes: of a folder, the training images' classes, by which all splits number their labels.
@@ -114,10 +109,9 @@ def make(
     """
     allowed = _CHANNELS.get(data.source, (1, 3))
     if channels not in allowed:
-        raise UserError(
-            f"config.model.channels={channels}: must be {' or '.join(map(str, allowed))} for "
-            f"config.data.source={data.source!r}"
-        )
+        either = " or ".join(map(str, allowed))
+        source = f"config.data.source={data.source!r}"
+        raise UserError(f"config.model.channels={channels}: must be {either} for {source}")
     if data.path.endswith(".npz"):
         return arrays.npz(data.path, split, channels)
     index_file = run / f"{split}.index.npz" if run else None
@@ -151,12 +145,10 @@ def labels_digest(source: Source) -> str:
 
 # Rules of the `data` section
 
-_MAX_WORKERS = 1024
-_MAX_PIXELS = 2**14
 RULES: Rules = {
     "source": one_of(KINDS),
-    "short_side": at_most(_MAX_PIXELS),
-    "workers": between(0, _MAX_WORKERS),
+    "short_side": at_most(2**14),
+    "workers": between(0, 1024),
     "max_bad_fraction": between(0, 1),
     "mean": Rule("finite numbers", lambda v, _: all(map(math.isfinite, v))),
     "std": Rule("above 0", lambda v, _: all(0 < x < math.inf for x in v)),

@@ -27,11 +27,9 @@ class Subset(Source):
 
     @property
     def labels(self) -> np.ndarray:
-        """Labels of the images, integers `[N]`."""
         return self.source.labels[self.records]
 
     def name(self, record: int) -> str:
-        """The source's name of a record."""
         return self.source.name(int(self.records[record]))
 
 
@@ -63,7 +61,7 @@ def fraction_of(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 
 def _without_suffix(name: str) -> PurePosixPath:
     path = PurePosixPath(name)
-    return path.with_suffix("") if path.name else path
+    return path.parent / path.stem
 
 
 def from_list(path: str, names: Sequence[str]) -> np.ndarray:
@@ -88,8 +86,7 @@ def from_list(path: str, names: Sequence[str]) -> np.ndarray:
     paths = [_without_suffix(name).parts for name in names]
     depths = {len(name.parts) for name in listed}
     records = {parts[-depth:]: i for depth in depths for i, parts in enumerate(paths)}
-    unknown = [str(name) for name in listed if name.parts not in records]
-    if unknown:
+    if unknown := [str(name) for name in listed if name.parts not in records]:
         raise UserError(
             f"{where}: {len(unknown)} of its {len(listed)} names are not among the "
             f"{len(names)} training images, such as {unknown[0]!r}"

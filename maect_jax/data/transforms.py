@@ -6,17 +6,17 @@ import numpy as np
 from kornia_rs import imgproc
 from PIL import Image
 
+Shape = tuple[int, int]  # height, width
+Range = tuple[float, float]  # low, high
 Box = tuple[int, int, int, int]  # top, left, height, width
 RATIO = (3 / 4, 4 / 3)  # range of a random crop's width / height, drawn log-uniformly
 
 
-def random_crop_box(
-    rng: np.random.Generator, shape: tuple[int, int], scale: tuple[float, float]
-) -> Box:
+def random_crop_box(rng: np.random.Generator, shape: Shape, scale: Range) -> Box:
     """Draws the box of a random resized crop ("Inception crop"), as torchvision does.
 
-    `scale` is the range of its fraction of the area of an image of `shape` (height, width). Returns
-    the first of ten draws that fits, else the central box.
+    `scale` is the range of its fraction of the area of an image. Returns the first of ten draws
+    that fits, else the central box.
     """
     height, width = shape
     for _ in range(10):
@@ -30,7 +30,7 @@ def random_crop_box(
     return central_box(shape)
 
 
-def central_box(shape: tuple[int, int]) -> Box:
+def central_box(shape: Shape) -> Box:
     """The largest box in the middle of an image whose width / height is within `RATIO`."""
     height, width = shape
     aspect = min(max(width / height, RATIO[0]), RATIO[1])
@@ -38,31 +38,27 @@ def central_box(shape: tuple[int, int]) -> Box:
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bicubic with antialiasing to `size` (height, width), as in Pillow.
-
-    kornia_rs takes half of Pillow's time (`benchmarks/input_speed.py`), but only RGB.
-    """
+def _resize(image: np.ndarray, size: Shape) -> np.ndarray:
+    """Bicubic with antialiasing, as in Pillow."""
     if image.shape[:2] == tuple(size):
         return image
+    # In half of Pillow's time (`benchmarks/input_speed.py`), but only for RGB.
     if image.shape[2] == 3:
         return imgproc.resize(np.ascontiguousarray(image), tuple(size), "bicubic", antialias=True)
     picture = Image.fromarray(image[..., 0])
     return np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC))[..., None]
 
 
-def min_scale(boxes: list[Box], size: tuple[int, int]) -> float:
+def min_scale(boxes: list[Box], size: Shape) -> float:
     """The scale, at most 1, of an image at which each of its boxes has at least `size` pixels."""
     return min(1.0, max(s / side for box in boxes for s, side in zip(size, box[2:], strict=True)))
 
 
-def crop_resize(
-    image: np.ndarray, box: Box, size: tuple[int, int], shape: tuple[int, int] | None = None
-) -> np.ndarray:
-    """Cuts a box and resizes it to `size` (height, width).
+def crop_resize(image: np.ndarray, box: Box, size: Shape, shape: Shape | None = None) -> np.ndarray:
+    """Cuts a box and resizes it to `size`.
 
-    `shape` (height, width), if given, is that of the image for which the box was drawn, and `image`
-    may be a smaller version of it.
+    `shape`, if given, is that of the image for which the box was drawn, and `image` may be a
+    smaller version of it.
     """
     top, left, height, width = box
     if shape is None or image.shape[:2] == tuple(shape):
@@ -76,7 +72,7 @@ def crop_resize(
     return np.asarray(crop).reshape(*size, image.shape[2])
 
 
-def centre_crop(image: np.ndarray, short_side: int, size: tuple[int, int]) -> np.ndarray:
+def centre_crop(image: np.ndarray, short_side: int, size: Shape) -> np.ndarray:
     """Crop for evaluation: resizes the short side to `short_side`, then cuts the centre `size`.
 
     Where sides do not divide, both are rounded as in torchvision's `Resize` and `CenterCrop`.

@@ -59,8 +59,7 @@ class Decoder(nn.Module):
         patches = jnp.take_along_axis(patches, restore[..., None], axis=1)
         patches = patches + jnp.asarray(vit.position_embedding(self, grid), self.dtype)
         x = jnp.concatenate([x[:, :1], patches], axis=1)
-        block = dict(heads=self.heads, ln_eps=self.ln_eps, dtype=self.dtype)
-        x, _ = vit.scanned_blocks(self.depth, "blocks", self.remat, **block)(x)
-        norm = nn.LayerNorm(self.ln_eps, dtype=self.dtype, use_fast_variance=False, name="norm")
+        x, _ = vit.scanned_blocks(self, self.depth, "blocks", self.remat)(x)
+        x = vit.layer_norm(self, "norm")(x)[:, 1:]
         pixels = self.patch_size**2 * self.channels
-        return vit.Linear(pixels, self.dtype, name="pred")(norm(x)[:, 1:]).astype(jnp.float32)
+        return vit.Linear(pixels, self.dtype, name="pred")(x).astype(jnp.float32)

@@ -55,6 +55,6 @@ def fitted(params: Mapping, old: tuple[int, int], new: tuple[int, int]) -> dict:
     """
     if old == new:
         return dict(params)
-    token = params["cls_token"] if "cls_token" in params else params["mask_token"]
-    table = params["pos_embed"] if "pos_embed" in params else sincos(old, token.shape[-1])
-    return {**params, "pos_embed": resize(np.asarray(table), old, new)}
+    if (table := params.get("pos_embed")) is None:
+        table = sincos(old, len(params["norm"]["scale"]))
+    return {**params, "pos_embed": resize(table, old, new)}

@@ -23,7 +23,7 @@ from maect_jax.models import positions
 
 DTYPES = ("float32", "bfloat16")  # of activations
 POOLS = ("cls", "mean", "fc_norm")  # of a model
-# Bounds far above what can be trained; within them a dry run is fast and takes little memory.
+# Bounds far above what can be trained, within which a dry run is fast and takes little memory.
 MAX_UNITS = 2**16  # width, depth or heads
 MAX_PIXELS = 2**14  # side of an image
 _MAX_POSITIONS = 2**25  # numbers in the position embedding
@@ -79,8 +79,7 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", xavier, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        y = flat @ kernel.astype(self.dtype)
+        y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel.astype(self.dtype)
         y = (y.astype(jnp.float32) + bias).astype(self.dtype)
         return y.reshape(*x.shape[:-1], self.features)
 
@@ -101,16 +100,19 @@ class Attention(nn.Module):
 
 
 def drop_paths(key: jax.Array, rate: float, batch: int, depth: int) -> jax.Array:
-    """Stochastic depth (Huang et al., 2016): a factor for each image and branch of each block.
+    """Stochastic depth (Huang et al., 2016): factors fp32 `[B, L, 2]` of the branches of each
+    block, attention and MLP.
 
     A branch is dropped (factor 0) with a probability that rises linearly over the depth from 0 to
     `rate`; the factors of the others keep the mean.
-
-    Returns:
-      fp32 `[B, L, 2]`, of the attention and of the MLP.
     """
     kept = 1 - jnp.linspace(0, rate, depth)[:, None]
     return jax.random.bernoulli(key, kept, (batch, depth, 2)) / kept
+
+
+def layer_norm(module: nn.Module, name: str) -> nn.LayerNorm:
+    """A norm over the width, with a module's `ln_eps` and `dtype`."""
+    return nn.LayerNorm(module.ln_eps, dtype=module.dtype, use_fast_variance=False, name=name)
 
 
 def _residual(x: jax.Array, y: jax.Array, factor: jax.Array | None) -> jax.Array:
@@ -132,10 +134,9 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, paths: jax.Array | None = None) -> tuple[jax.Array, None]:
         width = x.shape[-1]
         attention, mlp = (None, None) if paths is None else paths
-        norm = dict(epsilon=self.ln_eps, dtype=self.dtype, use_fast_variance=False)
-        y = nn.LayerNorm(name="norm1", **norm)(x)
+        y = layer_norm(self, "norm1")(x)
         x = _residual(x, Attention(self.heads, self.dtype, name="attn")(y), attention)
-        y = nn.LayerNorm(name="norm2", **norm)(x)
+        y = layer_norm(self, "norm2")(x)
         y = nn.gelu(Linear(4 * width, self.dtype, name="fc1")(y), approximate=False)
         x = _residual(x, Linear(width, self.dtype, name="fc2")(y), mlp)
         # Without it the compiler may replace the batch sharding of the residual stream by that of
@@ -143,8 +144,8 @@ class Block(nn.Module):
         return sharding.constrain_batch(x), None
 
 
-# What a backward pass recomputes instead of storing it: nothing; everything within a block except
-# its matrix products; or everything within a block.
+# What a backward pass recomputes instead of storing it: nothing, everything within a block except
+# its matrix products, or everything within a block.
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -153,19 +154,19 @@ REMAT = {
 FROZEN = "frozen"  # name of the frozen blocks' output, for checkpointing policies
 
 
-def scanned_blocks(depth: int, name: str, remat: str, **block) -> nn.Module:
-    """`depth` blocks whose parameters are stacked along a leading layer axis."""
+def scanned_blocks(module: nn.Module, depth: int, name: str, remat: str) -> nn.Module:
+    """`depth` blocks of a module, with their parameters stacked along a leading layer axis."""
     policy = REMAT[remat]
     body = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
     stacked = dict(variable_axes={"params": 0}, split_rngs={"params": True})
-    return nn.scan(body, length=depth, **stacked)(name=name, **block)
+    blocks = nn.scan(body, length=depth, **stacked)
+    return blocks(module.heads, module.ln_eps, module.dtype, name=name)
 
 
 def position_embedding(module: nn.Module, grid: tuple[int, int]) -> jax.Array | np.ndarray:
     """The parameter `pos_embed [N, D]` of a module, if it has one; else the fixed embedding."""
-    if module.has_variable("params", "pos_embed"):
-        return module.get_variable("params", "pos_embed")
-    return positions.sincos(grid, module.width)
+    learned = module.get_variable("params", "pos_embed")
+    return positions.sincos(grid, module.width) if learned is None else learned
 
 
 class ViT(nn.Module):
@@ -207,15 +208,13 @@ class ViT(nn.Module):
         # Broadcast before the cast, so that its gradient is summed over the batch in fp32.
         cls_token = jnp.broadcast_to(cls_token, (len(x), 1, self.width)).astype(self.dtype)
         x = sharding.constrain_batch(jnp.concatenate([cls_token, x], axis=1))
-        block = dict(heads=self.heads, ln_eps=self.ln_eps, dtype=self.dtype)
         if self.frozen_blocks:
-            x, _ = scanned_blocks(self.frozen_blocks, "frozen_blocks", "none", **block)(x)
+            x, _ = scanned_blocks(self, self.frozen_blocks, "frozen_blocks", "none")(x)
             x = checkpoint_name(x, FROZEN)
         if (rest := self.depth - self.frozen_blocks) > 0:
             layers = None if paths is None else jnp.moveaxis(paths, 0, -1)
-            x, _ = scanned_blocks(rest, "blocks", self.remat, **block)(x, layers)
-        norm = nn.LayerNorm(self.ln_eps, dtype=self.dtype, use_fast_variance=False, name="norm")
-        return norm(x) if self.final_norm else x
+            x, _ = scanned_blocks(self, rest, "blocks", self.remat)(x, layers)
+        return layer_norm(self, "norm")(x) if self.final_norm else x
 
 
 def split_blocks(params: dict, frozen_blocks: int) -> tuple[dict, dict]:
@@ -237,10 +236,9 @@ def split_blocks(params: dict, frozen_blocks: int) -> tuple[dict, dict]:
 def merge_blocks(params: dict) -> dict:
     """The inverse of `split_blocks`, for the union of both parts: one stack `blocks [L, ...]`."""
     params = dict(params)
-    lower, upper = params.pop("frozen_blocks", None), params.get("blocks")
-    if lower is not None:
-        both = (lower, upper) if upper is not None else (lower,)
-        params["blocks"] = jax.tree.map(lambda *x: jnp.concatenate(x), *both)
+    if "frozen_blocks" in params:
+        stacks = [params.pop(key) for key in ("frozen_blocks", "blocks") if key in params]
+        params["blocks"] = jax.tree.map(lambda *x: jnp.concatenate(x), *stacks)
     return params
 
 
@@ -301,7 +299,7 @@ def check(config) -> None:
     """Checks the `model` section of a config. Raises `UserError`."""
     configs.check(config, "model", RULES)
     size = size_of(config.model)
-    check_width(config.model, "model.width", width=size.width, heads=size.heads)
+    check_width(config.model, "model.width", size.width, size.heads)
 
 
 def check_width(model, key: str, width: int, heads: int) -> None:

@@ -2,10 +2,14 @@
 
 import abc
 import dataclasses
+import functools
+import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from maect_jax import config as configs
 from maect_jax import sharding
@@ -14,7 +18,7 @@ from maect_jax.data import loader
 from maect_jax.data.augment import Photometric, Recipe
 from maect_jax.data.sources import Source
 from maect_jax.errors import UserError
-from maect_jax.models import vit
+from maect_jax.models import positions, vit
 from maect_jax.stages import optim
 from maect_jax.stages.state import TrainState
 
@@ -22,43 +26,39 @@ _PER_VIEW = ("jitter", "blur", "grayscale", "solarize")  # keys of `photometric`
 
 
 class Saved:
-    """A trained network as a run keeps it.
+    """A trained network as a run keeps it."""
 
-    Attributes:
-      name: in a run's folder, and of the stage's config section.
-      title: what it is, for reports and model cards; `{}` stands for the number of tuned blocks.
-      row: what its row of the results holds.
-      saved: the fields of the state that a later stage or an evaluation reads; never the moments.
-      exported: further fields, which only an export reads.
-      hands_on: what `handover` gives.
-    """
-
-    name: ClassVar[str]
-    title: ClassVar[str]
-    row: ClassVar[str]
+    name: ClassVar[str]  # in a run's folder, and of the stage's config section
+    title: ClassVar[str]  # for reports and model cards; `{}` is the number of tuned blocks
+    row: ClassVar[str]  # what its row of the results holds
+    # Fields of the state that a later stage or an evaluation reads, those that only an export
+    # reads, and those with the parts of the encoder that is evaluated.
     saved: ClassVar[tuple[str, ...]]
     exported: ClassVar[tuple[str, ...]] = ()
-    hands_on: ClassVar[tuple[str, ...]] = ("encoder",)
+    encoder_in: ClassVar[tuple[str, ...]] = ("params",)
+    hands_on: ClassVar[tuple[str, ...]] = ("encoder",)  # what `handover` gives
 
-    @staticmethod
-    def encoder_params(parts: Mapping) -> dict:
+    @classmethod
+    def encoder_params(cls, parts: Mapping) -> dict:
         """The encoder to evaluate, one stack of blocks, from the saved fields."""
-        return parts["params"]["encoder"]
+        fields = (parts[field]["encoder"] for field in cls.encoder_in)
+        return vit.merge_blocks(functools.reduce(operator.or_, fields))
 
     @classmethod
     def last_encoder_params(cls, parts: Mapping) -> dict:
         """The encoder as it was last trained, where `encoder_params` is an average."""
         return cls.encoder_params(parts)
 
-    @staticmethod
-    def with_encoder(encoder: dict) -> dict:
+    @classmethod
+    def with_encoder(cls, encoder: dict) -> dict:
         """The saved fields that hold an encoder from elsewhere: the inverse of `encoder_params`."""
-        return {"params": {"encoder": encoder}}
+        return {cls.encoder_in[0]: {"encoder": encoder}}
 
     @classmethod
     def handover(cls, parts: Mapping) -> dict:
         """What the next stage may start from, by name."""
-        return {"encoder": cls.encoder_params(parts)}
+        values = {**parts, **parts["params"], "encoder": cls.encoder_params(parts)}
+        return {name: values[name] for name in cls.hands_on}
 
 
 class ImportedEncoder(Saved):
@@ -73,54 +73,28 @@ class ImportedProbe(Saved):
 
     name, title, row = "probe", "imported, with a linear probe", "the imported encoder of a probe"
     saved = ("params", "frozen", "batch_stats")
-
-    @staticmethod
-    def encoder_params(parts: Mapping) -> dict:
-        return parts["frozen"]["encoder"]
-
-    @staticmethod
-    def with_encoder(encoder: dict) -> dict:
-        return {"frozen": {"encoder": encoder}}
+    encoder_in = ("frozen",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage(Saved, abc.ABC):
-    """A training stage: static settings, and pure functions of state and batch.
+    """A training stage: static settings, and pure functions of state and batch."""
 
-    Class attributes:
-      number: enters the seeds, so that no stage repeats another's random numbers.
-      views: crops of an image in a batch.
-      needs_labels: whether it trains on labels.
-      changes_encoder: whether k-NN on held-out images is worth measuring while it trains.
-      starts_from: stages of another run that it may start from, the preferred one first.
-      takes: what it takes over of their `handover`.
-      rules: of its config section, by the key within it.
-
-    Attributes:
-      encoder: the network.
-      image_shape: (H, W, C) of a view.
-      recipe: how a batch becomes normalised views.
-      groups: the optimiser's settings of each part of the parameters.
-      steps: updates of the whole stage.
-      warmup: those in which the learning rate rises.
-      microbatches: parts of a batch that the encoder sees one after the other.
-    """
-
-    number: ClassVar[int]
-    views: ClassVar[int] = 2
+    number: ClassVar[int]  # enters the seeds: no stage repeats another's random numbers
+    views: ClassVar[int] = 2  # crops of an image in a batch
     needs_labels: ClassVar[bool] = False
-    changes_encoder: ClassVar[bool] = True
-    starts_from: ClassVar[tuple[str, ...]] = ()
-    takes: ClassVar[tuple[str, ...]] = ("encoder",)
-    rules: ClassVar[Rules]
+    changes_encoder: ClassVar[bool] = True  # whether k-NN is worth measuring while it trains
+    starts_from: ClassVar[tuple[str, ...]] = ()  # stages of another run, the preferred one first
+    takes: ClassVar[tuple[str, ...]] = ("encoder",)  # of their `handover`
+    rules: ClassVar[Rules]  # of its config section
 
     encoder: vit.ViT
-    image_shape: tuple[int, int, int]
-    recipe: Recipe
-    groups: Mapping[str, optim.Group]
-    steps: int
-    warmup: int
-    microbatches: int = 1
+    image_shape: tuple[int, int, int]  # (H, W, C) of a view
+    recipe: Recipe  # how a batch becomes normalised views
+    groups: Mapping[str, optim.Group]  # how each part of the parameters is optimised
+    steps: int  # updates of the whole stage
+    warmup: int  # those in which the learning rate rises
+    microbatches: int = 1  # parts of a batch that the encoder sees one after the other
 
     # From the config
 
@@ -149,9 +123,10 @@ class Stage(Saved, abc.ABC):
         A field whose name is a key of the section takes that value, unless `_parts` has it.
         """
         section, model, data = config[cls.name], config.model, config.data
-        steps = section.epochs * cls.updates_per_epoch(config, records)
+        per_epoch = cls.updates_per_epoch(config, records)
+        steps = section.epochs * per_epoch
         if "warmup_epochs" in section:
-            warmup = section.warmup_epochs * cls.updates_per_epoch(config, records)
+            warmup = section.warmup_epochs * per_epoch
         else:
             warmup = warmup_updates(section.warmup_fraction, steps)
         colours = section.photometric.to_dict() if "photometric" in section else {}
@@ -193,7 +168,6 @@ class Stage(Saved, abc.ABC):
     @classmethod
     def training_images(cls, config, images: Source) -> Source:
         """Those of the training images that the stage sees."""
-        del config
         return images
 
     @classmethod
@@ -217,7 +191,6 @@ class Stage(Saved, abc.ABC):
     @classmethod
     def frozen_blocks(cls, config) -> int:
         """How many of the encoder's first blocks the stage leaves as they are."""
-        del config
         return 0
 
     @classmethod
@@ -236,8 +209,9 @@ class Stage(Saved, abc.ABC):
         """The first state. What `start` does not hold is initialised at random."""
 
     def _init_state(self, rng: jax.Array, params: dict, **parts) -> TrainState:
-        """A state at step 0 with fresh moments; fields that are not given are empty."""
-        return TrainState.at_start(rng, params, self.optimizer(params).init(params), **parts)
+        """The state at step 0 with fresh moments; fields that are not given are empty."""
+        moments = self.optimizer(params).init(params)
+        return TrainState(step=jnp.int32(0), params=params, opt_state=moments, rng=rng, **parts)
 
     @abc.abstractmethod
     def loss(self, params, state: TrainState, views: jax.Array, batch: dict, key: jax.Array):
@@ -248,7 +222,6 @@ class Stage(Saved, abc.ABC):
 
     def update_buffers(self, state: TrainState, aux: dict, finite: jax.Array) -> TrainState:
         """What follows the optimiser: averages, statistics, queue; nothing unless overridden."""
-        del aux, finite
         return state
 
     @abc.abstractmethod
@@ -260,13 +233,23 @@ class Stage(Saved, abc.ABC):
         """FLOPs of one update on the global batch, by formula (`block_flops`)."""
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Patches in (rows, columns)."""
+        return positions.grid(self.image_shape[:2], self.encoder.patch_size)
+
+    @property
     def _patches(self) -> int:
-        height, width, _ = self.image_shape
-        return (height // self.encoder.patch_size) * (width // self.encoder.patch_size)
+        return math.prod(self.grid)
 
     @property
     def _patch_pixels(self) -> int:
         return self.encoder.patch_size**2 * self.image_shape[2]
+
+    def _encoder_flops(self, patches: int) -> int:
+        """Forward pass over `patches` patches of a view: their embedding, and all blocks."""
+        encoder = self.encoder
+        blocks = block_flops(encoder.depth, encoder.width, patches + 1)
+        return 2 * patches * self._patch_pixels * encoder.width + blocks
 
 
 def warmup_updates(fraction: float, steps: int) -> int:
@@ -277,9 +260,8 @@ def warmup_updates(fraction: float, steps: int) -> int:
 def block_flops(depth: int, width: int, tokens: int) -> int:
     """Forward pass of `depth` transformer blocks over one image of `tokens` tokens.
 
-    Here and in each stage a multiplication and an addition count as two. Matrix products only:
-    norms, activations and the optimiser are below one percent. A backward pass costs twice its
-    forward pass.
+    Here and in each stage: two for a multiplication and an addition; matrix products only, as all
+    else is below one percent. A backward pass costs twice its forward pass.
     """
     linear = 12 * width**2  # qkv 3, projection 1, MLP 8
     attention = 2 * tokens * width  # scores and weighted sum
@@ -287,7 +269,7 @@ def block_flops(depth: int, width: int, tokens: int) -> int:
 
 
 def over_microbatches(encode: Callable[..., jax.Array], parts: int, *rows: jax.Array) -> jax.Array:
-    """`encode(*rows)` on one of `parts` equal parts of the rows after the other.
+    """`encode(*rows)`, up to rounding, on one of `parts` equal parts of the rows after the other.
 
     An encoder has no batch statistics, so the features of a batch are those of its parts. What the
     backward pass needs of a part is computed again when its turn comes (the idea of GradCache, Gao
@@ -297,9 +279,6 @@ def over_microbatches(encode: Callable[..., jax.Array], parts: int, *rows: jax.A
       encode: from arrays `[b, ...]` to an array `[b, ...]`, row by row.
       parts: number of microbatches; each device must hold a multiple of that many rows.
       *rows: arrays `[B, ...]`.
-
-    Returns:
-      What `encode` returns for all rows at once, `[B, ...]`, up to rounding.
     """
     if parts == 1:
         return encode(*rows)
@@ -316,11 +295,28 @@ def over_microbatches(encode: Callable[..., jax.Array], parts: int, *rows: jax.A
     return sharding.constrain_batch(outputs.swapaxes(0, 1).reshape(-1, *outputs.shape[2:]))
 
 
+def pooled_features(stage, params: dict, frozen: dict, *rows: jax.Array, microbatches: int = 1):
+    """Features fp32 `[B, D]` of `rows`: normalised images `[B, H, W, C]` and, in training, factors
+    of the blocks' branches (`vit.drop_paths`)."""
+    encoder = {**frozen["encoder"], **params.get("encoder", {})}
+
+    def encode(images, paths=None):
+        return vit.features(stage.encoder, encoder, images, stage.pool, paths=paths)
+
+    return over_microbatches(encode, microbatches, *rows)
+
+
 # Rules that several sections share
 
-CROP_SCALE = Rule(
-    "(low, high) with 0 < low <= high <= 1", lambda v, _: len(v) == 2 and 0 < v[0] <= v[1] <= 1
-)
+
+def _range(most: int) -> Rule:
+    return Rule(
+        f"(low, high) with 0 < low <= high <= {most}",
+        lambda v, _: len(v) == 2 and 0 < v[0] <= v[1] <= most,
+    )
+
+
+CROP_SCALE = _range(1)
 TRAINING: Rules = {
     "batch_size": positive,
     "epochs": positive,
@@ -339,8 +335,6 @@ PHOTOMETRIC: Rules = {
     "photometric.contrast": between(0, 1),
     "photometric.saturation": between(0, 1),
     "photometric.hue": between(0, 0.5),
-    "photometric.blur_sigma": Rule(
-        "(low, high) with 0 < low <= high <= 2", lambda v, _: len(v) == 2 and 0 < v[0] <= v[1] <= 2
-    ),
+    "photometric.blur_sigma": _range(2),
     **{f"photometric.{key}": _PROBABILITIES for key in _PER_VIEW},
 }

@@ -4,8 +4,6 @@ The recipe is that of MAE's fine-tuning (He et al., 2022, appendix A.1).
 """
 
 import dataclasses
-from collections.abc import Mapping
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +15,7 @@ from maect_jax.data import augment, loader, mix, subsets
 from maect_jax.data.sources import Source
 from maect_jax.models import vit
 from maect_jax.stages import base
-from maect_jax.stages.base import Stage, over_microbatches
+from maect_jax.stages.base import Stage
 from maect_jax.stages.state import TrainState
 
 _RANKED = 5
@@ -26,16 +24,7 @@ _kernel_init = nn.initializers.truncated_normal(0.01)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finetune(Stage):
-    """The whole encoder and a classifier.
-
-    Attributes:
-      pool: how tokens become a feature (`vit.features`).
-      classes: number of classes.
-      drop_path: rate of the last block (`vit.drop_paths`).
-      label_smoothing: the part of a target that is spread over all classes.
-      mixup_alpha, cutmix_alpha: of `mix.mix`; 0 for none.
-      erasing: probability that an image loses a box (`mix.erase`).
-    """
+    """The whole encoder and a classifier."""
 
     name = "finetune"
     number = 3
@@ -45,6 +34,7 @@ class Finetune(Stage):
     needs_labels = True
     changes_encoder = False  # it does, but it has seen the labels
     saved = ("params", "frozen")
+    encoder_in = ("frozen", "params")
     starts_from = ("ct", "head", "mae", "finetune")
     rules = base.TRAINING | {
         "warmup_epochs": base.WARMUP_EPOCHS,
@@ -60,30 +50,22 @@ class Finetune(Stage):
         "erasing": between(0, 1),
     }  # fmt: skip
 
-    pool: str
+    pool: str  # how tokens become a feature (`vit.features`)
     classes: int
-    drop_path: float
-    label_smoothing: float
-    mixup_alpha: float
+    drop_path: float  # rate of the last block (`vit.drop_paths`)
+    label_smoothing: float  # the part of a target that is spread over all classes
+    mixup_alpha: float  # 0 for none, as in the next (`mix.kept_fraction`)
     cutmix_alpha: float
-    erasing: float
+    erasing: float  # probability that an image loses a box (`mix.erase`)
 
-    @staticmethod
-    def encoder_params(parts: Mapping) -> dict:
-        return {**parts["frozen"]["encoder"], **parts["params"]["encoder"]}
-
-    @staticmethod
-    def with_encoder(encoder: dict) -> dict:
+    @classmethod
+    def with_encoder(cls, encoder: dict) -> dict:
         trained, frozen = vit.split_blocks(encoder, 0)
         return {"params": {"encoder": trained}, "frozen": {"encoder": frozen}}
 
     @classmethod
     def training_images(cls, config, images: Source) -> Source:
-        """Those that `config.finetune.images` names.
-
-        Raises:
-          UserError: it names images that are not there.
-        """
+        """Those that `config.finetune.images` names. Raises as `subsets.select` does."""
         return subsets.select(images, config.finetune.images, config.seed)
 
     @classmethod
@@ -103,32 +85,20 @@ class Finetune(Stage):
         images = jnp.zeros((1, *self.image_shape))
         encoder = start.get("encoder") or self.encoder.init(encoder_key, images)["params"]
         trained, frozen = vit.split_blocks(encoder, 0)
-        width = jax.eval_shape(self._features, encoder, images).shape[1]
-        classifier = {
-            "kernel": _kernel_init(classifier_key, (width, self.classes)),
-            "bias": jnp.zeros(self.classes),
-        }
+        kernel = _kernel_init(classifier_key, (self.encoder.width, self.classes))
+        classifier = {"kernel": kernel, "bias": jnp.zeros(self.classes)}
         params = {"encoder": trained, "classifier": classifier}
         return self._init_state(rng, params, frozen={"encoder": frozen})
 
-    def _features(
-        self, encoder: dict, images: jax.Array, paths: jax.Array | None = None
-    ) -> jax.Array:
-        return vit.features(self.encoder, encoder, images, self.pool, paths=paths)
-
-    def logits(
-        self, params: dict, frozen: dict, *rows: jax.Array, microbatches: int = 1
-    ) -> jax.Array:
-        """Scores fp32 `[B, classes]` of `rows`: normalised images `[B, H, W, C]`, and in training
-        `[B, L, 2]`, the factors of the blocks' branches (`vit.drop_paths`)."""
-        encoder = {**frozen["encoder"], **params["encoder"]}
-        x = over_microbatches(partial(self._features, encoder), microbatches, *rows)
+    def logits(self, params: dict, frozen: dict, *rows: jax.Array, microbatches: int = 1):
+        """Scores fp32 `[B, classes]` of the rows that `base.pooled_features` takes."""
+        x = base.pooled_features(self, params, frozen, *rows, microbatches=microbatches)
         kernel, bias = params["classifier"]["kernel"], params["classifier"]["bias"]
         # By default a TPU rounds the inputs of a matmul to bf16.
         return jnp.matmul(x, kernel, precision="highest") + bias
 
     def loss(self, params, state: TrainState, views: jax.Array, batch: dict, key: jax.Array):
-        """Cross entropy with smoothed and mixed labels. `views`: `[B, 1, H, W, C]`."""
+        """Cross entropy with smoothed and mixed labels."""
         erase_key, mix_key, path_key = jax.random.split(key, 3)
         images = views[:, 0]
         targets = mix.smooth(batch["label"], self.classes, self.label_smoothing)
@@ -140,26 +110,22 @@ class Finetune(Stage):
             images, targets = mix.mix(images, targets, kept)
         rows = [images]
         if self.drop_path:
-            depth = self.encoder.depth
-            rows.append(vit.drop_paths(path_key, self.drop_path, len(images), depth))
+            size = len(images), self.encoder.depth
+            rows.append(vit.drop_paths(path_key, self.drop_path, *size))
         logits = self.logits(params, state.frozen, *rows, microbatches=self.microbatches)
         return optax.softmax_cross_entropy(logits, targets).mean(), ({}, {})
 
     def ranked(self, params: dict, frozen: dict, images: jax.Array) -> jax.Array:
-        """The most likely classes of normalised images `[B, H, W, C]`, the first one first: int32
-        `[B, 5]`, fewer where there are not five."""
+        """The five most likely classes, or all, of normalised images `[B, H, W, C]`: int32
+        `[B, 5]`, the first one first."""
         scores = self.logits(params, frozen, images)
         return jax.lax.top_k(scores, min(_RANKED, self.classes))[1]
 
     def snapshot(self, state: TrainState, images: jax.Array, ids: jax.Array) -> dict:
         """`ranked` of images uint8 `[Q, H, W, C]`."""
-        del ids
         x = augment.normalise_pixels(images, self.recipe.mean, self.recipe.std)
         return {"ranked": self.ranked(state.params, state.frozen, x)}
 
     def flops_per_step(self, batch_size: int) -> int:
-        encoder, patches = self.encoder, self._patches
-        embed = 2 * patches * self._patch_pixels * encoder.width
-        blocks = base.block_flops(encoder.depth, encoder.width, patches + 1)
-        classifier = 2 * encoder.width * self.classes
-        return batch_size * self.views * 3 * (embed + blocks + classifier)
+        classifier = 2 * self.encoder.width * self.classes
+        return batch_size * self.views * 3 * (self._encoder_flops(self._patches) + classifier)

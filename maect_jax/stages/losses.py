@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maect_jax.models import vit
+from maect_jax.models import positions, vit
 from maect_jax.stages.support_queue import normalise
 
 
@@ -21,19 +21,16 @@ def patch_targets(images: jax.Array, patch_size: int) -> jax.Array:
     return (patches - mean) / std
 
 
-def fill_patches(
-    images: jax.Array, prediction: jax.Array, mask: jax.Array, patch_size: int
-) -> jax.Array:
+def fill_patches(images: jax.Array, prediction: jax.Array, mask: jax.Array, patch_size: int):
     """`images [B, H, W, C]` with their removed patches replaced by those of `prediction`.
 
-    The inverse of `patch_targets` needs the mean and standard deviation of each removed patch; the
-    model does not predict them, so they are taken from the images.
+    The mean and standard deviation of a removed patch, which the model does not predict, are those
+    of the image.
     """
     patches = vit.patchify(images, patch_size)
     mean, std = _patch_statistics(patches)
     filled = jnp.where(mask[..., None] > 0, prediction * std + mean, patches)
-    grid = (images.shape[1] // patch_size, images.shape[2] // patch_size)
-    return vit.unpatchify(filled, patch_size, grid)
+    return vit.unpatchify(filled, patch_size, positions.grid(images.shape[1:3], patch_size))
 
 
 def reconstruction(prediction: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:

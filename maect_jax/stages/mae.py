@@ -37,8 +37,7 @@ class MAE(Stage):
     def check(cls, config, devices: int) -> None:
         super().check(config, devices)
         decoder = config.mae.decoder
-        size = dict(width=decoder.width, heads=decoder.heads)
-        vit.check_width(config.model, "mae.decoder.width", **size)
+        vit.check_width(config.model, "mae.decoder.width", decoder.width, decoder.heads)
         if config.init_from:
             raise UserError(
                 f"config.init_from={config.init_from!r}: stage mae starts from random weights; "
@@ -58,16 +57,10 @@ class MAE(Stage):
         )
         return {"decoder": decoder, "groups": {"encoder": group, "decoder": group}}
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches in (rows, columns)."""
-        return tuple(size // self.encoder.patch_size for size in self.image_shape[:2])
-
     def init(self, key: jax.Array, start: dict) -> TrainState:
-        del start  # stage 1 takes nothing over
         encoder_key, decoder_key, rng = jax.random.split(key, 3)
         images = jnp.zeros((1, *self.image_shape))
-        restore = jnp.arange(self.grid[0] * self.grid[1])[None]
+        restore = jnp.arange(self._patches)[None]
         encoder = self.encoder.init(encoder_key, images)["params"]
         latent = jnp.zeros((1, 1, self.encoder.width))
         decoder = self.decoder.init(decoder_key, latent, restore, self.grid)["params"]
@@ -89,22 +82,17 @@ class MAE(Stage):
         return dict(loss=loss, latent=latent, restore=restore, mask=mask, prediction=prediction)
 
     def loss(self, params, state: TrainState, views: jax.Array, batch: dict, key: jax.Array):
-        del state, batch
         images = views.reshape(-1, *views.shape[2:])
-        noise = jax.random.uniform(key, (len(images), self.grid[0] * self.grid[1]))
+        noise = jax.random.uniform(key, (len(images), self._patches))
         outputs = self.forward(params, images, noise, self.microbatches)
         return outputs["loss"], ({}, {"mask": outputs["mask"]})
 
     def snapshot(self, state: TrainState, images: jax.Array, ids: jax.Array) -> dict:
-        """Masks images uint8 `[Q, H, W, C]`, the same way at every call, and fills them in.
-
-        Returns:
-          `mask` bool `[Q, H, W]`, true where removed; `filled` uint8 `[Q, H, W, C]`.
-        """
-        del ids
+        """`mask` bool `[Q, H, W]`, true where the images lack pixels, the same at every call; and
+        `filled` uint8 `[Q, H, W, C]`, the images with the reconstruction there."""
         recipe, patch = self.recipe, self.encoder.patch_size
         x = augment.normalise_pixels(images, recipe.mean, recipe.std)
-        noise = jax.random.uniform(jax.random.key(0), (len(x), self.grid[0] * self.grid[1]))
+        noise = jax.random.uniform(jax.random.key(0), (len(x), self._patches))
         outputs = self.forward(state.params, x, noise)
         filled = losses.fill_patches(x, outputs["prediction"], outputs["mask"], patch)
         pixels = jnp.repeat(outputs["mask"][..., None], patch**2, axis=-1)
@@ -114,14 +102,12 @@ class MAE(Stage):
         }
 
     def flops_per_step(self, batch_size: int) -> int:
-        encoder, decoder = self.encoder, self.decoder
-        patches, pixels = self._patches, self._patch_pixels
+        decoder, patches = self.decoder, self._patches
         kept = mae.kept_patches(patches, self.mask_ratio)
         forward = (
-            2 * kept * pixels * encoder.width
-            + base.block_flops(encoder.depth, encoder.width, kept + 1)
-            + 2 * (kept + 1) * encoder.width * decoder.width
+            self._encoder_flops(kept)
+            + 2 * (kept + 1) * self.encoder.width * decoder.width
             + base.block_flops(decoder.depth, decoder.width, patches + 1)
-            + 2 * patches * decoder.width * pixels
+            + 2 * patches * decoder.width * self._patch_pixels
         )
         return batch_size * self.views * 3 * forward

@@ -17,7 +17,7 @@ from maect_jax.data import augment
 from maect_jax.errors import UserError
 from maect_jax.models import nnclr, vit
 from maect_jax.stages import base, losses, optim, support_queue
-from maect_jax.stages.base import Stage, over_microbatches
+from maect_jax.stages.base import Stage
 from maect_jax.stages.state import TrainState
 
 _SNAPSHOT_NEIGHBOURS = 3
@@ -26,10 +26,7 @@ HEAD_KEYS = ("projector_hidden", "projector_out", "predictor_hidden", "queue_siz
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NNCLR(Stage):
-    """A contrastive head on an encoder, with a queue of past projections.
-
-    Of `top_k` neighbours that are found one is drawn. `pool` is how tokens become a feature.
-    """
+    """A contrastive head on an encoder, with a queue of past projections."""
 
     saved = ("params", "frozen", "batch_stats", "queue")
     hands_on = ("encoder", "projector", "predictor", "batch_stats", "queue")
@@ -44,10 +41,10 @@ class NNCLR(Stage):
 
     projector: nnclr.Projector
     predictor: nnclr.Predictor
-    pool: str
+    pool: str  # how tokens become a feature (`vit.features`)
     batch_size: int
     queue_size: int
-    top_k: int
+    top_k: int  # neighbours to find, of which one is drawn
     temperature: float
 
     @classmethod
@@ -61,27 +58,9 @@ class NNCLR(Stage):
             groups={"projector": group, "predictor": group},
         )
 
-    @classmethod
-    def handover(cls, parts: Mapping) -> dict:
-        head = {part: parts["params"][part] for part in ("projector", "predictor")}
-        buffers = {part: parts[part] for part in ("batch_stats", "queue")}
-        return super().handover(parts) | head | buffers
-
-    # What the two stages do differently
-
     def _split(self, encoder: dict) -> tuple[dict, dict]:
         """Whole encoder parameters as `(trained, frozen)`."""
         return {}, encoder
-
-    def _averages(self, params: dict) -> dict:
-        """The first state's averages of parameters, by field."""
-        del params
-        return {}
-
-    def _look_up(self, params: dict, target: dict, stats: dict, x: jax.Array, z: jax.Array):
-        """What the neighbours of features `x` are looked up with; `z` are their projections."""
-        del params, target, stats, x
-        return z
 
     def init(self, key: jax.Array, start: dict) -> TrainState:
         """`start` may hold `encoder` (whole, one stack of blocks), `projector`, `predictor`,
@@ -91,49 +70,38 @@ class NNCLR(Stage):
         projected = jnp.zeros((2, self.projector.out))
         projector = self.projector.init(projector_key, features, train=True)
         predictor = self.predictor.init(predictor_key, projected, train=True)
-        whole = self.encoder.clone(frozen_blocks=0)
-        images = jnp.zeros((1, *self.image_shape))
+        whole, images = self.encoder.clone(frozen_blocks=0), jnp.zeros((1, *self.image_shape))
         encoder = start.get("encoder") or whole.init(encoder_key, images)["params"]
-        fresh_stats = {
-            "projector": projector["batch_stats"],
-            "predictor": predictor["batch_stats"],
-        }
-        params = {
-            "projector": start.get("projector") or projector["params"],
-            "predictor": start.get("predictor") or predictor["params"],
-        }
         trained, frozen = self._split(encoder)
+        first = {
+            "projector": projector["params"],
+            "predictor": predictor["params"],
+            "batch_stats": {
+                "projector": projector["batch_stats"],
+                "predictor": predictor["batch_stats"],
+            },
+        } | start
+        params = {part: first[part] for part in ("projector", "predictor")}
         params |= {"encoder": trained} if trained else {}
+        sizes = self.queue_size, self.batch_size
         if "queue" in start:
-            queue = support_queue.rebatch(start["queue"], self.queue_size, self.batch_size)
+            queue = support_queue.rebatch(start["queue"], *sizes)
         else:
-            queue = support_queue.init(
-                queue_key, self.queue_size, self.batch_size, self.projector.out
-            )
-        return self._init_state(
-            rng,
-            params,
-            frozen={"encoder": frozen},
-            batch_stats=start.get("batch_stats") or fresh_stats,
-            queue=queue,
-            # Copies, so that parameter and average never share a buffer.
-            **jax.tree.map(jnp.copy, self._averages(params)),
-        )
+            queue = support_queue.init(queue_key, *sizes, self.projector.out)
+        buffers = dict(frozen={"encoder": frozen}, batch_stats=first["batch_stats"], queue=queue)
+        return self._init_state(rng, params, **buffers)
 
-    def features(
-        self, params: dict, frozen: dict, views: jax.Array, microbatches: int = 1
-    ) -> jax.Array:
+    def features(self, params: dict, frozen: dict, views: jax.Array, microbatches: int = 1):
         """Pooled features `[B, V, D]` of views `[B, V, H, W, C]`."""
-        encoder = {**frozen["encoder"], **params.get("encoder", {})}
-
-        def encode(images):
-            return vit.features(self.encoder, encoder, images, self.pool)
-
         images = views.reshape(-1, *views.shape[2:])
-        return over_microbatches(encode, microbatches, images).reshape(*views.shape[:2], -1)
+        features = base.pooled_features(self, params, frozen, images, microbatches=microbatches)
+        return features.reshape(*views.shape[:2], -1)
 
     def head(self, params: dict, batch_stats: dict, target: dict, features: jax.Array):
         """Runs the head on each view by itself, with batch statistics.
+
+        The neighbours are looked up with the projections of `target`, or, if it is empty, with the
+        projector's own.
 
         Returns:
           Normalised rows for the look-up `[B, V, out]` without gradient, predictions
@@ -150,16 +118,17 @@ class NNCLR(Stage):
         for x in jnp.unstack(features, axis=1):
             z = run("projector", self.projector, x)
             predicted.append(run("predictor", self.predictor, z))
-            z = self._look_up(params, target, stats, x, z)
+            if target:  # the running statistics are not read in training
+                variables = {"params": target["projector"], "batch_stats": stats["projector"]}
+                z = self.projector.apply(variables, x, train=True)
             projected.append(jax.lax.stop_gradient(support_queue.normalise(z)))
         return jnp.stack(projected, 1), jnp.stack(predicted, 1), stats
 
     def loss(self, params, state: TrainState, views: jax.Array, batch: dict, key: jax.Array):
-        """The symmetric NNCLR loss on two views `[B, 2, H, W, C]`."""
+        """The symmetric NNCLR loss."""
         features = self.features(params, state.frozen, views, self.microbatches)
         projected, predicted, stats = self.head(params, state.batch_stats, state.target, features)
-        ids = jnp.repeat(batch["index"], 2)
-        queries = projected.reshape(-1, projected.shape[-1])
+        queries, ids = projected.reshape(-1, projected.shape[-1]), jnp.repeat(batch["index"], 2)
         found = support_queue.nearest(state.queue, queries, ids, size=self.queue_size, k=self.top_k)
         positions = support_queue.choose(found, key)
         rows, labels = support_queue.take(state.queue, positions)
@@ -168,7 +137,6 @@ class NNCLR(Stage):
             losses.nearest_neighbour(rows[:, 0], predicted[:, 1], self.temperature)
             + losses.nearest_neighbour(rows[:, 1], predicted[:, 0], self.temperature)
         ) / 2
-        # Of the images whose label is known.
         known = batch["label"] >= 0
         hits = (labels[:, 0] == batch["label"]) & known
         metrics = {"nn_accuracy": hits.sum() / jnp.maximum(known.sum(), 1)}
@@ -190,13 +158,10 @@ class NNCLR(Stage):
         return state.replace(batch_stats=aux["batch_stats"], queue=queue)
 
     def snapshot(self, state: TrainState, images: jax.Array, ids: jax.Array) -> dict:
-        """Looks up the queue neighbours of images uint8 `[Q, H, W, C]`.
+        """`neighbours` in the queue, int32 `[Q, k]`: dataset indices, nearest first, -1 for rows
+        that belong to no image.
 
         As in training, but with running statistics; rows with the same `ids [Q]` are excluded.
-
-        Returns:
-          `neighbours` int32 `[Q, k]`, dataset indices, nearest first, -1 for rows that belong to
-          no image.
         """
         x = augment.normalise_pixels(images, self.recipe.mean, self.recipe.std)
         features = self.features(state.params, state.frozen, x[:, None])[:, 0]
@@ -207,12 +172,6 @@ class NNCLR(Stage):
         found = support_queue.nearest(state.queue, queries, ids, size=self.queue_size, k=k)
         return {"neighbours": state.queue.ids.reshape(-1)[found.positions]}
 
-    def _encoder_flops(self) -> int:
-        """Of one crop; the frozen blocks have a forward pass only."""
-        encoder, tokens = self.encoder, self._patches + 1
-        embed = 2 * self._patches * self._patch_pixels * encoder.width
-        return embed + base.block_flops(encoder.depth, encoder.width, tokens)
-
     def _projector_flops(self) -> int:
         hidden, out = self.projector.hidden, self.projector.out
         return 2 * (self.encoder.width * hidden + hidden**2 + hidden * out)
@@ -220,12 +179,9 @@ class NNCLR(Stage):
     def flops_per_step(self, batch_size: int) -> int:
         out = self.projector.out
         predictor = 2 * 2 * out * self.predictor.hidden
+        head = 3 * (self._projector_flops() + predictor + 2 * batch_size * out)
         look_up = 2 * self.queue_size * out
-        logits = 3 * 2 * batch_size * out
-        per_crop = (
-            self._encoder_flops() + 3 * (self._projector_flops() + predictor) + look_up + logits
-        )
-        return batch_size * self.views * per_crop
+        return batch_size * self.views * (self._encoder_flops(self._patches) + head + look_up)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,15 +193,8 @@ class Head(NNCLR):
     title = "a contrastive head on the frozen encoder"
     row = "the encoder under the head"
     changes_encoder = False
+    encoder_in = ("frozen",)
     starts_from = ("mae", "head", "ct", "finetune")
-
-    @staticmethod
-    def encoder_params(parts: Mapping) -> dict:
-        return parts["frozen"]["encoder"]
-
-    @staticmethod
-    def with_encoder(encoder: dict) -> dict:
-        return {"frozen": {"encoder": encoder}}
 
     @classmethod
     def tuned_blocks(cls, config) -> int:
@@ -254,11 +203,7 @@ class Head(NNCLR):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContrastiveTuning(NNCLR):
-    """Stage 3: the encoder's upper blocks and the head.
-
-    `target_momentum` (`config.ct.target_factor`) is the decay of the target projector, which looks
-    the neighbours up; `ema_decay` that of the encoder's average, which is the result.
-    """
+    """Stage 3: the encoder's upper blocks and the head."""
 
     name = "ct"
     number = 2
@@ -266,6 +211,7 @@ class ContrastiveTuning(NNCLR):
     row = "the average of the tuned encoder"
     saved = (*NNCLR.saved, "ema")
     exported = ("target",)
+    encoder_in = ("frozen", "ema")
     starts_from = ("head", "ct", "mae", "finetune")
     takes = NNCLR.hands_on
     rules = NNCLR.rules | {
@@ -279,34 +225,28 @@ class ContrastiveTuning(NNCLR):
         "head_weight_decay": not_negative,
     }  # fmt: skip
 
+    # Decay of the target projector, which looks the neighbours up (`config.ct.target_factor`), and
+    # of the encoder's average, which is the result.
     target_momentum: float
     ema_decay: float
 
-    @staticmethod
-    def encoder_params(parts: Mapping) -> dict:
-        """The average of the encoder."""
-        return vit.merge_blocks({**parts["frozen"]["encoder"], **parts["ema"]["encoder"]})
-
     @classmethod
     def last_encoder_params(cls, parts: Mapping) -> dict:
-        return vit.merge_blocks({**parts["frozen"]["encoder"], **parts["params"]["encoder"]})
+        return cls.encoder_params({**parts, "ema": parts["params"]})
 
-    @staticmethod
-    def with_encoder(encoder: dict) -> dict:
+    @classmethod
+    def with_encoder(cls, encoder: dict) -> dict:
         """As after tuning with all blocks frozen: the average is the encoder itself."""
         depth = len(encoder["blocks"]["norm1"]["scale"])
         trained, frozen = vit.split_blocks(encoder, depth)
-        return {
-            "params": {"encoder": trained},
-            "frozen": {"encoder": frozen},
-            "ema": {"encoder": trained},
-        }
+        parts = {"params": trained, "frozen": frozen, "ema": trained}
+        return {field: {"encoder": part} for field, part in parts.items()}
 
     @classmethod
     def frozen_blocks(cls, config) -> int:
         """`config.ct.frozen_blocks`; for None, half of the blocks."""
-        half = vit.size_of(config.model).depth // 2
-        return half if config.ct.frozen_blocks is None else config.ct.frozen_blocks
+        frozen = config.ct.frozen_blocks
+        return vit.size_of(config.model).depth // 2 if frozen is None else frozen
 
     @classmethod
     def check(cls, config, devices: int) -> None:
@@ -323,29 +263,23 @@ class ContrastiveTuning(NNCLR):
     @classmethod
     def _parts(cls, config, steps: int, classes: int) -> dict:
         section, head = config.ct, cls._group(config, "head_")
-        decay = section.ema_decay
-        if decay is None:
-            decay = 1 - 1 / max(steps / 10, 1)
         encoder = cls._group(config, layer_decay=section.layer_decay)
+        tenth = 1 - 1 / max(steps / 10, 1)
         return super()._parts(config, steps, classes) | dict(
             groups={"encoder": encoder, "projector": head, "predictor": head},
             target_momentum=section.target_factor,
-            ema_decay=decay,
+            ema_decay=tenth if section.ema_decay is None else section.ema_decay,
         )
 
     def _split(self, encoder: dict) -> tuple[dict, dict]:
         return vit.split_blocks(encoder, self.encoder.frozen_blocks)
 
-    def _averages(self, params: dict) -> dict:
-        return {
-            "ema": {"encoder": params["encoder"]},
-            "target": {"projector": params["projector"]},
-        }
-
-    def _look_up(self, params: dict, target: dict, stats: dict, x: jax.Array, z: jax.Array):
-        # The running statistics are not read in training.
-        variables = {"params": target["projector"], "batch_stats": stats["projector"]}
-        return self.projector.apply(variables, x, train=True)
+    def init(self, key: jax.Array, start: dict) -> TrainState:
+        state = super().init(key, start)
+        # Copies, so that parameter and average never share a buffer.
+        copy = jax.tree.map(jnp.copy, state.params)
+        ema, target = {"encoder": copy["encoder"]}, {"projector": copy["projector"]}
+        return state.replace(ema=ema, target=target)
 
     def update_buffers(self, state: TrainState, aux: dict, finite: jax.Array) -> TrainState:
         """Averages of encoder and projector; running statistics; view 0 enters the queue."""
@@ -357,15 +291,13 @@ class ContrastiveTuning(NNCLR):
         )
         return super().update_buffers(state, aux, finite)
 
-    def _encoder_flops(self) -> int:
+    def flops_per_step(self, batch_size: int) -> int:
+        """Also the backward pass of the tuned blocks, and the target projector."""
         encoder = self.encoder
         tuned = encoder.depth - encoder.frozen_blocks
         backward = 2 * base.block_flops(tuned, encoder.width, self._patches + 1)
-        return super()._encoder_flops() + backward
-
-    def flops_per_step(self, batch_size: int) -> int:
-        target = batch_size * self.views * self._projector_flops()
-        return super().flops_per_step(batch_size) + target
+        more = batch_size * self.views * (backward + self._projector_flops())
+        return super().flops_per_step(batch_size) + more
 
 
 def check_same_head(before, now, where: str) -> None:

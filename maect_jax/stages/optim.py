@@ -16,18 +16,14 @@ EPS = 1e-8
 class Group:
     """Optimisation of one part of the parameters.
 
-    Attributes:
-      lr: learning rate at the schedule's peak, already scaled (`scaled_lr`).
-      weight_decay: decoupled, multiplied with the learning rate.
-      layer_decay: the last block of an encoder has `lr * layer_decay`, the one below
-        `lr * layer_decay^2`, and so on; the final norm has `lr`.
-      depth: number of blocks of the whole encoder, frozen ones included.
+    With `layer_decay` the last block of an encoder has `lr * layer_decay`, the one below
+    `lr * layer_decay^2`, and so on; the final norm has `lr`.
     """
 
-    lr: float
-    weight_decay: float
+    lr: float  # at the schedule's peak, already scaled (`scaled_lr`)
+    weight_decay: float  # decoupled, multiplied with the learning rate
     layer_decay: float = 1.0
-    depth: int = 0
+    depth: int = 0  # blocks of the whole encoder, frozen ones included
 
 
 def scaled_lr(base_lr: float, batch_size: int, views: int) -> float:
@@ -47,22 +43,6 @@ def schedule(steps: int, warmup: int) -> Callable[[jax.Array], jax.Array]:
     return factor
 
 
-def _lr(path: tuple[str, ...], leaf, group: Group) -> np.ndarray:
-    if group.layer_decay == 1.0 or path[1] == "norm":
-        return np.float32(group.lr)
-    if path[1] == "blocks":
-        # Stacked [layers, ...]: the last ones of `depth`, as the frozen ones are elsewhere.
-        distance = np.arange(leaf.shape[0], 0, -1).reshape(-1, *[1] * (leaf.ndim - 1))
-    else:
-        distance = group.depth + 1
-    return np.asarray(group.lr * group.layer_decay**distance, np.float32)
-
-
-def _weight_decay(path: tuple[str, ...], group: Group) -> float:
-    # By name, not by rank: stacked biases and scales have two dimensions.
-    return 0.0 if path[-1] in ("bias", "scale") else group.weight_decay
-
-
 def per_tensor(params, groups: Mapping[str, Group]):
     """Peak learning rate (scalar, or `[layers, 1, ...]`) and weight decay of each tensor.
 
@@ -74,22 +54,25 @@ def per_tensor(params, groups: Mapping[str, Group]):
       Two trees of the structure of `params`.
     """
 
-    def names(path):
-        return tuple(entry.key for entry in path)
-
     def lr(path, leaf):
-        return _lr(names(path), leaf, groups[names(path)[0]])
+        group, part = groups[path[0].key], path[1].key
+        if group.layer_decay == 1.0 or part == "norm":
+            return np.float32(group.lr)
+        distance = group.depth + 1
+        if part == "blocks":
+            # Stacked [layers, ...]: the last ones of `depth`, as the frozen ones are elsewhere.
+            distance = np.arange(leaf.shape[0], 0, -1).reshape(-1, *[1] * (leaf.ndim - 1))
+        return np.asarray(group.lr * group.layer_decay**distance, np.float32)
 
     def weight_decay(path, _):
-        return _weight_decay(names(path), groups[names(path)[0]])
+        # By name, not by rank: stacked biases and scales have two dimensions.
+        return 0.0 if path[-1].key in ("bias", "scale") else groups[path[0].key].weight_decay
 
     by_path = jax.tree_util.tree_map_with_path
     return by_path(lr, params), by_path(weight_decay, params)
 
 
-def adamw(
-    params, groups: Mapping[str, Group], steps: int, warmup: int
-) -> optax.GradientTransformation:
+def adamw(params, groups: Mapping[str, Group], steps: int, warmup: int):
     """The optimiser of a stage (Loshchilov & Hutter, 2019); no gradient clipping."""
     lrs, decays = per_tensor(params, groups)
 

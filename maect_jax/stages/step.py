@@ -22,11 +22,10 @@ def gradients(stage: Stage, state: TrainState, batch: dict):
 
 
 def step(stage: Stage, state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Pure: `(state, batch) -> (state, metrics)`.
+    """The next state, and metrics, which are scalars. Pure.
 
-    A step whose loss or gradients are not finite counts as a step and changes nothing else:
-    not the parameters, moments, averages, statistics, nor the queue. Metrics are scalars;
-    `finite` tells.
+    A step whose loss or gradients are not `finite` counts as a step and changes nothing else: not
+    the parameters, moments, averages, statistics, nor the queue.
     """
     (loss, (metrics, aux)), grads = gradients(stage, state, batch)
     grad_norm = optax.tree.norm(grads)
@@ -46,18 +45,12 @@ def step(stage: Stage, state: TrainState, batch: dict) -> tuple[TrainState, dict
 
 
 def jitted_step(stage: Stage, shardings: TrainState):
-    """`step` as it is run: jitted, the state donated, its new arrays where the old ones were.
-
-    `shardings` are those of the state (`state_shardings`).
-    """
+    """`step`, the state donated, its new arrays with the `shardings` of the old ones."""
     return jax.jit(partial(step, stage), donate_argnums=0, out_shardings=(shardings, None))
 
 
 def jitted_snapshot(stage: Stage, mesh):
-    """`stage.snapshot` as it is run: `(state, batch) -> dict`, jitted, results on every device.
-
-    `batch` has `images` and `ids`.
-    """
+    """`stage.snapshot` of a batch's `images` and `ids`, with the results on every device."""
 
     def snapshot(state, batch):
         return stage.snapshot(state, batch["images"], batch["ids"])

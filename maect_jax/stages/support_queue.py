@@ -24,25 +24,19 @@ _ABSENT = -3.0  # below the excluded ones: rows beyond the queue's size
 
 @flax.struct.dataclass
 class Queue:
-    """A ring of batches.
+    """A ring of batches."""
 
-    Attributes:
-      rows: fp32 `[slots, B, D]`, L2-normalised.
-      ids, labels: dataset index and label of each row, int32 `[slots, B]`, -1 if unknown.
-      slot: int32 `[]`, the slot that is written next, which is the oldest.
-    """
-
-    rows: jax.Array
-    ids: jax.Array
-    labels: jax.Array
-    slot: jax.Array
+    rows: jax.Array  # fp32 `[slots, B, D]`, L2-normalised
+    ids: jax.Array  # dataset index of each row, int32 `[slots, B]`, -1 if unknown
+    labels: jax.Array  # likewise
+    slot: jax.Array  # int32 `[]`, the slot that is written next, which is the oldest
 
 
 class Neighbours(NamedTuple):
-    """Scores fp32 `[Q, k]` (cosines, `EXCLUDED` for own rows) and ring positions int32 `[Q, k]`."""
+    """What a look-up finds for each query, the best first."""
 
-    scores: jax.Array
-    positions: jax.Array
+    scores: jax.Array  # fp32 `[Q, k]`: cosines, `EXCLUDED` for the query's own rows
+    positions: jax.Array  # in the ring, int32 `[Q, k]`
 
 
 def normalise(x: jax.Array) -> jax.Array:
@@ -75,8 +69,8 @@ def push(queue: Queue, rows: jax.Array, ids: jax.Array, labels: jax.Array, keep=
         return jax.lax.dynamic_update_index_in_dim(ring, new, queue.slot, 0)
 
     slot = jnp.where(keep, (queue.slot + 1) % len(queue.ids), queue.slot)
-    rows, ids, labels = rows.astype(jnp.float32), ids.astype(jnp.int32), labels.astype(jnp.int32)
-    return Queue(write(queue.rows, rows), write(queue.ids, ids), write(queue.labels, labels), slot)
+    new = rows.astype(jnp.float32), ids.astype(jnp.int32), labels.astype(jnp.int32)
+    return Queue(*map(write, (queue.rows, queue.ids, queue.labels), new), slot)
 
 
 def in_age_order(queue: Queue, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -86,40 +80,29 @@ def in_age_order(queue: Queue, size: int) -> tuple[jax.Array, jax.Array, jax.Arr
         ring = jnp.roll(ring, -queue.slot, axis=0)
         return ring.reshape(-1, *ring.shape[2:])[-size:]
 
-    return flat(queue.rows), flat(queue.ids), flat(queue.labels)
+    return tuple(map(flat, (queue.rows, queue.ids, queue.labels)))
 
 
 def rebatch(queue: Queue, size: int, batch: int) -> Queue:
     """The same rows in the same age order for another batch size, when a stage starts."""
     if queue.ids.shape == (slots_for(size, batch), batch):
         return queue
-    rows, ids, labels = in_age_order(queue, size)
     surplus = slots_for(size, batch) * batch - size
 
     def ring(flat, fill):
         pad = jnp.full((surplus, *flat.shape[1:]), fill, flat.dtype)
         return jnp.concatenate([pad, flat]).reshape(-1, batch, *flat.shape[1:])
 
-    return Queue(ring(rows, 0.0), ring(ids, -1), ring(labels, -1), jnp.int32(0))
-
-
-def _merge(scores, positions, k):
-    """The best `k` of candidates `[Q, n]`: by descending score, then by ascending position."""
-    order = jax.lax.sort((-scores, positions), dimension=1, num_keys=2)
-    return -order[0][:, :k], order[1][:, :k]
-
-
-def _slots_per_tile(slots: int, rows: int) -> int:
-    """How many slots of `rows` rows make a tile: the largest divisor of `slots` that fits."""
-    fitting = (n for n in range(1, slots + 1) if slots % n == 0 and n * rows <= _TILE)
-    return max(fitting, default=1)
+    return Queue(*map(ring, in_age_order(queue, size), (0, -1, -1)), jnp.int32(0))
 
 
 def _search(queue: Queue, queries, ids, *, size, k, first_row, batch):
     """Best `k` for each of `queries [Q, D]` in the part of the ring from row `first_row` on."""
     slots, rows_here = queue.ids.shape
     surplus = slots * batch - size
-    together = _slots_per_tile(slots, rows_here)
+    # A tile is as many slots as fit, of the numbers that divide all of them.
+    fitting = (n for n in range(1, slots + 1) if slots % n == 0 and n * rows_here <= _TILE)
+    together = max(fitting, default=1)
     tiles = slots // together
     place = jnp.arange(together * rows_here, dtype=jnp.int32)
     row = first_row + place % rows_here
@@ -158,8 +141,8 @@ def nearest(queue: Queue, queries: jax.Array, ids: jax.Array, *, size: int, k: i
       k: neighbours to return, at most `size`.
 
     Returns:
-      Neighbours in the defined order. Excluded rows come last, with score `EXCLUDED`; where fewer
-      than `k` rows are allowed they fill the list up, by ring position.
+      Neighbours in the defined order. Where fewer than `k` rows are allowed, excluded ones fill the
+      list up, by ring position.
     """
     batch = queue.ids.shape[1]
     search = partial(_search, size=size, k=k, batch=batch)
@@ -175,20 +158,22 @@ def nearest(queue: Queue, queries: jax.Array, ids: jax.Array, *, size: int, k: i
         # [Q, k] candidates among this device's rows for all queries -> [Q / n, n k] among all
         # devices' rows for this device's queries.
         swap = partial(jax.lax.all_to_all, axis_name=axes, split_axis=0, concat_axis=1, tiled=True)
-        return _merge(*map(swap, candidates), k)
+        scores, positions = map(swap, candidates)
+        order = jax.lax.sort((-scores, positions), dimension=1, num_keys=2)
+        return -order[0][:, :k], order[1][:, :k]
 
     specs = Queue(P(None, axes), P(None, axes), P(None, axes), P())
-    nearest = jax.shard_map(
+    on_devices = jax.shard_map(
         on_device, in_specs=(specs, P(axes), P(axes)), out_specs=P(axes), check_vma=False
-    )(queue, queries, ids.astype(jnp.int32))
-    return Neighbours(*nearest)
+    )
+    return Neighbours(*on_devices(queue, queries, ids.astype(jnp.int32)))
 
 
 def choose(neighbours: Neighbours, key: jax.Array) -> jax.Array:
     """Draws one of each query's neighbours uniformly: ring positions int32 `[Q]`.
 
-    Only allowed rows are drawn, however few. If every row is excluded, the first of the list, the
-    row at the lowest ring position, is taken.
+    Only allowed rows are drawn, however few; if there are none, the first of the list is taken,
+    the row at the lowest ring position.
     """
     allowed = jnp.maximum((neighbours.scores > EXCLUDED).sum(1), 1)
     uniform = jax.random.uniform(key, allowed.shape)

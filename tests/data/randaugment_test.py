@@ -37,7 +37,7 @@ def test_every_operation_equals_timms(rng, monkeypatch, name, channels):
                 if name == "PosterizeIncreasing" and magnitude == 10:  # see the test below
                     continue
                 want = auto_augment.AugmentOp(name, 1.0, magnitude, hparams)(image)
-                filling = randaugment.Filling(resample, colour)
+                filling = dict(resample=resample, fillcolor=colour)
                 got = randaugment.OPERATIONS[name](image, sign * magnitude / 10, filling)
                 np.testing.assert_array_equal(np.asarray(got), np.asarray(want), str(magnitude))
                 results.append(np.asarray(got).tobytes())
@@ -50,7 +50,7 @@ def test_every_operation_equals_timms(rng, monkeypatch, name, channels):
 def test_the_highest_level_posterizes_to_black(rng):
     """As with older versions of Pillow; newer ones refuse it."""
     image = Image.fromarray(picture(rng, 3))
-    filling = randaugment.Filling(Image.Resampling.BILINEAR, FILL)
+    filling = dict(resample=Image.Resampling.BILINEAR, fillcolor=FILL)
     assert not np.asarray(randaugment.OPERATIONS["PosterizeIncreasing"](image, 1.0, filling)).any()
 
 

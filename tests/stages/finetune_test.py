@@ -109,17 +109,19 @@ def test_no_drop_path_changes_nothing_and_a_dropped_block_is_none(rng):
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.77, 1.0])
-def test_cutmix_cuts_the_box_of_its_formula(kept):
+def test_cutmix_cuts_the_box_of_its_formula(kept, monkeypatch):
+    monkeypatch.setattr(jax.random, "beta", lambda *_: jnp.float32(kept))
     shape = (12, 20)
     for seed in range(20):
         key = jax.random.key(seed)
-        y, x = np.asarray(jax.random.randint(key, (2,), 0, jnp.asarray(shape)))
+        box_key = jax.random.split(key, 4)[3]
+        y, x = np.asarray(jax.random.randint(box_key, (2,), 0, jnp.asarray(shape)))
         height, width = (int(side * np.sqrt(1 - kept)) for side in shape)
         want = np.ones(shape)
         top, bottom = np.clip([y - height // 2, y + (height + 1) // 2], 0, shape[0])
         left, right = np.clip([x - width // 2, x + (width + 1) // 2], 0, shape[1])
         want[top:bottom, left:right] = 0
-        np.testing.assert_array_equal(mix._cut(key, shape, jnp.float32(kept)), want)
+        np.testing.assert_array_equal(mix.kept_fraction(key, shape, 0.0, 1.0), want)
 
 
 def test_one_of_mixup_and_cutmix_is_drawn_with_its_own_beta():
