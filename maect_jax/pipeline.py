@@ -169,7 +169,7 @@ def check_enough(config: ConfigDict, images: sources.Source) -> None:
 
 
 def images_to_plan(config: ConfigDict) -> tuple[sources.Source, str]:
-    """The training images and where they are from; if they are absent, as many blank ones as a known
+    """The training images and where they are from; if there are none, blank ones, as many as a known
     set has (ImageNet-1k for a folder).
 
     Raises:
