@@ -295,7 +295,9 @@ def over_microbatches(encode: Callable[..., jax.Array], parts: int, *rows: jax.A
     return sharding.constrain_batch(outputs.swapaxes(0, 1).reshape(-1, *outputs.shape[2:]))
 
 
-def pooled_features(stage, params: dict, frozen: dict, *rows: jax.Array, microbatches: int = 1):
+def pooled_features(
+    stage, params: dict, frozen: dict, *rows: jax.Array, microbatches: int = 1
+) -> jax.Array:
     """Features fp32 `[B, D]` of `rows`: normalised images `[B, H, W, C]` and, in training, factors
     of the blocks' branches (`vit.drop_paths`)."""
     encoder = {**frozen["encoder"], **params.get("encoder", {})}

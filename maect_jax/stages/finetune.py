@@ -90,7 +90,9 @@ class Finetune(Stage):
         params = {"encoder": trained, "classifier": classifier}
         return self._init_state(rng, params, frozen={"encoder": frozen})
 
-    def logits(self, params: dict, frozen: dict, *rows: jax.Array, microbatches: int = 1):
+    def logits(
+        self, params: dict, frozen: dict, *rows: jax.Array, microbatches: int = 1
+    ) -> jax.Array:
         """Scores fp32 `[B, classes]` of the rows that `base.pooled_features` takes."""
         x = base.pooled_features(self, params, frozen, *rows, microbatches=microbatches)
         kernel, bias = params["classifier"]["kernel"], params["classifier"]["bias"]

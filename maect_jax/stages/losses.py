@@ -21,7 +21,9 @@ def patch_targets(images: jax.Array, patch_size: int) -> jax.Array:
     return (patches - mean) / std
 
 
-def fill_patches(images: jax.Array, prediction: jax.Array, mask: jax.Array, patch_size: int):
+def fill_patches(
+    images: jax.Array, prediction: jax.Array, mask: jax.Array, patch_size: int
+) -> jax.Array:
     """`images [B, H, W, C]` with their removed patches replaced by those of `prediction`.
 
     The mean and standard deviation of a removed patch, which the model does not predict, are those

@@ -91,7 +91,9 @@ class NNCLR(Stage):
         buffers = dict(frozen={"encoder": frozen}, batch_stats=first["batch_stats"], queue=queue)
         return self._init_state(rng, params, **buffers)
 
-    def features(self, params: dict, frozen: dict, views: jax.Array, microbatches: int = 1):
+    def features(
+        self, params: dict, frozen: dict, views: jax.Array, microbatches: int = 1
+    ) -> jax.Array:
         """Pooled features `[B, V, D]` of views `[B, V, H, W, C]`."""
         images = views.reshape(-1, *views.shape[2:])
         features = base.pooled_features(self, params, frozen, images, microbatches=microbatches)

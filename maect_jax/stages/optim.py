@@ -72,7 +72,9 @@ def per_tensor(params, groups: Mapping[str, Group]):
     return by_path(lr, params), by_path(weight_decay, params)
 
 
-def adamw(params, groups: Mapping[str, Group], steps: int, warmup: int):
+def adamw(
+    params, groups: Mapping[str, Group], steps: int, warmup: int
+) -> optax.GradientTransformation:
     """The optimiser of a stage (Loshchilov & Hutter, 2019); no gradient clipping."""
     lrs, decays = per_tensor(params, groups)
 
