@@ -169,8 +169,8 @@ def check_enough(config: ConfigDict, images: sources.Source) -> None:
 
 
 def images_to_plan(config: ConfigDict) -> tuple[sources.Source, str]:
-    """The training images and where they are from; if there are none, blank ones, as many as a known
-    set has (ImageNet-1k for a folder).
+    """The training images and where they are from; without any, blank ones, as many as a known set
+    has (ImageNet-1k for a folder).
 
     Raises:
       UserError: they exist but do not fit, or the set is not known.
