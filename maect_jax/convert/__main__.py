@@ -77,8 +77,8 @@ def _import(arguments: argparse.Namespace) -> None:
     run = arguments.run.absolute()
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UserError(f"{run}: exists already; name a new folder")
-    keys = (field.name for field in dataclasses.fields(importing.Overrides))
-    overrides = importing.Overrides(**{key: getattr(arguments, key) for key in keys})
+    fields = dataclasses.fields(importing.Overrides)
+    overrides = importing.Overrides(*(getattr(arguments, field.name) for field in fields))
     imported = importing.recognised(arguments.file, overrides)
     print("\n".join(imported.described), flush=True)
     try:

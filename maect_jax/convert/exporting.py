@@ -54,18 +54,10 @@ class Model:
     held_out: bool = False
 
     @property
-    def classifier(self) -> dict[str, np.ndarray]:
-        """`weight [C, D]` and `bias [C]` of a linear classifier, if there is one, after
-        `running_mean [D]` and `running_var [D]` if batch normalisation comes before it."""
-        linear = self.parts["params"].get("classifier")
-        norm = self.parts.get("batch_stats", {}).get("classifier", {})
-        running = {f"running_{key}": norm[key] for key in ("mean", "var") if norm}
-        return running | {"weight": linear["kernel"].T, "bias": linear["bias"]} if linear else {}
-
-    @property
     def classes(self) -> int:
         """How many classes a classifier right behind the feature has; 0 for none."""
-        return 0 if "running_var" in self.classifier else len(self.classifier.get("bias", ()))
+        normalised = "classifier" in self.parts.get("batch_stats", {})
+        return 0 if normalised else len(self.parts["params"].get("classifier", {}).get("bias", ()))
 
     @property
     def hf_classifier(self) -> bool:
@@ -96,9 +88,9 @@ def export(model: Model, file: Path, format: str) -> list[str]:
     parent, card_name = file.absolute().parent, f"{file.name}.md"
     _check_new(file, *([parent / card_name] if endings else []))
     complete = {"timm": bool(model.classes), "hf": model.hf_classifier}.get(format, True)
-    left_out = []
-    if model.classifier and not complete:
-        left_out = [f"The run's classifier is left out: {format} has no place for it"]
+    left_out = [f"The run's classifier is left out: {format} has no place for it"]
+    if complete or "classifier" not in model.parts["params"]:
+        left_out = []
     try:
         parent.mkdir(parents=True, exist_ok=True)
         # Everything is written aside, and then moved into place.
@@ -150,17 +142,19 @@ def _with_class_row(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return tensors | {"pos_embed": np.concatenate([row, position], axis=1)}
 
 
-def _classifier(model: Model, linear: str, norm: str) -> dict[str, np.ndarray]:
-    """The classifier with the names of its two modules."""
-    return {
-        f"{norm if name.startswith('running') else linear}.{name}": x
-        for name, x in model.classifier.items()
-    }
+def _classifier(model: Model, linear: str, norm: str = "") -> dict[str, np.ndarray]:
+    """`weight [C, D]` and `bias [C]` of a linear classifier, if there is one, after `running_mean
+    [D]` and `running_var [D]` if batch normalisation comes before it, in modules of these names."""
+    layer = model.parts["params"].get("classifier")
+    stats = model.parts.get("batch_stats", {}).get("classifier", {})
+    running = {f"{norm}.running_{key}": stats[key] for key in ("mean", "var") if stats}
+    weights = {"weight": layer["kernel"].T, "bias": layer["bias"]} if layer else {}
+    return running | {f"{linear}.{name}": x for name, x in weights.items()}
 
 
 def _timm(model: Model, file: Path) -> None:
     # timm's models have no batch normalisation before the classifier.
-    classifier = _classifier(model, "head", "") if model.classes else {}
+    classifier = _classifier(model, "head") if model.classes else {}
     tensors.write(file, _encoder(model) | classifier, metadata=_metadata(model))
 
 
@@ -207,7 +201,7 @@ def _hf(model: Model, folder: Path) -> None:
     }
     if model.hf_classifier:
         weights = {f"vit.{name}": x for name, x in weights.items()}
-        weights |= _classifier(model, "classifier", "")
+        weights |= _classifier(model, "classifier")
         classes = {str(i): f"class {i}" for i in range(model.classes)}
         config |= {"id2label": classes, "label2id": {c: int(i) for i, c in classes.items()}}
     else:
@@ -237,10 +231,8 @@ _WRITERS = {"timm": _timm, "hf": _hf, "maect": _maect, "mae": _mae}
 
 def _card(model: Model, file: Path, format: str, left_out: Sequence[str]) -> str:
     """The model card, as Markdown."""
-    text = Path(__file__).with_name("card.md").read_text()
-    template = jinja2.Template(
-        text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
+    options = dict(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    template = jinja2.Template(Path(__file__).with_name("card.md").read_text(), **options)
     kind, section = SAVED[model.stage], model.config.get(model.stage)
     size = vit.size_of(model.config.model)
     settings = {"model": model.config.model.to_dict() | size._asdict()}

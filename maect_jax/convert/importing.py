@@ -75,8 +75,7 @@ class Imported:
     """Files of weights, recognised and checked but not yet read.
 
     Attributes:
-      files: their paths.
-      layouts: whose names each has.
+      files: whose names each has, by their paths.
       kind: the stage that a run with such variables has saved, a key of `SAVED`.
       config: of such a run: `model`, `data` where the normalisation is known, the sizes of a head.
       described: for people, a line each.
@@ -84,8 +83,7 @@ class Imported:
       grid: (rows, columns) of patches that their positions are for.
     """
 
-    files: tuple[Path, ...]
-    layouts: tuple[str, ...]
+    files: Mapping[Path, str]
     kind: str
     config: ConfigDict
     described: tuple[str, ...]
@@ -106,14 +104,14 @@ class Imported:
             more = names.head_from_torch(self.parts[HEAD])
         elif CLASSIFIER in self.parts:
             more = names.variables_from_torch(self.parts[CLASSIFIER], CLASSIFIER)
-        both = {field: {**fields[field], **more[field]} for field in fields.keys() & more.keys()}
+        both = {field: fields[field] | more[field] for field in fields.keys() & more.keys()}
         return fields | more | both
 
     def origin(self) -> list[dict]:
         """Where the weights are from: each file with its layout and its SHA-256."""
         return [
             {"file": path.name, "layout": layout, "sha256": tensors.sha256(path)}
-            for path, layout in zip(self.files, self.layouts, strict=True)
+            for path, layout in self.files.items()
         ]
 
 
@@ -159,8 +157,7 @@ def recognised(files: Sequence[Path], overrides: Overrides | None = None) -> Imp
     main = next(i for i, one in enumerate(sorted_files) if ENCODER in one.parts)
     config, grid = _Builder(contents[main], parts, overrides or Overrides()).build()
     return Imported(
-        files=tuple(files),
-        layouts=tuple(one.layout for one in sorted_files),
+        files={path: one.layout for path, one in zip(files, sorted_files, strict=True)},
         kind=config.stages[0],
         config=config,
         described=tuple(_described(contents, sorted_files, config, grid)),
@@ -285,8 +282,7 @@ class _Builder:
 
     def pool(self, grid: tuple[int, int], width: int) -> str:
         """The feature, where the user does not name one."""
-        norm = self.parts[ENCODER].get("norm.weight")
-        if norm and norm.names[0] == "fc_norm.weight":
+        if "fc_norm.weight" in [name for x in self.parts[ENCODER].values() for name in x.names]:
             return "fc_norm"
         if CLASSIFIER in self.parts or self.stated["global_pool"]:
             return self.stated["global_pool"] or "cls"
@@ -356,8 +352,7 @@ class _Builder:
     def compare(self, shapes: Mapping[str, Shapes]) -> None:
         """Raises `UserError` for a tensor that is missing or unexpected, or of a wrong shape."""
         for part, expected in shapes.items():
-            missing = sorted(set(expected) - set(self.parts[part]))
-            if missing:
+            if missing := sorted(set(expected) - set(self.parts[part])):
                 more = f" and {len(missing) - 1} more" if missing[1:] else ""
                 raise self.error(f"the {part}'s tensor {missing[0]!r} is missing{more}")
             for name, x in self.parts[part].items():
@@ -398,6 +393,7 @@ def _described(contents, sorted_files, config: ConfigDict, grid) -> Iterator[str
     for content, one in zip(contents, sorted_files, strict=True):
         yield f"{content.path}: {one.layout} names, {content.container}"
     parts = {part: x for one in sorted_files for part, x in one.parts.items()}
+    ignored = {name: why for one in sorted_files for name, why in one.ignored.items()}
     model, size = config.model, vit.size_of(config.model)
     fixed = "the fixed sine-cosine ones" if _is_fixed(parts[ENCODER], grid) else "learned, frozen"
     resized = positions.grid(model.image_size, model.patch_size) != grid
@@ -405,7 +401,6 @@ def _described(contents, sorted_files, config: ConfigDict, grid) -> Iterator[str
     if parts[ENCODER]["pos_embed"].shape[1] > math.prod(grid):
         how += "; the class token's is added to it"
     known = "from the folder" if config.data else "unknown; config.data.mean and .std apply"
-    ignored = {name: why for one in sorted_files for name, why in one.ignored.items()}
     used = [(part, name, x) for part, named in parts.items() for name, x in named.items()]
     total = len(ignored) + len({name for *_, x in used for name in x.names})
     yield f"""\

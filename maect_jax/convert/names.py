@@ -13,7 +13,8 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
-from importlib import resources
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ Parts = dict[str, dict[str, Stored]]  # of a model: its tensors by name
 ENCODER, DECODER, HEAD, CLASSIFIER = "encoder", "decoder", "head", "classifier"
 _PARTS = (ENCODER, DECODER, HEAD, CLASSIFIER)
 
-_TABLE = resources.files("maect_jax.convert").joinpath("names.txt").read_text()
+_TABLE = Path(__file__).with_name("names.txt").read_text()
 _HEADER, *_LINES = (line.split() for line in _TABLE.splitlines() if not line.startswith("#"))
 _ROWS = [dict(zip(_HEADER, line, strict=True)) for line in _LINES]
 _TENSOR = {
@@ -112,11 +113,20 @@ def _to_torch(variables: Mapping[str, Mapping], part: str, first_block: int = 0)
     return tensors
 
 
-def _network_from_torch(tensors: Tensors, part: str, grid: tuple[int, int]) -> dict:
-    """The parameters, and `pos_embed` where it differs from the fixed position embedding.
+def _network_from_torch(part: str, tensors: Tensors, grid: tuple[int, int]) -> dict:
+    """The parameters of a whole encoder (or decoder), with one stack of blocks.
 
-    A row of `pos_embed` for the class token is added to that token. A decoder has no class token of
-    its own, so there the row must be zero.
+    Args:
+      part: `ENCODER` or `DECODER`.
+      tensors: of an encoder `cls_token`, `patch_embed.proj.*`, `blocks.<i>.*` and `norm.*`, of a
+        decoder `mask_token`, `embed.*`, `blocks.<i>.*`, `norm.*` and `pred.*`; optionally
+        `pos_embed [1, N, D]`, which is kept only where it differs from the fixed sine-cosine
+        embedding. A first row for the class token is added to that token; a decoder has no such
+        token of its own, so there the row must be zero.
+      grid: patches in (rows, columns).
+
+    Raises:
+      UserError: a tensor is missing or unexpected.
     """
     params = variables_from_torch(tensors, part)["params"]
     if "pos_embed" not in params:
@@ -133,7 +143,9 @@ def _network_from_torch(tensors: Tensors, part: str, grid: tuple[int, int]) -> d
     return params if fixed else params | {"pos_embed": position}
 
 
-def _network_to_torch(params: Mapping, part: str, grid: tuple | None, first_block: int = 0) -> dict:
+def _network_to_torch(
+    part: str, params: Mapping, grid: tuple[int, int] | None = None, first_block: int = 0
+) -> dict[str, np.ndarray]:
     """The inverse of `_network_from_torch`, with `pos_embed` where `grid` is given."""
     params = dict(params)
     position = params.pop("pos_embed", None)
@@ -145,19 +157,10 @@ def _network_to_torch(params: Mapping, part: str, grid: tuple | None, first_bloc
     return tensors | {"pos_embed": np.asarray(position)[None]}
 
 
-def encoder_from_torch(tensors: Tensors, grid: tuple[int, int]) -> dict:
-    """Whole encoder parameters, with one stack of blocks, from a state dict.
-
-    Args:
-      tensors: `cls_token`, `patch_embed.proj.*`, `blocks.<i>.*`, `norm.*`, and optionally
-        `pos_embed [1, N, D]`, which is kept only where it differs from the fixed sine-cosine
-        embedding.
-      grid: patches in (rows, columns).
-
-    Raises:
-      UserError: a tensor is missing or unexpected.
-    """
-    return _network_from_torch(tensors, ENCODER, grid)
+# `(tensors, grid)` to parameters, and `(params, grid)` to tensors.
+encoder_from_torch = partial(_network_from_torch, ENCODER)
+decoder_from_torch = partial(_network_from_torch, DECODER)
+decoder_to_torch = partial(_network_to_torch, DECODER)
 
 
 def encoder_to_torch(
@@ -171,23 +174,12 @@ def encoder_to_torch(
       grid: patches in (rows, columns). With it `params` must be whole, and `pos_embed` is written.
       first_block: index in the whole encoder of the first block of `params["blocks"]`.
     """
-    tensors = _network_to_torch(params, ENCODER, grid, first_block)
+    tensors = _network_to_torch(ENCODER, params, grid, first_block)
     if "patch_embed" in params:
         weight = tensors["patch_embed.proj.weight"]
         pixels = weight.reshape(len(weight), patch_size, patch_size, -1)
         tensors["patch_embed.proj.weight"] = pixels.transpose(0, 3, 1, 2)
     return tensors
-
-
-def decoder_from_torch(tensors: Tensors, grid: tuple[int, int]) -> dict:
-    """Decoder parameters from a state dict: `mask_token`, `embed.*`, `blocks.<i>.*`, `norm.*`,
-    `pred.*` and optionally `pos_embed`, treated as in `encoder_from_torch`."""
-    return _network_from_torch(tensors, DECODER, grid)
-
-
-def decoder_to_torch(params: Mapping, grid: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
-    """The inverse of `decoder_from_torch`, with `pos_embed` where `grid` is given."""
-    return _network_to_torch(params, DECODER, grid)
 
 
 def head_from_torch(tensors: Tensors) -> dict:
@@ -199,8 +191,7 @@ def head_from_torch(tensors: Tensors) -> dict:
         `queue [Q, D]`, `queue_id [Q]`, `queue_y [Q]`, `queue_ptr [1]`.
 
     Returns:
-      `params` and `batch_stats` of `projector` and `predictor`; `target` of `projector` and
-      `queue` (a `support_queue.Queue`) where the state dict has them.
+      `params`, `batch_stats`, and where the state dict has them `target` and `queue`.
 
     Raises:
       UserError: a tensor is unexpected.
@@ -244,8 +235,7 @@ def head_to_torch(state: Mapping, queue_size: int | None = None) -> dict[str, np
         if stats:
             target["batch_stats"] = {"target_projector": stats["projector"]}
         tensors |= _to_torch(target, HEAD)
-    queue = state.get("queue")
-    if queue is None:
+    if (queue := state.get("queue")) is None:
         return tensors
     queue_size = queue_size or queue.ids.size
     oldest = int(queue.slot) * queue.ids.shape[1] % queue_size
@@ -301,11 +291,10 @@ def sort(tensors: Mapping[str, Stored], where: str) -> Sorted:
             f"HuggingFace's ViTMAE or ViT, timm's ViT); its first tensor is {min(tensors)!r}"
         )
     parts: Parts = {}
-    ignored = {}
+    pairs = itertools.product(tensors, _IGNORED.items())
+    ignored = {name: why for name, (what, why) in pairs if re.fullmatch(what, name)}
     for name, x in tensors.items():
-        reason = next((why for what, why in _IGNORED.items() if re.fullmatch(what, name)), None)
-        if reason:
-            ignored[name] = reason
+        if name in ignored:
             continue
         # transformers 5 writes the decoder's layers under a name that its code has never had.
         name_5 = name.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers.")

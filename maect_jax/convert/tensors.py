@@ -26,7 +26,6 @@ _WRAPPERS = ("model", "state_dict")
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = ("model.safetensors", _INDEX, "pytorch_model.bin")
 _FLOATS = ("F16", "BF16", "F32", "F64")
-_TORCH_FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +77,7 @@ def read(path: Path) -> Content:
     Raises:
       UserError: it does not exist, is damaged, or is something else.
     """
-    file = (weights_in(path) if path.is_dir() else path) or path
+    file = weights_in(path) or path
     if file.is_dir():
         run = "; a run need not be imported" if (path / "checkpoints").is_dir() else ""
         raise UserError(f"{path}: the folder holds none of {', '.join(_WEIGHTS)}{run}")
@@ -196,24 +195,19 @@ def _pickle(path: Path) -> tuple[str, dict[str, Stored]]:
         saved = saved[inner]
     if not isinstance(saved, Mapping):
         raise UserError(f"{path}: holds {type(saved).__name__}, not tensors by name")
-    odd = [k for k, x in saved.items() if not isinstance(k, str) or not torch.is_tensor(x)]
-    if odd:
+    if odd := [k for k, x in saved.items() if not (isinstance(k, str) and torch.is_tensor(x))]:
         raise UserError(f"{path}: {odd[0]!r} is not a tensor; is this a whole training state?")
 
-    def floats(x):
-        dense = x.layout == torch.strided and not x.is_quantized
-        return dense and str(x.dtype).removeprefix("torch.") in _TORCH_FLOATS
-
-    def numbers(name):
+    def read(name):
         # Mapped anew for each tensor, for the same reason as above.
         content = reduce(getitem, keys, _load(torch, path, mapped)) if mapped else saved
         x = content[name].detach()
         return (x.float() if x.dtype == torch.bfloat16 else x).contiguous().numpy().copy()
 
-    tensors = {
-        name: Stored((name,), tuple(x.shape), partial(numbers, name), path, floats(x))
-        for name, x in saved.items()
-    }
+    tensors = {}
+    for name, x in saved.items():
+        floats = x.layout == torch.strided and x.dtype.is_floating_point and x.dtype.itemsize > 1
+        tensors[name] = Stored((name,), tuple(x.shape), partial(read, name), path, floats)
     inside = "".join(f"[{key!r}]" for key in keys)
     return f"PyTorch {inside}".strip(), tensors
 
