@@ -230,7 +230,8 @@ def test_a_wrong_index_is_replaced(saved_index, data):
     strange = st.sampled_from([
         np.int64(3), np.zeros(0, int), np.arange(21), np.arange(21)[::-1], np.full(21, 10**9),
         np.array(["a", "b"]), np.zeros((2, 2)), np.float64([1, 2]), np.full(21, -1, np.int32),
-        np.array([b""] * 21), np.array([b"x"]),
+        np.frombuffer(b"\0" * 20, np.uint8), np.frombuffer(b"x", np.uint8),
+        np.frombuffer(b"x\0" * 20 + b"x", np.int8),
     ])  # fmt: skip
     key = data.draw(st.sampled_from(["names", "labels", "classes", "folders"]))
     whole, wrong = saved_index.read_bytes(), arrays_of_index | {key: data.draw(strange)}

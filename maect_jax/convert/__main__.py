@@ -132,6 +132,7 @@ def main() -> None:
     if arguments.command == "import":
         _import(arguments)
         return
+    exporting.check_file(arguments.file, arguments.format)  # before weights are read
     model = read_run(arguments.run, arguments.stage, arguments.weights)
     print("\n".join(exporting.export(model, arguments.file, arguments.format)))
 

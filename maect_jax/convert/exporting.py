@@ -80,13 +80,10 @@ def export(model: Model, file: Path, format: str) -> list[str]:
       UserError: the format has no place for the model, a file exists already, or it cannot be
         written.
     """
-    endings = _ENDINGS[format]
-    if endings and file.suffix not in endings:
-        raise UserError(f"{file}: a file of format {format} must end in {' or '.join(endings)}")
+    check_file(file, format)
     if model.config.model.pool == "fc_norm" and format in ("hf", "maect"):
         raise UserError(f"{format}: has no norm behind the pooling (fc_norm); use timm or mae")
     parent, card_name = file.absolute().parent, f"{file.name}.md"
-    _check_new(file, *([parent / card_name] if endings else []))
     complete = {"timm": bool(model.classes), "hf": model.hf_classifier}.get(format, True)
     left_out = [f"The run's classifier is left out: {format} has no place for it"]
     if complete or "classifier" not in model.parts["params"]:
@@ -98,7 +95,9 @@ def export(model: Model, file: Path, format: str) -> list[str]:
             draft = Path(scratch) / file.name
             _WRITERS[format](model, draft)
             text = _card(model, file, format, left_out)
-            files.write_text(draft.with_name(card_name) if endings else draft / "README.md", text)
+            files.write_text(
+                draft / "README.md" if format == "hf" else draft.with_name(card_name), text
+            )
             written = {one: file.parent / one.name for one in sorted(draft.parent.iterdir())}
             _check_new(*written.values())
             for one, path in written.items():
@@ -106,6 +105,14 @@ def export(model: Model, file: Path, format: str) -> list[str]:
     except OSError as error:
         raise UserError(f"{file}: cannot write there: {error}") from error
     return [*map(str, written.values()), *left_out]
+
+
+def check_file(file: Path, format: str) -> None:
+    """Raises `UserError` if a file cannot be of one of `FORMATS` by its name, or exists already."""
+    endings = _ENDINGS[format]
+    if endings and file.suffix not in endings:
+        raise UserError(f"{file}: a file of format {format} must end in {' or '.join(endings)}")
+    _check_new(file, *([file.with_name(f"{file.name}.md")] if endings else []))
 
 
 def _check_new(*paths: Path) -> None:

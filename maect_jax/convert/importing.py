@@ -177,8 +177,10 @@ class _Builder:
             "layer_norm_eps": overrides.ln_eps,
         }
         stated = {**content.config, **{key: x for key, x in first.items() if x is not None}}
-        self.stated = {}
+        self.stated = {"global_pool": None}
         for key, (read, allowed) in _METADATA.items():
+            if key == "global_pool" and overrides.pool:
+                continue
             try:
                 self.stated[key] = None if stated.get(key) is None else read(stated[key])
             except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -320,6 +322,10 @@ class _Builder:
         params = _zeros(module, latent, np.zeros((1, math.prod(grid)), int), grid=grid)["params"]
         shapes = _shapes(names.decoder_to_torch(params))
         shapes["pos_embed"] = self.position_shape(DECODER, grid, width)
+        position = self.parts[DECODER]["pos_embed"]
+        if position.shape[1] > math.prod(grid) and np.asarray(position)[:, 0].any():
+            name = position.names[0]
+            raise self.error(f"{name!r} has a row for the class token that is not zero")
         return "mae", {"decoder": size._asdict()}, shapes
 
     def head(self, width: int) -> tuple[str, dict, Shapes]:

@@ -121,8 +121,8 @@ def _network_from_torch(part: str, tensors: Tensors, grid: tuple[int, int]) -> d
       tensors: of an encoder `cls_token`, `patch_embed.proj.*`, `blocks.<i>.*` and `norm.*`, of a
         decoder `mask_token`, `embed.*`, `blocks.<i>.*`, `norm.*` and `pred.*`; optionally
         `pos_embed [1, N, D]`, which is kept only where it differs from the fixed sine-cosine
-        embedding. A first row for the class token is added to that token; a decoder has no such
-        token of its own, so there the row must be zero.
+        embedding. A first row for the class token is added to that token; in a decoder, which has
+        no such token of its own, it is zero.
       grid: patches in (rows, columns).
 
     Raises:
@@ -135,8 +135,6 @@ def _network_from_torch(part: str, tensors: Tensors, grid: tuple[int, int]) -> d
     class_row, position = position[:-rows], position[-rows:]
     if len(position) != rows or len(class_row) > 1:
         raise UserError(f"{part}: pos_embed has {len(class_row) + len(position)} rows, not {rows}")
-    if class_row.any() and "cls_token" not in params:
-        raise UserError(f"{part}: pos_embed has a row for the class token that is not zero")
     if len(class_row) and "cls_token" in params:
         params["cls_token"] = params["cls_token"] + class_row
     fixed = np.array_equal(position, positions.sincos(grid, position.shape[1]))

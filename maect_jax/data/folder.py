@@ -21,18 +21,24 @@ class Index(NamedTuple):
     """The files below a folder, as arrays, which are cheap to pass to worker processes."""
 
     classes: np.ndarray  # names of the class folders, empty where there are none
-    names: np.ndarray  # the files' paths below the folder, as bytes
+    names: np.ndarray  # the files' paths below the folder, uint8, joined by NUL
     labels: np.ndarray  # int32, -1 for all files where there are no classes
     folders: np.ndarray  # paths of all folders that were listed
     changed: np.ndarray  # when each of these last gained or lost a file (ns); 0 on a bucket
+
+    @property
+    def ends(self) -> np.ndarray:
+        """Where each path ends in `names`."""
+        return np.append(np.flatnonzero(self.names == 0), len(self.names))
 
     def is_valid(self) -> bool:
         """Whether the arrays have the types and sizes of an index."""
         kinds = "".join(array.dtype.kind for array in self if array.ndim == 1)
         return (
-            kinds == "USiUi"
-            and len(self.names) == len(self.labels) > 0
-            and bool(self.names.all())
+            kinds == "UuiUi"
+            and self.names.dtype == np.uint8
+            and len(self.ends) == len(self.labels)
+            and np.diff(self.ends, prepend=-1).min() > 1
             and -1 <= self.labels.min() <= self.labels.max() < len(self.classes)
         )
 
@@ -62,6 +68,7 @@ class Folder(Source):
         saved = self._saved_index()
         self._is_new = saved is None
         self._index = saved or _make_index(epath.Path(self._root), root)
+        self._ends = self._index.ends
         self.classes, self.labels = self._index.classes.tolist(), self._index.labels
         if classes is not None and self.classes:
             if unknown := sorted(set(self.classes) - set(classes)):
@@ -78,7 +85,9 @@ class Folder(Source):
 
     def name(self, record: int) -> str:
         """The path of a file."""
-        return os.path.join(self._root, os.fsdecode(self._index.names[record]))
+        start = self._ends[record - 1] + 1 if record else 0
+        path = self._index.names[start : self._ends[record]].tobytes()
+        return os.path.join(self._root, os.fsdecode(path))
 
     def _saved_index(self) -> Index | None:
         """The index from its file, unless a folder has changed since."""
@@ -144,9 +153,10 @@ def _make_index(root: epath.Path, given: str) -> Index:
     if empty := [name for name, group in zip(classes, groups[1:], strict=True) if not group]:
         raise _error(f"no images in these classes of {given!r}: {_first_names(empty)}")
     start = len(os.fspath(root).rstrip("/")) + 1
+    names = [os.fsencode(path[start:]) for group in groups for path in group]
     return Index(
         classes=np.array(classes, dtype=str),
-        names=np.array([os.fsencode(path[start:]) for group in groups for path in group]),
+        names=np.frombuffer(b"\0".join(names), np.uint8),
         labels=np.repeat(np.arange(-1, len(classes), dtype=np.int32), list(map(len, groups))),
         folders=np.array([os.fspath(folder)[start:] for folder in changed], dtype=str),
         changed=np.array(list(changed.values())),

@@ -37,6 +37,7 @@ class Saved:
     exported: ClassVar[tuple[str, ...]] = ()
     encoder_in: ClassVar[tuple[str, ...]] = ("params",)
     hands_on: ClassVar[tuple[str, ...]] = ("encoder",)  # what `handover` gives
+    encoder_of: ClassVar[str] = ""  # the stage whose encoder it keeps as it is
 
     @classmethod
     def encoder_params(cls, parts: Mapping) -> dict:

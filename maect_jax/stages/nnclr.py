@@ -196,6 +196,7 @@ class Head(NNCLR):
     row = "the encoder under the head"
     changes_encoder = False
     encoder_in = ("frozen",)
+    encoder_of = "mae"
     starts_from = ("mae", "head", "ct", "finetune")
 
     @classmethod

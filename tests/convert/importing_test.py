@@ -58,7 +58,7 @@ def test_the_class_tokens_position_is_added_to_it(file, tmp_path):
     learned = mae_file(MAE)
     learned["decoder_pos_embed"][:, 0] = 1
     with pytest.raises(UserError, match="has a row for the class token that is not zero"):
-        importing.recognised([file(learned)], told(MAE)).read()
+        importing.recognised([file(learned)], told(MAE))  # before anything is written
 
 
 def test_an_authors_encoder_and_head_go_in_and_out_bit_equal(file, tmp_path, monkeypatch):
