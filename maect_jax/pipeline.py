@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+from clu.parameter_overview import count_parameters
 from ml_collections import ConfigDict
 
 from maect_jax import config as configs
@@ -79,15 +80,6 @@ def check_stages(config: ConfigDict) -> None:
             raise UserError(f"config.stages={config.stages!r}: {stage.name} needs {able} before it")
 
 
-def require_model(config: ConfigDict) -> None:
-    """Raises `UserError` where a config takes its model from a run, which is not at hand."""
-    if "model" not in config:
-        raise UserError(
-            f"config.init_from={config.init_from!r}: this config has no section 'model', which it "
-            "takes from a run when it runs; name a config that has one"
-        )
-
-
 def check(config: ConfigDict, devices: int) -> None:
     """Checks every value of a whole config by the rules of its owner.
 
@@ -112,6 +104,27 @@ def check(config: ConfigDict, devices: int) -> None:
         stage.check(config, devices)
     if EVAL in config.stages:
         runner.check(config, devices)
+
+
+def check_to_train(config: ConfigDict, devices: int) -> list[type[Stage]]:
+    """Checks a config that is looked at but not run, and returns the stages that it trains.
+
+    Raises:
+      UserError: a value is not allowed, there are none, or its model is that of a run.
+    """
+    check_stages(config)
+    stages = training_stages(config)
+    if not stages:
+        raise UserError(
+            f"config.stages={config.stages!r}: no training stage; name a config with one"
+        )
+    if "model" not in config:
+        raise UserError(
+            f"config.init_from={config.init_from!r}: this config has no section 'model', which it "
+            "takes from a run when it runs; name a config that has one"
+        )
+    check(config, devices)
+    return stages
 
 
 def open_images(config: ConfigDict, workdir: Path) -> dict[str, sources.Source]:
@@ -190,31 +203,34 @@ def images_to_plan(config: ConfigDict) -> tuple[sources.Source, str]:
     return sources.Blank(known[0], channels, *known[1:]), f"{name}'s, as {why}"
 
 
-def prepare(config: ConfigDict) -> lineage.Origin | None:
-    """Checks a config against the machine and what it starts from.
-
-    A config without a model of its own gets that of the run.
-
-    Returns:
-      Where the first stage starts, None for random weights.
+def _find_origin(config: ConfigDict) -> lineage.Saved | None:
+    """Where the first stage starts, None for random weights. A config without a model of its own
+    gets that of the run.
 
     Raises:
-      UserError: a value is not allowed, or there is nothing to start from.
+      UserError: there is nothing to start from.
     """
-    check_stages(config)
-    origin, first = None, config.stages[0]
+    first = config.stages[0]
     needs_run = first == EVAL or "model" not in config
-    takes_over = first == EVAL or STAGES[first].takes
-    if takes_over and (config.init_from != lineage.RANDOM or needs_run):
-        origin = lineage.find(config.init_from, first, needs_run)
-        if "model" not in config:
-            with config.unlocked():
-                config.model = origin.saved.config.model
+    if not needs_run and (config.init_from == lineage.RANDOM or not STAGES[first].takes):
+        return None
+    origin = lineage.find(config.init_from, first, needs_run)
+    if "model" not in config:
+        with config.unlocked():
+            config.model = origin.config.model
+    return origin
+
+
+def prepare(config: ConfigDict) -> lineage.Saved | None:
+    """Checks a config against the machine and what it starts from, which it returns
+    (`_find_origin`). Raises `UserError`."""
+    check_stages(config)
+    origin = _find_origin(config)
     check(config, jax.device_count())
     if config.tensorboard:
         logger.tensorboard_writer()
     if origin:
-        origin.check_fits(config, first)
+        lineage.check_fits(origin, config)
     return origin
 
 
@@ -269,9 +285,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             raise RunFailedError(f"{str(error).rstrip('.')}{good}") from error
 
 
-def _run_stages(
-    run: Run, origin: lineage.Origin | None, images: Mapping[str, sources.Source]
-) -> None:
+def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None:
     config, is_main = run.config, jax.process_index() == 0
     if is_main:
         for source in images.values():
@@ -282,32 +296,29 @@ def _run_stages(
     def bad_images_of(source):
         return BadImages(source, config.model.channels, config.data.max_bad_fraction)
 
-    def start(stage, origin):
-        return origin.start(config.model, stage, run.mesh) if origin else {}
-
     bad_images = {split: bad_images_of(source) for split, source in images.items()}
     for name in config.stages:
         if name == EVAL:
-            rows = lineage.encoders(run.folder) if len(config.stages) > 1 else origin.rows()
-            results = runner.run(run, images, bad_images=bad_images, encoders=rows)
+            results = runner.run(run, images, bad_images=bad_images, encoders=origin.rows())
             if is_main:
                 print(f"\n{table.text(table.cells(results))}", flush=True)
             continue
         stage = STAGES[name]
         own = stage.training_images(config, images["train"])
         measured = stage.changes_encoder and monitor.is_possible(config, images)
+        start = partial(lineage.start, origin, config.model, stage, run.mesh) if origin else dict
         train.run(
             train.Training(
                 run=run,
                 stage=stage,
                 images=own,
                 bad_images=bad_images["train"] if own is images["train"] else bad_images_of(own),
-                start=partial(start, stage, origin),
+                start=start,
                 examples=examples,
                 monitor=monitor.Monitor(run, stage, images) if measured else None,
             )
         )
-        origin = lineage.of_run(run.folder, name)
+        origin = lineage.SavedStage(run.folder, name)
         if stage.needs_labels:
             result = finetuned.classify(run, name, images=images, bad_images=bad_images["val"])
             if is_main:
@@ -319,34 +330,24 @@ def _run_stages(
 def dry_run(config: ConfigDict) -> None:
     """Prints what `run` would do. The images and the run to start from need not be there."""
     check_stages(config)
-    if "model" not in config:
-        try:
-            model = lineage.find(config.init_from, config.stages[0]).saved.config.model
-        except UserError as error:
-            print(f"{config.name}: {' -> '.join(config.stages)}; its model is not known: {error}")
+    title = f"{config.name}: {' -> '.join(config.stages)}; "
+    try:
+        start = _find_origin(config) or "random weights"
+    except UserError as error:
+        if "model" not in config:
+            print(f"{title}its model is not known: {error}")
             return
-        with config.unlocked():
-            config.model = model
+        start = f"nothing yet: {error}"
     check(config, jax.device_count())
     mesh = sharding.make_mesh(**config.mesh)
     images, whose = images_to_plan(config)
     check_enough(config, images)
     kind = mesh.devices.flat[0].device_kind
-    print(f"{config.name}: {' -> '.join(config.stages)}; {len(images):,} training images ({whose})")
+    print(f"{title}{len(images):,} training images ({whose})")
     print(f"on {mesh.size} {kind} ({sharding.mesh_text(mesh.shape)})")
     if config.stages[0] == EVAL or STAGES[config.stages[0]].takes:
-        print(f"from {_start_text(config)}")
+        print(f"from {start}")
     print("\n".join(_described(config, images)))
-
-
-def _start_text(config: ConfigDict) -> str:
-    """Where the first stage starts, and whether it could."""
-    if config.init_from == lineage.RANDOM:
-        return "random weights"
-    try:
-        return lineage.find(config.init_from, config.stages[0], config.stages[0] == EVAL).name
-    except UserError as error:
-        return f"nothing yet: {error}"
 
 
 def _described(config: ConfigDict, images: sources.Source) -> Iterator[str]:
@@ -373,8 +374,3 @@ def _described(config: ConfigDict, images: sources.Source) -> Iterator[str]:
         yield "\n".join([f"{name}:", *(f"  {key:22}{value}" for key, value in rows.items())])
     if EVAL in config.stages:
         yield f"eval: {', '.join(config.eval.protocols)} on frozen features"
-
-
-def count_parameters(tree) -> int:
-    """Elements of all (abstract) arrays of a tree."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

@@ -192,14 +192,9 @@ def main() -> None:
     parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help=slice_help)
     parser.add_argument("--out", type=Path, help="default: runs/compile/<config>.<topology>.json")
     config, arguments = configs.from_command_line(parser)
-    pipeline.check_stages(config)
-    stages = pipeline.training_stages(config)
-    if not stages:
-        raise UserError(f"config.stages={config.stages!r}: no training stage to compile")
-    pipeline.require_model(config)
     topology = arguments.topology
     devices = devices_of(topology)
-    pipeline.check(config, len(devices))
+    stages = pipeline.check_to_train(config, len(devices))
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     name = f"{config.name}.{topology.replace(':', '-')}.json"
     out = arguments.out or Path("runs/compile", name)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import jax
 
-from maect_jax import config as configs
 from maect_jax import errors, files, sharding
 from maect_jax.convert import exporting, importing
 from maect_jax.errors import UserError
@@ -107,16 +106,20 @@ def read_run(path: Path, stage: str | None = None, weights: str = "ema") -> expo
     Raises:
       UserError: there is no such run, stage or step, or the stage is not finished.
     """
-    run, stage, step = lineage.trained_stage(path, stage)
-    kind, folder = SAVED[stage], checkpoints.stage_folder(run, stage)
+    allowed = "the folder of a run; a file must be imported first"
+    saved = lineage.trained_stage(path, (stage,) if stage else (), where=str(path), allowed=allowed)
+    if stage not in (None, saved.stage):
+        raise UserError(f"--stage={stage}: the checkpoint is one of stage {saved.stage}")
+    run, stage, kind = saved.run, saved.stage, SAVED[saved.stage]
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    parts = checkpoints.read_parts(folder, kind.saved + kind.exported, mesh, step)
+    folder = checkpoints.stage_folder(run, stage)
+    parts = checkpoints.read_parts(folder, kind.saved + kind.exported, mesh, saved.step)
     encoder = kind.last_encoder_params if weights == "trained" else kind.encoder_params
     results = runner.read_results(run).get(stage, {})
     measured = table.percentages({stage: results})[stage]
     return exporting.Model(
         stage=stage,
-        config=configs.read(run / "config.json"),
+        config=saved.config,
         encoder=jax.device_get(encoder(parts)),
         parts=jax.device_get(parts),
         averaged="ema" in kind.saved and weights == "ema",

@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from maect_jax import files, sharding
-from maect_jax.errors import RunFailedError, UserError
+from maect_jax.errors import RESUME, RunFailedError, UserError
 from maect_jax.run import manifest
 from maect_jax.stages.state import TrainState
 from maect_jax.stages.support_queue import Queue
@@ -83,7 +83,7 @@ def last_good(run: Path, stages: Sequence[str]) -> str:
         last = folder / str(last_step(folder))
     except OSError as error:
         return f"The checkpoints cannot be read now ({error.strerror})."
-    return f"The last good checkpoint is {last}. Run the same command to resume."
+    return f"The last good checkpoint is {last}. {RESUME}"
 
 
 def _handler(state) -> ocp.CompositeCheckpointHandler:

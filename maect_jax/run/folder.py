@@ -45,7 +45,7 @@ class Run:
 
 
 @contextmanager
-def opened(run: Run, origin: lineage.Origin | None) -> Iterator[Run]:
+def opened(run: Run, origin: lineage.Saved | None) -> Iterator[Run]:
     """Makes a new folder the run's, or checks that it was before; process 0 holds its lock.
 
     Writes the config, what the run runs on, and where its weights are from (`origin`, of the first
@@ -70,7 +70,7 @@ def opened(run: Run, origin: lineage.Origin | None) -> Iterator[Run]:
         yield run
 
 
-def _claim(folder: Path, config: ConfigDict, origin: lineage.Origin | None) -> None:
+def _claim(folder: Path, config: ConfigDict, origin: lineage.Saved | None) -> None:
     path, environment = folder / "config.json", _environment()
     if path.exists():
         differing = configs.differences(configs.read(path), config)
