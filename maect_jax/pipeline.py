@@ -80,23 +80,40 @@ def check_stages(config: ConfigDict) -> None:
             raise UserError(f"config.stages={config.stages!r}: {stage.name} needs {able} before it")
 
 
+def stages_to_show(config: ConfigDict) -> list[type[Stage]]:
+    """The stages that a config trains, for what shows them without a run to start from.
+
+    Raises:
+      UserError: there are none, they are not allowed, or their model is that of a run.
+    """
+    check_stages(config)
+    stages = training_stages(config)
+    if not stages:
+        raise UserError(f"config.stages={config.stages!r}: no training stage")
+    if "model" not in config:
+        raise UserError(
+            f"config.init_from={config.init_from!r}: this config has no section 'model', which it "
+            "takes from a run when it runs; name a config that has one"
+        )
+    return stages
+
+
 def check(config: ConfigDict, devices: int) -> None:
-    """Checks every value of a whole config by the rules of its owner.
+    """Checks every value of a config that has a model, by the rules of its owner.
 
     Args:
-      config: with a `model` section.
+      config: a whole config.
       devices: how many share a batch.
 
     Raises:
       UserError: a value is not allowed.
     """
     configs.check(config, "", RULES)
-    every, saved = config.monitor.every, config.checkpoint.every
-    if config.checkpoint.best and (not every or every % saved):
+    best, every, saved = config.checkpoint.best, config.monitor.every, config.checkpoint.every
+    if best and (not every or every % saved):
         raise UserError(
-            f"config.checkpoint.best={config.checkpoint.best!r}: is measured every "
-            f"config.monitor.every={every} epochs, which must be a multiple of "
-            f"config.checkpoint.every={saved}, and not 0"
+            f"config.checkpoint.best={best!r}: is measured every config.monitor.every={every} "
+            f"epochs, which must be a multiple of config.checkpoint.every={saved}, and not 0"
         )
     vit.check(config)
     sources.check(config)
@@ -104,27 +121,6 @@ def check(config: ConfigDict, devices: int) -> None:
         stage.check(config, devices)
     if EVAL in config.stages:
         runner.check(config, devices)
-
-
-def check_to_train(config: ConfigDict, devices: int) -> list[type[Stage]]:
-    """Checks a config that is looked at but not run, and returns the stages that it trains.
-
-    Raises:
-      UserError: a value is not allowed, there are none, or its model is that of a run.
-    """
-    check_stages(config)
-    stages = training_stages(config)
-    if not stages:
-        raise UserError(
-            f"config.stages={config.stages!r}: no training stage; name a config with one"
-        )
-    if "model" not in config:
-        raise UserError(
-            f"config.init_from={config.init_from!r}: this config has no section 'model', which it "
-            "takes from a run when it runs; name a config that has one"
-        )
-    check(config, devices)
-    return stages
 
 
 def open_images(config: ConfigDict, workdir: Path) -> dict[str, sources.Source]:
@@ -136,17 +132,16 @@ def open_images(config: ConfigDict, workdir: Path) -> dict[str, sources.Source]:
       UserError: they are not there, are fewer than a batch, or have no labels where a stage cannot
         do without.
     """
-    channels = config.model.channels
     labels_needed = [stage.name for stage in training_stages(config) if stage.needs_labels]
     evaluated = labels_needed or EVAL in config.stages
     train_only = sources.SPLITS[:1]
+    opened = partial(sources.splits, config.data, channels=config.model.channels, run=workdir)
     try:
-        needed = sources.SPLITS if evaluated or config.monitor.every else train_only
-        images = sources.splits(config.data, needed, channels, workdir)
+        images = opened(sources.SPLITS if evaluated or config.monitor.every else train_only)
     except UserError as error:
         _LOGGER.info("no held-out images: %s", error)
         # Without labels, or to train alone, held-out images need not be there.
-        images = sources.splits(config.data, train_only, channels, workdir)
+        images = opened(train_only)
         if evaluated and images["train"].labelled:
             raise
     unlabelled = [split for split, source in images.items() if not source.labelled]
@@ -164,19 +159,16 @@ def open_images(config: ConfigDict, workdir: Path) -> dict[str, sources.Source]:
 def check_enough(config: ConfigDict, images: sources.Source) -> None:
     """Raises `UserError` where a stage needs more training images, or has too many steps."""
     for stage in training_stages(config):
-        section, name = config[stage.name], stage.name
+        section, where = config[stage.name], f"config.{stage.name}."
+        size, epochs = section.batch_size, section.epochs
         count = len(stage.training_images(config, images))
-        if section.batch_size > count:
+        if size > count:
             raise UserError(
-                f"config.{name}.batch_size={section.batch_size}: must be at most the {count} "
-                "training images"
+                f"{where}batch_size={size}: must be at most the {count} training images"
             )
         most = _MOST_STEPS // stage.updates_per_epoch(config, count)
-        if section.epochs > most:
-            raise UserError(
-                f"config.{name}.epochs={section.epochs}: must be at most {most}, which are 2^31 "
-                "steps"
-            )
+        if epochs > most:
+            raise UserError(f"{where}epochs={epochs}: must be at most {most}, which are 2^31 steps")
     if EVAL in config.stages:
         runner.check_training_images(config, images)
 
@@ -293,10 +285,10 @@ def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None
     held_out = images.get("val", images["train"])
     examples = snapshots.Examples(runner.record(config, held_out), held_out="val" in images)
 
-    def bad_images_of(source):
-        return BadImages(source, config.model.channels, config.data.max_bad_fraction)
-
-    bad_images = {split: bad_images_of(source) for split, source in images.items()}
+    count_bad = partial(
+        BadImages, channels=config.model.channels, allowed=config.data.max_bad_fraction
+    )
+    bad_images = {split: count_bad(source) for split, source in images.items()}
     for name in config.stages:
         if name == EVAL:
             results = runner.run(run, images, bad_images=bad_images, encoders=origin.rows())
@@ -312,7 +304,7 @@ def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None
                 run=run,
                 stage=stage,
                 images=own,
-                bad_images=bad_images["train"] if own is images["train"] else bad_images_of(own),
+                bad_images=bad_images["train"] if own is images["train"] else count_bad(own),
                 start=start,
                 examples=examples,
                 monitor=monitor.Monitor(run, stage, images) if measured else None,
@@ -352,25 +344,23 @@ def dry_run(config: ConfigDict) -> None:
 
 def _described(config: ConfigDict, images: sources.Source) -> Iterator[str]:
     """A paragraph for each stage: steps, images seen, parameters, memory, FLOPs."""
-    for stage_type in training_stages(config):
-        name, views = stage_type.name, stage_type.views
-        own = stage_type.training_images(config, images)
-        stage = stage_type.for_images(config, own)
+    for kind in training_stages(config):
+        own, section, views = kind.training_images(config, images), config[kind.name], kind.views
+        stage, batch = kind.for_images(config, own), section.batch_size
         state = jax.eval_shape(stage.init, jax.random.key(0), {})
-        batch = config[name].batch_size
-        seen, cost = stage.steps * batch, stage.flops_per_step(batch)
         memory = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+        steps, cost = stage.steps, stage.flops_per_step(batch)
         rows = {
-            "steps": f"{stage.steps:,} ({config[name].epochs} epochs of {len(own):,} images, "
+            "steps": f"{steps:,} ({section.epochs} epochs of {len(own):,} images, "
             f"warm-up {stage.warmup:,})",
             "batch": f"{batch:,} images x {views} view{'s' * (views > 1)}",
-            "images seen": f"{seen:,} ({seen * views:,} views)",
+            "images seen": f"{steps * batch:,} ({steps * batch * views:,} views)",
             "parameters trained": f"{count_parameters(state.params):,}",
             "parameters frozen": f"{count_parameters(state.frozen):,}",
             "memory of the state": f"{memory / 2**20:,.0f} MiB, before sharding",
             "FLOPs per step": f"{cost:.3g}",
-            "FLOPs of the stage": f"{cost * stage.steps:.3g}",
+            "FLOPs of the stage": f"{cost * steps:.3g}",
         }
-        yield "\n".join([f"{name}:", *(f"  {key:22}{value}" for key, value in rows.items())])
+        yield "\n".join([f"{kind.name}:", *(f"  {key:22}{text}" for key, text in rows.items())])
     if EVAL in config.stages:
         yield f"eval: {', '.join(config.eval.protocols)} on frozen features"

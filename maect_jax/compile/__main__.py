@@ -193,9 +193,9 @@ def main() -> None:
     parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help=slice_help)
     parser.add_argument("--out", type=Path, help="default: runs/compile/<config>.<topology>.json")
     config, arguments = configs.from_command_line(parser)
-    topology = arguments.topology
+    stages, topology = pipeline.stages_to_show(config), arguments.topology
     devices = devices_of(topology)
-    stages = pipeline.check_to_train(config, len(devices))
+    pipeline.check(config, len(devices))
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     name = f"{config.name}.{topology.replace(':', '-')}.json"
     out = arguments.out or Path("runs/compile", name)

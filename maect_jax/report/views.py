@@ -76,7 +76,8 @@ def main() -> None:
     parser = configs.parser(__doc__)
     parser.add_argument("--out", type=Path, default="views.png", help="the picture (%(default)s)")
     config, arguments = configs.from_command_line(parser)
-    stages = pipeline.check_to_train(config, devices=1)
+    stages = pipeline.stages_to_show(config)
+    pipeline.check(config, devices=1)
     images = sources.make(config.data, "train", config.model.channels)
     drawn = sheet({stage: views_of(config, stage, images) for stage in stages})
     try:
