@@ -425,7 +425,7 @@ def test_what_cannot_start_is_one_clear_line(tmp_path):
         pipeline.prepare(configs.load(f"{PAGE}:test", ["init_from=random"]))
     with pytest.raises(UserError, match=r"no section 'model', which it takes from a run"):
         pipeline.stages_to_show(configs.load(PAGE))
-    with pytest.raises(UserError, match=r"batch_size=256: must be at most 80 training images"):
+    with pytest.raises(UserError, match=r"batch_size=256: must be at most the 80 training images"):
         pipeline.open_images(tiny("finetune.images=1%"), tmp_path)
     for split in ("train", "val"):
         save(tmp_path / "bare" / split / "a.png")
