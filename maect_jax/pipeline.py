@@ -298,7 +298,11 @@ def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None
         stage = STAGES[name]
         own = stage.training_images(config, images["train"])
         measured = stage.changes_encoder and monitor.is_possible(config, images)
-        start = partial(lineage.start, origin, config.model, stage, run.mesh) if origin else dict
+        start = (
+            partial(lineage.start, origin, config.model, stage=stage, mesh=run.mesh)
+            if origin
+            else dict
+        )
         train.run(
             train.Training(
                 run=run,

@@ -139,7 +139,7 @@ def find(init_from: str, stage: str, needs_run: bool = True) -> Saved:
     wanted = ()
     if stage in STAGES:  # an imported run has a stage of its own kind
         wanted = (*STAGES[stage].starts_from, "encoder", "probe")
-    return trained_stage(Path(init_from), wanted, where, allowed)
+    return trained_stage(Path(init_from), wanted, where=where, allowed=allowed)
 
 
 def trained_stage(path: Path, wanted: Sequence[str], where: str, allowed: str) -> SavedStage:
