@@ -119,17 +119,12 @@ def _typed(value, kind: type):
 
 def parser(doc: str) -> OneLineParser:
     """A parser with `--config`, whose help lists all configs; `from_command_line` reads it."""
-    lines = ["configs:"]
+    epilog = "configs:"
     for path in sorted(FOLDER.glob("*.py")):
         summary = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
         if path.stem != "common":
-            lines.append(f"  {os.path.relpath(path):34}{summary}")
-    described = OneLineParser(
-        description=doc,
-        epilog="\n".join(lines),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+            epilog += f"\n  {os.path.relpath(path):34}{summary}"
+    described = OneLineParser(description=doc, epilog=epilog, allow_abbrev=False)
     described.add_argument(
         "--config",
         required=True,
@@ -139,16 +134,14 @@ def parser(doc: str) -> OneLineParser:
     return described
 
 
-def from_command_line(
-    described: OneLineParser, argv: Sequence[str] | None = None
-) -> tuple[ConfigDict, argparse.Namespace]:
+def from_command_line(described: OneLineParser) -> tuple[ConfigDict, argparse.Namespace]:
     """The config with its overrides, and the other arguments.
 
     From here on the libraries say as much as `config.log_level` lets them.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    overrides = [arg.removeprefix(_OVERRIDE) for arg in argv if arg.startswith(_OVERRIDE)]
-    arguments = described.parse_args([arg for arg in argv if not arg.startswith(_OVERRIDE)])
+    overrides = [arg.removeprefix(_OVERRIDE) for arg in sys.argv if arg.startswith(_OVERRIDE)]
+    others = [arg for arg in sys.argv[1:] if not arg.startswith(_OVERRIDE)]
+    arguments = described.parse_args(others)
     config = load(arguments.config, overrides)
     absl_logging.use_absl_handler()
     debug = config.log_level == "debug"

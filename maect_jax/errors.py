@@ -79,7 +79,11 @@ def positive(kind: type):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose errors are one line, as all others are."""
+    """An `ArgumentParser` whose errors are one line, as all others are, and whose description
+    keeps its lines."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str):
         say(f"{message}; see --help")

@@ -284,7 +284,6 @@ def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None
             source.save_index()
     held_out = images.get("val", images["train"])
     examples = snapshots.Examples(runner.record(config, held_out), held_out="val" in images)
-
     count_bad = partial(
         BadImages, channels=config.model.channels, allowed=config.data.max_bad_fraction
     )
@@ -298,11 +297,9 @@ def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None
         stage = STAGES[name]
         own = stage.training_images(config, images["train"])
         measured = stage.changes_encoder and monitor.is_possible(config, images)
-        start = (
-            partial(lineage.start, origin, config.model, stage=stage, mesh=run.mesh)
-            if origin
-            else dict
-        )
+        start = dict  # of nothing: random weights
+        if origin:
+            start = partial(lineage.start, origin, config.model, stage=stage, mesh=run.mesh)
         train.run(
             train.Training(
                 run=run,

@@ -46,11 +46,10 @@ _size.__name__ = "HEIGHT,WIDTH (such as 224,224)"  # the name in argparse's erro
 
 
 def _parser() -> argparse.ArgumentParser:
-    text = dict(formatter_class=argparse.RawDescriptionHelpFormatter)
     number, whole = errors.positive(float), errors.positive(int)
-    parser = errors.OneLineParser(prog="python -m maect_jax.convert", description=__doc__, **text)
+    parser = errors.OneLineParser(prog="python -m maect_jax.convert", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("import", description=_IMPORT, **text).add_argument
+    add = commands.add_parser("import", description=_IMPORT).add_argument
     add("file", nargs="+", type=Path, metavar="FILE", help="of weights")
     add("run", type=Path, metavar="OUT_RUN", help="a new folder")
     add("--heads", type=whole, help="attention heads, where the file does not say")
@@ -62,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         as in the paper), or that mean before the final norm"""
     add("--pool", choices=vit.POOLS, help=pooled)
     add("--dtype", choices=vit.DTYPES, help="of activations (bfloat16)")
-    add = commands.add_parser("export", description=_EXPORT, **text).add_argument
+    add = commands.add_parser("export", description=_EXPORT).add_argument
     add("run", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
     add("file", type=Path, metavar="FILE", help="a new file, for hf a folder")
     add("--format", required=True, choices=exporting.FORMATS)

@@ -36,7 +36,7 @@ _state = SimpleNamespace(signalled=False, deferred=False)
 
 
 def _handle(number, frame):
-    """The first signal stops the run, a second SIGINT ends it at once; other signals are ignored."""
+    """The first signal stops the run, a second SIGINT ends it at once; others are ignored."""
     if _state.signalled:
         if number == signal.SIGINT:
             _say("stopped at once; the last checkpoint is unchanged")
