@@ -170,15 +170,10 @@ def _silence_failed_saves() -> None:
 
 
 class Rule(NamedTuple):
-    """What a value must be.
+    """What a value must be."""
 
-    Attributes:
-      allowed: in words, for the error; `{key}` is filled in from the section.
-      holds: whether a value of a section is allowed; a TypeError means that it is not.
-    """
-
-    allowed: str
-    holds: Callable[[Any, ConfigDict], bool]
+    allowed: str  # in words, for the error; `{key}` is filled in from the section
+    holds: Callable[[Any, ConfigDict], bool]  # of value and section; a TypeError is a no
 
 
 Rules = Mapping[str, Rule]  # by the key within the section
@@ -218,11 +213,12 @@ def check(config: ConfigDict, section: str, rules: Rules) -> None:
     Raises:
       UserError: a value is not allowed.
     """
-    values = flat(config[section] if section else config)
+    part = config[section] if section else config
+    values = flat(part)
     for key, rule in rules.items():
         value = values.get(key)  # a config.json that was edited may lack it, or have another type
         try:
-            allowed = rule.holds(value, config[section] if section else config)
+            allowed = rule.holds(value, part)
         except TypeError:
             allowed = False
         if not allowed:

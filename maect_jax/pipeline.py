@@ -196,12 +196,8 @@ def images_to_plan(config: ConfigDict) -> tuple[sources.Source, str]:
 
 
 def _find_origin(config: ConfigDict) -> lineage.Saved | None:
-    """Where the first stage starts, None for random weights. A config without a model of its own
-    gets that of the run.
-
-    Raises:
-      UserError: there is nothing to start from.
-    """
+    """Where the first stage starts, None for random weights; a config without a model gets that of
+    the run. Raises `UserError` if there is nothing to start from."""
     first = config.stages[0]
     needs_run = first == EVAL or "model" not in config
     if not needs_run and (config.init_from == lineage.RANDOM or not STAGES[first].takes):

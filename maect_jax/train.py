@@ -9,7 +9,8 @@ import jax
 from clu import parameter_overview
 
 from maect_jax import errors, sharding
-from maect_jax.data import bad_images, loader, sources
+from maect_jax.data import loader, sources
+from maect_jax.data.bad_images import BadImages
 from maect_jax.errors import PreemptedError, UserError
 from maect_jax.evals.monitor import Monitor
 from maect_jax.run import snapshots
@@ -26,25 +27,15 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What one stage is trained with.
+    """What one stage is trained with."""
 
-    Attributes:
-      run: config, folder and mesh.
-      stage: the class of the stage.
-      images: its own training images (`Stage.training_images`).
-      bad_images: counts those that cannot be read.
-      start: reads what the stage takes over; called only at its first start.
-      examples: images whose snapshots are written at each checkpoint.
-      monitor: measures the encoder now and then; None for never.
-    """
-
-    run: Run
+    run: Run  # config, folder and mesh
     stage: type[Stage]
-    images: sources.Source
-    bad_images: bad_images.BadImages
-    start: Callable[[], dict]
-    examples: snapshots.Examples
-    monitor: Monitor | None
+    images: sources.Source  # its own training images (`Stage.training_images`)
+    bad_images: BadImages  # counts those that cannot be read
+    start: Callable[[], dict]  # reads what the stage takes over; called only at its first start
+    examples: snapshots.Examples  # images whose snapshots are written at each checkpoint
+    monitor: Monitor | None  # measures the encoder now and then
 
 
 def batches(config, stage: type[Stage], images: sources.Source, steps: int, mesh):

@@ -29,18 +29,12 @@ _MAY_CHANGE = (
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run that holds its folder.
-
-    Attributes:
-      config: of the run.
-      folder: where all its files are.
-      mesh: the device mesh, which is the current one.
-      check_lock: raises `RunFailedError` if another process has taken the folder.
-    """
+    """A run that holds its folder."""
 
     config: ConfigDict
-    folder: Path
-    mesh: Mesh
+    folder: Path  # where all its files are
+    mesh: Mesh  # of devices; the current one
+    # Raises `RunFailedError` if another process has taken the folder.
     check_lock: Callable[[], None] = lambda: None
 
 
