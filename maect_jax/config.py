@@ -89,10 +89,7 @@ def _override(config: ConfigDict, override: str) -> None:
     kind = section.get_type(leaf)
     try:
         section[leaf] = _parse(text, kind, values[key])
-    # MemoryError and RecursionError: the parser's, of what is nested too deep.
-    except (
-        ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError
-    ) as error:  # fmt: skip
+    except Exception as error:  # the parser has one for each kind of text
         what = f"str of at most {_LONGEST:,} characters" if kind is str else kind.__name__
         raise UserError(
             f"--config.{shown(override)}: expected {what}, such as {values[key]!r}"
@@ -122,17 +119,12 @@ def _typed(value, kind: type):
 
 def parser(doc: str) -> OneLineParser:
     """A parser with `--config`, whose help lists all configs; `from_command_line` reads it."""
-    lines = ["configs:"]
+    epilog = "configs:"
     for path in sorted(FOLDER.glob("*.py")):
         summary = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
         if path.stem != "common":
-            lines.append(f"  {os.path.relpath(path):34}{summary}")
-    described = OneLineParser(
-        description=doc,
-        epilog="\n".join(lines),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+            epilog += f"\n  {os.path.relpath(path):34}{summary}"
+    described = OneLineParser(description=doc, epilog=epilog, allow_abbrev=False)
     described.add_argument(
         "--config",
         required=True,
@@ -142,16 +134,14 @@ def parser(doc: str) -> OneLineParser:
     return described
 
 
-def from_command_line(
-    described: OneLineParser, argv: Sequence[str] | None = None
-) -> tuple[ConfigDict, argparse.Namespace]:
+def from_command_line(described: OneLineParser) -> tuple[ConfigDict, argparse.Namespace]:
     """The config with its overrides, and the other arguments.
 
     From here on the libraries say as much as `config.log_level` lets them.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    overrides = [arg.removeprefix(_OVERRIDE) for arg in argv if arg.startswith(_OVERRIDE)]
-    arguments = described.parse_args([arg for arg in argv if not arg.startswith(_OVERRIDE)])
+    overrides = [arg.removeprefix(_OVERRIDE) for arg in sys.argv if arg.startswith(_OVERRIDE)]
+    others = [arg for arg in sys.argv[1:] if not arg.startswith(_OVERRIDE)]
+    arguments = described.parse_args(others)
     config = load(arguments.config, overrides)
     absl_logging.use_absl_handler()
     debug = config.log_level == "debug"
@@ -180,15 +170,10 @@ def _silence_failed_saves() -> None:
 
 
 class Rule(NamedTuple):
-    """What a value must be.
+    """What a value must be."""
 
-    Attributes:
-      allowed: in words, for the error; `{key}` is filled in from the section.
-      holds: whether a value of a section is allowed; a TypeError means that it is not.
-    """
-
-    allowed: str
-    holds: Callable[[Any, ConfigDict], bool]
+    allowed: str  # in words, for the error; `{key}` is filled in from the section
+    holds: Callable[[Any, ConfigDict], bool]  # of value and section; a TypeError is a no
 
 
 Rules = Mapping[str, Rule]  # by the key within the section
@@ -228,11 +213,12 @@ def check(config: ConfigDict, section: str, rules: Rules) -> None:
     Raises:
       UserError: a value is not allowed.
     """
-    values = flat(config[section] if section else config)
+    part = config[section] if section else config
+    values = flat(part)
     for key, rule in rules.items():
         value = values.get(key)  # a config.json that was edited may lack it, or have another type
         try:
-            allowed = rule.holds(value, config[section] if section else config)
+            allowed = rule.holds(value, part)
         except TypeError:
             allowed = False
         if not allowed:

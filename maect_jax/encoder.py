@@ -12,7 +12,7 @@ from maect_jax.convert import importing
 from maect_jax.data import augment
 from maect_jax.errors import UserError
 from maect_jax.models import positions, vit
-from maect_jax.run import checkpoints, lineage
+from maect_jax.run import lineage
 from maect_jax.stages import SAVED
 
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -104,14 +104,14 @@ def load_encoder(
             raise UserError(f"{key}={value!r}: must be one of {', '.join(allowed)}")
     if importing.is_file(str(path)):
         overrides = importing.Overrides(heads=heads, ln_eps=ln_eps, image_size=image_size)
-        origin = lineage.of_files(importing.recognised(importing.paths_of(str(path)), overrides))
+        imported = importing.recognised(importing.paths_of(str(path)), overrides)
+        saved = lineage.SavedFiles(imported)
     elif heads or ln_eps:
         raise UserError(f"{path}: heads and ln_eps are for files; a run has its own")
-    elif not (checkpoints.run_of(Path(path))[0] / "config.json").is_file():
-        raise UserError(f"{path}: there is no such run or file")
     else:
-        origin = lineage.find(str(path), "eval")
-    model, data = origin.saved.config.model, origin.saved.config.get("data", {})
+        allowed = "the folder of a run or a file of weights"
+        saved = lineage.trained_stage(Path(path), (), where=str(path), allowed=allowed)
+    model, data = saved.config.model, saved.config.get("data", {})
     size = image_size or model.image_size
     if any(side < 1 or side % model.patch_size for side in size):
         raise UserError(f"image_size={size}: must be multiples of the patch, {model.patch_size}")
@@ -122,7 +122,7 @@ def load_encoder(
     if not len(mean) == len(std) == model.channels:
         raise UserError(f"{path}: give the mean and std of its {model.channels} channels")
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-    params = SAVED[origin.saved.stage].encoder_params(origin.saved.read(mesh))
+    params = SAVED[saved.stage].encoder_params(saved.read(mesh))
     old, new = (positions.grid(s, model.patch_size) for s in (model.image_size, size))
     params = jax.device_put(positions.fitted(params, old, new), jax.local_devices()[0])
     module = vit.from_config(model).clone(dtype=dtype)

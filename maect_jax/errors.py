@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
+RESUME = "Run the same command to resume."
 _SHOWN = 200  # characters
 
 
@@ -51,21 +52,17 @@ def run_command(main: Callable[[], None]) -> int:
     except tuple(STATUS) as error:
         say(error)
         return next(status for kind, status in STATUS.items() if isinstance(error, kind))
-    except FloatingPointError as error:  # what --config.debug_nans asks for
-        traceback.print_exc()
-        say(f"debug_nans: {_first_line(error)}")
-        return 1
     except Exception as error:
         traceback.print_exc()
-        say(
-            f"unexpected {type(error).__name__}: {_first_line(error)}. If the machine is not to "
-            "blame, please report the lines above."
-        )
+        reason = next(iter(str(error).splitlines()), "")
+        if isinstance(error, FloatingPointError):  # what --config.debug_nans asks for
+            say(f"debug_nans: {reason}")
+        else:
+            say(
+                f"unexpected {type(error).__name__}: {reason}. If the machine is not to blame, "
+                "please report the lines above."
+            )
         return 1
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
 
 
 def positive(kind: type):
@@ -82,7 +79,11 @@ def positive(kind: type):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose errors are one line, as all others are."""
+    """An `ArgumentParser` whose errors are one line, as all others are, and whose description
+    keeps its lines."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str):
         say(f"{message}; see --help")

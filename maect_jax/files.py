@@ -116,11 +116,8 @@ def read_arrays(path: Path | str) -> dict[str, np.ndarray]:
 
 
 def read_saved_arrays(path: Path, *keys: str) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz` that a run has written, which must have `keys`.
-
-    Raises:
-      UserError: it is damaged.
-    """
+    """The arrays of an `.npz` that a run has written, which must have `keys`. Raises `UserError` if
+    it is damaged."""
     try:
         arrays = read_arrays(path)
         if absent := ", ".join(key for key in keys if key not in arrays):

@@ -85,7 +85,7 @@ def main() -> None:
     try:
         status = errors.run_command(_run)
     except KeyboardInterrupt:
-        errors.say("preempted, resumable. Run the same command to resume.")
+        errors.say(f"preempted, resumable. {errors.RESUME}")
         preemption.leave()
     if status and jax.distributed.is_initialized():
         # At its end JAX waits for all hosts, and those that do not fail may wait for this one.

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+from clu.parameter_overview import count_parameters
 from ml_collections import ConfigDict
 
 from maect_jax import config as configs
@@ -79,32 +80,40 @@ def check_stages(config: ConfigDict) -> None:
             raise UserError(f"config.stages={config.stages!r}: {stage.name} needs {able} before it")
 
 
-def require_model(config: ConfigDict) -> None:
-    """Raises `UserError` where a config takes its model from a run, which is not at hand."""
+def stages_to_show(config: ConfigDict) -> list[type[Stage]]:
+    """The stages that a config trains, for what shows them without a run to start from.
+
+    Raises:
+      UserError: there are none, they are not allowed, or their model is that of a run.
+    """
+    check_stages(config)
+    stages = training_stages(config)
+    if not stages:
+        raise UserError(f"config.stages={config.stages!r}: no training stage")
     if "model" not in config:
         raise UserError(
             f"config.init_from={config.init_from!r}: this config has no section 'model', which it "
             "takes from a run when it runs; name a config that has one"
         )
+    return stages
 
 
 def check(config: ConfigDict, devices: int) -> None:
-    """Checks every value of a whole config by the rules of its owner.
+    """Checks every value of a config that has a model, by the rules of its owner.
 
     Args:
-      config: with a `model` section.
+      config: a whole config.
       devices: how many share a batch.
 
     Raises:
       UserError: a value is not allowed.
     """
     configs.check(config, "", RULES)
-    every, saved = config.monitor.every, config.checkpoint.every
-    if config.checkpoint.best and (not every or every % saved):
+    best, every, saved = config.checkpoint.best, config.monitor.every, config.checkpoint.every
+    if best and (not every or every % saved):
         raise UserError(
-            f"config.checkpoint.best={config.checkpoint.best!r}: is measured every "
-            f"config.monitor.every={every} epochs, which must be a multiple of "
-            f"config.checkpoint.every={saved}, and not 0"
+            f"config.checkpoint.best={best!r}: is measured every config.monitor.every={every} "
+            f"epochs, which must be a multiple of config.checkpoint.every={saved}, and not 0"
         )
     vit.check(config)
     sources.check(config)
@@ -123,17 +132,16 @@ def open_images(config: ConfigDict, workdir: Path) -> dict[str, sources.Source]:
       UserError: they are not there, are fewer than a batch, or have no labels where a stage cannot
         do without.
     """
-    channels = config.model.channels
     labels_needed = [stage.name for stage in training_stages(config) if stage.needs_labels]
     evaluated = labels_needed or EVAL in config.stages
     train_only = sources.SPLITS[:1]
+    opened = partial(sources.splits, config.data, channels=config.model.channels, run=workdir)
     try:
-        needed = sources.SPLITS if evaluated or config.monitor.every else train_only
-        images = sources.splits(config.data, needed, channels, workdir)
+        images = opened(sources.SPLITS if evaluated or config.monitor.every else train_only)
     except UserError as error:
         _LOGGER.info("no held-out images: %s", error)
         # Without labels, or to train alone, held-out images need not be there.
-        images = sources.splits(config.data, train_only, channels, workdir)
+        images = opened(train_only)
         if evaluated and images["train"].labelled:
             raise
     unlabelled = [split for split, source in images.items() if not source.labelled]
@@ -151,19 +159,16 @@ def open_images(config: ConfigDict, workdir: Path) -> dict[str, sources.Source]:
 def check_enough(config: ConfigDict, images: sources.Source) -> None:
     """Raises `UserError` where a stage needs more training images, or has too many steps."""
     for stage in training_stages(config):
-        section, name = config[stage.name], stage.name
+        section, where = config[stage.name], f"config.{stage.name}."
+        size, epochs = section.batch_size, section.epochs
         count = len(stage.training_images(config, images))
-        if section.batch_size > count:
+        if size > count:
             raise UserError(
-                f"config.{name}.batch_size={section.batch_size}: must be at most the {count} "
-                "training images"
+                f"{where}batch_size={size}: must be at most the {count} training images"
             )
         most = _MOST_STEPS // stage.updates_per_epoch(config, count)
-        if section.epochs > most:
-            raise UserError(
-                f"config.{name}.epochs={section.epochs}: must be at most {most}, which are 2^31 "
-                "steps"
-            )
+        if epochs > most:
+            raise UserError(f"{where}epochs={epochs}: must be at most {most}, which are 2^31 steps")
     if EVAL in config.stages:
         runner.check_training_images(config, images)
 
@@ -190,31 +195,30 @@ def images_to_plan(config: ConfigDict) -> tuple[sources.Source, str]:
     return sources.Blank(known[0], channels, *known[1:]), f"{name}'s, as {why}"
 
 
-def prepare(config: ConfigDict) -> lineage.Origin | None:
-    """Checks a config against the machine and what it starts from.
-
-    A config without a model of its own gets that of the run.
-
-    Returns:
-      Where the first stage starts, None for random weights.
-
-    Raises:
-      UserError: a value is not allowed, or there is nothing to start from.
-    """
-    check_stages(config)
-    origin, first = None, config.stages[0]
+def _find_origin(config: ConfigDict) -> lineage.Saved | None:
+    """Where the first stage starts, None for random weights; a config without a model gets that of
+    the run. Raises `UserError` if there is nothing to start from."""
+    first = config.stages[0]
     needs_run = first == EVAL or "model" not in config
-    takes_over = first == EVAL or STAGES[first].takes
-    if takes_over and (config.init_from != lineage.RANDOM or needs_run):
-        origin = lineage.find(config.init_from, first, needs_run)
-        if "model" not in config:
-            with config.unlocked():
-                config.model = origin.saved.config.model
+    if not needs_run and (config.init_from == lineage.RANDOM or not STAGES[first].takes):
+        return None
+    origin = lineage.find(config.init_from, first, needs_run)
+    if "model" not in config:
+        with config.unlocked():
+            config.model = origin.config.model
+    return origin
+
+
+def prepare(config: ConfigDict) -> lineage.Saved | None:
+    """Checks a config against the machine and what it starts from, which it returns
+    (`_find_origin`). Raises `UserError`."""
+    check_stages(config)
+    origin = _find_origin(config)
     check(config, jax.device_count())
     if config.tensorboard:
         logger.tensorboard_writer()
     if origin:
-        origin.check_fits(config, first)
+        lineage.check_fits(origin, config)
     return origin
 
 
@@ -269,45 +273,41 @@ def run(config: ConfigDict, workdir: Path) -> None:
             raise RunFailedError(f"{str(error).rstrip('.')}{good}") from error
 
 
-def _run_stages(
-    run: Run, origin: lineage.Origin | None, images: Mapping[str, sources.Source]
-) -> None:
+def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None:
     config, is_main = run.config, jax.process_index() == 0
     if is_main:
         for source in images.values():
             source.save_index()
     held_out = images.get("val", images["train"])
     examples = snapshots.Examples(runner.record(config, held_out), held_out="val" in images)
-
-    def bad_images_of(source):
-        return BadImages(source, config.model.channels, config.data.max_bad_fraction)
-
-    def start(stage, origin):
-        return origin.start(config.model, stage, run.mesh) if origin else {}
-
-    bad_images = {split: bad_images_of(source) for split, source in images.items()}
+    count_bad = partial(
+        BadImages, channels=config.model.channels, allowed=config.data.max_bad_fraction
+    )
+    bad_images = {split: count_bad(source) for split, source in images.items()}
     for name in config.stages:
         if name == EVAL:
-            rows = lineage.encoders(run.folder) if len(config.stages) > 1 else origin.rows()
-            results = runner.run(run, images, bad_images=bad_images, encoders=rows)
+            results = runner.run(run, images, bad_images=bad_images, encoders=origin.rows())
             if is_main:
                 print(f"\n{table.text(table.cells(results))}", flush=True)
             continue
         stage = STAGES[name]
         own = stage.training_images(config, images["train"])
         measured = stage.changes_encoder and monitor.is_possible(config, images)
+        start = dict  # of nothing: random weights
+        if origin:
+            start = partial(lineage.start, origin, config.model, stage=stage, mesh=run.mesh)
         train.run(
             train.Training(
                 run=run,
                 stage=stage,
                 images=own,
-                bad_images=bad_images["train"] if own is images["train"] else bad_images_of(own),
-                start=partial(start, stage, origin),
+                bad_images=bad_images["train"] if own is images["train"] else count_bad(own),
+                start=start,
                 examples=examples,
                 monitor=monitor.Monitor(run, stage, images) if measured else None,
             )
         )
-        origin = lineage.of_run(run.folder, name)
+        origin = lineage.SavedStage(run.folder, name)
         if stage.needs_labels:
             result = finetuned.classify(run, name, images=images, bad_images=bad_images["val"])
             if is_main:
@@ -319,62 +319,45 @@ def _run_stages(
 def dry_run(config: ConfigDict) -> None:
     """Prints what `run` would do. The images and the run to start from need not be there."""
     check_stages(config)
-    if "model" not in config:
-        try:
-            model = lineage.find(config.init_from, config.stages[0]).saved.config.model
-        except UserError as error:
-            print(f"{config.name}: {' -> '.join(config.stages)}; its model is not known: {error}")
+    title = f"{config.name}: {' -> '.join(config.stages)}; "
+    try:
+        start = _find_origin(config) or "random weights"
+    except UserError as error:
+        if "model" not in config:
+            print(f"{title}its model is not known: {error}")
             return
-        with config.unlocked():
-            config.model = model
+        start = f"nothing yet: {error}"
     check(config, jax.device_count())
     mesh = sharding.make_mesh(**config.mesh)
     images, whose = images_to_plan(config)
     check_enough(config, images)
     kind = mesh.devices.flat[0].device_kind
-    print(f"{config.name}: {' -> '.join(config.stages)}; {len(images):,} training images ({whose})")
+    print(f"{title}{len(images):,} training images ({whose})")
     print(f"on {mesh.size} {kind} ({sharding.mesh_text(mesh.shape)})")
     if config.stages[0] == EVAL or STAGES[config.stages[0]].takes:
-        print(f"from {_start_text(config)}")
+        print(f"from {start}")
     print("\n".join(_described(config, images)))
-
-
-def _start_text(config: ConfigDict) -> str:
-    """Where the first stage starts, and whether it could."""
-    if config.init_from == lineage.RANDOM:
-        return "random weights"
-    try:
-        return lineage.find(config.init_from, config.stages[0], config.stages[0] == EVAL).name
-    except UserError as error:
-        return f"nothing yet: {error}"
 
 
 def _described(config: ConfigDict, images: sources.Source) -> Iterator[str]:
     """A paragraph for each stage: steps, images seen, parameters, memory, FLOPs."""
-    for stage_type in training_stages(config):
-        name, views = stage_type.name, stage_type.views
-        own = stage_type.training_images(config, images)
-        stage = stage_type.for_images(config, own)
+    for kind in training_stages(config):
+        own, section, views = kind.training_images(config, images), config[kind.name], kind.views
+        stage, batch = kind.for_images(config, own), section.batch_size
         state = jax.eval_shape(stage.init, jax.random.key(0), {})
-        batch = config[name].batch_size
-        seen, cost = stage.steps * batch, stage.flops_per_step(batch)
         memory = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+        steps, cost = stage.steps, stage.flops_per_step(batch)
         rows = {
-            "steps": f"{stage.steps:,} ({config[name].epochs} epochs of {len(own):,} images, "
+            "steps": f"{steps:,} ({section.epochs} epochs of {len(own):,} images, "
             f"warm-up {stage.warmup:,})",
             "batch": f"{batch:,} images x {views} view{'s' * (views > 1)}",
-            "images seen": f"{seen:,} ({seen * views:,} views)",
+            "images seen": f"{steps * batch:,} ({steps * batch * views:,} views)",
             "parameters trained": f"{count_parameters(state.params):,}",
             "parameters frozen": f"{count_parameters(state.frozen):,}",
             "memory of the state": f"{memory / 2**20:,.0f} MiB, before sharding",
             "FLOPs per step": f"{cost:.3g}",
-            "FLOPs of the stage": f"{cost * stage.steps:.3g}",
+            "FLOPs of the stage": f"{cost * steps:.3g}",
         }
-        yield "\n".join([f"{name}:", *(f"  {key:22}{value}" for key, value in rows.items())])
+        yield "\n".join([f"{kind.name}:", *(f"  {key:22}{text}" for key, text in rows.items())])
     if EVAL in config.stages:
         yield f"eval: {', '.join(config.eval.protocols)} on frozen features"
-
-
-def count_parameters(tree) -> int:
-    """Elements of all (abstract) arrays of a tree."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

@@ -6,7 +6,7 @@ Two axes: `data` replicates the parameters, `fsdp` shards them; the batch is spl
 import math
 import re
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -55,13 +55,6 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
 def mesh_text(shape: Mapping[str, int]) -> str:
     """A mesh's `shape` for people, `data 4 x fsdp 2`."""
     return " x ".join(f"{axis} {size}" for axis, size in shape.items())
-
-
-def larger_fsdp(mesh: Mesh) -> dict[str, int]:
-    """The next size of `fsdp` that the devices allow, by its name; empty if there is none."""
-    larger = (n for n in range(mesh.shape["fsdp"] + 1, mesh.size + 1) if mesh.size % n == 0)
-    size = next(larger, None)
-    return {"fsdp": size} if size else {}
 
 
 def check_batch(key: str, batch_size: int, devices: int) -> None:
@@ -145,38 +138,29 @@ def constrain_batch(x: jax.Array, axis: int = 0) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*[None] * axis, AXES))
 
 
-def path_name(path) -> str:
-    """A leaf's key path as `a/b/c`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def partition_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The placement that `RULES` give an array of this name and shape."""
-    spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
-    parts = []
-    for size, part in zip(shape, spec, strict=False):
-        axes = (part,) if isinstance(part, str) else part or ()
-        fits = size % math.prod(mesh.shape[axis] for axis in axes) == 0
-        parts.append(part if fits else None)
-    return P(*parts)
-
-
 def tree_shardings(tree, mesh: Mesh):
-    """A `NamedSharding` for each leaf of a tree of (abstract) arrays."""
+    """The `NamedSharding` that `RULES` give each leaf of a tree of (abstract) arrays."""
 
     def sharding_of(path, leaf):
-        return NamedSharding(mesh, partition_spec(path_name(path), leaf.shape, mesh))
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        parts = next(spec for pattern, spec in RULES if re.search(pattern, name))
+        fitting = []
+        for size, part in zip(leaf.shape, parts, strict=False):
+            axes = (part,) if isinstance(part, str) else part or ()
+            divides = size % math.prod(mesh.shape[axis] for axis in axes) == 0
+            fitting.append(part if divides else None)
+        return NamedSharding(mesh, P(*fitting))
 
     return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
 def abstract(tree, mesh: Mesh):
     """Shapes and dtypes of a tree of (abstract) arrays, with the shardings that `RULES` give."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        tree,
-        tree_shardings(tree, mesh),
-    )
+
+    def placed(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(placed, tree, tree_shardings(tree, mesh))
 
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
@@ -208,18 +192,15 @@ def put_batch(batch, mesh: Mesh):
 
     def put(x):
         x = np.asarray(x)
-        shape, part = (size, *x.shape[1:]), partial(part_of, x, rows, size)
-        return jax.make_array_from_callback(shape, batch_sharding(mesh), part)
+
+        def part(index):  # the rows of a device follow each other in those of its process
+            wanted = range(size)[index[0]]
+            first = int(np.searchsorted(rows, wanted.start))
+            return x[first : first + len(wanted)]
+
+        return jax.make_array_from_callback((size, *x.shape[1:]), batch_sharding(mesh), part)
 
     return jax.tree.map(put, batch)
-
-
-def part_of(x: np.ndarray, rows: np.ndarray, size: int, index: tuple[slice, ...]) -> np.ndarray:
-    """What a device holds at `index` of a global batch of `size` rows, of which this process has
-    `x`, its `rows`."""
-    wanted = range(size)[index[0]]
-    first = int(np.searchsorted(rows, wanted.start))
-    return x[first : first + len(wanted)]
 
 
 def _put(x, sharding: NamedSharding) -> jax.Array:

@@ -3,19 +3,21 @@
 import dataclasses
 import logging
 from collections.abc import Callable
+from contextlib import closing
 
 import jax
 from clu import parameter_overview
 
-from maect_jax import sharding
-from maect_jax.data import bad_images, loader, sources
+from maect_jax import errors, sharding
+from maect_jax.data import loader, sources
+from maect_jax.data.bad_images import BadImages
 from maect_jax.errors import PreemptedError, UserError
 from maect_jax.evals.monitor import Monitor
-from maect_jax.run import preemption, snapshots
+from maect_jax.run import snapshots
 from maect_jax.run.checkpoints import Checkpoints, stage_folder
 from maect_jax.run.folder import Run
 from maect_jax.run.logger import Logger
-from maect_jax.run.preemption import Action
+from maect_jax.run.preemption import Action, deferred
 from maect_jax.stages.base import Stage
 from maect_jax.stages.state import TrainState, abstract_state, create_state, state_shardings
 from maect_jax.stages.step import jitted_step
@@ -25,25 +27,15 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What one stage is trained with.
+    """What one stage is trained with."""
 
-    Attributes:
-      run: config, folder and mesh.
-      stage: the class of the stage.
-      images: its own training images (`Stage.training_images`).
-      bad_images: counts those that cannot be read.
-      start: reads what the stage takes over; called only at its first start.
-      examples: images whose snapshots are written at each checkpoint.
-      monitor: measures the encoder now and then; None for never.
-    """
-
-    run: Run
+    run: Run  # config, folder and mesh
     stage: type[Stage]
-    images: sources.Source
-    bad_images: bad_images.BadImages
-    start: Callable[[], dict]
-    examples: snapshots.Examples
-    monitor: Monitor | None
+    images: sources.Source  # its own training images (`Stage.training_images`)
+    bad_images: BadImages  # counts those that cannot be read
+    start: Callable[[], dict]  # reads what the stage takes over; called only at its first start
+    examples: snapshots.Examples  # images whose snapshots are written at each checkpoint
+    monitor: Monitor | None  # measures the encoder now and then
 
 
 def batches(config, stage: type[Stage], images: sources.Source, steps: int, mesh):
@@ -54,24 +46,23 @@ def batches(config, stage: type[Stage], images: sources.Source, steps: int, mesh
     return loader.train_batches(order, make, config.data.workers)
 
 
-def _first_state(
-    training: Training, stage: Stage, checkpoints: Checkpoints, stream, done: int
-) -> TrainState:
-    """The state after `done` steps, to which the batches are set; the first one for 0."""
-    run = training.run
+def _resumed(training: Training, stage: Stage, checkpoints: Checkpoints):
+    """The batches and the state from the last checkpoint on, or from the start of the stage."""
+    run, images, done = training.run, training.images, checkpoints.latest
+    stream = batches(run.config, training.stage, images, stage.steps, run.mesh)
     # Every stage of a pipeline draws random numbers of its own.
     key = jax.random.fold_in(jax.random.key(run.config.seed), stage.number)
     if not done:
-        return create_state(stage, key, training.start(), run.mesh)
+        return stream, create_state(stage, key, training.start(), run.mesh)
     state, position = checkpoints.restore(done, abstract_state(stage, key, {}, run.mesh))
-    if (then := position["images"]) != len(training.images):
+    if (then := position["images"]) != len(images):
         raise UserError(
             f"--workdir={run.folder}: stage {stage.name} was trained on {then:,} images to step "
-            f"{done}, and now there are {len(training.images):,}. Restore the images or use "
-            "another --workdir."
+            f"{done}, and now there are {len(images):,}. Restore the images or use another "
+            "--workdir."
         )
     stream.set_state(position["loader"])
-    return state
+    return stream, state
 
 
 def run(training: Training) -> None:
@@ -80,13 +71,16 @@ def run(training: Training) -> None:
     Raises:
       PreemptedError: a signal has asked for the end, and the state is saved.
       UserError: there are more images, or fewer, than when the stage began.
-      RunFailedError: a step was not finite, and the last checkpoint is from before it; too many
-        images cannot be read; nothing can be written.
+      RunFailedError: a step is not finite, too many images are bad, or nothing can be written.
     """
     run, images, bad = training.run, training.images, training.bad_images
     config, mesh, name = run.config, run.mesh, training.stage.name
     stage = training.stage.for_images(config, images)
-    logger = None  # where it resumes is known below
+    per_epoch = training.stage.updates_per_epoch(config, len(images))
+    save_every, measure_every = (
+        config.checkpoint.every * per_epoch,
+        config.monitor.every * per_epoch,
+    )
 
     def on_saved(step, values):
         logger.note(step, values)
@@ -98,61 +92,44 @@ def run(training: Training) -> None:
     if done == stage.steps:
         checkpoints.close()
         return
-    stream = batches(config, training.stage, images, stage.steps, mesh)
-    state = _first_state(training, stage, checkpoints, stream, done)
+    stream, state = _resumed(training, stage, checkpoints)
     train_step = jitted_step(stage, state_shardings(state))
     snapshot = snapshots.writer(stage, training.examples, run)
-    if jax.process_index() == 0:
-        _log_parameters(stage, state, done)
     logger = Logger(run, stage, done, images.name)
-    per_epoch = training.stage.updates_per_epoch(config, len(images))
-    save_every = config.checkpoint.every * per_epoch
-    measure_every = config.monitor.every * per_epoch
-    try:
-        with preemption.deferred() as signalled:
-            for step in range(done + 1, stage.steps + 1):
-                proposed = Action.STOP if signalled() else Action(checkpoints.due())
-                batch = sharding.put_batch(bad.collect(logger.wait_for(stream)), mesh)
-                state, metrics = logger.profiled(step, train_step, state, batch)
-                metrics["action"] = sharding.max_over_hosts(proposed, mesh)
-                action = logger.add(step, metrics, batch["index"])  # reads the step before
-                if logger.is_due(step):
-                    bad.check()
-                    run.check_lock()
-                measured = {}
-                if training.monitor and step % measure_every == 0:
-                    action = max(action, logger.flush())
-                    measured = logger.time_apart(step, training.monitor, state)
-                last = step == stage.steps
-                regular = last or step % save_every == 0
-                if regular or action > Action.CONTINUE:
-                    # A step that is not finite must not be saved.
-                    action = max(action, logger.flush())
-                    run.check_lock()
-                    if regular:
-                        snapshot(step, state)
-                    position = dict(
-                        loader=stream.get_state(), steps=stage.steps, images=len(images)
-                    )
-                    saved = step, state, position, measured
-                    checkpoints.save(*saved)
-                if last or action == Action.STOP:
-                    checkpoints.finish(*saved)
-                if action == Action.STOP or (last and not sharding.all_hosts(not signalled())):
-                    raise PreemptedError(
-                        f"preempted, resumable: stage {name} is saved at step {step} of "
-                        f"{stage.steps}. Run the same command to resume."
-                    )
-    finally:
-        stream.close()
-        checkpoints.close()
-        logger.close()
+    _log_parameters(stage, state, done)
+    with closing(logger), closing(checkpoints), closing(stream), deferred() as signalled:
+        for step in range(done + 1, stage.steps + 1):
+            proposed = Action.STOP if signalled() else Action(checkpoints.due())
+            batch = sharding.put_batch(bad.collect(logger.wait_for(stream)), mesh)
+            state, metrics = logger.profiled(step, train_step, state, batch)
+            metrics["action"] = sharding.max_over_hosts(proposed, mesh)
+            action = logger.add(step, metrics, batch["index"])  # reads the step before
+            if logger.is_due(step):
+                bad.check()
+                run.check_lock()
+            measured, last = {}, step == stage.steps
+            if training.monitor and step % measure_every == 0:
+                action = max(action, logger.flush())
+                measured = logger.time_apart(step, training.monitor, state)
+            regular = last or step % save_every == 0
+            if regular or action > Action.CONTINUE:
+                action = max(action, logger.flush())  # fails if the step is not finite
+                run.check_lock()
+                if regular:
+                    snapshot(step, state)
+                position = dict(loader=stream.get_state(), steps=stage.steps, images=len(images))
+                saved = step, state, position, measured
+                checkpoints.save(*saved)
+            if last or action == Action.STOP:
+                checkpoints.finish(*saved)
+            if action == Action.STOP or (last and not sharding.all_hosts(not signalled())):
+                where = f"stage {name} is saved at step {step} of {stage.steps}"
+                raise PreemptedError(f"preempted, resumable: {where}. {errors.RESUME}")
 
 
 def _log_parameters(stage: Stage, state: TrainState, done: int) -> None:
-    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-    where = f"from step {done} " if done else ""
-    _LOGGER.debug(
-        "stage %s: %d steps %s\ntrained parameters:\n%s", stage.name, stage.steps, where, overview
-    )
-    _LOGGER.debug("frozen parameters: %d", parameter_overview.count_parameters(state.frozen))
+    if jax.process_index() == 0:
+        shapes = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+        _LOGGER.debug("stage %s: steps %d to %d", stage.name, done + 1, stage.steps)
+        frozen = parameter_overview.count_parameters(state.frozen)
+        _LOGGER.debug("trained parameters:\n%s\nfrozen parameters: %d", shapes, frozen)

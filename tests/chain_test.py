@@ -217,7 +217,7 @@ def test_pages_chain_from_run_to_run(finished, tmp_path, monkeypatch):
     assert list(results) == ["ct"]
     # Of a run with all stages, each takes what it is made to follow.
     for stage, before in (("head", "mae"), ("ct", "head"), ("eval", "ct")):
-        assert lineage.find(str(finished[0]), stage).saved.stage == before
+        assert lineage.find(str(finished[0]), stage).stage == before
     # What does not fit together is refused.
     for arguments, message in (
         (("ct_vith14", f"init_from={finished[0]}", "ct.queue_size=256"), "queue_size"),

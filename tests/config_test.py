@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import pytest
+from clu.parameter_overview import count_parameters
 
 from maect_jax import config as configs
 from maect_jax import files, pipeline
@@ -172,9 +173,9 @@ def test_showpiece_has_the_known_number_of_parameters():
     stage = STAGES["ct"].from_config(config, pipeline.IMAGENET_TRAIN)
     state = jax.eval_shape(stage.init, jax.random.key(0), {})
     block = 12 * 1280**2 + 13 * 1280
-    assert pipeline.count_parameters(state.frozen) == 16 * block + (768 + 1) * 1280 + 1280
+    assert count_parameters(state.frozen) == 16 * block + (768 + 1) * 1280 + 1280
     head = 1280 * 2048 + 2048**2 + 2048 * 256 + 2 * (2048 + 2048 + 256) + 2 * 256 * 4096 + 2 * 4096
-    assert pipeline.count_parameters(state.params) == 16 * block + 2 * 1280 + head
+    assert count_parameters(state.params) == 16 * block + 2 * 1280 + head
     assert stage.steps == 30 * (1_281_167 // 512) == 75060
     assert stage.warmup == 15012
     assert stage.groups["encoder"].lr == pytest.approx(1e-4 * 512 * 2 / 256)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from maect_jax import config, main, sharding
+from maect_jax import config, main
 from maect_jax.errors import UserError
 from maect_jax.evals import features, runner
 from maect_jax.run import checkpoints, jsonl
@@ -107,7 +107,7 @@ def state_of(workdir, stage):
     saved = checkpoints.read_parts(folder, parts, mesh_of(1, 1))
     found = {}
     for path, x in jax.tree.leaves_with_path(saved):
-        name = sharding.path_name(path)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name.endswith("qkv/bias"):
             found[f"{name}[q]"], _, found[f"{name}[v]"] = np.split(np.asarray(x), 3, axis=-1)
         elif stage == "mae" or not name.endswith(ZERO):

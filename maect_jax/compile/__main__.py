@@ -90,7 +90,8 @@ def lower_bounds(chip: chips.Chip, flops: float, arguments: int, sent: float) ->
 
 def _memory_savers(config: ConfigDict, stage: type[Stage], mesh) -> list[str]:
     """Settings that save memory and that the config and the mesh allow."""
-    settings = {f"mesh.{axis}": size for axis, size in sharding.larger_fsdp(mesh).items()}
+    larger = [n for n in range(mesh.devices.shape[1] + 1, mesh.size + 1) if mesh.size % n == 0]
+    settings = {"mesh.fsdp": larger[0]} if larger else {}
     if stage.tuned_blocks(config):  # otherwise the encoder has no backward pass
         settings |= {"remat": "blocks", "encoder_microbatches": 2 * config.encoder_microbatches}
     allowed = []
@@ -192,12 +193,7 @@ def main() -> None:
     parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help=slice_help)
     parser.add_argument("--out", type=Path, help="default: runs/compile/<config>.<topology>.json")
     config, arguments = configs.from_command_line(parser)
-    pipeline.check_stages(config)
-    stages = pipeline.training_stages(config)
-    if not stages:
-        raise UserError(f"config.stages={config.stages!r}: no training stage to compile")
-    pipeline.require_model(config)
-    topology = arguments.topology
+    stages, topology = pipeline.stages_to_show(config), arguments.topology
     devices = devices_of(topology)
     pipeline.check(config, len(devices))
     mesh = sharding.make_mesh(**config.mesh, devices=devices)

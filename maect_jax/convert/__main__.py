@@ -12,7 +12,6 @@ from pathlib import Path
 
 import jax
 
-from maect_jax import config as configs
 from maect_jax import errors, files, sharding
 from maect_jax.convert import exporting, importing
 from maect_jax.errors import UserError
@@ -47,11 +46,10 @@ _size.__name__ = "HEIGHT,WIDTH (such as 224,224)"  # the name in argparse's erro
 
 
 def _parser() -> argparse.ArgumentParser:
-    text = dict(formatter_class=argparse.RawDescriptionHelpFormatter)
     number, whole = errors.positive(float), errors.positive(int)
-    parser = errors.OneLineParser(prog="python -m maect_jax.convert", description=__doc__, **text)
+    parser = errors.OneLineParser(prog="python -m maect_jax.convert", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("import", description=_IMPORT, **text).add_argument
+    add = commands.add_parser("import", description=_IMPORT).add_argument
     add("file", nargs="+", type=Path, metavar="FILE", help="of weights")
     add("run", type=Path, metavar="OUT_RUN", help="a new folder")
     add("--heads", type=whole, help="attention heads, where the file does not say")
@@ -63,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         as in the paper), or that mean before the final norm"""
     add("--pool", choices=vit.POOLS, help=pooled)
     add("--dtype", choices=vit.DTYPES, help="of activations (bfloat16)")
-    add = commands.add_parser("export", description=_EXPORT, **text).add_argument
+    add = commands.add_parser("export", description=_EXPORT).add_argument
     add("run", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
     add("file", type=Path, metavar="FILE", help="a new file, for hf a folder")
     add("--format", required=True, choices=exporting.FORMATS)
@@ -107,16 +105,20 @@ def read_run(path: Path, stage: str | None = None, weights: str = "ema") -> expo
     Raises:
       UserError: there is no such run, stage or step, or the stage is not finished.
     """
-    run, stage, step = lineage.trained_stage(path, stage)
-    kind, folder = SAVED[stage], checkpoints.stage_folder(run, stage)
+    allowed = "the folder of a run; a file must be imported first"
+    saved = lineage.trained_stage(path, (stage,) if stage else (), where=str(path), allowed=allowed)
+    if stage not in (None, saved.stage):
+        raise UserError(f"--stage={stage}: the checkpoint is one of stage {saved.stage}")
+    run, stage, kind = saved.run, saved.stage, SAVED[saved.stage]
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    parts = checkpoints.read_parts(folder, kind.saved + kind.exported, mesh, step)
+    folder = checkpoints.stage_folder(run, stage)
+    parts = checkpoints.read_parts(folder, kind.saved + kind.exported, mesh, saved.step)
     encoder = kind.last_encoder_params if weights == "trained" else kind.encoder_params
     results = runner.read_results(run).get(stage, {})
     measured = table.percentages({stage: results})[stage]
     return exporting.Model(
         stage=stage,
-        config=configs.read(run / "config.json"),
+        config=saved.config,
         encoder=jax.device_get(encoder(parts)),
         parts=jax.device_get(parts),
         averaged="ema" in kind.saved and weights == "ema",

@@ -4,7 +4,6 @@ mean +- standard deviation.
     python -m maect_jax.report RUN [RUN ...]
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,9 +13,7 @@ from maect_jax.report import build
 
 
 def main() -> None:
-    parser = errors.OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = errors.OneLineParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
     runs = list(dict.fromkeys(parser.parse_args().runs))
     for run in runs:

@@ -202,7 +202,7 @@ class _RunFigures:
     def _snapshots(self) -> dict[str, Figure]:
         """What the stages make of some images as training goes on."""
         loaded = {
-            f"{stage} {step}": snapshots.load(path)
+            f"{stage} {step}": files.read_saved_arrays(path)
             for stage in STAGES
             for step, path in snapshots.saved(self.folder, stage).items()
         }

@@ -76,11 +76,7 @@ def main() -> None:
     parser = configs.parser(__doc__)
     parser.add_argument("--out", type=Path, default="views.png", help="the picture (%(default)s)")
     config, arguments = configs.from_command_line(parser)
-    pipeline.check_stages(config)
-    stages = pipeline.training_stages(config)
-    if not stages:
-        raise UserError(f"config.stages={config.stages!r}: no training stage, and so no views")
-    pipeline.require_model(config)
+    stages = pipeline.stages_to_show(config)
     pipeline.check(config, devices=1)
     images = sources.make(config.data, "train", config.model.channels)
     drawn = sheet({stage: views_of(config, stage, images) for stage in stages})

@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import shutil
-import stat
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from maect_jax import files, sharding
-from maect_jax.errors import RunFailedError, UserError
+from maect_jax.errors import RESUME, RunFailedError, UserError
 from maect_jax.run import manifest
 from maect_jax.stages.state import TrainState
 from maect_jax.stages.support_queue import Queue
@@ -52,25 +51,14 @@ def run_of(path: Path) -> tuple[Path, str | None, int | None]:
 
 def steps_of(folder: Path) -> list[int]:
     """The sealed steps of a stage's folder, ascending."""
-
-    def is_sealed(path):
-        try:
-            return stat.S_ISREG((path / manifest.NAME).stat().st_mode)
-        except (FileNotFoundError, NotADirectoryError):  # an outage of the storage is neither
-            return False
-
     steps = {path: _step_of(path.name) for path in folder.iterdir()} if folder.is_dir() else {}
-    return sorted(s for path, s in steps.items() if s is not None and is_sealed(path))
-
-
-def last_step(folder: Path) -> int | None:
-    """The last sealed step of a stage's folder, or `None`."""
-    return max(steps_of(folder), default=None)
+    # `is_file` raises in an outage of the storage: a sealed step is never taken for another.
+    return sorted(s for p, s in steps.items() if s is not None and (p / manifest.NAME).is_file())
 
 
 def trained_stages(run: Path, stages: Sequence[str]) -> list[str]:
     """Those of `stages` that a run has a checkpoint of."""
-    return [name for name in stages if last_step(stage_folder(run, name)) is not None]
+    return [name for name in stages if steps_of(stage_folder(run, name))]
 
 
 def last_good(run: Path, stages: Sequence[str]) -> str:
@@ -80,10 +68,10 @@ def last_good(run: Path, stages: Sequence[str]) -> str:
         if not trained:
             return "There is no checkpoint yet."
         folder = stage_folder(run, trained[-1])
-        last = folder / str(last_step(folder))
+        last = folder / str(steps_of(folder)[-1])
     except OSError as error:
         return f"The checkpoints cannot be read now ({error.strerror})."
-    return f"The last good checkpoint is {last}. Run the same command to resume."
+    return f"The last good checkpoint is {last}. {RESUME}"
 
 
 def _handler(state) -> ocp.CompositeCheckpointHandler:
@@ -115,7 +103,7 @@ def read_parts(folder: Path, parts: tuple[str, ...], mesh, step: int | None = No
     Raises:
       UserError: it is damaged, on all hosts.
     """
-    path = (folder / str(last_step(folder) if step is None else step)).absolute()
+    path = (folder / str(steps_of(folder)[-1] if step is None else step)).absolute()
     try:
         damage = manifest.damage(path) if jax.process_index() == 0 else None
     except OSError as error:

@@ -29,23 +29,17 @@ _MAY_CHANGE = (
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run that holds its folder.
-
-    Attributes:
-      config: of the run.
-      folder: where all its files are.
-      mesh: the device mesh, which is the current one.
-      check_lock: raises `RunFailedError` if another process has taken the folder.
-    """
+    """A run that holds its folder."""
 
     config: ConfigDict
-    folder: Path
-    mesh: Mesh
+    folder: Path  # where all its files are
+    mesh: Mesh  # of devices; the current one
+    # Raises `RunFailedError` if another process has taken the folder.
     check_lock: Callable[[], None] = lambda: None
 
 
 @contextmanager
-def opened(run: Run, origin: lineage.Origin | None) -> Iterator[Run]:
+def opened(run: Run, origin: lineage.Saved | None) -> Iterator[Run]:
     """Makes a new folder the run's, or checks that it was before; process 0 holds its lock.
 
     Writes the config, what the run runs on, and where its weights are from (`origin`, of the first
@@ -70,7 +64,7 @@ def opened(run: Run, origin: lineage.Origin | None) -> Iterator[Run]:
         yield run
 
 
-def _claim(folder: Path, config: ConfigDict, origin: lineage.Origin | None) -> None:
+def _claim(folder: Path, config: ConfigDict, origin: lineage.Saved | None) -> None:
     path, environment = folder / "config.json", _environment()
     if path.exists():
         differing = configs.differences(configs.read(path), config)

@@ -43,13 +43,6 @@ def truncate(path: Path, stage: str, step: int) -> list[dict]:
     return [entry for entry in entries if entry["stage"] == stage]
 
 
-def _rounded(value):
-    """A float with the seven digits of a float32; null in JSON if it is not finite."""
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.7g}") if math.isfinite(value) else None
-
-
 class Writer:
     """A file of lines, open for adding."""
 
@@ -57,9 +50,13 @@ class Writer:
         self._path, self._file = path, path.open("ab", buffering=0)
 
     def add(self, entry: dict) -> None:
-        """Writes a whole line, or nothing."""
-        text = json.dumps({key: _rounded(value) for key, value in entry.items()}) + "\n"
-        data, end = text.encode(), self._file.seek(0, os.SEEK_END)
+        """Writes a whole line, or nothing: floats with the seven digits of a float32, and null if
+        they are not finite."""
+        rounded = dict(entry)
+        for key, value in entry.items():
+            if isinstance(value, float):
+                rounded[key] = float(f"{value:.7g}") if math.isfinite(value) else None
+        data, end = f"{json.dumps(rounded)}\n".encode(), self._file.seek(0, os.SEEK_END)
 
         def write():
             written = 0

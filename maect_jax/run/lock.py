@@ -2,10 +2,8 @@
 
 The lock is a file that names its holder, who touches it every few seconds. It is stale if its
 holder, a process of this machine, is gone, or if a holder elsewhere has not touched it for a
-minute: machines are taken away without notice. `filelock.SoftFileLease` does not serve: it takes
-another machine of the same name for this one after a restart, has to watch a lease for its whole
-duration by its own clock where the storage's clock answers at once, and calls the locks of older
-versions damaged.
+minute: machines are taken away without notice. `filelock.SoftFileLease` does not serve: it tells
+machines of one name not apart, and goes by its own clock and not by the storage's.
 """
 
 import json

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -28,15 +27,15 @@ NAN_POLICIES = ("stop", "skip")
 _LOGGER = logging.getLogger(__name__)
 
 
-def tensorboard_writer() -> Callable[[Path], object]:
-    """What makes a writer for a folder, with `write_scalars(step, values)` and `close()`: clu's if
-    TensorFlow and its package tensorboard are installed, else tensorboardX's. Raises `UserError` if
-    neither is."""
+def tensorboard_writer() -> type:
+    """The class of a writer for a folder, with `write_scalars(step, values)` and `close()`: clu's
+    if TensorFlow and tensorboard are installed, else tensorboardX's. Raises `UserError` if neither
+    is."""
     if all(importlib.util.find_spec(name) for name in ("tensorflow", "tensorboard")):
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         from clu.metric_writers import SummaryWriter
 
-        return lambda folder: SummaryWriter(str(folder))
+        return SummaryWriter
     try:
         import tensorboardX
     except ImportError as error:
@@ -48,13 +47,13 @@ def tensorboard_writer() -> Callable[[Path], object]:
             for name, value in values.items():
                 self.add_scalar(name, value, step)
 
-    return lambda folder: Writer(str(folder))
+    return Writer
 
 
 def _finite(line: dict) -> dict[str, float]:
     """The scalars of a line of `metrics.jsonl` that TensorBoard can show."""
-    scalars = {k: v for k, v in line.items() if k not in ("stage", "step") and v is not None}
-    return {key: value for key, value in scalars.items() if math.isfinite(value)}
+    scalars = {k: v for k, v in line.items() if k not in ("stage", "step")}
+    return {key: v for key, v in scalars.items() if v is not None and math.isfinite(v)}
 
 
 class Logger:
@@ -107,9 +106,9 @@ class Logger:
     def _start_events(self, lines: list[dict]) -> None:
         """Writes TensorBoard's events of a stage anew, so that none comes twice and none is missing
         if they were switched on late."""
-        open_writer, folder = tensorboard_writer(), self._folder / "tensorboard" / self._stage
+        folder = self._folder / "tensorboard" / self._stage
         shutil.rmtree(folder, ignore_errors=True)
-        self._events = open_writer(folder)
+        self._events = tensorboard_writer()(str(folder))
         for line in lines:
             self._events.write_scalars(line["step"], _finite(line))
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 from maect_jax.errors import STATUS, PreemptedError
 
@@ -30,44 +31,33 @@ def _exit(status: int) -> None:
     os._exit(status)
 
 
-class _Handler:
-    """The first signal stops the run, a second SIGINT ends it at once; other signals are ignored.
-
-    Attributes:
-      signalled: whether a signal has come.
-      deferred: whether the first signal only sets `signalled`.
-    """
-
-    def __init__(self):
-        self.signalled = self.deferred = False
-
-    def __call__(self, number, frame):
-        if self.signalled:
-            if number == signal.SIGINT:
-                _say("stopped at once; the last checkpoint is unchanged")
-                _exit(_SIGINT_STATUS)
-            return
-        self.signalled = True
-        if not self.deferred:
-            raise KeyboardInterrupt
-        _say(f"{signal.Signals(number).name}: saving; a second SIGINT stops at once")
+# `signalled`: one has come; `deferred`: the first one does no more than set that.
+_state = SimpleNamespace(signalled=False, deferred=False)
 
 
-_handler: _Handler | None = None
+def _handle(number, frame):
+    """The first signal stops the run, a second SIGINT ends it at once; others are ignored."""
+    if _state.signalled:
+        if number == signal.SIGINT:
+            _say("stopped at once; the last checkpoint is unchanged")
+            _exit(_SIGINT_STATUS)
+        return
+    _state.signalled = True
+    if not _state.deferred:
+        raise KeyboardInterrupt
+    _say(f"{signal.Signals(number).name}: saving; a second SIGINT stops at once")
 
 
 @contextmanager
 def handled():
     """Makes both signals raise `KeyboardInterrupt`, except in `deferred`. For the main thread."""
-    global _handler
-    _handler = _Handler()
-    before = {n: signal.signal(n, _handler) for n in (signal.SIGTERM, signal.SIGINT)}
+    before = {n: signal.signal(n, _handle) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        _handler = None
         for number, handler in before.items():
             signal.signal(number, handler)
+        _state.signalled = False
 
 
 @contextmanager
@@ -77,13 +67,12 @@ def deferred():
     Raises:
       KeyboardInterrupt: at the end, if one came and the body ended without an error.
     """
-    handler = _handler or _Handler()
-    handler.deferred = True
+    _state.deferred = True
     try:
-        yield lambda: handler.signalled
+        yield lambda: _state.signalled
     finally:
-        handler.deferred = False
-    if handler.signalled:
+        _state.deferred = False
+    if _state.signalled:
         raise KeyboardInterrupt
 
 

@@ -56,8 +56,3 @@ def saved(run: Path, stage: str) -> dict[int, Path]:
     """The snapshot files of a stage, by step, ascending."""
     paths = (run / "watch" / stage).glob("*.npz")
     return dict(sorted((int(path.stem), path) for path in paths if path.stem.isdecimal()))
-
-
-def load(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of one of the `saved` files. Raises `UserError` if it is damaged."""
-    return files.read_saved_arrays(path)

@@ -46,7 +46,7 @@ BAD = {
     ),
     "nothing to compile": (
         ("--config=eval.py", "--topology=v5e:4x4"),
-        "config.stages=('eval',): no training stage to compile",
+        "config.stages=('eval',): no training stage",
     ),
 }
 

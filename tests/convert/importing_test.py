@@ -74,9 +74,9 @@ def test_an_authors_encoder_and_head_go_in_and_out_bit_equal(file, tmp_path, mon
     assert_same(load_file(tmp_path / "out_head.safetensors"), want)
     # Tuning goes on from it, head and queue as they are.
     found = lineage.find(str(run), "ct")
-    assert found.saved.stage == "ct"
+    assert found.stage == "ct"
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    start = found.start(found.saved.config.model, STAGES["ct"], mesh)
+    start = lineage.start(found, found.config.model, stage=STAGES["ct"], mesh=mesh)
     np.testing.assert_array_equal(start["predictor"]["fc2"]["kernel"].T, head["predictor.3.weight"])
     np.testing.assert_array_equal(np.sort(start["queue"].ids, None), np.sort(head["queue_id"]))
 

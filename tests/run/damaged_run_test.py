@@ -183,7 +183,7 @@ def test_a_folder_with_odd_content_is_opened_and_saved_into(tmp_path, shape):
     (tmp_path / "config.json").write_text(json.dumps(load("quickstart:test").to_dict()))
     for name in ("", "checkpoints/mae/6", "checkpoints/mae/\u00b2", "checkpoints/mae/" + "9" * 99):
         with refused("damaged|there is no|no checkpoint"):
-            lineage.find(str(tmp_path / name), "head").saved.read(mesh_of(1, 1))
+            lineage.find(str(tmp_path / name), "head").read(mesh_of(1, 1))
     saver = checkpoints.Checkpoints(stage, keep=1, best="knn_accuracy")
     assert saver.latest is None
     for step in (7, 9):

@@ -7,6 +7,7 @@ import pytest
 
 from maect_jax import sharding
 from maect_jax.data import arrays, loader
+from maect_jax.files import read_saved_arrays
 from maect_jax.models import vit
 from maect_jax.run import snapshots
 from maect_jax.run.folder import Run
@@ -114,7 +115,7 @@ def test_what_is_watched_is_written_and_read_by_step(tmp_path):
         write(9, now)
     files = snapshots.saved(tmp_path, "mae")
     assert list(files) == [9, 10]
-    seen = snapshots.load(files[9])
+    seen = read_saved_arrays(files[9])
     assert seen["index"].tolist() == [0, 2, 5, 8, 10, 13, 16, 19]
     assert seen["mask"].shape == (snapshots.IMAGES, *SHAPE[:2])
     visible = ~seen["mask"]

@@ -53,7 +53,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(small_disk, monkeypatch, qui
     with pytest.raises(RunFailedError) as failed:
         run_on(monkeypatch, (1, 1), page(), run, page=False)
     folder = checkpoints.stage_folder(run, "mae")
-    last = checkpoints.last_step(folder)
+    last = checkpoints.steps_of(folder)[-1]
     assert "(No space left on device). The last" in str(failed.value)
     assert f" {folder / str(last)}. Run the same command to resume." in str(failed.value)
     assert "next try in" in caplog.text

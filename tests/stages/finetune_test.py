@@ -424,7 +424,7 @@ def test_what_cannot_start_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match=r"must be the folder of a run or a file of weights$"):
         pipeline.prepare(configs.load(f"{PAGE}:test", ["init_from=random"]))
     with pytest.raises(UserError, match=r"no section 'model', which it takes from a run"):
-        pipeline.require_model(configs.load(PAGE))
+        pipeline.stages_to_show(configs.load(PAGE))
     with pytest.raises(UserError, match=r"batch_size=256: must be at most the 80 training images"):
         pipeline.open_images(tiny("finetune.images=1%"), tmp_path)
     for split in ("train", "val"):
