@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from maect_jax import sharding
 from maect_jax.convert import exporting, importing, names, tensors
@@ -192,3 +192,12 @@ def test_the_grid_in_a_file_is_not_the_one_that_is_asked_for(file):
     grid = CT.grid[0] // 2, CT.grid[1] * 2
     want = positions.resize(CT["init/encoder/pos_embed"][0], CT.grid, grid)
     np.testing.assert_array_equal(found.read()["params"]["encoder"]["pos_embed"], want)
+
+
+def test_a_pool_that_is_given_replaces_an_unknown_one(tmp_path):
+    found = {n: np.ascontiguousarray(x) for n, x in CT.under("init/encoder/").items()}
+    save_file(found, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"global_pool": "avgmax"}))
+    assert importing.recognised([tmp_path], told(CT, pool="mean")).config.model.pool == "mean"
+    with pytest.raises(UserError, match="global_pool is 'avgmax'"):
+        importing.recognised([tmp_path], told(CT, pool=None))
