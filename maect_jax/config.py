@@ -15,6 +15,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
@@ -143,6 +144,8 @@ def from_command_line(described: OneLineParser) -> tuple[ConfigDict, argparse.Na
     others = [arg for arg in sys.argv[1:] if not arg.startswith(_OVERRIDE)]
     arguments = described.parse_args(others)
     config = load(arguments.config, overrides)
+    # absl's logging and grain's worker processes read absl's flags.
+    flags.FLAGS.mark_as_parsed()
     absl_logging.use_absl_handler()
     debug = config.log_level == "debug"
     absl_logging.set_verbosity(absl_logging.DEBUG if debug else absl_logging.WARNING)

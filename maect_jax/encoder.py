@@ -69,7 +69,7 @@ def _features(model: vit.ViT, pool: str, mean, std, params, images) -> jax.Array
 
 
 def load_encoder(
-    path: str | Path,
+    where: str | Path,
     *,
     image_size: tuple[int, int] | None = None,
     mean: tuple[float, ...] | None = None,
@@ -83,7 +83,7 @@ def load_encoder(
     safetensors or HuggingFace file, onto the first device.
 
     Args:
-      path: the folder of a run, or what `python -m maect_jax.convert import` takes.
+      where: the folder of a run, or what `python -m maect_jax.convert import` takes.
       image_size: (H, W) of the images, by default those it was trained for; for another size its
         position embedding is resized.
       mean, std: of each channel of pixels from 0 to 1; by default the run's, the file's, or
@@ -102,15 +102,15 @@ def load_encoder(
     for key, value, allowed in (("pool", pool, vit.POOLS), ("dtype", dtype, vit.DTYPES)):
         if value not in (None, *allowed):
             raise UserError(f"{key}={value!r}: must be one of {', '.join(allowed)}")
-    if importing.is_file(str(path)):
+    if importing.is_file(str(where)):
         overrides = importing.Overrides(heads=heads, ln_eps=ln_eps, image_size=image_size)
-        imported = importing.recognised(importing.paths_of(str(path)), overrides)
+        imported = importing.recognised(importing.paths_of(str(where)), overrides)
         saved = lineage.SavedFiles(imported)
     elif heads or ln_eps:
-        raise UserError(f"{path}: heads and ln_eps are for files; a run has its own")
+        raise UserError(f"{where}: heads and ln_eps are for files; a run has its own")
     else:
         allowed = "the folder of a run or a file of weights"
-        saved = lineage.trained_stage(Path(path), (), where=str(path), allowed=allowed)
+        saved = lineage.trained_stage(Path(where), (), where=str(where), allowed=allowed)
     model, data = saved.config.model, saved.config.get("data", {})
     size = image_size or model.image_size
     if any(side < 1 or side % model.patch_size for side in size):
@@ -120,7 +120,7 @@ def load_encoder(
         for key, given in (("mean", mean), ("std", std))
     )
     if not len(mean) == len(std) == model.channels:
-        raise UserError(f"{path}: give the mean and std of its {model.channels} channels")
+        raise UserError(f"{where}: give the mean and std of its {model.channels} channels")
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     params = SAVED[saved.stage].encoder_params(saved.read(mesh))
     old, new = (positions.grid(s, model.patch_size) for s in (model.image_size, size))

@@ -3,13 +3,13 @@
 python -m maect_jax.main --config=configs/NAME.py [--config.key=value ...]
 """
 
+import faulthandler
 import os
 import sys
 import threading
 from pathlib import Path
 
 import jax
-from absl import flags
 
 from maect_jax import config as configs
 from maect_jax import errors, pipeline
@@ -21,9 +21,7 @@ _PATIENCE = 20.0  # seconds in which all hosts end together
 
 def _parser() -> errors.OneLineParser:
     parser = configs.parser(__doc__)
-    parser.add_argument(
-        "--workdir", type=Path, help="the run's folder; runs/<config name> unless given"
-    )
+    parser.add_argument("--workdir", help="the run's folder; runs/<config name> unless given")
     parser.add_argument("--dry_run", action="store_true", help="print what would run, and stop")
     parser.add_argument(
         "--host_timeout",
@@ -72,13 +70,12 @@ def _join_hosts(seconds: int) -> None:
 
 def _run() -> None:
     config, arguments = configs.from_command_line(_parser())
-    flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl's flags
     _join_hosts(arguments.host_timeout)
     if arguments.dry_run:
         pipeline.dry_run(config)
         return
     with preemption.handled():
-        pipeline.run(config, arguments.workdir or Path("runs") / config.name)
+        pipeline.run(config, Path(arguments.workdir or f"runs/{config.name}"))
 
 
 def main() -> None:
@@ -96,4 +93,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a crash of a library shows where Python was
     main()

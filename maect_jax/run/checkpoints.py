@@ -28,6 +28,7 @@ from maect_jax.stages.support_queue import Queue
 
 FOLDER = "checkpoints"  # of a run
 _LOGGER = logging.getLogger(__name__)
+_MEND = "Run that run's command to resume from the checkpoint before, or repeat the import."
 _PAUSES = (10.0, 30.0, 90.0)  # seconds before a failed save is tried again
 
 
@@ -84,7 +85,7 @@ def read_position(folder: Path, step: int) -> dict:
     path = folder / str(step) / "position" / "metadata"
     position = files.read_json(path)
     if "steps" not in position:
-        raise UserError(f"{path}: is damaged: has no number of steps")
+        raise UserError(f"{path}: is damaged: has no number of steps. {_MEND}")
     return position
 
 
@@ -110,8 +111,7 @@ def read_parts(folder: Path, parts: tuple[str, ...], mesh, step: int | None = No
         damage = f"it cannot be read: {error}"
     if not sharding.all_hosts(damage is None):
         raise UserError(
-            f"{path}: is damaged ({damage or 'another host failed; see its log'}). Run the command "
-            "of that run to resume from the checkpoint before, or repeat the import."
+            f"{path}: is damaged ({damage or 'another host failed; see its log'}). {_MEND}"
         )
     with ocp.Checkpointer(_handler(ocp.PyTreeCheckpointHandler())) as reader:
         saved = reader.metadata(path).item_metadata.state.tree
@@ -201,13 +201,13 @@ class Checkpoints:
             path.replace(aside)
         return None
 
-    def _remove_incomplete(self) -> None:
+    def _remove_incomplete(self, level: int = logging.WARNING) -> None:
         """Removes what a save or a removal that failed or was cut off has left."""
         paths = {path for path in self._folder.iterdir() if _step_of(path.name) is not None}
         for pattern in ("*.orbax-checkpoint-tmp*", "*.removed"):
             paths.update(self._folder.glob(pattern))
         for path in paths - {self._folder / str(step) for step in steps_of(self._folder)}:
-            _LOGGER.warning("%s: removing incomplete checkpoint", path)
+            _LOGGER.log(level, "%s: removing incomplete checkpoint", path)
             _remove(path)
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
@@ -227,7 +227,7 @@ class Checkpoints:
         may_retry = sharding.all_hosts(len(self._failures) <= len(_PAUSES))
         if self._failures and jax.process_index() == 0:
             with suppress(OSError):  # the storage is away
-                self._remove_incomplete()
+                self._remove_incomplete(logging.DEBUG)  # its failure was said
         if not may_retry:
             reason = self._failures[-1] if self._failures else "another host failed; see its log"
             raise RunFailedError(f"{self._folder}: a checkpoint cannot be written ({reason})")

@@ -50,7 +50,7 @@ class SavedStage:
         if self.step is not None:
             return {self.stage: self}
         trained = checkpoints.trained_stages(self.run, tuple(SAVED))
-        names = [name for name in trained if name != "head" or "mae" not in trained]
+        names = [name for name in trained if SAVED[name].encoder_of not in trained]
         return {name: SavedStage(self.run, name) for name in names}
 
     def lineage(self) -> list[dict]:
@@ -138,7 +138,7 @@ def find(init_from: str, stage: str, needs_run: bool = True) -> Saved:
         return SavedFiles(importing.recognised(importing.paths_of(init_from)))
     wanted = ()
     if stage in STAGES:  # an imported run has a stage of its own kind
-        wanted = (*STAGES[stage].starts_from, "encoder", "probe")
+        wanted = (*STAGES[stage].starts_from, *(name for name in SAVED if name not in STAGES))
     return trained_stage(Path(init_from), wanted, where=where, allowed=allowed)
 
 
