@@ -19,21 +19,6 @@ from maect_jax.run import preemption
 _PATIENCE = 20.0  # seconds in which all hosts end together
 
 
-def _parser() -> errors.OneLineParser:
-    parser = configs.parser(__doc__)
-    parser.add_argument(
-        "--workdir", type=Path, help="the run's folder; runs/<config name> unless given"
-    )
-    parser.add_argument("--dry_run", action="store_true", help="print what would run, and stop")
-    parser.add_argument(
-        "--host_timeout",
-        type=errors.positive(int),
-        default=300,
-        help="seconds that the hosts of a pod wait for each other at the start (%(default)s)",
-    )
-    return parser
-
-
 def _join_hosts(seconds: int) -> None:
     """Makes one program of all hosts that have the same JAX_COORDINATOR_ADDRESS, if it is set.
 
@@ -43,12 +28,10 @@ def _join_hosts(seconds: int) -> None:
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
     given = {key: os.environ[name] for key, name in names.items() if name in os.environ}
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address is None and given:
+        alone = " and ".join(names[key] for key in given)
+        raise UserError(f"{alone} set without JAX_COORDINATOR_ADDRESS=HOST:PORT of the first host")
     if address is None:
-        if given:
-            alone = " and ".join(names[key] for key in given)
-            raise UserError(
-                f"{alone} set without JAX_COORDINATOR_ADDRESS=HOST:PORT of the first host"
-            )
         return
 
     def give_up():
@@ -71,7 +54,13 @@ def _join_hosts(seconds: int) -> None:
 
 
 def _run() -> None:
-    config, arguments = configs.from_command_line(_parser())
+    parser = configs.parser(__doc__)
+    add = parser.add_argument
+    add("--workdir", type=Path, help="the run's folder; runs/<config name> unless given")
+    add("--dry_run", action="store_true", help="print what would run, and stop")
+    waits = "seconds that the hosts of a pod wait for each other at the start (%(default)s)"
+    add("--host_timeout", type=errors.positive(int), default=300, help=waits)
+    config, arguments = configs.from_command_line(parser)
     flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl's flags
     _join_hosts(arguments.host_timeout)
     if arguments.dry_run:
