@@ -1,6 +1,5 @@
 """Features for people who want nothing else: `load_encoder`."""
 
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -33,7 +32,13 @@ class Encoder:
         self.image_size, self.channels, self.pool = tuple(image_size), channels, pool
         self.mean, self.std = tuple(mean), tuple(std)
         self._params = params
-        self._encode = jax.jit(partial(_features, model, pool, self.mean, self.std))
+
+        def encode(params, images):
+            uint8 = images.dtype == jnp.uint8
+            normalise = augment.normalise_pixels if uint8 else augment.normalise
+            return vit.features(model, params, normalise(images, self.mean, self.std), pool)
+
+        self._encode = jax.jit(encode)
         images = jax.ShapeDtypeStruct((1, *self.image_size, channels), np.uint8)
         self.width = jax.eval_shape(self._encode, params, images).shape[1]
 
@@ -61,11 +66,6 @@ class Encoder:
         if not len(images) or (floats and not (images.min() >= 0 and images.max() <= 1)):
             raise ValueError("images: must be at least one, and floats from 0 to 1")
         return self._encode(self._params, images)
-
-
-def _features(model: vit.ViT, pool: str, mean, std, params, images) -> jax.Array:
-    normalise = augment.normalise_pixels if images.dtype == jnp.uint8 else augment.normalise
-    return vit.features(model, params, normalise(images, mean, std), pool)
 
 
 def load_encoder(
@@ -104,8 +104,7 @@ def load_encoder(
             raise UserError(f"{key}={value!r}: must be one of {', '.join(allowed)}")
     if importing.is_file(str(where)):
         overrides = importing.Overrides(heads=heads, ln_eps=ln_eps, image_size=image_size)
-        imported = importing.recognised(importing.paths_of(str(where)), overrides)
-        saved = lineage.SavedFiles(imported)
+        saved = lineage.SavedFiles(str(where), overrides)
     elif heads or ln_eps:
         raise UserError(f"{where}: heads and ln_eps are for files; a run has its own")
     else:

@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
+OTHER_HOST = "another host failed; see its log"
 RESUME = "Run the same command to resume."
 _SHOWN = 200  # characters
 

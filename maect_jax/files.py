@@ -42,11 +42,8 @@ def retry_io(path: Path, write: Callable[[], None]) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The content of a JSON file, an object; empty if there is no such file.
-
-    Raises:
-      UserError: it holds something else.
-    """
+    """The content of a JSON file, an object; empty if there is no such file. Raises `UserError` if
+    it holds something else."""
     try:
         content = json.loads(path.read_text()) if path.exists() else {}
     except (OSError, ValueError, RecursionError) as error:

@@ -41,12 +41,10 @@ def _join_hosts(seconds: int) -> None:
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
     given = {key: os.environ[name] for key, name in names.items() if name in os.environ}
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address is None and given:
+        alone = " and ".join(names[key] for key in given)
+        raise UserError(f"{alone} set without JAX_COORDINATOR_ADDRESS=HOST:PORT of the first host")
     if address is None:
-        if given:
-            alone = " and ".join(names[key] for key in given)
-            raise UserError(
-                f"{alone} set without JAX_COORDINATOR_ADDRESS=HOST:PORT of the first host"
-            )
         return
 
     def give_up():

@@ -18,7 +18,7 @@ from maect_jax import sharding, train
 from maect_jax.config import Rule, Rules, between, not_negative, one_of, positive
 from maect_jax.data import sources
 from maect_jax.data.bad_images import BadImages
-from maect_jax.errors import RunFailedError, UserError
+from maect_jax.errors import OTHER_HOST, RunFailedError, UserError
 from maect_jax.evals import finetuned, monitor, runner, table
 from maect_jax.models import vit
 from maect_jax.report import build
@@ -60,11 +60,8 @@ def training_stages(config: ConfigDict) -> list[type[Stage]]:
 
 
 def check_stages(config: ConfigDict) -> None:
-    """Checks the list of stages, which the other checks follow.
-
-    Raises:
-      UserError: it is empty, out of order, or names a stage that the config has no section for.
-    """
+    """Checks the list of stages, which the other checks follow. Raises `UserError` if it is empty,
+    out of order, or names a stage that the config has no section for."""
     known = (*STAGES, EVAL)
     in_order = Rule(
         f"some of {known}, in that order and at least one",
@@ -81,11 +78,8 @@ def check_stages(config: ConfigDict) -> None:
 
 
 def stages_to_show(config: ConfigDict) -> list[type[Stage]]:
-    """The stages that a config trains, for what shows them without a run to start from.
-
-    Raises:
-      UserError: there are none, they are not allowed, or their model is that of a run.
-    """
+    """The stages that a config trains, for what shows them without a run. Raises `UserError` if
+    there are none, they are not allowed, or their model is that of a run."""
     check_stages(config)
     stages = training_stages(config)
     if not stages:
@@ -99,15 +93,8 @@ def stages_to_show(config: ConfigDict) -> list[type[Stage]]:
 
 
 def check(config: ConfigDict, devices: int) -> None:
-    """Checks every value of a config that has a model, by the rules of its owner.
-
-    Args:
-      config: a whole config.
-      devices: how many share a batch.
-
-    Raises:
-      UserError: a value is not allowed.
-    """
+    """Checks every value of a config that has a model, by the rules of its owner, for a number of
+    devices that share a batch. Raises `UserError`."""
     configs.check(config, "", RULES)
     best, every, saved = config.checkpoint.best, config.monitor.every, config.checkpoint.every
     if best and (not every or every % saved):
@@ -231,7 +218,7 @@ def _together():
     except UserError as error:
         failed = error
     if not sharding.all_hosts(failed is None):
-        raise failed or UserError("another host failed; see its log")
+        raise failed or UserError(OTHER_HOST)
 
 
 def run(config: ConfigDict, workdir: Path) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from maect_jax import files, sharding
-from maect_jax.errors import RESUME, RunFailedError, UserError
+from maect_jax.errors import OTHER_HOST, RESUME, RunFailedError, UserError
 from maect_jax.run import manifest
 from maect_jax.stages.state import TrainState
 from maect_jax.stages.support_queue import Queue
@@ -110,9 +110,7 @@ def read_parts(folder: Path, parts: tuple[str, ...], mesh, step: int | None = No
     except OSError as error:
         damage = f"it cannot be read: {error}"
     if not sharding.all_hosts(damage is None):
-        raise UserError(
-            f"{path}: is damaged ({damage or 'another host failed; see its log'}). {_MEND}"
-        )
+        raise UserError(f"{path}: is damaged ({damage or OTHER_HOST}). {_MEND}")
     with ocp.Checkpointer(_handler(ocp.PyTreeCheckpointHandler())) as reader:
         saved = reader.metadata(path).item_metadata.state.tree
         wanted = sharding.abstract({part: saved[part] for part in parts}, mesh)
@@ -229,32 +227,32 @@ class Checkpoints:
             with suppress(OSError):  # the storage is away
                 self._remove_incomplete(logging.DEBUG)  # its failure was said
         if not may_retry:
-            reason = self._failures[-1] if self._failures else "another host failed; see its log"
+            reason = self._failures[-1] if self._failures else OTHER_HOST
             raise RunFailedError(f"{self._folder}: a checkpoint cannot be written ({reason})")
         if not sharding.all_hosts(ready):
             return
-        error = self._no_room()
-        if not sharding.all_hosts(error is None):
-            self._failed(error or RuntimeError("another host failed; see its log"))
+        reason = self._no_room()
+        if not sharding.all_hosts(reason is None):
+            self._failed(reason or OTHER_HOST)
             return
         items = dict(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
         path = (self._folder / str(step)).absolute()
         try:
             self._writer.save(path, args=ocp.args.Composite(**items), force=True)
         except Exception as error:  # each kind of storage has its own
-            self._failed(error)
+            self._failed(_reason(error))
             return
         waited = time.monotonic() - start
         self._saving = self._thread.submit(self._seal, step, start, waited, measured or {})
 
-    def _no_room(self) -> OSError | None:
+    def _no_room(self) -> str | None:
         """Why a save would fail halfway; a mounted bucket may have no size."""
         try:
             disk = shutil.disk_usage(self._folder)
         except OSError as error:
-            return error
+            return _reason(error)
         is_full = disk.total and disk.free <= self._size
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if is_full else None
+        return os.strerror(errno.ENOSPC) if is_full else None
 
     def _seal(self, step: int, start: float, waited: float, measured: dict) -> int:
         """Ends a save, in its thread."""
@@ -296,17 +294,17 @@ class Checkpoints:
                 self.latest = saving.result()
                 self._failures = []
             except Exception as error:
-                self._failed(error)
+                self._failed(_reason(error))
         return not self._failures
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, reason: str) -> None:
         """Notes why a save failed and when to try again; after the last pause `save` gives up."""
-        self._failures.append(_reason(error))
+        self._failures.append(reason)
         pause = (*_PAUSES, 0.0)[min(len(self._failures) - 1, len(_PAUSES))]
         self._retry_at = time.monotonic() + pause
         _LOGGER.warning(
             "%s: a checkpoint cannot be written (%s); last saved step: %s; %s", self._folder,
-            self._failures[-1], self.latest, f"next try in {pause:.0f} s" if pause else "stopping",
+            reason, self.latest, f"next try in {pause:.0f} s" if pause else "stopping",
         )  # fmt: skip
 
     def due(self) -> bool:

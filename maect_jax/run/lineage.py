@@ -64,9 +64,9 @@ class SavedStage:
 class SavedFiles:
     """Files from elsewhere, with what `SavedStage` has; `config` is what is known of it."""
 
-    def __init__(self, imported: importing.Imported):
+    def __init__(self, path: str, overrides: importing.Overrides | None = None):
+        self._imported = imported = importing.recognised(importing.paths_of(path), overrides)
         self.stage, self.config, self.lineage = imported.kind, imported.config, imported.origin
-        self._imported = imported
 
     def __str__(self):
         return ", ".join(map(str, self._imported.files))
@@ -135,7 +135,7 @@ def find(init_from: str, stage: str, needs_run: bool = True) -> Saved:
     except OSError as error:  # a name that no file can have, or a folder without permission
         raise UserError(f"{where}: cannot be read: {error.strerror}; must be {allowed}") from error
     if is_file:
-        return SavedFiles(importing.recognised(importing.paths_of(init_from)))
+        return SavedFiles(init_from)
     wanted = ()
     if stage in STAGES:  # an imported run has a stage of its own kind
         wanted = (*STAGES[stage].starts_from, *(name for name in SAVED if name not in STAGES))

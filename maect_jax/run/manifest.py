@@ -23,13 +23,8 @@ def digests(folder: Path) -> dict[str, dict]:
 
 
 def seal(folder: Path, entries: dict[str, dict], measured: dict[str, float]) -> None:
-    """Writes the manifest of a folder, which must not change any more.
-
-    Args:
-      folder: what is sealed.
-      entries: its `digests`.
-      measured: figures that the manifest keeps as well.
-    """
+    """Writes the manifest of a folder, which must not change any more: its `digests`, and figures
+    that were measured."""
     files.write_text(folder / NAME, _text({"measured": measured, "files": entries}))
     inside = [path for path in folder.rglob("*") if path.is_dir()]
     # The names must outlast a power cut too: up to those of the stage, its parent and the run.
