@@ -14,46 +14,21 @@ from maect_jax.errors import UserError
 from maect_jax.run import checkpoints, jsonl, lineage
 from maect_jax.stages import STAGES
 from tests.helpers import CONFIGS, SMALL
-from tests.helpers.commands import metrics_of, run_main
+from tests.helpers.commands import QUICK, QUICK_SETTINGS, metrics_of, run_main
 from tests.helpers.common import assert_trees_equal, logger_at, mesh_of, run_on
 
-QUICK = "configs/quickstart.py:test"
-MAP = "--config.eval.map=pca"  # t-SNE, which `report_test` draws, takes seconds
 CHAIN = ("mae", "head", "ct")
 
 
-# `python -m maect_jax.main` in a process where importing TensorFlow fails.
-WITHOUT_TENSORFLOW = """
-import runpy, sys
-sys.modules["tensorflow"] = sys.modules["keras"] = None
-sys.argv[0] = "maect_jax.main"
-runpy.run_module("maect_jax.main", run_name="__main__")
-"""
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run of the quickstart's tiny variant, and what it printed."""
-    workdir = tmp_path_factory.mktemp("runs") / "quickstart_test"
-    done = run_main(
-        f"--config={QUICK}",
-        f"--workdir={workdir}",
-        MAP,
-        python=("-c", WITHOUT_TENSORFLOW),
-    )
-    assert done.returncode == 0, done.stderr
-    return workdir, done
-
-
 def test_run_leaves_its_files_and_a_table(finished):
-    workdir, done = finished
+    workdir, stdout, stderr = finished
     names = {path.name for path in workdir.iterdir()}
     assert names == {
         "config.json", "environment.json", "origin.json", "metrics.jsonl", "checkpoints", "watch",
         "results.json", "results.md", "features", "clusters.csv", "report.html", "pictures",
     }  # fmt: skip
     # The table and where the page is, and nothing else.
-    table = done.stdout.splitlines()
+    table = stdout.splitlines()
     assert table[1].split() == ["percent", "pixels", "mae", "ct", "ct", "-", "mae"]
     columns = [" ".join(line.split()[:-4]) for line in table[3:-2]]
     assert columns == [
@@ -62,7 +37,7 @@ def test_run_leaves_its_files_and_a_table(finished):
     ]  # fmt: skip
     assert table[:1] + table[-2:] == ["", "", str(workdir / "report.html")]
     # One line of progress a stage, redrawn in place, and nothing else.
-    redrawn = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    redrawn = [line.strip() for line in stderr.splitlines() if line.strip()]
     progress = {line.split(":")[0]: line for line in redrawn}
     assert list(progress) == [*CHAIN, "eval"]
     assert all("100%" in line for line in progress.values())
@@ -72,22 +47,21 @@ def test_run_leaves_its_files_and_a_table(finished):
 @pytest.mark.slow
 def test_debug_tells_everything_and_may_be_switched_on_later(finished, tmp_path):
     workdir = tmp_path / "run"
-    shutil.copytree(finished[0], workdir)
+    shutil.copytree(finished.workdir, workdir)
     shutil.rmtree(checkpoints.stage_folder(workdir, "ct"))
     # Of the evaluation, which is told in the same way, a part is enough.
-    short = (MAP, "--config.eval.protocols=('knn',)", "--config.eval.pixels=False")
-    done = run_main(
-        f"--config={QUICK}", f"--workdir={workdir}", "--config.log_level=debug", *short
-    )  # fmt: skip
+    short = (*QUICK_SETTINGS, "eval.protocols=('knn',)", "eval.pixels=False", "log_level=debug")
+    settings = (f"--config.{setting}" for setting in short)
+    done = run_main(f"--config={QUICK}", f"--workdir={workdir}", *settings)
     assert done.returncode == 0, done.stderr
-    assert "stage ct: 31 steps" in done.stderr
+    assert "stage ct: 6 steps" in done.stderr
     assert "encoder/blocks/attn/qkv/kernel" in done.stderr
     assert "orbax" in done.stderr.lower()
 
 
 def test_metrics_have_every_step_once(finished):
-    entries = metrics_of(finished[0])
-    for stage, steps in (("mae", 62), ("head", 31), ("ct", 31)):
+    entries = metrics_of(finished.workdir)
+    for stage, steps in (("mae", 12), ("head", 6), ("ct", 6)):
         own = [entry for entry in entries if entry["stage"] == stage]
         expected = sorted({1, *range(10, steps + 1, 10), steps})
         assert [entry["step"] for entry in own] == expected
@@ -105,7 +79,7 @@ def test_metrics_have_every_step_once(finished):
 
 
 def test_results_have_their_schema_and_beat_chance(finished):
-    results = json.loads((finished[0] / "results.json").read_text())
+    results = json.loads((finished.workdir / "results.json").read_text())
     assert list(results) == ["pixels", "mae", "ct"]
     for result in results.values():
         assert [entry["k"] for entry in result["knn"]] == [1, 10]
@@ -143,7 +117,7 @@ def last_state(workdir, stage):
 
 
 def test_ct_takes_over_head_and_queue_and_freezes_the_lower_half(finished):
-    mae, head, ct = (last_state(finished[0], stage) for stage in CHAIN)
+    mae, head, ct = (last_state(finished.workdir, stage) for stage in CHAIN)
     jax.tree.map(np.testing.assert_array_equal, mae["params"]["encoder"], head["frozen"]["encoder"])
     lower = jax.tree.map(lambda x: x[:2], mae["params"]["encoder"]["blocks"])
     jax.tree.map(np.testing.assert_array_equal, lower, ct["frozen"]["encoder"]["frozen_blocks"])
@@ -160,7 +134,7 @@ def test_ct_takes_over_head_and_queue_and_freezes_the_lower_half(finished):
     assert_trees_equal(evaluated["blocks"], whole)
     assert_trees_equal(evaluated["norm"], ct["ema"]["encoder"]["norm"])
     assert not np.array_equal(evaluated["norm"]["scale"], ct["params"]["encoder"]["norm"]["scale"])
-    # 31 batches went through a queue of 2 in both stages; both rings are full of image rows.
+    # Six batches went through a queue of 2 in both stages; both rings are full of image rows.
     assert (head["queue"].ids >= 0).all()
     assert (ct["queue"].ids >= 0).all()
 
@@ -183,15 +157,20 @@ def test_the_cifar_page_runs_on_a_file_of_arrays(tmp_path, rng):
     assert results["pixels"]["knn"][1]["accuracy"] > 0.9
 
 
-def test_finished_run_is_not_run_again_and_another_is_refused(finished):
-    workdir, first = finished
+def test_finished_run_is_not_run_again_and_another_is_refused(
+    finished, tmp_path, monkeypatch, capsys
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished.workdir, workdir)
     before = (workdir / "metrics.jsonl").read_bytes(), (workdir / "results.json").read_bytes()
-    again = run_main(f"--config={QUICK}", f"--workdir={workdir}", MAP)
-    assert again.returncode == 0
-    assert again.stdout.splitlines() == first.stdout.splitlines()
-    other = run_main(f"--config={QUICK}", f"--workdir={workdir}", MAP, "--config.seed=1")
-    assert other.returncode == 2
-    assert other.stderr.startswith(f"error: --workdir={workdir}: holds another run (seed: 0 -> 1)")
+    again = config.load(QUICK, QUICK_SETTINGS)
+    run_on(monkeypatch, (1, 1), again, workdir, page=False)
+    printed = capsys.readouterr().out.replace(str(workdir), str(finished.workdir))
+    assert printed.splitlines() == finished.stdout.splitlines()
+    other = config.load(QUICK, (*QUICK_SETTINGS, "seed=1"))
+    message = re.escape(f"--workdir={workdir}: holds another run (seed: 0 -> 1)")
+    with pytest.raises(UserError, match=f"^{message}"):
+        run_on(monkeypatch, (1, 1), other, workdir, page=False)
     assert before == (
         (workdir / "metrics.jsonl").read_bytes(), (workdir / "results.json").read_bytes()
     )  # fmt: skip
@@ -217,10 +196,10 @@ def test_pages_chain_from_run_to_run(finished, tmp_path, monkeypatch):
     assert list(results) == ["ct"]
     # Of a run with all stages, each takes what it is made to follow.
     for stage, before in (("head", "mae"), ("ct", "head"), ("eval", "ct")):
-        assert lineage.find(str(finished[0]), stage).stage == before
+        assert lineage.find(str(finished.workdir), stage).stage == before
     # What does not fit together is refused.
     for arguments, message in (
-        (("ct_vith14", f"init_from={finished[0]}", "ct.queue_size=256"), "queue_size"),
+        (("ct_vith14", f"init_from={finished.workdir}", "ct.queue_size=256"), "queue_size"),
         (("ct_vith14", f"init_from={head}", "model.depth=3"), "encoder has depth 4"),
         (("eval", f"init_from={head}", "data.std=(0.5,)"), "config.data.std is (0.353,)"),
     ):

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from absl import flags
 
+from tests.helpers.commands import finished_run
 from tests.helpers.common import save
 
 # grain's worker processes read absl's flags, which `main` parses.
@@ -50,6 +51,18 @@ def pytest_collection_modifyitems(config, items):
 def in_root(monkeypatch):
     """Runs the test in the checkout's top folder, as the documented commands are."""
     monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A finished run, which all workers share (`commands.finished_run`).
+
+    Tests read it only; one that changes something changes a copy.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    return finished_run(folder / "finished")
 
 
 @pytest.fixture

@@ -23,17 +23,17 @@ from maect_jax.evals import features, runner
 from maect_jax.run import checkpoints, jsonl
 from tests.helpers import CONFIGS, FAST_COMPILE, ROOT, SMALL
 from tests.helpers.commands import metrics_of, run_main
-from tests.helpers.common import mesh_of, run_on, save, wait_for_step
+from tests.helpers.common import few_pictures, mesh_of, run_on, wait_for_step
 from tests.helpers.golden_figures import FORWARD, GRADIENT, assert_close
 
-# Three updates an epoch; of the autoencoder's eight epochs the first run does one or some.
+# Three updates an epoch; of the autoencoder's five epochs the first run does one or some.
 # Rates are low: where a gradient is zero by construction Adam makes full-size updates of its
 # rounding, and those of the projector's last bias reach the look-up and all gradients that follow
 # (golden/README.md): by 7e-4 at a rate of 1e-5. Of the gradients Adam's moments are compared, which
 # have no rate in them. One neighbour, as rounding flips the order of some among twenty
 # thousand.
 SETTINGS = (
-    SMALL, "log_every=1", "monitor.every=8", "mesh.fsdp=2", "mae.epochs=8",
+    SMALL, "log_every=1", "monitor.every=5", "mesh.fsdp=2", "mae.epochs=5",
     "mae.batch_size=512", "head.batch_size=512", "ct.batch_size=512",
     "head.queue_size=1024", "ct.queue_size=1024", "ct.top_k=1", "eval.batch_size=512",
     "eval.protocols=('knn','probe','probe_augmented','lowshot','cluster')",
@@ -125,13 +125,13 @@ def test_two_processes_go_on_after_a_stop_and_tell_everything_once(pod_run):
     status, told, last = stopped
     assert status == 75
     assert last["stage"] == "mae"
-    assert 4 <= last["step"] < 24
-    saved = f"preempted, resumable: stage mae is saved at step {last['step']} of 24"
+    assert 4 <= last["step"] < 15
+    saved = f"preempted, resumable: stage mae is saved at step {last['step']} of 15"
     assert told.count(saved) == 2  # both, at the same step
     assert told.count("SIGTERM: saving") == 1
-    for stage, steps in (("mae", 24), ("head", 3), ("ct", 3)):
+    for stage, steps in (("mae", 15), ("head", 3), ("ct", 3)):
         assert [step for step, _ in losses_of(workdir, stage)] == list(range(1, steps + 1))
-    assert [e["step"] for e in jsonl.read(workdir / "metrics.jsonl") if "knn_accuracy" in e] == [24]
+    assert [e["step"] for e in jsonl.read(workdir / "metrics.jsonl") if "knn_accuracy" in e] == [15]
     # Only the first process speaks.
     lines = output.splitlines()
     assert lines.count(str(workdir / "report.html")) == 1
@@ -192,7 +192,13 @@ def test_their_evaluation_equals_that_of_one_process(pod_run, tmp_path, monkeypa
 )
 def test_a_host_that_cannot_write_leaves_none_waiting(tmp_path, what, both):
     """Where a save fails for good all hosts agree on the end; else JAX ends the others."""
-    settings = (SMALL, "stages=('mae',)", "mae.batch_size=400", "log_every=1", "monitor.every=0")
+    settings = (
+        *few_pictures(tmp_path),
+        "stages=('mae',)",
+        "mae.batch_size=10",
+        "log_every=1",
+        "monitor.every=0",
+    )
     command = [
         sys.executable, "-m", "tests.helpers.lame_host", what, f"--config={CONFIG}",
         f"--workdir={tmp_path / 'run'}", *(f"--config.{setting}" for setting in settings),
@@ -221,13 +227,12 @@ def test_a_host_that_cannot_write_leaves_none_waiting(tmp_path, what, both):
 
 def test_bad_images_of_all_hosts_together_end_all_of_them(tmp_path):
     """One host has not too many; at the same step both stop, with the same list."""
-    for i in range(40):
-        save(tmp_path / "train" / f"{i:02}.png", (28, 28), i)
+    data = few_pictures(tmp_path)
     for i in range(0, 40, 5):
         (tmp_path / "train" / f"{i:02}.png").write_bytes(b"torn")
     settings = (
-        "stages=('mae',)", "mae.batch_size=20", "log_every=2", "data.source=folder",
-        f"data.path={tmp_path}", "data.max_bad_fraction=0.19",
+        "stages=('mae',)", "mae.batch_size=20", "log_every=2", *data,
+        "data.max_bad_fraction=0.19",
     )  # fmt: skip
     with pod(tmp_path / "run", tmp_path / "output", settings) as process:
         assert process.wait(200) != 0

@@ -44,6 +44,13 @@ def save(path, shape=(9, 7), value=0):
     Image.fromarray(pixels).save(path)
 
 
+def few_pictures(folder, count=40) -> tuple[str, ...]:
+    """Writes pictures of 28 x 28 pixels; returns the settings of a config that trains on them."""
+    for i in range(count):
+        save(folder / "train" / f"{i:02}.png", (28, 28), i)
+    return "data.source=folder", f"data.path={folder}"
+
+
 def wait_for_step(workdir, step, process):
     """Returns when a run, which `process` is, has told of a step."""
     path, deadline = workdir / "metrics.jsonl", time.monotonic() + 300

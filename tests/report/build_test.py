@@ -18,8 +18,7 @@ from maect_jax.errors import UserError
 from maect_jax.evals import features, maps, runner
 from maect_jax.report import __main__ as command
 from maect_jax.report import build
-from tests.helpers import CONFIGS, SMALL
-from tests.helpers.common import run_on
+from tests.helpers import CONFIGS
 
 QUICK = str(CONFIGS / "quickstart.py:test")
 PICTURES = {
@@ -59,12 +58,9 @@ class Report(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(finished):
     """The folder of a short run with all stages."""
-    workdir = tmp_path_factory.mktemp("runs") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        run_on(patch, (1, 1), configs.load(QUICK, [SMALL, "eval.map=pca"]), workdir)
-    return workdir
+    return finished.workdir
 
 
 @pytest.fixture(scope="module")

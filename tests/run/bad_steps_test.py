@@ -12,17 +12,24 @@ from maect_jax.errors import RunFailedError
 from maect_jax.report import build
 from maect_jax.run import checkpoints, jsonl
 from maect_jax.stages import step as steps
-from tests.helpers import CONFIGS, SMALL
-from tests.helpers.common import assert_trees_equal, mesh_of, run_on
+from tests.helpers import CONFIGS
+from tests.helpers.common import assert_trees_equal, few_pictures, mesh_of, run_on
 
 SETTINGS = (
-    SMALL, "stages=('mae',)", "mae.batch_size=400", "mae.epochs=2", "log_every=1",
+    "stages=('mae',)", "mae.batch_size=10", "mae.epochs=2", "log_every=1",
     "monitor.every=0",
 )  # fmt: skip
 
 
-def page(*settings):
-    return config.load(str(CONFIGS / "quickstart.py:test"), [*SETTINGS, *settings])
+@pytest.fixture
+def page(tmp_path):
+    """The config of a run on 40 pictures, with changes."""
+    data = few_pictures(tmp_path / "images")
+
+    def load(*settings):
+        return config.load(str(CONFIGS / "quickstart.py:test"), [*SETTINGS, *data, *settings])
+
+    return load
 
 
 @pytest.fixture
@@ -62,7 +69,7 @@ def batches(monkeypatch):
     return taken
 
 
-def test_a_bad_step_is_written_down_and_ends_the_run(tmp_path, monkeypatch, poison, batches):
+def test_a_bad_step_is_written_down_and_ends_the_run(tmp_path, page, monkeypatch, poison, batches):
     run = tmp_path / "run"
     poison(6)
     with pytest.raises(RunFailedError) as failed:
@@ -74,14 +81,14 @@ def test_a_bad_step_is_written_down_and_ends_the_run(tmp_path, monkeypatch, pois
     (entry,) = jsonl.read(run / "bad_steps.jsonl")
     assert (entry["stage"], entry["step"], entry["loss"]) == ("mae", 6, "nan")
     assert entry["index"] == batches[6]
-    assert len(entry["images"]) == 400
+    assert len(entry["images"]) == 10
     assert [line["step"] for line in jsonl.read(run / "metrics.jsonl") if "loss" in line] == [
         1, 2, 3, 4, 5,
     ]  # fmt: skip
     assert checkpoints.steps_of(good.parent) == [4]
 
 
-def test_a_bad_step_is_skipped_up_to_a_bound(tmp_path, monkeypatch, poison, caplog):
+def test_a_bad_step_is_skipped_up_to_a_bound(tmp_path, page, monkeypatch, poison, caplog):
     run, stopped = tmp_path / "run", tmp_path / "stopped"
     poison(4, 6)  # the last step of an epoch, which is saved, and one that is not
     skip = ("nan_policy=skip", "nan_limit=2")
@@ -103,14 +110,14 @@ def test_a_bad_step_is_skipped_up_to_a_bound(tmp_path, monkeypatch, poison, capl
     assert [entry["step"] for entry in jsonl.read(stopped / "bad_steps.jsonl")] == [4, 6]
 
 
-def test_debug_nans_names_the_operation(tmp_path, monkeypatch, poison):
+def test_debug_nans_names_the_operation(tmp_path, page, monkeypatch, poison):
     poison(2)
     with pytest.raises(FloatingPointError, match="nan"):
         run_on(monkeypatch, (1, 1), page("debug_nans=True"), tmp_path / "run", page=False)
     assert not jax.config.jax_debug_nans
 
 
-def test_debug_nans_and_a_profile_leave_a_good_run_alone(tmp_path, monkeypatch):
+def test_debug_nans_and_a_profile_leave_a_good_run_alone(tmp_path, page, monkeypatch):
     settings = page("debug_nans=True", "mae.epochs=1", "profile=(2,3)")
     run_on(monkeypatch, (1, 1), settings, tmp_path / "run", page=False)
     (traced,) = (tmp_path / "run" / "profile" / "mae").rglob("*.xplane.pb")

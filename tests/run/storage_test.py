@@ -12,11 +12,11 @@ import pytest
 from maect_jax import config, files
 from maect_jax.errors import RunFailedError
 from maect_jax.run import checkpoints, jsonl, manifest
-from tests.helpers import CONFIGS, SMALL
-from tests.helpers.common import mesh_of, run_on
+from tests.helpers import CONFIGS
+from tests.helpers.common import few_pictures, mesh_of, run_on
 
 SETTINGS = (
-    SMALL, "stages=('mae',)", "mae.batch_size=400", "mae.epochs=4", "log_every=1",
+    "stages=('mae',)", "mae.batch_size=10", "mae.epochs=4", "log_every=1",
     "monitor.every=0",
 )  # fmt: skip
 QUICK = (0.05, 0.1, 0.1)
@@ -28,8 +28,15 @@ def quick(monkeypatch):
     monkeypatch.setattr(files, "_PAUSES", QUICK)
 
 
-def page(*settings):
-    return config.load(str(CONFIGS / "quickstart.py:test"), [*SETTINGS, *settings])
+@pytest.fixture
+def page(tmp_path):
+    """The config of a run on 40 pictures, with changes."""
+    data = few_pictures(tmp_path / "images")
+
+    def load(*settings):
+        return config.load(str(CONFIGS / "quickstart.py:test"), [*SETTINGS, *data, *settings])
+
+    return load
 
 
 def steps_told(run):
@@ -48,7 +55,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_full_disk_ends_the_run_and_loses_nothing(small_disk, monkeypatch, quick, caplog):
+def test_a_full_disk_ends_the_run_and_loses_nothing(small_disk, page, monkeypatch, quick, caplog):
     run = small_disk / "run"
     with pytest.raises(RunFailedError) as failed:
         run_on(monkeypatch, (1, 1), page(), run, page=False)
@@ -66,7 +73,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(small_disk, monkeypatch, qui
     assert checkpoints.steps_of(folder) == [12, 16]
 
 
-def test_an_outage_is_waited_for_and_leaves_no_hole(tmp_path, monkeypatch, quick, caplog):
+def test_an_outage_is_waited_for_and_leaves_no_hole(tmp_path, page, monkeypatch, quick, caplog):
     """Each kind of file fails now and then, half written; the run is the same as without."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     run_on(monkeypatch, (1, 1), page(), whole, page=False)
