@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maect_jax.run import jsonl
-from tests.helpers import FAST_RUN, ROOT, SMALL
+from tests.helpers import CONFIGS, FAST_RUN, ROOT, SMALL
 
 # `finished_run` is a run of this config with these changes.
-QUICK = "configs/quickstart.py:test"
+QUICK = str(CONFIGS / "quickstart.py:test")
 QUICK_SETTINGS = (SMALL, "eval.map=pca")  # t-SNE, which `maps_test` tests, takes seconds
 
 # `python -m maect_jax.main` in a process where importing TensorFlow fails.

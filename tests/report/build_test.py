@@ -19,8 +19,8 @@ from maect_jax.evals import features, maps, runner
 from maect_jax.report import __main__ as command
 from maect_jax.report import build
 from tests.helpers import CONFIGS
+from tests.helpers.commands import QUICK
 
-QUICK = str(CONFIGS / "quickstart.py:test")
 PICTURES = {
     "loss", "nn_accuracy", "reconstructions", "neighbours", "map_mae", "map_ct", "clusters",
     "confusion", "retrieval", "probes",
