@@ -54,7 +54,7 @@ def test_debug_tells_everything_and_may_be_switched_on_later(finished, tmp_path)
     settings = (f"--config.{setting}" for setting in short)
     done = run_main(f"--config={QUICK}", f"--workdir={workdir}", *settings)
     assert done.returncode == 0, done.stderr
-    assert "stage ct: 6 steps" in done.stderr
+    assert "stage ct: steps 1 to 6" in done.stderr
     assert "encoder/blocks/attn/qkv/kernel" in done.stderr
     assert "orbax" in done.stderr.lower()
 
@@ -201,7 +201,7 @@ def test_pages_chain_from_run_to_run(finished, tmp_path, monkeypatch):
     for arguments, message in (
         (("ct_vith14", f"init_from={finished.workdir}", "ct.queue_size=256"), "queue_size"),
         (("ct_vith14", f"init_from={head}", "model.depth=3"), "encoder has depth 4"),
-        (("eval", f"init_from={head}", "data.std=(0.5,)"), "config.data.std is (0.353,)"),
+        (("eval", f"init_from={head}", "data.std=(0.5,)"), "encoder has std (0.353,)"),
     ):
         name, *overrides = arguments
         page = config.load(str(CONFIGS / f"{name}.py:test"), overrides)
