@@ -9,8 +9,10 @@ from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
+from maect_jax import config as configs
 from maect_jax.run.folder import Run
 from maect_jax.run.logger import Logger
+from tests.helpers import CONFIGS
 
 
 def mesh_of(data: int, fsdp: int) -> Mesh:
@@ -49,6 +51,15 @@ def few_pictures(folder, count=40) -> tuple[str, ...]:
     for i in range(count):
         save(folder / "train" / f"{i:02}.png", (28, 28), i)
     return "data.source=folder", f"data.path={folder}"
+
+
+def mae_config(folder, epochs):
+    """A function that loads the config of an autoencoder on few pictures, with changes."""
+    own = (
+        "stages=('mae',)", "mae.batch_size=10", f"mae.epochs={epochs}", "log_every=1",
+        "monitor.every=0", *few_pictures(folder),
+    )  # fmt: skip
+    return lambda *settings: configs.load(str(CONFIGS / "quickstart.py:test"), [*own, *settings])
 
 
 def wait_for_step(workdir, step, process):

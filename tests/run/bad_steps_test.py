@@ -7,29 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maect_jax import config, pipeline, train
+from maect_jax import pipeline, train
 from maect_jax.errors import RunFailedError
 from maect_jax.report import build
 from maect_jax.run import checkpoints, jsonl
 from maect_jax.stages import step as steps
-from tests.helpers import CONFIGS
-from tests.helpers.common import assert_trees_equal, few_pictures, mesh_of, run_on
-
-SETTINGS = (
-    "stages=('mae',)", "mae.batch_size=10", "mae.epochs=2", "log_every=1",
-    "monitor.every=0",
-)  # fmt: skip
+from tests.helpers.common import assert_trees_equal, mae_config, mesh_of, run_on
 
 
 @pytest.fixture
 def page(tmp_path):
-    """The config of a run on 40 pictures, with changes."""
-    data = few_pictures(tmp_path / "images")
-
-    def load(*settings):
-        return config.load(str(CONFIGS / "quickstart.py:test"), [*SETTINGS, *data, *settings])
-
-    return load
+    return mae_config(tmp_path / "images", epochs=2)
 
 
 @pytest.fixture

@@ -9,16 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from maect_jax import config, files
+from maect_jax import files
 from maect_jax.errors import RunFailedError
 from maect_jax.run import checkpoints, jsonl, manifest
-from tests.helpers import CONFIGS
-from tests.helpers.common import few_pictures, mesh_of, run_on
+from tests.helpers.common import mae_config, mesh_of, run_on
 
-SETTINGS = (
-    "stages=('mae',)", "mae.batch_size=10", "mae.epochs=4", "log_every=1",
-    "monitor.every=0",
-)  # fmt: skip
 QUICK = (0.05, 0.1, 0.1)
 
 
@@ -30,13 +25,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def page(tmp_path):
-    """The config of a run on 40 pictures, with changes."""
-    data = few_pictures(tmp_path / "images")
-
-    def load(*settings):
-        return config.load(str(CONFIGS / "quickstart.py:test"), [*SETTINGS, *data, *settings])
-
-    return load
+    return mae_config(tmp_path / "images", epochs=4)
 
 
 def steps_told(run):
