@@ -46,7 +46,9 @@ def read_json(path: Path) -> dict:
     it holds something else."""
     try:
         content = json.loads(path.read_text()) if path.exists() else {}
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object")

@@ -279,7 +279,7 @@ def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None
             continue
         stage = STAGES[name]
         own = stage.training_images(config, images["train"])
-        measured = stage.changes_encoder and monitor.is_possible(config, images)
+        measured = stage.learns_features and monitor.is_possible(config, images)
         start = dict  # of nothing: random weights
         if origin:
             start = partial(lineage.start, origin, config.model, stage=stage, mesh=run.mesh)

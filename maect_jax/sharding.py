@@ -20,9 +20,10 @@ from maect_jax.errors import UserError
 AXES = ("data", "fsdp")
 BATCH = P(AXES)
 
-# Ordered (pattern on the path of a leaf, placement); the first that matches is used. The same
-# rules serve parameters, their optimiser moments and their averages. A stacked block kernel is
-# [layer, in, out]; an axis that the mesh does not divide stays whole.
+# Ordered (pattern searched in the path of a leaf, placement); `tree_shardings` uses the first that
+# matches. The same rules serve parameters, their optimiser moments and their averages. A stacked
+# block kernel is [layer, in, out]; of each the axis of the encoder's width is split. An axis whose
+# size the mesh axis does not divide is replicated, as are biases, norms and tokens.
 RULES = (
     (r"queue/(rows|ids|labels)$", P(None, AXES)),
     (r"blocks/.*(attn/proj|fc2)/kernel$", P(None, None, "fsdp")),
@@ -120,7 +121,7 @@ def shard_map_batch(
     def run(*arguments):
         specs = (BATCH,) * (len(arguments) - replicated_args) + (P(),) * replicated_args
         out = P() if replicated_out else BATCH
-        # The check would not let a loop start from a constant, which is equal on all devices.
+        # `check_vma` rejects a loop that starts from a constant, which is equal on all devices.
         return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)(*arguments)
 
     return run

@@ -31,9 +31,9 @@ class Training:
 
     run: Run  # config, folder and mesh
     stage: type[Stage]
-    images: sources.Source  # its own training images (`Stage.training_images`)
+    images: sources.Source  # the stage's own training images (`Stage.training_images`)
     bad_images: BadImages  # counts those that cannot be read
-    start: Callable[[], dict]  # reads what the stage takes over; called only at its first start
+    start: Callable[[], dict]  # reads what the stage takes over; called if there is no checkpoint
     examples: snapshots.Examples  # images whose snapshots are written at each checkpoint
     monitor: Monitor | None  # measures the encoder now and then
 
@@ -48,17 +48,17 @@ def batches(config, stage: type[Stage], images: sources.Source, steps: int, mesh
 
 def _resumed(training: Training, stage: Stage, checkpoints: Checkpoints):
     """The batches and the state from the last checkpoint on, or from the start of the stage."""
-    run, images, done = training.run, training.images, checkpoints.latest
+    run, images, saved_step = training.run, training.images, checkpoints.latest
     stream = batches(run.config, training.stage, images, stage.steps, run.mesh)
     # Every stage of a pipeline draws random numbers of its own.
     key = jax.random.fold_in(jax.random.key(run.config.seed), stage.number)
-    if not done:
+    if not saved_step:
         return stream, create_state(stage, key, training.start(), run.mesh)
-    state, position = checkpoints.restore(done, abstract_state(stage, key, {}, run.mesh))
+    state, position = checkpoints.restore(saved_step, abstract_state(stage, key, {}, run.mesh))
     if (then := position["images"]) != len(images):
         raise UserError(
             f"--workdir={run.folder}: stage {stage.name} was trained on {then:,} images to step "
-            f"{done}, and now there are {len(images):,}. Restore the images or use another "
+            f"{saved_step}, and now there are {len(images):,}. Restore the images or use another "
             "--workdir."
         )
     stream.set_state(position["loader"])
@@ -73,48 +73,47 @@ def run(training: Training) -> None:
       UserError: there are more images, or fewer, than when the stage began.
       RunFailedError: a step is not finite, too many images are bad, or nothing can be written.
     """
-    run, images, bad = training.run, training.images, training.bad_images
-    config, mesh, name = run.config, run.mesh, training.stage.name
+    config, mesh, images = training.run.config, training.run.mesh, training.images
     stage = training.stage.for_images(config, images)
     per_epoch = training.stage.updates_per_epoch(config, len(images))
-    save_every, measure_every = (
-        config.checkpoint.every * per_epoch,
-        config.monitor.every * per_epoch,
-    )
+    save_every = config.checkpoint.every * per_epoch
+    measure_every = config.monitor.every * per_epoch
 
-    def on_saved(step, values):
+    def on_saved(step, values):  # in the thread that saves
         logger.note(step, values)
         logger.sync()
 
     keep, best = config.checkpoint.keep, config.checkpoint.best
-    checkpoints = Checkpoints(stage_folder(run.folder, name), keep, best, on_saved)
+    checkpoints = Checkpoints(stage_folder(training.run.folder, stage.name), keep, best, on_saved)
     done = checkpoints.latest or 0
-    if done == stage.steps:
+    if done == stage.steps:  # an earlier call has finished it
         checkpoints.close()
         return
     stream, state = _resumed(training, stage, checkpoints)
     train_step = jitted_step(stage, state_shardings(state))
-    snapshot = snapshots.writer(stage, training.examples, run)
-    logger = Logger(run, stage, done, images.name)
+    snapshot = snapshots.writer(stage, training.examples, training.run)
+    logger = Logger(training.run, stage, done, images.name)
     _log_parameters(stage, state, done)
     with closing(logger), closing(checkpoints), closing(stream), deferred() as signalled:
         for step in range(done + 1, stage.steps + 1):
-            proposed = Action.STOP if signalled() else Action(checkpoints.due())
-            batch = sharding.put_batch(bad.collect(logger.wait_for(stream)), mesh)
+            proposed = Action.STOP if signalled() else Action(checkpoints.retry_due())
+            batch = training.bad_images.collect(logger.wait_for(stream))
+            batch = sharding.put_batch(batch, mesh)
             state, metrics = logger.profiled(step, train_step, state, batch)
             metrics["action"] = sharding.max_over_hosts(proposed, mesh)
-            action = logger.add(step, metrics, batch["index"])  # reads the step before
-            if logger.is_due(step):
-                bad.check()
-                run.check_lock()
+            action = logger.add(step, metrics, batch["index"])  # of the step before
+            if logger.has_line(step):
+                training.bad_images.check()
+                training.run.check_lock()
             measured, last = {}, step == stage.steps
             if training.monitor and step % measure_every == 0:
                 action = max(action, logger.flush())
                 measured = logger.time_apart(step, training.monitor, state)
             regular = last or step % save_every == 0
             if regular or action > Action.CONTINUE:
-                action = max(action, logger.flush())  # fails if the step is not finite
-                run.check_lock()
+                # Also reads this step: if it is not finite, `nan_policy` may end the run here.
+                action = max(action, logger.flush())
+                training.run.check_lock()
                 if regular:
                     snapshot(step, state)
                 position = dict(loader=stream.get_state(), steps=stage.steps, images=len(images))
@@ -122,8 +121,9 @@ def run(training: Training) -> None:
                 checkpoints.save(*saved)
             if last or action == Action.STOP:
                 checkpoints.finish(*saved)
+            # No step follows the last one, to agree on a signal that came since.
             if action == Action.STOP or (last and not sharding.all_hosts(not signalled())):
-                where = f"stage {name} is saved at step {step} of {stage.steps}"
+                where = f"stage {stage.name} is saved at step {step} of {stage.steps}"
                 raise PreemptedError(f"preempted, resumable: {where}. {errors.RESUME}")
 
 

@@ -1,6 +1,7 @@
 """One program on 1, 2, 4 and 8 devices: the same masks, neighbours, losses and parameters.
 
-Marked slow: most of the meshes (`pytest -m slow tests/devices_test.py`).
+Marked slow: most of the meshes, and the head, whose step is a part of ct's (`pytest -m slow
+tests/devices_test.py`).
 """
 
 from functools import cache
@@ -88,7 +89,7 @@ def one_step(name, shape):
 
 
 @on_meshes
-@pytest.mark.parametrize("name", ["mae", "head"])
+@pytest.mark.parametrize("name", ["mae", pytest.param("head", marks=pytest.mark.slow)])
 def test_a_step_of_mae_and_head_equals_that_of_one_device(name, shape):
     """Masks and neighbours are equal; the gradients are compared, and so Adam hides nothing."""
     stage, contrastive = TINY_STAGES[name], name == "head"

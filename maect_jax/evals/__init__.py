@@ -1,4 +1,8 @@
-"""Evaluation protocols on frozen features. A new protocol is a file and a line here."""
+"""Evaluation protocols on frozen features.
+
+A new protocol is a file and a line here; its settings are a section of `add_eval` in
+`configs/common.py`, its columns a line in `table`. The shortest one to read is `classifier`.
+"""
 
 from maect_jax.evals.classifier import Classifier
 from maect_jax.evals.cluster import Cluster

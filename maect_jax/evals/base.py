@@ -65,7 +65,7 @@ class Protocol:
       section: of `config.eval`, with its settings; empty if it has none.
       rules: of that section, by the key within it.
       needs_labels: whether it is skipped unless there are held-out images and all have labels.
-      needs_classifier: whether it runs on encoders with a classifier only.
+      needs_classifier: of those that run by themselves, whether only where the encoder has one.
       arrays: the names of its arrays, if it has any.
     """
 
@@ -79,6 +79,7 @@ class Protocol:
     def settings(self, config: ConfigDict) -> dict:
         """What the result depends on beside the features, plain JSON."""
         section = config.eval[self.section].to_dict() if self.section else {}
+        # `texts`: the content of files that the settings name.
         return {"seed": config.seed, "texts": [], self.name: section}
 
     def check_training_images(self, config: ConfigDict, images: Source) -> None:

@@ -227,11 +227,11 @@ class _RunFigures:
         return sheets.neighbours(queries, neighbours, self._records("train"), classes)
 
     def _maps(self) -> dict[str, Figure]:
-        """Features in two dimensions: of stages that change the encoder, and of the first row."""
+        """Features in two dimensions: of stages that learn features, and of the first row."""
         figures = {}
         for row in reversed(self.rows):
             folder = runner.folder_of(self.folder, row) / self._split
-            wanted = row == self.rows[0] or (row in STAGES and STAGES[row].changes_encoder)
+            wanted = row == self.rows[0] or (row in STAGES and STAGES[row].learns_features)
             if wanted and features.is_whole(folder):
                 with _reading(folder):
                     figures[f"map_{row}"] = self._map(row, features.load(folder))

@@ -1,8 +1,14 @@
 """Saving a stage's states with orbax, finding the last good one, and reading it. Only here is orbax
 imported.
 
-A stage's folder has a folder for each saved step. orbax writes it beside and renames it; a step
-counts only once it is sealed by a `manifest`.
+A run keeps, for each stage and saved step:
+
+    checkpoints/<stage>/<step>/state/               the `TrainState`, as orbax writes it
+    checkpoints/<stage>/<step>/position/metadata    JSON: position of the loader, steps, images
+    checkpoints/<stage>/<step>/manifest.json        size and SHA-256 of each file (`manifest`)
+
+orbax writes a step beside and renames it; it counts only once it is sealed by its manifest. Before
+anything is read, the files are compared with the manifest.
 """
 
 import errno
@@ -209,7 +215,8 @@ class Checkpoints:
             _remove(path)
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
-        """A state, placed as `abstract` (shapes with shardings) says, and the position."""
+        """A state, placed as `abstract` (shapes with shardings) says, and the position. Of all
+        steps only `latest` has been checked for damage."""
         items = dict(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore())
         path = (self._folder / str(step)).absolute()
         restored = self._writer.restore(path, args=ocp.args.Composite(**items))
@@ -307,7 +314,7 @@ class Checkpoints:
             reason, self.latest, f"next try in {pause:.0f} s" if pause else "stopping",
         )  # fmt: skip
 
-    def due(self) -> bool:
+    def retry_due(self) -> bool:
         """Whether a save has failed and it is time to try again; never waits."""
         if self._saving is not None and not self._saving.done():
             return False

@@ -105,12 +105,12 @@ def check_fits(saved: Saved, config: ConfigDict) -> None:
         if value != now[key]:
             raise UserError(f"{where}: its encoder has {key} {value!r}, config has {now[key]!r}")
     if old.model.pool == "fc_norm" != config.model.pool:
-        raise UserError(f"{where}: its final norm is that of fc_norm; set config.model.pool so")
+        raise UserError(f"{where}: was trained with pool='fc_norm'; set config.model.pool=fc_norm")
     takes = set(STAGES[first].takes) if first in STAGES else set()
     if not takes <= set(SAVED[saved.stage].hands_on):
         raise UserError(f"{where}: has no head; stage {first} must start from a run with one")
     if "projector" in takes:
-        check_same_head(old[saved.stage], config[first], f"{where}: that run")
+        check_same_head(old[saved.stage], config[first], f"the run that {where} names")
 
 
 def find(init_from: str, stage: str, needs_run: bool = True) -> Saved:

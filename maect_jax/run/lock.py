@@ -2,8 +2,8 @@
 
 The lock is a file that names its holder, who touches it every few seconds. It is stale if its
 holder, a process of this machine, is gone, or if a holder elsewhere has not touched it for a
-minute: machines are taken away without notice. `filelock.SoftFileLease` does not serve: it tells
-machines of one name not apart, and goes by its own clock and not by the storage's.
+minute: machines are taken away without notice. `filelock.SoftFileLease` does not serve: it
+cannot distinguish machines of one name, and goes by its own clock and not by the storage's.
 """
 
 import json

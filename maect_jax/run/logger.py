@@ -132,7 +132,7 @@ class Logger:
             self._trace.close()
         return results
 
-    def is_due(self, step: int) -> bool:
+    def has_line(self, step: int) -> bool:
         """Whether a step gets a line in `metrics.jsonl`."""
         return step == 1 or step % self._config.log_every == 0 or step == self._steps
 
@@ -162,7 +162,7 @@ class Logger:
         self._bar.update(self._batch_size)
         brief = {k: f"{values[k]:.3f}" for k in ("loss", "nn_accuracy") if k in values}
         self._bar.set_postfix(brief, refresh=False)
-        if self._is_main and self.is_due(step):
+        if self._is_main and self.has_line(step):
             (then, before), now = self._last_line, time.monotonic()
             passed = max(now - then, 1e-9)
             rate = (step - before) * self._batch_size / passed

@@ -14,7 +14,11 @@ _SIGINT_STATUS = 130  # as shells report a program that SIGINT has ended
 
 
 class Action(enum.IntEnum):
-    """What the loop does after a step; the highest of all hosts' actions counts."""
+    """What the loop does after a step, the same on all hosts.
+
+    Each host proposes one with the step; the highest of all is computed on the devices, as a metric
+    of the step, and read with the others one step late. So no host waits for another.
+    """
 
     CONTINUE = 0
     SAVE = 1
@@ -31,7 +35,7 @@ def _exit(status: int) -> None:
     os._exit(status)
 
 
-# `signalled`: one has come; `deferred`: the first one does no more than set that.
+# `signalled`: a signal has arrived; `deferred`: the first signal only sets `signalled`.
 _state = SimpleNamespace(signalled=False, deferred=False)
 
 

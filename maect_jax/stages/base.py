@@ -26,16 +26,19 @@ _PER_VIEW = ("jitter", "blur", "grayscale", "solarize")  # keys of `photometric`
 
 
 class Saved:
-    """A trained network as a run keeps it."""
+    """What a run keeps of a trained network, and what is made of it. Has no instances.
+
+    Of the state a run keeps some fields (`saved`). From these come the encoder that is evaluated
+    (`encoder_params`) and what the next stage may start from (`handover`): stage `ct` takes the
+    encoder, the head and the queue that stage `head` hands on.
+    """
 
     name: ClassVar[str]  # in a run's folder, and of the stage's config section
     title: ClassVar[str]  # for reports and model cards; `{}` is the number of tuned blocks
     row: ClassVar[str]  # what its row of the results holds
-    # Fields of the state that a later stage or an evaluation reads, those that only an export
-    # reads, and those with the parts of the encoder that is evaluated.
-    saved: ClassVar[tuple[str, ...]]
-    exported: ClassVar[tuple[str, ...]] = ()
-    encoder_in: ClassVar[tuple[str, ...]] = ("params",)
+    saved: ClassVar[tuple[str, ...]]  # fields that a later stage or an evaluation reads
+    exported: ClassVar[tuple[str, ...]] = ()  # further fields, which only an export reads
+    encoder_in: ClassVar[tuple[str, ...]] = ("params",)  # fields with parts of the encoder
     hands_on: ClassVar[tuple[str, ...]] = ("encoder",)  # what `handover` gives
     encoder_of: ClassVar[str] = ""  # the stage whose encoder it keeps as it is
 
@@ -79,14 +82,18 @@ class ImportedProbe(Saved):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage(Saved, abc.ABC):
-    """A training stage: static settings, and pure functions of state and batch."""
+    """A training stage.
 
-    number: ClassVar[int]  # enters the seeds: no stage repeats another's random numbers
+    The class knows what a stage reads from a config (`check`, `from_config`); an instance has the
+    static settings of one run, and pure functions of state and batch, which are jitted.
+    """
+
+    number: ClassVar[int]  # from 0; enters the seeds: no stage repeats another's random numbers
     views: ClassVar[int] = 2  # crops of an image in a batch
     needs_labels: ClassVar[bool] = False
-    changes_encoder: ClassVar[bool] = True  # whether k-NN is worth measuring while it trains
+    learns_features: ClassVar[bool] = True  # without labels: then the monitor measures k-NN
     starts_from: ClassVar[tuple[str, ...]] = ()  # stages of another run, the preferred one first
-    takes: ClassVar[tuple[str, ...]] = ("encoder",)  # of their `handover`
+    takes: ClassVar[tuple[str, ...]] = ("encoder",)  # of what that stage hands on
     rules: ClassVar[Rules]  # of its config section
 
     encoder: vit.ViT
@@ -121,7 +128,8 @@ class Stage(Saved, abc.ABC):
     def from_config(cls, config, records: int, classes: int = 0) -> "Stage":
         """The stage of a config, for `records` training images of so many classes.
 
-        A field whose name is a key of the section takes that value, unless `_parts` has it.
+        A field with the name of a key of the section takes its value, such as `temperature`; what
+        all stages share, and what `_parts` gives, comes before it.
         """
         section, model, data = config[cls.name], config.model, config.data
         per_epoch = cls.updates_per_epoch(config, records)
@@ -218,11 +226,15 @@ class Stage(Saved, abc.ABC):
     def loss(self, params, state: TrainState, views: jax.Array, batch: dict, key: jax.Array):
         """`(loss, (metrics, aux))` of normalised views `[B, V, H, W, C]`.
 
-        Metrics are scalars; `aux` is what `update_buffers` and tests want to see.
+        The gradient is with respect to `params`, which are those of the state. Metrics are scalars;
+        `aux` is for `update_buffers`.
         """
 
     def update_buffers(self, state: TrainState, aux: dict, finite: jax.Array) -> TrainState:
-        """What follows the optimiser: averages, statistics, queue; nothing unless overridden."""
+        """What follows the optimiser: averages, statistics, queue; nothing unless overridden.
+
+        If the step is not `finite`, the state is restored afterwards, except for the queue.
+        """
         return state
 
     @abc.abstractmethod
@@ -270,7 +282,7 @@ def block_flops(depth: int, width: int, tokens: int) -> int:
 
 
 def over_microbatches(encode: Callable[..., jax.Array], parts: int, *rows: jax.Array) -> jax.Array:
-    """`encode(*rows)`, up to rounding, on one of `parts` equal parts of the rows after the other.
+    """Computes `encode(*rows)` in `parts` sequential microbatches; equal up to rounding.
 
     An encoder has no batch statistics, so the features of a batch are those of its parts. What the
     backward pass needs of a part is computed again when its turn comes (the idea of GradCache, Gao
@@ -285,7 +297,7 @@ def over_microbatches(encode: Callable[..., jax.Array], parts: int, *rows: jax.A
         return encode(*rows)
 
     def split(x):
-        # [B] -> [B / m, m] keeps every row on its device; the other way round moves them.
+        # [B] -> [B / parts, parts] keeps every row on its device; [parts, B / parts] moves them.
         x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
         return sharding.constrain_batch(x, axis=1)
 

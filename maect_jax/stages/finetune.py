@@ -32,7 +32,7 @@ class Finetune(Stage):
     row = "the fine-tuned encoder"
     views = 1
     needs_labels = True
-    changes_encoder = False  # it does, but it has seen the labels
+    learns_features = False
     saved = ("params", "frozen")
     encoder_in = ("frozen", "params")
     starts_from = ("ct", "head", "mae", "finetune")
@@ -118,8 +118,8 @@ class Finetune(Stage):
         return optax.softmax_cross_entropy(logits, targets).mean(), ({}, {})
 
     def ranked(self, params: dict, frozen: dict, images: jax.Array) -> jax.Array:
-        """The five most likely classes, or all, of normalised images `[B, H, W, C]`: int32
-        `[B, 5]`, the first one first."""
+        """The most likely classes of normalised images `[B, H, W, C]`, the first one first: int32
+        `[B, min(5, classes)]`."""
         scores = self.logits(params, frozen, images)
         return jax.lax.top_k(scores, min(_RANKED, self.classes))[1]
 

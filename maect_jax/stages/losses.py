@@ -1,4 +1,4 @@
-"""The training losses, in fp32."""
+"""Losses of MAE and NNCLR, in fp32; the cross entropy of fine-tuning is in `finetune`."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def reconstruction(prediction: jax.Array, target: jax.Array, mask: jax.Array) ->
 
 
 def nearest_neighbour(neighbours: jax.Array, predicted: jax.Array, temperature: float) -> jax.Array:
-    """One direction of the NNCLR loss (Dwibedi et al., 2021, equation 3).
+    """One direction of the contrastive loss of NNCLR (Dwibedi et al., 2021, equation 3).
 
     Args:
       neighbours: unit vectors `[B, D]`, the neighbours of one view, without gradient.

@@ -194,7 +194,7 @@ class Head(NNCLR):
     number = 1
     title = "a contrastive head on the frozen encoder"
     row = "the encoder under the head"
-    changes_encoder = False
+    learns_features = False
     encoder_in = ("frozen",)
     encoder_of = "mae"
     starts_from = ("mae", "head", "ct", "finetune")

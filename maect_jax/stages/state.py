@@ -1,4 +1,4 @@
-"""The whole truth about a training stage: one pytree of arrays."""
+"""The training state of a stage: one pytree of arrays."""
 
 from dataclasses import field
 from typing import Any

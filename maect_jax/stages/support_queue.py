@@ -1,8 +1,9 @@
 """The support set of NNCLR: a first-in-first-out queue of embeddings, sharded over devices.
 
 The queue is a ring of whole batches, `[slots, B, D]`, split over the devices along the batch
-axis like every activation, so a device writes the rows that it has computed itself: `push`
-moves no data between devices. `nearest` moves only queries and candidates, never the queue.
+axis like every activation (`sharding.RULES`), so a device writes the rows that it has computed
+itself: `push` moves no data between devices. `nearest` moves only queries and candidates, never the
+queue. A step looks neighbours up (`nearest`), draws one of each (`choose`) and reads it (`take`).
 
 The order of neighbours is defined on any number of devices: by descending score, then by ascending
 ring position `slot * B + row`. A queue size that the batch does not divide is rounded up to whole
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-_TILE = 4096  # rows of a device's part that are compared at a time
+_TILE = 4096  # rows of a device that are compared at a time, unless one slot has more
 EXCLUDED = -2.0  # below every cosine: rows of the query's own image
 _ABSENT = -3.0  # below the excluded ones: rows beyond the queue's size
 
@@ -100,7 +101,7 @@ def _search(queue: Queue, queries, ids, *, size, k, first_row, batch):
     """Best `k` for each of `queries [Q, D]` in the part of the ring from row `first_row` on."""
     slots, rows_here = queue.ids.shape
     surplus = slots * batch - size
-    # A tile is as many slots as fit, of the numbers that divide all of them.
+    # Slots in a tile: the largest divisor of `slots` with at most `_TILE` rows, or one.
     fitting = (n for n in range(1, slots + 1) if slots % n == 0 and n * rows_here <= _TILE)
     together = max(fitting, default=1)
     tiles = slots // together

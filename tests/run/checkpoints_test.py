@@ -197,7 +197,7 @@ def test_a_full_disk_is_waited_for_and_then_an_error(tmp_path, monkeypatch, capl
     full[0] = True
     for step in (2, 3):
         saver.save(step, TINY, {"at": step})
-        while not saver.due():
+        while not saver.retry_due():
             pass
     text = f"{folder}: a checkpoint cannot be written (No space left on device); last saved step: 1"
     assert caplog.text.count(text) == 2
@@ -206,7 +206,7 @@ def test_a_full_disk_is_waited_for_and_then_an_error(tmp_path, monkeypatch, capl
     saver.save(4, TINY, {"at": 4})
     saver.finish(4, TINY, {"at": 4})
     assert names(folder) == {"1", "4"}  # what a try has left takes no room
-    assert not saver.due()
+    assert not saver.retry_due()
     full[0] = True
     saver.save(5, TINY, {"at": 5})
     with pytest.raises(RunFailedError, match=r"mae: a checkpoint cannot be written \(No space"):

@@ -1,4 +1,7 @@
-"""Microbatches and rematerialisation: the same gradients, less memory, nothing frozen twice."""
+"""Microbatches and rematerialisation: the same gradients, less memory, nothing frozen twice.
+
+Marked slow: either alone for stages that have both below.
+"""
 
 import dataclasses
 from functools import cache
@@ -35,13 +38,18 @@ def gradients_of(name, shape=(1, 1), microbatches=1, remat="none"):
     return float(loss), jax.device_get(grads)
 
 
-@pytest.mark.parametrize("name", TINY_STAGES)
+BOTH = dict(microbatches=2, remat="blocks")
+SPREAD = dict(microbatches=4, shape=(2, 2))
+DOTS = dict(remat="dots")
+BY_DEFAULT = [("mae", BOTH), ("ct", BOTH), ("ct", SPREAD), ("ct", DOTS)]
+
+
 @pytest.mark.parametrize(
-    "how",
+    ("name", "how"),
     [
-        dict(microbatches=2, remat="blocks"),
-        dict(microbatches=4, shape=(2, 2)),
-        dict(remat="dots"),
+        pytest.param(name, how, marks=[] if (name, how) in BY_DEFAULT else pytest.mark.slow)
+        for name in TINY_STAGES
+        for how in (BOTH, SPREAD, DOTS)
     ],
     ids=str,
 )

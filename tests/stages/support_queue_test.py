@@ -162,6 +162,7 @@ def test_what_the_step_of_ct_exchanges_does_not_grow_with_the_queue():
     assert max(c.bytes for c in large) < 16 * 1024 * 8 * 4 / 8
 
 
+@pytest.mark.slow
 def test_what_a_device_sends_grows_by_the_gathered_rows_alone():
     """With the same number of images on each of n devices: a (n - 1) / n for what is reduced, and
     c (n - 1) for the rows that every device sends to every other."""
