@@ -9,13 +9,12 @@ import sys
 import threading
 from pathlib import Path
 
-import jax
-
 from maect_jax import config as configs
-from maect_jax import errors, pipeline
+from maect_jax import errors
 from maect_jax.errors import UserError
 from maect_jax.run import preemption
 
+_ADDRESS = "JAX_COORDINATOR_ADDRESS"
 _PATIENCE = 20.0  # seconds in which all hosts end together
 
 
@@ -38,12 +37,14 @@ def _join_hosts(seconds: int) -> None:
     Raises:
       UserError: it is not known how many they are, or which this one is.
     """
+    import jax
+
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
     given = {key: os.environ[name] for key, name in names.items() if name in os.environ}
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    address = os.environ.get(_ADDRESS)
     if address is None and given:
         alone = " and ".join(names[key] for key in given)
-        raise UserError(f"{alone} set without JAX_COORDINATOR_ADDRESS=HOST:PORT of the first host")
+        raise UserError(f"{alone} set without {_ADDRESS}=HOST:PORT of the first host")
     if address is None:
         return
 
@@ -61,13 +62,15 @@ def _join_hosts(seconds: int) -> None:
         jax.distributed.initialize(**given, initialization_timeout=seconds + 60)
     except (ValueError, RuntimeError) as error:
         wrong = ", ".join(f"{name}={os.environ.get(name)}" for name in names.values())
-        raise UserError(f"JAX_COORDINATOR_ADDRESS is set, with {wrong}: {error}") from error
+        raise UserError(f"{_ADDRESS} is set, with {wrong}: {error}") from error
     finally:
         timer.cancel()
 
 
 def _run() -> None:
     config, arguments = configs.from_command_line(_parser())
+    from maect_jax import pipeline  # with JAX, which takes a second: help and mistakes do not wait
+
     _join_hosts(arguments.host_timeout)
     if arguments.dry_run:
         pipeline.dry_run(config)
@@ -82,7 +85,7 @@ def main() -> None:
     except KeyboardInterrupt:
         errors.say(f"preempted, resumable. {errors.RESUME}")
         preemption.leave()
-    if status and jax.distributed.is_initialized():
+    if status and _ADDRESS in os.environ:
         # At its end JAX waits for all hosts, and those that do not fail may wait for this one.
         timer = threading.Timer(_PATIENCE, os._exit, [status])
         timer.daemon = True

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
-from clu.parameter_overview import count_parameters
+from etils import epy
 from ml_collections import ConfigDict
 
 from maect_jax import config as configs
@@ -21,11 +21,15 @@ from maect_jax.data.bad_images import BadImages
 from maect_jax.errors import OTHER_HOST, RunFailedError, UserError
 from maect_jax.evals import finetuned, monitor, runner, table
 from maect_jax.models import vit
-from maect_jax.report import build
 from maect_jax.run import checkpoints, folder, lineage, logger, snapshots
 from maect_jax.run.folder import Run
 from maect_jax.stages import STAGES
 from maect_jax.stages.base import Stage
+
+with epy.lazy_imports():  # when they are first used: the report imports matplotlib
+    from clu import parameter_overview
+
+    from maect_jax.report import build
 
 EVAL = "eval"  # in `config.stages`, beside the names of `STAGES`
 IMAGENET_TRAIN = 1_281_167
@@ -339,8 +343,8 @@ def _described(config: ConfigDict, images: sources.Source) -> Iterator[str]:
             f"warm-up {stage.warmup:,})",
             "batch": f"{batch:,} images x {views} view{'s' * (views > 1)}",
             "images seen": f"{steps * batch:,} ({steps * batch * views:,} views)",
-            "parameters trained": f"{count_parameters(state.params):,}",
-            "parameters frozen": f"{count_parameters(state.frozen):,}",
+            "parameters trained": f"{parameter_overview.count_parameters(state.params):,}",
+            "parameters frozen": f"{parameter_overview.count_parameters(state.frozen):,}",
             "memory of the state": f"{memory / 2**20:,.0f} MiB, before sharding",
             "FLOPs per step": f"{cost:.3g}",
             "FLOPs of the stage": f"{cost * steps:.3g}",

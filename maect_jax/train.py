@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 import jax
-from clu import parameter_overview
+from etils import epy
 
 from maect_jax import errors, sharding
 from maect_jax.data import loader, sources
@@ -21,6 +21,9 @@ from maect_jax.run.preemption import Action, deferred
 from maect_jax.stages.base import Stage
 from maect_jax.stages.state import TrainState, abstract_state, create_state, state_shardings
 from maect_jax.stages.step import jitted_step
+
+with epy.lazy_imports():  # when it is first used
+    from clu import parameter_overview
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -128,7 +131,7 @@ def run(training: Training) -> None:
 
 
 def _log_parameters(stage: Stage, state: TrainState, done: int) -> None:
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and _LOGGER.isEnabledFor(logging.DEBUG):
         shapes = parameter_overview.get_parameter_overview(state.params, include_stats=False)
         _LOGGER.debug("stage %s: steps %d to %d", stage.name, done + 1, stage.steps)
         frozen = parameter_overview.count_parameters(state.frozen)

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import grain
 import numpy as np
+from etils import epy
 
 from maect_jax.data import decode, transforms
 from maect_jax.data.arrays import Arrays
@@ -23,6 +23,9 @@ from maect_jax.data.base import Source
 from maect_jax.data.randaugment import randaugment
 from maect_jax.data.transforms import Range, Shape
 from maect_jax.errors import BadImageError, RunFailedError
+
+with epy.lazy_imports():  # when it is first used
+    import grain
 
 _BUFFERED = 4  # batches made ahead of the step
 _MAX_TRIES = 100  # records in a row, to find a readable image

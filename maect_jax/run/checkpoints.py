@@ -24,13 +24,16 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
+from etils import epy
 
 from maect_jax import files, sharding
 from maect_jax.errors import OTHER_HOST, RESUME, RunFailedError, UserError
 from maect_jax.run import manifest
 from maect_jax.stages.state import TrainState
 from maect_jax.stages.support_queue import Queue
+
+with epy.lazy_imports():  # when it is first used
+    import orbax.checkpoint as ocp
 
 FOLDER = "checkpoints"  # of a run
 _LOGGER = logging.getLogger(__name__)
@@ -81,7 +84,7 @@ def last_good(run: Path, stages: Sequence[str]) -> str:
     return f"The last good checkpoint is {last}. {RESUME}"
 
 
-def _handler(state) -> ocp.CompositeCheckpointHandler:
+def _handler(state):
     return ocp.CompositeCheckpointHandler(state=state, position=ocp.JsonCheckpointHandler())
 
 
