@@ -11,6 +11,7 @@ from maect_jax.convert import names as convert
 from maect_jax.models import vit
 from maect_jax.stages import state
 from maect_jax.stages.step import gradients, jitted_step
+from tests.helpers import ROUND_ALIKE
 from tests.helpers import golden_figures as figures
 from tests.helpers.common import assert_trees_equal, mesh_of
 from tests.helpers.golden_figures import TINY, Case, assert_within, norm, optimiser_bound
@@ -95,9 +96,11 @@ def given_state(case: Case, s: int, own: state.TrainState, given: str) -> state.
 @cache
 def programs(case: Case, dtype: str, shape):
     """The stage, its step as `train` jits it, and what looks into the step."""
-    stage = figures.stage_of(case, dtype)
-    with jax.set_mesh(mesh_of(*shape)):
-        update = jitted_step(stage, state.state_shardings(started(case, stage, shape)))
+    stage, mesh = figures.stage_of(case, dtype), mesh_of(*shape)
+    with jax.set_mesh(mesh):
+        first, batch = started(case, stage, shape), sharding.put_batch(batch_of(case, 0), mesh)
+        update = jitted_step(stage, state.state_shardings(first))
+        update = update.lower(first, batch).compile(ROUND_ALIKE)
 
     def look(now, batch):
         (_, (_, aux)), grads = gradients(stage, now, batch)
@@ -106,7 +109,7 @@ def programs(case: Case, dtype: str, shape):
         tokens = stage.encoder.apply({"params": encoder}, views.reshape(-1, *views.shape[2:]))
         return aux, grads, tokens
 
-    return stage, update, jax.jit(look)
+    return stage, update, jax.jit(look, compiler_options=ROUND_ALIKE)
 
 
 @cache
