@@ -6,7 +6,6 @@ import difflib
 import importlib.util
 import logging
 import math
-import os
 import sys
 import unicodedata
 import warnings
@@ -22,7 +21,8 @@ from ml_collections import ConfigDict
 from maect_jax import files
 from maect_jax.errors import OneLineParser, UserError, shown
 
-FOLDER = Path(__file__).parents[1] / "configs"
+_IN_WHEEL = Path(__file__).parent / "configs"
+FOLDER = _IN_WHEEL if _IN_WHEEL.is_dir() else Path(__file__).parents[1] / "configs"  # a clone's
 _OVERRIDE = "--config."
 _LONGEST = 1000  # characters of a string: no name or path that people give has more
 # What the config of every run has, also that of an imported encoder.
@@ -40,21 +40,25 @@ def load(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
     a placeholder to None, and shows a traceback where a config refuses its argument.
 
     Args:
-      name: `path/to/file.py`, or `path/to/file.py:argument` for its `get_config(argument)`.
+      name: of one in `FOLDER`, or `path/to/file.py`; with `:argument` for `get_config(argument)`.
       overrides: `key=value` with dotted keys, such as `ct.epochs=3`.
 
     Raises:
       UserError: no such config or key, a file that does not run, or a value of another type.
     """
     file, _, argument = name.partition(":")
-    path = Path(file).resolve()
+    by_name = file == Path(file).stem
+    path = FOLDER / f"{file}.py" if by_name else Path(file).resolve()
     if not path.is_file():
-        known = sorted(str(p) for p in Path(file).parent.glob("*.py"))
+        known = _names() if by_name else sorted(str(p) for p in Path(file).parent.glob("*.py"))
         near = difflib.get_close_matches(file, known, 1, 0)
         hint = f"did you mean {near[0]}?" if near else "--help lists the configs"
-        raise UserError(f"--config={name}: there is no such file; {hint}")
+        raise UserError(
+            f"--config={name}: there is no such {'config' if by_name else 'file'}; {hint}"
+        )
     # Configs import each other as `configs.<name>`, from wherever the command is run.
-    sys.path.insert(0, str(path.parent.parent))
+    folders = [str(path.parent.parent), str(FOLDER.parent)]
+    sys.path[:0] = folders
     try:
         spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
@@ -66,7 +70,8 @@ def load(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
         reason = " ".join(str(error).split())
         raise UserError(f"--config={name}: not a config: {reason}") from error
     finally:
-        sys.path.remove(str(path.parent.parent))
+        for folder in folders:
+            sys.path.remove(folder)
     for override in overrides:
         _override(config, override)
     return config
@@ -118,19 +123,24 @@ def _typed(value, kind: type):
     return value
 
 
+def _names() -> list[str]:
+    """The configs that come with the package, by name."""
+    return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
+
+
 def parser(doc: str) -> OneLineParser:
     """A parser with `--config`, whose help lists all configs; `from_command_line` reads it."""
     epilog = "configs:"
-    for path in sorted(FOLDER.glob("*.py")):
-        summary = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
-        if path.stem != "common":
-            epilog += f"\n  {os.path.relpath(path):34}{summary}"
+    for name in _names():
+        text = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text())) or ""
+        epilog += f"\n  {name:20}" + text.partition("\n")[0]
     described = OneLineParser(description=doc, epilog=epilog, allow_abbrev=False)
     described.add_argument(
         "--config",
         required=True,
-        metavar="FILE.py[:ARGUMENT]",
-        help="the config; FILE.py:test is its tiny variant; --config.KEY=VALUE overrides a key",
+        metavar="NAME[:ARGUMENT]",
+        help="""one of the configs below, or a file of your own, by its path; NAME:test is its tiny
+        variant; --config.KEY=VALUE overrides a key""",
     )
     return described
 

@@ -80,11 +80,14 @@ def positive(kind: type):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose errors are one line, as all others are, and whose description
-    keeps its lines."""
+    """An `ArgumentParser` whose errors are one line, as all others are, whose description keeps its
+    lines, and which names a module as it is called, `python -m maect_jax.report`."""
 
     def __init__(self, **settings):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        module = getattr(sys.modules["__main__"], "__spec__", None)
+        if module and "prog" not in settings:
+            self.prog = f"python -m {module.name.removesuffix('.__main__')}"
 
     def error(self, message: str):
         say(f"{message}; see --help")

@@ -1,19 +1,25 @@
 """Trains and evaluates by a config.
 
-python -m maect_jax.main --config=configs/NAME.py [--config.key=value ...]
+python -m maect_jax.main --config=NAME [--config.key=value ...]
 """
 
 import faulthandler
+import hashlib
+import importlib
+import logging
 import os
+import platform
 import sys
 import threading
 from pathlib import Path
 
+from maect_jax import __version__, errors
 from maect_jax import config as configs
-from maect_jax import errors
 from maect_jax.errors import UserError
 from maect_jax.run import preemption
 
+_LOGGER = logging.getLogger(__name__)
+_CACHE_SIZE = 4 * 2**30  # bytes of compiled programs; the oldest go first
 _ADDRESS = "JAX_COORDINATOR_ADDRESS"
 _PATIENCE = 20.0  # seconds in which all hosts end together
 
@@ -67,10 +73,47 @@ def _join_hosts(seconds: int) -> None:
         timer.cancel()
 
 
+def _keep_programs() -> None:
+    """Keeps compiled programs in the user's cache folder: the next start need not compile them.
+
+    JAX_COMPILATION_CACHE_DIR names another folder; JAX_ENABLE_COMPILATION_CACHE=false switches this
+    off. A program runs only on processors that have all features of the one that compiled it, and a
+    home may be shared, so each kind of processor has a folder of its own.
+    """
+    import jax
+
+    if not jax.config.jax_enable_compilation_cache:
+        return
+    if jax.config.jax_compilation_cache_dir is None:
+        try:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+            folder = cache / "maect_jax" / f"jax-{jax.__version__}-{_processor()}"
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.parent.chmod(0o700)  # what is in it is run
+        except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+            _LOGGER.debug("compiled programs are not kept: %s", error)
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_max_size", _CACHE_SIZE)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # all of them
+    _LOGGER.debug("compiled programs are kept in %s", jax.config.jax_compilation_cache_dir)
+
+
+def _processor() -> str:
+    """A digest of what this machine's processor can do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # no Linux
+        lines = [platform.processor()]
+    kinds = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    return hashlib.sha256("\n".join(sorted(kinds or lines)).encode()).hexdigest()[:8]
+
+
 def _run() -> None:
     config, arguments = configs.from_command_line(_parser())
     from maect_jax import pipeline  # with JAX, which takes a second: help and mistakes do not wait
 
+    _keep_programs()
     _join_hosts(arguments.host_timeout)
     if arguments.dry_run:
         pipeline.dry_run(config)
@@ -80,6 +123,8 @@ def _run() -> None:
 
 
 def main() -> None:
+    """Runs the command and ends the program."""
+    faulthandler.enable()  # a crash of a library shows where Python was
     try:
         status = errors.run_command(_run)
     except KeyboardInterrupt:
@@ -93,6 +138,35 @@ def main() -> None:
     sys.exit(status)
 
 
+# The commands of `maect`: the module of each, which is a command as well, and what it does.
+_COMMANDS = {
+    "run": ("maect_jax.main", "train and evaluate by a config"),
+    "import": ("maect_jax.convert.__main__", "make a run of weights in PyTorch's formats"),
+    "export": ("maect_jax.convert.__main__", "write a run's encoder in one of these formats"),
+    "report": ("maect_jax.report.__main__", "make reports of runs again, and compare them"),
+    "views": ("maect_jax.report.views", "draw the images and views that a config trains on"),
+    "compile": ("maect_jax.compile.__main__", "compile a config's steps for a TPU slice"),
+}
+
+
+def maect() -> None:
+    """The command `maect`, with a subcommand."""
+    epilog = "\n".join(f"  {name:10}{what}" for name, (_, what) in _COMMANDS.items())
+    parser = errors.OneLineParser(
+        prog="maect",
+        description="Masked autoencoders, tuned by nearest-neighbour contrastive learning.",
+        epilog=f"commands, each with its own --help:\n{epilog}",
+    )
+    parser.add_argument("--version", action="version", version=f"maect_jax {__version__}")
+    parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND", help="one of those below")
+    command = parser.parse_args(sys.argv[1:2] or ["--help"]).command
+    module = _COMMANDS[command][0]
+    # `import` and `export` are commands of one module.
+    sys.argv[:2] = ["maect", command] if "convert" in module else [f"maect {command}"]
+    if command == "run":
+        main()
+    sys.exit(errors.run_command(importlib.import_module(module).main))
+
+
 if __name__ == "__main__":
-    faulthandler.enable()  # a crash of a library shows where Python was
     main()

@@ -188,6 +188,7 @@ def text(values: dict) -> str:
 
 def main() -> None:
     """Ends with exit status 1 if a step does not fit."""
+    jax.config.update("jax_platforms", "cpu")  # a slice is compiled for, never searched for
     parser = configs.parser(__doc__)
     slice_help = "the slice, such as v5e:4x4; an unknown one lists all"
     parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help=slice_help)
@@ -214,5 +215,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")  # a slice is compiled for, never searched for
     sys.exit(errors.run_command(main))

@@ -47,7 +47,7 @@ _size.__name__ = "HEIGHT,WIDTH (such as 224,224)"  # the name in argparse's erro
 
 def _parser() -> argparse.ArgumentParser:
     number, whole = errors.positive(float), errors.positive(int)
-    parser = errors.OneLineParser(prog="python -m maect_jax.convert", description=__doc__)
+    parser = errors.OneLineParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("import", description=_IMPORT).add_argument
     add("file", nargs="+", type=Path, metavar="FILE", help="of weights")
