@@ -124,7 +124,6 @@ def _run() -> None:
 
 def main() -> None:
     """Runs the command and ends the program."""
-    faulthandler.enable()  # a crash of a library shows where Python was
     try:
         status = errors.run_command(_run)
     except KeyboardInterrupt:
@@ -164,9 +163,11 @@ def maect() -> None:
     # `import` and `export` are commands of one module.
     sys.argv[:2] = ["maect", command] if "convert" in module else [f"maect {command}"]
     if command == "run":
+        faulthandler.enable()  # a crash of a library shows where Python was
         main()
     sys.exit(errors.run_command(importlib.import_module(module).main))
 
 
 if __name__ == "__main__":
+    faulthandler.enable()
     main()

@@ -2,8 +2,10 @@
 
 import os
 import re
+import stat
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -19,6 +21,7 @@ BAD = {
     "unknown config": (
         ("--config=configs/quickstrat.py",), "--config=configs/quickstrat.py: .*quickstart.py",
     ),
+    "unknown name": (("--config=quickstrat:test",), "--config=quickstrat:test: .* quickstart"),
     "unknown flag": ((QUICK, "--wrokdir=x"), ".*--wrokdir=x"),
     "stray word": ((QUICK, "runs/x"), ".*runs/x"),
     "batch and devices": (
@@ -99,7 +102,7 @@ def test_help_lists_every_config(run):
     done = run("--help")
     assert done.status == 0
     for path in (ROOT / "configs").glob("*.py"):
-        assert (f"configs/{path.name} " in done.out) == (path.stem != "common")
+        assert (f"\n  {path.stem} " in done.out) == (path.stem != "common")
     assert "Stage 3: contrastive tuning of the upper half of ViT-H/16" in done.out
 
 
@@ -139,13 +142,71 @@ def test_an_unforeseen_error_ends_with_a_line_after_its_traceback(run, monkeypat
     assert lines[-1].startswith(last)
 
 
-def test_every_command_is_one_line_for_a_mistake():
+MAECT = Path(sys.executable).with_name("maect")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [sys.executable, "-m", "maect_jax.convert"],
+        [MAECT, "run"],
+        [MAECT, "import", "absent"],
+        [MAECT, "report"],
+        [MAECT, "trian"],
+    ],
+    ids=lambda command: " ".join(map(str, command[1:])),
+)
+def test_every_command_is_one_line_for_a_mistake(command):
     """In interpreters of their own, as people start them."""
-    for command, status in (("main", 2), ("compile", 2), ("report", 2), ("convert", 2)):
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert done.returncode == 2
+
+
+def imported_by(*arguments):
+    """The modules that a command imports, in an interpreter of its own."""
+    script = f"""
+import atexit, sys
+from maect_jax import main
+atexit.register(lambda: print(*sys.modules))
+sys.argv = ["main", *{arguments!r}]
+main.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_help_and_mistakes_do_not_wait_for_libraries():
+    assert imported_by("--help").isdisjoint(("jax", "flax"))
+    assert imported_by(QUICK, "--config.ct.epoch=3").isdisjoint(("jax", "flax"))
+    heavy = ("sklearn", "scipy", "matplotlib", "orbax.checkpoint", "pyarrow", "grain", "clu")
+    assert imported_by(QUICK, "--config.ct.top_k=0").isdisjoint(heavy)
+
+
+KEEP = """
+import logging, os
+logging.basicConfig(level=logging.DEBUG)
+from maect_jax import main
+main._keep_programs()
+import jax
+jax.jit(lambda x: x + 1)(1.0)
+print(jax.config.jax_compilation_cache_dir)
+"""
+
+
+def test_programs_are_kept_in_a_private_folder_or_not_at_all(tmp_path):
+    def kept(**variables):
+        shared = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+        env = {key: value for key, value in os.environ.items() if key not in shared} | variables
         done = subprocess.run(
-            [sys.executable, "-m", f"maect_jax.{command}"],
-            cwd=ROOT, env=os.environ, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == status, done.stderr
-        (line,) = done.stderr.splitlines()
-        assert line.startswith("error: ")
+            [sys.executable, "-c", KEEP], cwd=ROOT, env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    folder = Path(kept(XDG_CACHE_HOME=str(tmp_path)))
+    assert folder.parent == tmp_path / "maect_jax"
+    assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
+    assert any(path.name.endswith("-cache") for path in folder.iterdir())
+    assert kept(XDG_CACHE_HOME="/proc/absent") == "None"
