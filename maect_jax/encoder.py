@@ -96,15 +96,16 @@ def load_encoder(
       UserError: there is no such run or file, or it cannot be read.
     """
     if image_size is not None:
-        image_size = tuple(int(side) for side in np.ravel(image_size))
-        if len(image_size) != 2:
-            raise UserError(f"image_size={image_size}: must be (height, width)")
-    for key, value, allowed in (("pool", pool, vit.POOLS), ("dtype", dtype, vit.DTYPES)):
-        if value not in (None, *allowed):
-            raise UserError(f"{key}={value!r}: must be one of {', '.join(allowed)}")
+        sides = tuple(int(side) for side in np.ravel(image_size))
+        if len(sides) != 2:
+            raise UserError(f"image_size={sides}: must be (height, width)")
+        image_size = sides
+    for key, value, options in (("pool", pool, vit.POOLS), ("dtype", dtype, vit.DTYPES)):
+        if value not in (None, *options):
+            raise UserError(f"{key}={value!r}: must be one of {', '.join(options)}")
     if importing.is_file(str(where)):
         overrides = importing.Overrides(heads=heads, ln_eps=ln_eps, image_size=image_size)
-        saved = lineage.SavedFiles(str(where), overrides)
+        saved: lineage.Saved = lineage.SavedFiles(str(where), overrides)
     elif heads or ln_eps:
         raise UserError(f"{where}: heads and ln_eps are for files; a run has its own")
     else:
