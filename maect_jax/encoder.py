@@ -1,10 +1,12 @@
 """Features for people who want nothing else: `load_encoder`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from maect_jax import sharding
 from maect_jax.convert import importing
@@ -28,9 +30,18 @@ class Encoder:
       width: D of a feature.
     """
 
-    def __init__(self, model: vit.ViT, params, image_size, channels, pool, mean, std):
-        self.image_size, self.channels, self.pool = tuple(image_size), channels, pool
-        self.mean, self.std = tuple(mean), tuple(std)
+    def __init__(
+        self,
+        model: vit.ViT,
+        params: Mapping,
+        image_size: tuple[int, int],
+        channels: int,
+        pool: str,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ):
+        self.image_size, self.channels, self.pool = image_size, channels, pool
+        self.mean, self.std = mean, std
         self._params = params
 
         def encode(params, images):
@@ -40,9 +51,9 @@ class Encoder:
 
         self._encode = jax.jit(encode)
         images = jax.ShapeDtypeStruct((1, *self.image_size, channels), np.uint8)
-        self.width = jax.eval_shape(self._encode, params, images).shape[1]
+        self.width: int = jax.eval_shape(self._encode, params, images).shape[1]
 
-    def __call__(self, images) -> jax.Array:
+    def __call__(self, images: ArrayLike) -> jax.Array:
         """Features fp32 `[B, D]` of images `[B, H, W, C]`, jitted for each B.
 
         Args:

@@ -27,8 +27,9 @@ _QUERIES, _NEIGHBOURS = 8, 5  # of the report
 def moments(bank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and unbiased standard deviation + 1e-5 of each dimension `[D]` of `[N, D]`, float64."""
     parts = [slice(i, i + _READ) for i in range(0, len(bank), _READ)]
-    mean = sum(bank[part].sum(0, dtype=np.float64) for part in parts) / len(bank)
-    squares = sum(np.square(bank[part] - mean).sum(0) for part in parts)
+    zero = np.zeros(bank.shape[1])
+    mean = sum((bank[part].sum(0, dtype=np.float64) for part in parts), zero) / len(bank)
+    squares = sum((np.square(bank[part] - mean).sum(0) for part in parts), zero)
     return mean, np.sqrt(squares / max(len(bank) - 1, 1)) + 1e-5
 
 
