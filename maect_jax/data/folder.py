@@ -74,9 +74,8 @@ class Folder(Source):
             if unknown := sorted(set(self.classes) - set(classes)):
                 names = _first_names(unknown)
                 raise _error(f"{root!r} has classes that the training images lack: {names}")
-            self.labels = np.array([classes.index(name) for name in self.classes], np.int32)[
-                self.labels
-            ]
+            numbers = [classes.index(name) for name in self.classes]
+            self.labels = np.array(numbers, np.int32)[self.labels]
             self.classes = list(classes)
 
     def __len__(self) -> int:

@@ -19,8 +19,7 @@ def fold_batch_norm(parts: dict, bn_eps: float) -> tuple[np.ndarray, np.ndarray]
     """
     kernel, bias = (np.asarray(parts["params"][key], np.float64) for key in ("kernel", "bias"))
     if "batch_stats" in parts:
-        stats = parts["batch_stats"]
-        mean, var = (np.asarray(stats[key], np.float64) for key in ("mean", "var"))
+        mean, var = (np.asarray(parts["batch_stats"][key], np.float64) for key in ("mean", "var"))
         kernel = kernel / np.sqrt(var + bn_eps)[:, None]
         bias = bias - mean @ kernel
     return kernel.astype(np.float32), bias.astype(np.float32)

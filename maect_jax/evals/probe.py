@@ -131,10 +131,8 @@ def cached_batches(train: Features, batch_size: int, seed: int, mesh) -> Batches
         for start in range(0, len(order) - batch_size + 1, batch_size):
             # Ascending, for features that lie on disk; a batch has no order.
             rows = np.sort(order[start : start + batch_size])
-            yield (
-                sharding.put_rows(train.x[rows], mesh),
-                sharding.put_rows(train.labels[rows], mesh),
-            )
+            x, labels = train.x[rows], train.labels[rows]
+            yield sharding.put_rows(x, mesh), sharding.put_rows(labels, mesh)
 
 
 def summary(

@@ -244,7 +244,7 @@ def merge_blocks(params: dict) -> dict:
 
 def apply(module: nn.Module, variables: Mapping, *inputs, **settings) -> jax.Array:
     """`module.apply`, of a module that returns one array and changes no variables."""
-    # Flax's type has also what it returns where variables may change.
+    # Flax types it as a union with the pair that it returns where variables may change.
     return module.apply(variables, *inputs, **settings)  # type: ignore[return-value]
 
 

@@ -69,9 +69,7 @@ def neighbours(
     for row, query in zip(panels, queries, strict=True):
         style.show(row[0], query["image"])
         _row_title(row[0], sources.class_name(classes, query["label"]), fontsize=8)
-    frame = partial(
-        Rectangle, (0, 0), 1, 1, fill=False, edgecolor=style.ORANGE, linewidth=2, clip_on=False
-    )
+    frame = partial(Rectangle, (0, 0), 1, 1, fill=False, ec=style.ORANGE, lw=2, clip_on=False)
     for group, (title, nearest) in enumerate(chosen):
         first = 2 + group * (k + 1)
         panels[0, first + k // 2].set_title(title, fontsize=8)

@@ -173,9 +173,8 @@ class NNCLR(Stage):
         features = self.features(state.params, state.frozen, x[:, None])[:, 0]
         projector = state.target.get("projector", state.params["projector"])
         variables = {"params": projector, "batch_stats": state.batch_stats["projector"]}
-        queries = support_queue.normalise(
-            vit.apply(self.projector, variables, features, train=False)
-        )
+        projected = vit.apply(self.projector, variables, features, train=False)
+        queries = support_queue.normalise(projected)
         k = min(_SNAPSHOT_NEIGHBOURS, self.queue_size)
         found = support_queue.nearest(state.queue, queries, ids, size=self.queue_size, k=k)
         return {"neighbours": state.queue.ids.reshape(-1)[found.positions]}
