@@ -75,7 +75,9 @@ def silhouette(x: np.ndarray, clusters: np.ndarray, seed: int) -> dict:
     return {"silhouette": float(silhouette_score(x, clusters)), "silhouette_images": len(x)}
 
 
-def cluster(row: Row, x: np.ndarray, labels: np.ndarray | None, clusters: int):
+def cluster(
+    row: Row, x: np.ndarray, labels: np.ndarray | None, clusters: int
+) -> tuple[dict, np.ndarray, np.ndarray]:
     """Runs k-means many times, as `config.eval.cluster` says.
 
     Args:

@@ -225,7 +225,9 @@ class Stage(Saved, abc.ABC):
         return TrainState(step=jnp.int32(0), params=params, opt_state=moments, rng=rng, **parts)
 
     @abc.abstractmethod
-    def loss(self, params, state: TrainState, views: jax.Array, batch: dict, key: jax.Array):
+    def loss(
+        self, params, state: TrainState, views: jax.Array, batch: dict, key: jax.Array
+    ) -> tuple[jax.Array, tuple[dict, dict]]:
         """`(loss, (metrics, aux))` of normalised views `[B, V, H, W, C]`.
 
         The gradient is with respect to `params`, which are those of the state. Metrics are scalars;
