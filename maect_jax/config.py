@@ -61,6 +61,8 @@ def load(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
     sys.path[:0] = folders
     try:
         spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+        if not (spec and spec.loader):
+            raise ImportError("its name must end in .py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         config = module.get_config(argument).lock()
@@ -118,7 +120,7 @@ def _typed(value, kind: type):
         return float(value)
     if type(value) is not kind:
         raise TypeError(f"{value!r} is not of {kind}")
-    if kind is int and abs(value) > _INT64:
+    if isinstance(value, int) and abs(value) > _INT64:
         raise OverflowError("more than 64 bits")
     return value
 
@@ -189,7 +191,7 @@ class Rule(NamedTuple):
     holds: Callable[[Any, ConfigDict], bool]  # of value and section; a TypeError is a no
 
 
-Rules = Mapping[str, Rule]  # by the key within the section
+Rules = dict[str, Rule]  # by the key within the section
 positive = Rule("above 0, and below 2^31", lambda v, _: 0 < v < _INT32)
 not_negative = Rule("0 or more, and below 2^31", lambda v, _: 0 <= v < _INT32)
 fraction = Rule("from 0 to below 1", lambda v, _: 0 <= v < 1)
@@ -242,7 +244,7 @@ def check(config: ConfigDict, section: str, rules: Rules) -> None:
 
 def flat(config: ConfigDict) -> dict[str, Any]:
     """All values of a config by their dotted key, in order."""
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, ConfigDict):
             values |= {f"{key}.{below}": leaf for below, leaf in flat(value).items()}
@@ -284,7 +286,8 @@ def read(path: Path) -> ConfigDict:
 def require(path: Path, content: Mapping, section: str, keys: Sequence[str] = ()) -> None:
     """Raises `UserError` where the config of a run, the content of `path`, lacks some keys."""
     values = content.get(section)
-    known = isinstance(values, Mapping | ConfigDict)
-    absent = [f"{section}.{key}" for key in keys if key not in values] if known else [section]
+    absent = [section]
+    if isinstance(values, Mapping | ConfigDict):
+        absent = [f"{section}.{key}" for key in keys if key not in values]
     if absent:
         raise UserError(f"{path}: not the config of a run: has no {', '.join(absent)}")

@@ -1,10 +1,12 @@
 """Features for people who want nothing else: `load_encoder`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from maect_jax import sharding
 from maect_jax.convert import importing
@@ -28,9 +30,18 @@ class Encoder:
       width: D of a feature.
     """
 
-    def __init__(self, model: vit.ViT, params, image_size, channels, pool, mean, std):
-        self.image_size, self.channels, self.pool = tuple(image_size), channels, pool
-        self.mean, self.std = tuple(mean), tuple(std)
+    def __init__(
+        self,
+        model: vit.ViT,
+        params: Mapping,
+        image_size: tuple[int, int],
+        channels: int,
+        pool: str,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ):
+        self.image_size, self.channels, self.pool = image_size, channels, pool
+        self.mean, self.std = mean, std
         self._params = params
 
         def encode(params, images):
@@ -40,9 +51,9 @@ class Encoder:
 
         self._encode = jax.jit(encode)
         images = jax.ShapeDtypeStruct((1, *self.image_size, channels), np.uint8)
-        self.width = jax.eval_shape(self._encode, params, images).shape[1]
+        self.width: int = jax.eval_shape(self._encode, params, images).shape[1]
 
-    def __call__(self, images) -> jax.Array:
+    def __call__(self, images: ArrayLike) -> jax.Array:
         """Features fp32 `[B, D]` of images `[B, H, W, C]`, jitted for each B.
 
         Args:
@@ -96,15 +107,16 @@ def load_encoder(
       UserError: there is no such run or file, or it cannot be read.
     """
     if image_size is not None:
-        image_size = tuple(int(side) for side in np.ravel(image_size))
-        if len(image_size) != 2:
-            raise UserError(f"image_size={image_size}: must be (height, width)")
-    for key, value, allowed in (("pool", pool, vit.POOLS), ("dtype", dtype, vit.DTYPES)):
-        if value not in (None, *allowed):
-            raise UserError(f"{key}={value!r}: must be one of {', '.join(allowed)}")
+        sides = tuple(int(side) for side in np.ravel(image_size))
+        if len(sides) != 2:
+            raise UserError(f"image_size={sides}: must be (height, width)")
+        image_size = sides
+    for key, value, options in (("pool", pool, vit.POOLS), ("dtype", dtype, vit.DTYPES)):
+        if value not in (None, *options):
+            raise UserError(f"{key}={value!r}: must be one of {', '.join(options)}")
     if importing.is_file(str(where)):
         overrides = importing.Overrides(heads=heads, ln_eps=ln_eps, image_size=image_size)
-        saved = lineage.SavedFiles(str(where), overrides)
+        saved: lineage.Saved = lineage.SavedFiles(str(where), overrides)
     elif heads or ln_eps:
         raise UserError(f"{where}: heads and ln_eps are for files; a run has its own")
     else:

@@ -55,7 +55,7 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     draft = path.with_suffix(".tmp")
 
     def attempt():

@@ -12,6 +12,7 @@ import platform
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 from maect_jax import __version__, errors
 from maect_jax import config as configs
@@ -64,8 +65,8 @@ def _join_hosts(seconds: int) -> None:
     timer.start()
     try:
         # On a TPU slice and under SLURM JAX finds out by itself what is not given.
-        given = {key: int(value) for key, value in given.items()}
-        jax.distributed.initialize(**given, initialization_timeout=seconds + 60)
+        numbers: dict[str, Any] = {key: int(value) for key, value in given.items()}
+        jax.distributed.initialize(**numbers, initialization_timeout=seconds + 60)
     except (ValueError, RuntimeError) as error:
         wrong = ", ".join(f"{name}={os.environ.get(name)}" for name in names.values())
         raise UserError(f"{_ADDRESS} is set, with {wrong}: {error}") from error
@@ -82,9 +83,9 @@ def _keep_programs() -> None:
     """
     import jax
 
-    if not jax.config.jax_enable_compilation_cache:
+    if not jax.config.values["jax_enable_compilation_cache"]:
         return
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         try:
             cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
             folder = cache / "maect_jax" / f"jax-{jax.__version__}-{_processor()}"
@@ -96,7 +97,9 @@ def _keep_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", _CACHE_SIZE)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # all of them
-    _LOGGER.debug("compiled programs are kept in %s", jax.config.jax_compilation_cache_dir)
+    _LOGGER.debug(
+        "compiled programs are kept in %s", jax.config.values["jax_compilation_cache_dir"]
+    )
 
 
 def _processor() -> str:

@@ -4,7 +4,7 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -277,14 +277,15 @@ def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None
     bad_images = {split: count_bad(source) for split, source in images.items()}
     for name in config.stages:
         if name == EVAL:
-            results = runner.run(run, images, bad_images=bad_images, encoders=origin.rows())
+            rows = origin.rows() if origin else {}
+            results = runner.run(run, images, bad_images=bad_images, encoders=rows)
             if is_main:
                 print(f"\n{table.text(table.cells(results))}", flush=True)
             continue
         stage = STAGES[name]
         own = stage.training_images(config, images["train"])
         measured = stage.learns_features and monitor.is_possible(config, images)
-        start = dict  # of nothing: random weights
+        start: Callable[[], dict] = dict  # of nothing: random weights
         if origin:
             start = partial(lineage.start, origin, config.model, stage=stage, mesh=run.mesh)
         train.run(

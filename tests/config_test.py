@@ -251,7 +251,7 @@ def test_overrides_are_typed():
     [
         ("configs/ct_vitb61.py", "no such file; did you mean .*ct_vitb16.py"),
         ("configs/ct_vitb16.py:large", "no argument or 'test', not 'large'"),
-        ("README.md", "not a config"),
+        ("README.md", r"not a config: its name must end in \.py"),
         ("tests/conftest.py", "not a config"),
     ],
 )

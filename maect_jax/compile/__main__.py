@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 from jax.experimental import topologies
-from jax.stages import Compiled, Lowered
+from jax.stages import Lowered
 from ml_collections import ConfigDict
 
 from maect_jax import config as configs
@@ -49,11 +49,11 @@ def devices_of(topology: str) -> list[jax.Device]:
         raise UserError("compiling for a TPU needs libtpu: pip install -e '.[tpu]'") from error
 
 
-def compiled(step: Lowered, arguments: int, capacity: int) -> tuple[Compiled | None, dict]:
+def compiled(step: Lowered, arguments: int, capacity: int) -> tuple[str | None, dict]:
     """Compiles a step for devices of so many bytes, of which its arguments take so many.
 
     Returns:
-      The program, None if it does not fit; and the bytes that it needs on each device.
+      The program as text, None if it does not fit; and the bytes that it needs on each device.
 
     Raises:
       RunFailedError: the compiler failed for another reason.
@@ -63,17 +63,20 @@ def compiled(step: Lowered, arguments: int, capacity: int) -> tuple[Compiled | N
         program = step.compile()
     except jax.errors.JaxRuntimeError as error:
         message = " ".join(str(error).split())
-        temporaries, everything = _TEMPORARIES.search(message), _EVERYTHING.search(message)
-        if not temporaries and not everything:
+        temporaries = _TEMPORARIES.search(message)
+        found = temporaries or _EVERYTHING.search(message)
+        if not found:
             raise RunFailedError(f"the compiler failed: {message}") from error
         # What the compiler leaves of the published capacity is known only here.
-        needed, usable = (float(x) * chips.GIB for x in (temporaries or everything).groups())
+        needed, usable = (float(x) * chips.GIB for x in found.groups())
         peak = round(needed + (arguments if temporaries else 0))
         return None, memory | {"peak": peak, "capacity": round(usable), "fits": False}
-    sizes = program.memory_analysis()
+    sizes, text = program.memory_analysis(), program.as_text()
+    if sizes is None or text is None:
+        raise RunFailedError("the compiler does not describe the program that it made")
     # The peak is less than the sum, because donated arguments are freed before the step ends.
     memory |= {"temporaries": sizes.temp_size_in_bytes, "peak": sizes.peak_memory_in_bytes}
-    return program, memory | {"capacity": capacity, "fits": True}
+    return text, memory | {"capacity": capacity, "fits": True}
 
 
 def lower_bounds(chip: chips.Chip, flops: float, arguments: int, sent: float) -> dict[str, float]:
@@ -91,7 +94,7 @@ def lower_bounds(chip: chips.Chip, flops: float, arguments: int, sent: float) ->
 def _memory_savers(config: ConfigDict, stage: type[Stage], mesh) -> list[str]:
     """Settings that save memory and that the config and the mesh allow."""
     larger = [n for n in range(mesh.devices.shape[1] + 1, mesh.size + 1) if mesh.size % n == 0]
-    settings = {"mesh.fsdp": larger[0]} if larger else {}
+    settings: dict[str, str | int] = {"mesh.fsdp": larger[0]} if larger else {}
     if stage.tuned_blocks(config):  # otherwise the encoder has no backward pass
         settings |= {"remat": "blocks", "encoder_microbatches": 2 * config.encoder_microbatches}
     allowed = []
@@ -140,7 +143,7 @@ def report(config: ConfigDict, stage_type: type[Stage], topology: str, mesh) -> 
     }
     if program is None:
         return values | {"to_save_memory": _memory_savers(config, stage_type, mesh)}
-    exchanged = collectives.by_kind(collectives.read(program.as_text(), mesh.size))
+    exchanged = collectives.by_kind(collectives.read(program, mesh.size))
     sent = sum(kind["sent_bytes"] for kind in exchanged.values())
     bound = lower_bounds(chip, values["flops"] / mesh.size, arguments, sent)
     return values | {"collectives": exchanged, "bound": bound}

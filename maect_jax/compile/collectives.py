@@ -57,7 +57,8 @@ _Computations = dict[str, list[_Instruction]]
 
 def _computations(text: str) -> tuple[_Computations, str]:
     """The instructions of each computation, and the name of the entry."""
-    computations, entry, current = {}, "", []
+    computations: _Computations = {}
+    entry, current = "", []
     for line in text.splitlines():
         if match := _COMPUTATION.match(line):
             current = computations[match[1]] = []
@@ -71,7 +72,7 @@ def size(shape: str) -> int:
     """Bytes of an HLO shape, such as `f32[8,4]{1,0}` or a tuple of such."""
     bits = 0
     for dtype, dims in _SHAPE.findall(shape):
-        width = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])  # f32, bf16, f8e4m3fn
+        width = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])  # f32, bf16, f8e4m3fn
         bits += width * math.prod(int(n) for n in dims.split(",") if n)
     return bits // 8
 
@@ -130,7 +131,8 @@ def read(text: str, devices: int) -> list[Collective]:
       ValueError: the text does not tell the size of one, or how often it happens.
     """
     computations, entry = _computations(text)
-    times, collectives = _times(computations, entry), {}
+    times = _times(computations, entry)
+    collectives: dict[str | tuple[str, str], Collective] = {}
     for name, instructions in computations.items():
         shapes = {i.name: i.shape for i in instructions}
         for i in instructions:

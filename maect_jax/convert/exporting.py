@@ -238,8 +238,10 @@ _WRITERS = {"timm": _timm, "hf": _hf, "maect": _maect, "mae": _mae}
 
 def _card(model: Model, file: Path, format: str, left_out: Sequence[str]) -> str:
     """The model card, as Markdown."""
-    options = dict(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    template = jinja2.Template(Path(__file__).with_name("card.md").read_text(), **options)
+    text = Path(__file__).with_name("card.md").read_text()
+    template = jinja2.Template(
+        text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
     kind, section = SAVED[model.stage], model.config.get(model.stage)
     size = vit.size_of(model.config.model)
     settings = {"model": model.config.model.to_dict() | size._asdict()}
@@ -265,7 +267,7 @@ def _timm_call(model: Model, file: Path) -> str:
     section, size = model.config.model, vit.size_of(model.config.model)
     known, patch = vit.VARIANTS[section.variant], 14 if section.variant == "H" else 16
     name = f"vit_{_TIMM_VARIANTS[section.variant]}_patch{patch}_224"
-    arguments = {
+    arguments: dict[str, object] = {
         "num_classes": model.classes,
         "global_pool": "token" if section.pool == "cls" else "avg",
     }

@@ -209,7 +209,8 @@ class _Builder:
         encoder = _zeros(vit.from_config(model), images)["params"]
         shapes = {ENCODER: _shapes(names.encoder_to_torch(encoder, patch))}
         shapes[ENCODER]["pos_embed"] = self.position_shape(ENCODER, grid, width)
-        kind, section = "encoder", {}
+        kind = "encoder"
+        section: dict = {}
         if DECODER in beside:
             kind, section, shapes[DECODER] = self.decoder(model, grid)
         elif HEAD in beside:
@@ -236,8 +237,8 @@ class _Builder:
         heads, ln_eps = self.stated["num_attention_heads"], self.stated["layer_norm_eps"]
         if variant:
             heads, ln_eps = heads or vit.VARIANTS[variant].heads, ln_eps or LN_EPS
-        asked = [f"--{key}" for key, x in (("heads", heads), ("ln_eps", ln_eps)) if x is None]
-        if asked:
+        if heads is None or ln_eps is None:
+            asked = [f"--{key}" for key, x in (("heads", heads), ("ln_eps", ln_eps)) if x is None]
             widths, flags = [size.width for size in vit.VARIANTS.values()], " and ".join(asked)
             raise self.error(f"its width {width} is none of {widths}: import it with {flags}")
         size = vit.Size(width, names.depth(self.parts[ENCODER]), heads)

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -25,7 +25,7 @@ from maect_jax.errors import UserError
 from maect_jax.models import positions
 from maect_jax.stages import support_queue
 
-Tensors = Mapping[str, np.ndarray]
+Tensors = Mapping[str, np.ndarray | Stored]
 Parts = dict[str, dict[str, Stored]]  # of a model: its tensors by name
 ENCODER, DECODER, HEAD, CLASSIFIER = "encoder", "decoder", "head", "classifier"
 _PARTS = (ENCODER, DECODER, HEAD, CLASSIFIER)
@@ -196,7 +196,7 @@ def head_from_torch(tensors: Tensors) -> dict:
     """
     tensors = {name: x for name, x in tensors.items() if not name.endswith("batches_tracked")}
     queue = {name: tensors.pop(name) for name in _QUEUE if name in tensors}
-    head = variables_from_torch(tensors, HEAD)
+    head: dict[str, Any] = variables_from_torch(tensors, HEAD)
     head.get("batch_stats", {}).pop("target_projector", None)
     if target := head["params"].pop("target_projector", None):
         head["target"] = {"projector": target}
@@ -306,8 +306,8 @@ def sort(tensors: Mapping[str, Stored], where: str) -> Sorted:
         same = parts.setdefault(part, {}).setdefault(f"{tensor.format(block)}{leaf}", x)
         if same is not x:
             raise UserError(f"{where}: {name!r} and {same.names[0]!r} are the same tensor")
-    for part in parts.values():
-        _join_attention(part, where)
+    for own in parts.values():
+        _join_attention(own, where)
     return Sorted(layouts[0], parts, ignored)
 
 
@@ -327,13 +327,13 @@ def _join_attention(tensors: dict[str, Stored], where: str) -> None:
         tensors[query.replace("query", "qkv")] = Stored(
             names=tuple(name for x in three for name in x.names),
             shape=(3 * rows, *rest),
-            read=lambda three=three: np.concatenate(list(map(np.asarray, three))),
+            read=partial(np.concatenate, three),
             where=three[0].where,
             floating=all(x.floating for x in three),
         )
 
 
-def to_files(tensors: Tensors, part: str, column: str) -> dict[str, np.ndarray]:
+def to_files(tensors: Mapping[str, np.ndarray], part: str, column: str) -> dict[str, np.ndarray]:
     """The tensors of a part under their names in files, a column of `names.txt`."""
     names = {row["tensor"]: row[column].split("|")[0] for row in _ROWS if row["part"] == part}
     renamed = {}

@@ -83,7 +83,8 @@ def read(path: Path) -> Content:
         raise UserError(f"{path}: the folder holds none of {', '.join(_WEIGHTS)}{run}")
     if not file.is_file():
         raise UserError(f"{path}: there is no such file")
-    config, preprocessor = {}, {}
+    config: dict = {}
+    preprocessor: dict = {}
     if file.name == _INDEX:
         container, tensors = "safetensors, in parts", _parts(file)
     elif file.suffix in SAFETENSORS:
@@ -142,7 +143,7 @@ def _parts(index: Path) -> dict[str, Stored]:
     places = files.read_json(index).get("weight_map")
     if not isinstance(places, dict) or any(type(name) is not str for name in places.values()):
         raise UserError(f"{index}: has no weight_map from names to files")
-    tensors = {}
+    tensors: dict[str, Stored] = {}
     for name in sorted(set(places.values())):
         if Path(name).name != name or not (index.parent / name).is_file():
             raise UserError(f"{index}: its part {name!r} is not beside it")

@@ -115,10 +115,10 @@ def npz(path: str, split: str, channels: int) -> Arrays:
     else:
         images = images[records]
         images = images[..., None] if images.ndim == 3 else images
-    fits = images.dtype == np.uint8 and images.ndim == 4 and images.size
+    fits = images.dtype == np.uint8 and images.ndim == 4 and images.size > 0
     wanted = f"uint8 [N, H, W, C] with {channels} channels"
     require(fits and images.shape[-1] == channels, f"`image` is {_kind(images)}; must be {wanted}")
-    known = np.all((labels >= -1) & (labels < _MAX_CLASSES))
+    known = bool(np.all((labels >= -1) & (labels < _MAX_CLASSES)))
     require(known, f"`label` must be from 0 to {_MAX_CLASSES:,}, or -1 for none")
     labels = labels.astype(np.int32)
     names = content.get("names", np.arange(labels.max(initial=-1) + 1).astype(str))

@@ -8,6 +8,7 @@ other images, the row or the device.
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -93,7 +94,7 @@ def crop_resize(image: jax.Array, box: jax.Array, size: Shape) -> jax.Array:
     return jnp.round(jnp.clip(dot("hi,ciw->chw", rows, x), 0, 255))
 
 
-def random_crop_box(key: jax.Array, shape: Shape, scale: Range) -> jax.Array:
+def random_crop_box(key: jax.Array, shape: Sequence[int], scale: Range) -> jax.Array:
     """`transforms.random_crop_box` for the device: top, left, height and width, int32 `[4]`."""
     sides = jnp.asarray(shape)
     draws = jax.random.uniform(key, (4, 10))  # area, ratio and position of ten boxes

@@ -2,7 +2,6 @@
 
 import abc
 from functools import cached_property
-from typing import ClassVar
 
 import numpy as np
 
@@ -14,8 +13,8 @@ class Source(abc.ABC):
     A label is -1 where an image has none.
     """
 
-    in_memory: ClassVar[bool] = False  # pixels, which each worker process would copy
-    reads_labels: ClassVar[bool] = False  # whether every record is read for `labels`
+    in_memory: bool = False  # pixels, which each worker process would copy
+    reads_labels: bool = False  # whether every record is read for `labels`
     shape: tuple[int, int, int] | None = None  # (H, W, C) of all images; None where they differ
     classes: list[str]  # names of the labels, in order; empty where they have none
 

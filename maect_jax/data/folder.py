@@ -74,7 +74,8 @@ class Folder(Source):
             if unknown := sorted(set(self.classes) - set(classes)):
                 names = _first_names(unknown)
                 raise _error(f"{root!r} has classes that the training images lack: {names}")
-            self.labels = np.int32([classes.index(name) for name in self.classes])[self.labels]
+            numbers = [classes.index(name) for name in self.classes]
+            self.labels = np.array(numbers, np.int32)[self.labels]
             self.classes = list(classes)
 
     def __len__(self) -> int:
@@ -143,8 +144,8 @@ def _make_index(root: epath.Path, given: str) -> Index:
         raise _error(f"{example}; expected <class>/<image>, or images alone, without labels")
     classes = [folder.name for folder in class_folders]
     # The images without a class, which have the label -1, then those of each class.
-    groups = [images, *(_walk(folder, changed, (real_root,)) for folder in class_folders)]
-    groups = [sorted(map(os.fspath, group)) for group in groups]
+    walked = [images, *(_walk(folder, changed, (real_root,)) for folder in class_folders)]
+    groups = [sorted(map(os.fspath, group)) for group in walked]
     if not any(groups):
         raise _error(
             f"no images below {given!r}; expected <class>/<image>, or images alone, with one of "

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -49,7 +49,7 @@ class Order:
     batch_size: int
     steps: int
     seed: tuple[int, ...]
-    rows: Sequence[int]  # of each global batch, those that this process reads
+    rows: np.ndarray  # of each global batch, those that this process reads
 
     def __len__(self) -> int:
         return self.steps * len(self.rows)
@@ -87,7 +87,7 @@ class TrainRecord:
         """Whether images are passed on whole."""
         return self.source.shape is not None
 
-    def __call__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
+    def __call__(self, key: tuple[int, int]) -> dict[str, np.ndarray | np.generic]:
         epoch, record = key
         for tries in range(_MAX_TRIES):
             index = (record + tries) % len(self.source)
@@ -147,7 +147,7 @@ class EvalRecord:
     size: Shape
     short_side: int
 
-    def __call__(self, record: int) -> dict[str, np.ndarray]:
+    def __call__(self, record: int) -> dict[str, np.ndarray | np.generic]:
         crop, label, bad = np.zeros((*self.size, self.channels), np.uint8), -1, -1
         exists = record < len(self.source)
         try:
@@ -188,7 +188,7 @@ def train_batches(order: Order, make_example: TrainRecord, workers: int):
 
 
 def eval_batches(
-    make_example: EvalRecord, batch_size: int, workers: int, rows: Sequence[int], first: int = 0
+    make_example: EvalRecord, batch_size: int, workers: int, rows: np.ndarray, first: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every image once, in order, in this process's `rows` of each global batch, from batch number
     `first` on. The last batch is padded to `batch_size` with rows whose `valid` is false.
@@ -198,10 +198,10 @@ def eval_batches(
     return _stream(records.ravel(), make_example, len(rows), workers)
 
 
-def _stream(keys: Sequence, make_example: TrainRecord | EvalRecord, rows: int, workers: int):
+def _stream(keys: Order | np.ndarray, make: TrainRecord | EvalRecord, rows: int, workers: int):
     """An iterator over the examples of some keys, in batches of `rows`, made ahead."""
-    dataset = grain.MapDataset.source(keys).map(make_example).batch(rows)
-    if not workers or make_example.source.in_memory:
+    dataset = grain.MapDataset.source(keys).map(make).batch(rows)
+    if not workers or make.source.in_memory:
         return iter(dataset.to_iter_dataset(grain.ReadOptions(_BUFFERED, _BUFFERED)))
     # Python's resource tracker frees the shared memory of unread batches at the end, with a warning
     # on the terminal.

@@ -5,6 +5,7 @@ are those of timm, with which fine-tuning protocols are published.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ def smooth(labels: jax.Array, classes: int, smoothing: float) -> jax.Array:
     return jax.nn.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
 
 
-def _inside(shape: tuple[int, int], low: jax.Array, high: jax.Array) -> jax.Array:
+def _inside(shape: Sequence[int], low: jax.Array, high: jax.Array) -> jax.Array:
     """Whether a pixel is in a box, bool `[H, W]`; corners are (row, column), `high` excluded."""
     rows, cols = jnp.ogrid[: shape[0], : shape[1]]
     return (rows >= low[0]) & (rows < high[0]) & (cols >= low[1]) & (cols < high[1])

@@ -119,9 +119,11 @@ def make(
     return KINDS[data.source](data, data[f"{split}_split"], **options)
 
 
-def splits(data, needed: Sequence[str], channels: int, run: Path | None = None) -> dict:
+def splits(
+    data, needed: Sequence[str], channels: int, run: Path | None = None
+) -> dict[str, Source]:
     """The sources of splits, by name, with one numbering of the classes. Raises as `make` does."""
-    images = {}
+    images: dict[str, Source] = {}
     for split in needed:
         classes = (images["train"].classes or None) if "train" in images else None
         images[split] = make(data, split, channels, classes, run)

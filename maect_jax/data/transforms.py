@@ -1,6 +1,7 @@
 """Geometry on the host: where to cut, and cutting. Images are uint8 `[H, W, C]`."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from kornia_rs import imgproc
@@ -30,7 +31,7 @@ def random_crop_box(rng: np.random.Generator, shape: Shape, scale: Range) -> Box
     return central_box(shape)
 
 
-def central_box(shape: Shape) -> Box:
+def central_box(shape: Sequence[int]) -> Box:
     """The largest box in the middle of an image whose width / height is within `RATIO`."""
     height, width = shape
     aspect = min(max(width / height, RATIO[0]), RATIO[1])
@@ -40,11 +41,13 @@ def central_box(shape: Shape) -> Box:
 
 def _resize(image: np.ndarray, size: Shape) -> np.ndarray:
     """Bicubic with antialiasing, as in Pillow."""
-    if image.shape[:2] == tuple(size):
+    height, width = size
+    if image.shape[:2] == (height, width):
         return image
     # In half of Pillow's time (`benchmarks/input_speed.py`), but only for RGB.
     if image.shape[2] == 3:
-        return imgproc.resize(np.ascontiguousarray(image), tuple(size), "bicubic", antialias=True)
+        pixels = np.ascontiguousarray(image)
+        return np.asarray(imgproc.resize(pixels, (height, width), "bicubic", antialias=True))
     picture = Image.fromarray(image[..., 0])
     return np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC))[..., None]
 

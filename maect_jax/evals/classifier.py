@@ -17,9 +17,9 @@ def fold_batch_norm(parts: dict, bn_eps: float) -> tuple[np.ndarray, np.ndarray]
     Returns:
       Kernel fp32 `[D, C]` and bias `[C]`.
     """
-    kernel, bias = (np.float64(parts["params"][key]) for key in ("kernel", "bias"))
+    kernel, bias = (np.asarray(parts["params"][key], np.float64) for key in ("kernel", "bias"))
     if "batch_stats" in parts:
-        mean, var = (np.float64(parts["batch_stats"][key]) for key in ("mean", "var"))
+        mean, var = (np.asarray(parts["batch_stats"][key], np.float64) for key in ("mean", "var"))
         kernel = kernel / np.sqrt(var + bn_eps)[:, None]
         bias = bias - mean @ kernel
     return kernel.astype(np.float32), bias.astype(np.float32)
@@ -38,12 +38,14 @@ class Classifier(Protocol):
     needs_classifier = True
 
     def skip_reason(self, row: Row) -> str:
+        assert row.classifier is not None
         reason, known = super().skip_reason(row), len(row.classifier[1])
         if reason or known == row.classes:
             return reason
         return f"the classifier knows {known} classes, the labels {row.classes}"
 
     def run(self, row: Row) -> Result:
+        assert row.classifier is not None
         test, (kernel, bias) = row.features["val"], row.classifier
         ranked = []
         for start in range(0, len(test.x), _PART):

@@ -75,7 +75,9 @@ def silhouette(x: np.ndarray, clusters: np.ndarray, seed: int) -> dict:
     return {"silhouette": float(silhouette_score(x, clusters)), "silhouette_images": len(x)}
 
 
-def cluster(row: Row, x: np.ndarray, labels: np.ndarray | None, clusters: int):
+def cluster(
+    row: Row, x: np.ndarray, labels: np.ndarray | None, clusters: int
+) -> tuple[dict, np.ndarray, np.ndarray]:
     """Runs k-means many times, as `config.eval.cluster` says.
 
     Args:
@@ -97,7 +99,7 @@ def cluster(row: Row, x: np.ndarray, labels: np.ndarray | None, clusters: int):
     x = normalize(x) if section.normalise else np.asarray(x)
     x = PCA(section.pca, svd_solver="covariance_eigh").fit_transform(x) if section.pca else x
     settings = kmeans.Settings(
-        k=clusters or len(np.unique(labels)),
+        k=clusters if clusters or labels is None else len(np.unique(labels)),
         runs=section.runs,
         seed=seed,
         memory_mb=row.config.eval.memory_mb,
@@ -173,7 +175,7 @@ class Cluster(Protocol):
         metrics = {"split": split} | metrics
         if section.subsets:
             metrics["subsets"] = {name: self._subset(row, split, name) for name in section.subsets}
-        arrays = dict(clusters=clusters, distance=distance, index=images.index)
+        arrays = dict(clusters=clusters, distance=distance, index=images.records)
         return Result(metrics, arrays | {"labels": images.labels})
 
     def _subset(self, row: Row, split: str, name: str) -> dict:
@@ -191,7 +193,9 @@ class Cluster(Protocol):
 
     def summarise(self, run, rows, images) -> None:
         """Lists each image with its label and its cluster in every row."""
-        source, labels, clusters = images[cluster_split(run.config, images)], {}, {}
+        source = images[cluster_split(run.config, images)]
+        labels: dict[int, int] = {}
+        clusters: dict[str, dict[int, int]] = {}
         for name in rows:
             if arrays := {key: x.tolist() for key, x in self.read_arrays(run.folder, name).items()}:
                 clusters[name] = dict(zip(arrays["index"], arrays["clusters"], strict=True))

@@ -32,7 +32,7 @@ class Features(NamedTuple):
 
     x: np.ndarray
     labels: np.ndarray
-    index: np.ndarray
+    records: np.ndarray
 
     @property
     def labelled(self) -> bool:

@@ -172,7 +172,7 @@ def plus_plus(rows: Rows, keys: jax.Array, *, k: int) -> jax.Array:
 
 
 @jax.jit
-def lloyd(rows: Rows, centres: jax.Array, limit: jax.Array):
+def lloyd(rows: Rows, centres: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Lloyd's algorithm from centres `[R, K, D]`, until they move by less than `limit` (squared,
     all together). Returns the centres and the number of passes `[R]` of each restart."""
 
@@ -196,7 +196,7 @@ def lloyd(rows: Rows, centres: jax.Array, limit: jax.Array):
 
 
 @jax.jit
-def mini_batch(rows: Rows, centres: jax.Array):
+def mini_batch(rows: Rows, centres: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mini-batch k-means: the i-th tiles of all devices are a batch; a centre is the mean of all
     rows that it was nearest to. The rows must be in random order. Returns as `lloyd` does."""
 

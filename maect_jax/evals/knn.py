@@ -27,8 +27,9 @@ _QUERIES, _NEIGHBOURS = 8, 5  # of the report
 def moments(bank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and unbiased standard deviation + 1e-5 of each dimension `[D]` of `[N, D]`, float64."""
     parts = [slice(i, i + _READ) for i in range(0, len(bank), _READ)]
-    mean = sum(bank[part].sum(0, dtype=np.float64) for part in parts) / len(bank)
-    squares = sum(np.square(bank[part] - mean).sum(0) for part in parts)
+    zero = np.zeros(bank.shape[1])
+    mean = sum((bank[part].sum(0, dtype=np.float64) for part in parts), zero) / len(bank)
+    squares = sum((np.square(bank[part] - mean).sum(0) for part in parts), zero)
     return mean, np.sqrt(squares / max(len(bank) - 1, 1)) + 1e-5
 
 
@@ -99,8 +100,8 @@ class Search:
         """
         width = bank.shape[1]
         size, block, tile = self.plan(bank.shape, len(queries), k)
-        scale = moments(bank) if self.standardise else (np.zeros(width), np.ones(width))
-        scale = [sharding.replicate(np.float32(part), self.mesh) for part in scale]
+        found = moments(bank) if self.standardise else (np.zeros(width), np.ones(width))
+        scale = [sharding.replicate(np.float32(part), self.mesh) for part in found]
 
         def padded(x, start, rows):
             x = x[start : start + rows]
@@ -120,7 +121,8 @@ class Search:
                 bank_part = _normalised(rows, *scale), sharding.replicate(numbers, self.mesh)
                 best = _merge(best, part, bank_part, block=block)
             parts.append(sharding.to_host(best))
-        return tuple(np.concatenate(x)[: len(queries)] for x in zip(*parts, strict=True))
+        cosines, numbers = (np.concatenate(x)[: len(queries)] for x in zip(*parts, strict=True))
+        return cosines, numbers
 
 
 @partial(jax.jit, static_argnames=("ks", "classes"))
@@ -205,5 +207,5 @@ class Retrieval(Protocol):
         itself = np.where("val" in row.features, -1, queries)[:, None]
         # The sort is stable: all but the image itself move up.
         order = np.argsort(nearest == itself, axis=1, kind="stable")[:, :_NEIGHBOURS]
-        neighbours = train.index[np.take_along_axis(nearest, order, 1)]
-        return Result({}, {"index": test.index[queries], "neighbours": neighbours})
+        neighbours = train.records[np.take_along_axis(nearest, order, 1)]
+        return Result({}, {"index": test.records[queries], "neighbours": neighbours})

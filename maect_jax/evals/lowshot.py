@@ -103,8 +103,7 @@ def fit(x: np.ndarray, labels: np.ndarray, penalties: np.ndarray, classes: int, 
     x = np.pad(np.float32(x), ((0, padding), (0, 0)))
     labels = np.pad(np.int32(labels), (0, padding), constant_values=-1)
     rows = (sharding.put_rows(array, mesh) for array in (x, labels))
-    penalties = sharding.replicate(np.float32(penalties), mesh)
-    return _solve(*rows, penalties, classes=classes)
+    return _solve(*rows, sharding.replicate(np.float32(penalties), mesh), classes=classes)
 
 
 @jax.jit
@@ -152,10 +151,11 @@ class LowShot(Protocol):
         return Result(list(entries))
 
     def _of_lists(self, row: Row) -> Iterator[dict]:
-        train, images, by_name = row.features["train"], row.images["train"], {}
+        train, images = row.features["train"], row.images["train"]
+        by_name: dict[str, list[str]] = {}
         names = [images.name(record) for record in range(len(images))]
         # Lists name all images, features are those of the readable ones.
-        positions = {record: i for i, record in enumerate(train.index.tolist())}
+        positions = {record: i for i, record in enumerate(train.records.tolist())}
         for path in row.config.eval.lowshot.lists:
             by_name.setdefault(Path(path).name, []).append(path)
         for name, paths in by_name.items():

@@ -77,7 +77,7 @@ def _update(probes: Probes, x, labels, lrs, *, steps: int) -> Probes:
     weights = jax.tree.map(lambda w, lr, v: w - lr * v, probes.weights, lrs_of, velocity)
     unbiased = var * len(x) / max(len(x) - 1, 1)
     running = optim.ema((probes.mean, probes.var), (mean, unbiased), _BN_DECAY)
-    return Probes(weights, velocity, *running, probes.step + 1)
+    return Probes(weights, velocity, running[0], running[1], probes.step + 1)
 
 
 @jax.jit
@@ -108,7 +108,8 @@ def fit(
     lrs = sharding.replicate(np.float32(schedule.lrs), mesh)
     width = next(iter(tests.values())).x.shape[1]
     probes = _init(jax.random.key(schedule.seed), len(schedule.lrs), width, classes)
-    curves, before = {name: [] for name in tests}, None
+    curves: dict[str, list] = {name: [] for name in tests}
+    before = None
     for _ in range(schedule.epochs):
         for _ in range(schedule.updates):
             x, labels = next(batches)
@@ -130,7 +131,8 @@ def cached_batches(train: Features, batch_size: int, seed: int, mesh) -> Batches
         for start in range(0, len(order) - batch_size + 1, batch_size):
             # Ascending, for features that lie on disk; a batch has no order.
             rows = np.sort(order[start : start + batch_size])
-            yield tuple(sharding.put_rows(part[rows], mesh) for part in (train.x, train.labels))
+            x, labels = train.x[rows], train.labels[rows]
+            yield sharding.put_rows(x, mesh), sharding.put_rows(labels, mesh)
 
 
 def summary(
@@ -177,6 +179,9 @@ class Probe(Protocol):
     }
 
     def run(self, row: Row) -> Result:
+        return Result(self._metrics(row))
+
+    def _metrics(self, row: Row) -> dict:
         section, seed, devices = row.config.eval.probe, row.config.seed, row.run.mesh.size
         train, tests, chosen_on = row.features["train"], {"test": row.features["val"]}, "test"
         drawn = np.random.default_rng(seed).permutation(len(train.labels))
@@ -187,12 +192,12 @@ class Probe(Protocol):
             tests[chosen_on] = Features(*(part[held_out] for part in train))
             train = Features(*(part[~held_out] for part in train))
         size = min(section.batch_size, len(train.labels)) // devices * devices
-        lrs = optim.scaled_lr(np.array(section.base_lrs), size, views=1)
+        lrs = np.array([optim.scaled_lr(lr, size, views=1) for lr in section.base_lrs])
         schedule = Schedule(lrs, section.epochs, updates=len(train.labels) // size, seed=seed)
         batches = self._batches(row, train, size)
         curves = fit(batches, schedule, tests, classes=row.classes, mesh=row.run.mesh)
         settings = {"crops": self.crops, "epochs": section.epochs, "batch_size": size}
-        return Result(settings | summary(curves, section.base_lrs, chosen_on))
+        return settings | summary(curves, section.base_lrs, chosen_on)
 
     def _batches(self, row: Row, train: Features, batch_size: int) -> Batches:
         """Batches of those training images that are not held out."""
@@ -210,15 +215,15 @@ class AugmentedProbe(Probe):
     name = "probe_augmented"
     crops = "augmented in each epoch"
 
-    def run(self, row: Row) -> Result:
+    def _metrics(self, row: Row) -> dict:
         crop_scale = {"crop_scale": list(row.config.eval.probe.crop_scale)}
-        return Result(super().run(row).metrics | crop_scale)
+        return super()._metrics(row) | crop_scale
 
     def _batches(self, row: Row, train: Features, batch_size: int) -> Batches:
         data, model, mesh = row.config.data, row.config.model, row.run.mesh
         images, bad = row.images["train"], row.bad_images["train"]
-        if len(train.index) < len(images):
-            images = subsets.Subset(images, train.index)
+        if len(train.records) < len(images):
+            images = subsets.Subset(images, train.records)
             bad = bad_images.BadImages(images, model.channels, data.max_bad_fraction)
         section, size, seed = row.config.eval.probe, model.image_size, (row.config.seed, _SEED)
         scale, steps = section.crop_scale, len(images) // batch_size * section.epochs

@@ -151,7 +151,7 @@ def _row(run: Run, name: str, saved: lineage.Saved | None, images, bad_images) -
             batches=partial(extraction.batches, encode, title=f"{name} {split}"),
         )
         # Those that an earlier call could not read count as well.
-        bad.collect({"bad": np.setdiff1d(np.arange(len(source)), row.features[split].index)})
+        bad.collect({"bad": np.setdiff1d(np.arange(len(source)), row.features[split].records)})
         bad.check()
     return row
 
@@ -176,12 +176,13 @@ def run(
       The content of `results.json`: `{row: {protocol: metrics}}`.
     """
     section, is_writer = run.config.eval, jax.process_index() == 0
-    encoders = ({PIXELS: None} if section.pixels else {}) | encoders
+    measured: dict[str, lineage.Saved | None] = {PIXELS: None} if section.pixels else {}
+    measured |= encoders
     requested = [ON_REQUEST[name] for name in section.protocols]
     path, results = run.folder / "results.json", read_results(run.folder)
-    steps = len(encoders) * (1 + len(requested))
+    steps = len(measured) * (1 + len(requested))
     with tqdm(total=steps, desc="eval", unit="step", disable=not is_writer) as bar:
-        for name, saved in encoders.items():
+        for name, saved in measured.items():
             bar.set_postfix_str(f"{name} features")
             start = time.monotonic()
             row = _row(run, name, saved, images=images, bad_images=bad_images)
@@ -199,7 +200,7 @@ def run(
                 _export(row, entry)
                 files.write_json(path, results)
     for protocol in requested if is_writer else ():
-        protocol.summarise(run, list(encoders), images)
+        protocol.summarise(run, list(measured), images)
     return results
 
 
@@ -240,7 +241,7 @@ def _export(row: base.Row, entry: dict) -> None:
         return
     for split, path in paths.items():
         part, source = row.features[split], row.images[split]
-        features.export(path, part, [source.name(int(i)) for i in part.index])
+        features.export(path, part, [source.name(int(i)) for i in part.records])
     entry["made_with"]["export"] = made_with
 
 

@@ -103,7 +103,7 @@ def cells_of_several(runs: Mapping[str, dict]) -> Rows:
 
 
 def _formatted(tables: Sequence[Mapping[str, dict[str, float]]]) -> Rows:
-    rows = {}
+    rows: Rows = {}
     for name, row in tables[0].items():
         rows[name], form = {}, "{:+.1f}" if is_difference(name) else "{:.1f}"
         for column in row:
@@ -124,8 +124,8 @@ def text(rows: Rows) -> str:
     lines = _lines(rows)
     first, *rest = (max(map(len, column)) for column in zip(*lines, strict=True))
     form = "  ".join([f"{{:{first}}}", *(f"{{:>{width}}}" for width in rest)])
-    head, *lines = (form.format(*line) for line in lines)
-    return "\n".join([head, "-" * len(head), *lines])
+    head, *body = (form.format(*line) for line in lines)
+    return "\n".join([head, "-" * len(head), *body])
 
 
 def markdown(rows: Rows) -> str:

@@ -1,6 +1,6 @@
 """Position embeddings of a grid of patches: MAE's fixed one, and resizing to another grid."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -8,7 +8,7 @@ import numpy as np
 _A = -0.75
 
 
-def grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+def grid(image_size: Sequence[int], patch_size: int) -> tuple[int, int]:
     """(rows, columns) of patches."""
     return image_size[0] // patch_size, image_size[1] // patch_size
 

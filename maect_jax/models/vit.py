@@ -7,6 +7,7 @@ Shapes: B images, H x W pixels, C channels, N patches, D width, L layers.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -158,14 +159,13 @@ def scanned_blocks(module: nn.Module, depth: int, name: str, remat: str) -> nn.M
     """`depth` blocks of a module, with their parameters stacked along a leading layer axis."""
     policy = REMAT[remat]
     body = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
-    stacked = dict(variable_axes={"params": 0}, split_rngs={"params": True})
-    blocks = nn.scan(body, length=depth, **stacked)
+    blocks = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth)
     return blocks(module.heads, module.ln_eps, module.dtype, name=name)
 
 
 def position_embedding(module: nn.Module, grid: tuple[int, int]) -> jax.Array | np.ndarray:
     """The parameter `pos_embed [N, D]` of a module, if it has one; else the fixed embedding."""
-    learned = module.get_variable("params", "pos_embed")
+    learned: jax.Array | None = module.get_variable("params", "pos_embed")
     return positions.sincos(grid, module.width) if learned is None else learned
 
 
@@ -242,6 +242,12 @@ def merge_blocks(params: dict) -> dict:
     return params
 
 
+def apply(module: nn.Module, variables: Mapping, *inputs, **settings) -> jax.Array:
+    """`module.apply`, of a module that returns one array and changes no variables."""
+    # Flax types it as a union with the pair that it returns where variables may change.
+    return module.apply(variables, *inputs, **settings)  # type: ignore[return-value]
+
+
 def pool(tokens: jax.Array, how: str) -> jax.Array:
     """`[B, 1 + N, D]` -> fp32 `[B, D]`: the class token ("cls") or the mean of the patches
     ("mean"); or `[B, 2 * D]`, both concatenated ("cls+mean")."""
@@ -255,10 +261,10 @@ def features(model: ViT, params: dict, images: jax.Array, how: str, **inputs) ->
     final norm of the mean of the patches, as in MAE's fine-tuning. `inputs` are the model's others.
     """
     if how != "fc_norm":
-        return pool(model.apply({"params": params}, images, **inputs), how)
-    x = pool(model.clone(final_norm=False).apply({"params": params}, images, **inputs), "mean")
+        return pool(apply(model, {"params": params}, images, **inputs), how)
+    x = pool(apply(model.clone(final_norm=False), {"params": params}, images, **inputs), "mean")
     norm = nn.LayerNorm(model.ln_eps, use_fast_variance=False)
-    return norm.apply({"params": params["norm"]}, x) if model.final_norm else x
+    return apply(norm, {"params": params["norm"]}, x) if model.final_norm else x
 
 
 # From the `model` section of a config

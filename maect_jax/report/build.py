@@ -133,7 +133,7 @@ def stage_timings(history: Sequence[dict]) -> list[dict]:
 def _evaluation(config: ConfigDict, images: Mapping[str, Source], results: Mapping) -> dict:
     """The templates' values for the table of results, with the paper's figures on ImageNet, and
     for the notes on how they were measured."""
-    measured = defaultdict(dict)  # by protocol, then by row
+    measured: defaultdict[str, dict] = defaultdict(dict)  # by protocol, then by row
     for row, result in results.items():
         for key, value in result.items():
             if isinstance(value, dict | list) and table.there(result, key):
@@ -243,8 +243,8 @@ class _RunFigures:
         chosen = sheets.evenly_spaced(len(found.x), MAP_IMAGES)
         points = maps.points(found.x[chosen], self.config.eval.map)
         labels, classes = found.labels[chosen], self.images[self._split].classes
-        clusters = runner.read_clusters(self.folder, row).get("clusters", ())
-        if not found.labelled and len(clusters) == len(found.labels):
+        clusters = runner.read_clusters(self.folder, row).get("clusters")
+        if clusters is not None and not found.labelled and len(clusters) == len(found.labels):
             labels = clusters[chosen]
             classes = [f"cluster {i}" for i in range(labels.max() + 1)]
         return plots.feature_map(points, labels, classes)

@@ -1,9 +1,10 @@
 """Figures of numbers: training curves, the map of the features, probes, the confusion matrix."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import color_sequences, colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -54,16 +55,16 @@ def feature_map(points: np.ndarray, labels: np.ndarray, classes: Sequence[str]) 
     """Draws points `[N, 2]` in the colours of their labels `[N]`; -1 is grey."""
     present = np.unique(labels)
     names, count = [sources.class_name(classes, label) for label in present], len(present)
-    few, many = colormaps["tab10"].colors, colormaps["turbo"](np.arange(count) / count)
+    few, many = color_sequences["tab10"], colormaps["turbo"](np.arange(count) / count)
     colours = few if count <= len(few) else many
     figure = style.new_figure(4.7)
     axes = figure.subplots()
     style.hide_axes(axes)
+    draw = partial(axes.scatter, s=12, linewidths=0, alpha=0.8, rasterized=True)
     for i, label in enumerate(present):
         colour = colours[i] if label >= 0 else style.GREY
-        options = dict(s=12, linewidths=0, alpha=0.8, label=names[i], rasterized=True)
         marker = _MARKERS[i % len(_MARKERS)]
-        axes.scatter(*points[labels == label].T, color=colour, marker=marker, **options)
+        draw(*points[labels == label].T, color=colour, marker=marker, label=names[i])
     if count <= style.MANY_CLASSES:
         columns = max(1, min(5, _LEGEND_WIDTH // (max(map(len, names)) + 4)))
         options = dict(ncols=columns, handletextpad=0, markerscale=2)

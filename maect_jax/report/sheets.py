@@ -1,6 +1,7 @@
 """Figures of images: reconstructions, nearest neighbours, clusters."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -68,7 +69,7 @@ def neighbours(
     for row, query in zip(panels, queries, strict=True):
         style.show(row[0], query["image"])
         _row_title(row[0], sources.class_name(classes, query["label"]), fontsize=8)
-    frame = dict(fill=False, edgecolor=style.ORANGE, linewidth=2, clip_on=False)
+    frame = partial(Rectangle, (0, 0), 1, 1, fill=False, ec=style.ORANGE, lw=2, clip_on=False)
     for group, (title, nearest) in enumerate(chosen):
         first = 2 + group * (k + 1)
         panels[0, first + k // 2].set_title(title, fontsize=8)
@@ -80,7 +81,7 @@ def neighbours(
                 neighbour = records(int(number))
                 style.show(axes, neighbour["image"])
                 if neighbour["label"] == query["label"] >= 0:
-                    axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, **frame))
+                    axes.add_patch(frame(transform=axes.transAxes))
     return figure
 
 

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 from maect_jax.stages import STAGES
@@ -30,9 +31,8 @@ _THUMBNAIL = 80  # pixels of an image's longer side, at most
 
 def new_figure(height: float) -> Figure:
     """An empty figure, `WIDTH` by `height` inches."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0.02, hspace=0.02)
-    return figure
+    layout = ConstrainedLayoutEngine(w_pad=0.015, h_pad=0.015, wspace=0.02, hspace=0.02)
+    return Figure(figsize=(WIDTH, height), layout=layout)
 
 
 def hide_axes(axes) -> None:

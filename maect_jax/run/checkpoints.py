@@ -53,7 +53,7 @@ def _step_of(name: str) -> int | None:
 
 def run_of(path: Path) -> tuple[Path, str | None, int | None]:
     """Run, stage and step that a path names: `RUN` or `RUN/checkpoints/STAGE/STEP`."""
-    *_, folder, stage, name = (Path(), Path(), Path(), *path.absolute().parts)
+    *_, folder, stage, name = ("", "", "", *path.absolute().parts)
     if folder == FOLDER and (step := _step_of(name)) is not None:
         return path.parents[2], stage, step
     return path, None, None
@@ -241,9 +241,9 @@ class Checkpoints:
             raise RunFailedError(f"{self._folder}: a checkpoint cannot be written ({reason})")
         if not sharding.all_hosts(ready):
             return
-        reason = self._no_room()
-        if not sharding.all_hosts(reason is None):
-            self._failed(reason or OTHER_HOST)
+        lacking = self._no_room()
+        if not sharding.all_hosts(lacking is None):
+            self._failed(lacking or OTHER_HOST)
             return
         items = dict(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
         path = (self._folder / str(step)).absolute()

@@ -55,7 +55,7 @@ class SavedStage:
 
     def lineage(self) -> list[dict]:
         """Where its weights are from, the last first."""
-        entry = {"run": str(self.run), "stage": self.stage}
+        entry: dict[str, str | int] = {"run": str(self.run), "stage": self.stage}
         if self.step is not None:
             entry["step"] = self.step
         return [entry, *read_lineage(self.run)]
@@ -136,7 +136,7 @@ def find(init_from: str, stage: str, needs_run: bool = True) -> Saved:
         raise UserError(f"{where}: cannot be read: {error.strerror}; must be {allowed}") from error
     if is_file:
         return SavedFiles(init_from)
-    wanted = ()
+    wanted: tuple[str, ...] = ()
     if stage in STAGES:  # an imported run has a stage of its own kind
         wanted = (*STAGES[stage].starts_from, *(name for name in SAVED if name not in STAGES))
     return trained_stage(Path(init_from), wanted, where=where, allowed=allowed)

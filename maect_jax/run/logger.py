@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from typing import Any
 
 import jax
 import numpy as np
@@ -83,7 +84,8 @@ class Logger:
         self._start = time.monotonic()
         self._last_line = (self._start, done)
         self._waited = 0.0
-        self._lines = self._events = None
+        self._lines: jsonl.Writer | None = None
+        self._events: Any = None  # of `tensorboard_writer`
         self._writing = threading.Lock()  # checkpoints write from a thread of their own
         self._trace = ExitStack()
         self._bad_steps = run.folder / "bad_steps.jsonl"
@@ -195,7 +197,7 @@ class Logger:
 
     def note(self, step: int, values: dict[str, float]) -> None:
         """Writes a line; may be called from any thread."""
-        if self._is_main:
+        if self._lines:
             line = {"stage": self._stage, "step": step, **values}
             line["seconds"] = time.monotonic() - self._start
             with self._writing:
@@ -214,7 +216,7 @@ class Logger:
 
     def sync(self) -> None:
         """Makes all lines outlast a power cut."""
-        if self._is_main:
+        if self._lines:
             self._lines.sync()
 
     def close(self) -> None:

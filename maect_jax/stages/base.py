@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from maect_jax import config as configs
 from maect_jax import sharding
 from maect_jax.config import Rule, Rules, between, not_negative, positive
-from maect_jax.data import loader
 from maect_jax.data.augment import Photometric, Recipe
+from maect_jax.data.loader import TrainRecord
 from maect_jax.data.sources import Source
 from maect_jax.errors import UserError
 from maect_jax.models import positions, vit
@@ -125,7 +125,7 @@ class Stage(Saved, abc.ABC):
             )
 
     @classmethod
-    def from_config(cls, config, records: int, classes: int = 0) -> "Stage":
+    def from_config(cls, config, records: int, classes: int = 0) -> Self:
         """The stage of a config, for `records` training images of so many classes.
 
         A field with the name of a key of the section takes its value, such as `temperature`; what
@@ -156,7 +156,7 @@ class Stage(Saved, abc.ABC):
         return cls(**settings | shared | cls._parts(config, steps, classes))
 
     @classmethod
-    def for_images(cls, config, images: Source) -> "Stage":
+    def for_images(cls, config, images: Source) -> Self:
         """The stage of a config, for its own training images (`training_images`)."""
         classes = images.num_classes if cls.needs_labels else 0
         return cls.from_config(config, len(images), classes)
@@ -180,7 +180,9 @@ class Stage(Saved, abc.ABC):
         return images
 
     @classmethod
-    def example_maker(cls, config, images: Source, make=loader.TrainRecord, **settings):
+    def example_maker(
+        cls, config, images: Source, make: type[TrainRecord] = TrainRecord, **settings
+    ) -> TrainRecord:
         """What makes the training examples of the stage from its images."""
         return make(
             source=images,
@@ -223,7 +225,9 @@ class Stage(Saved, abc.ABC):
         return TrainState(step=jnp.int32(0), params=params, opt_state=moments, rng=rng, **parts)
 
     @abc.abstractmethod
-    def loss(self, params, state: TrainState, views: jax.Array, batch: dict, key: jax.Array):
+    def loss(
+        self, params, state: TrainState, views: jax.Array, batch: dict, key: jax.Array
+    ) -> tuple[jax.Array, tuple[dict, dict]]:
         """`(loss, (metrics, aux))` of normalised views `[B, V, H, W, C]`.
 
         The gradient is with respect to `params`, which are those of the state. Metrics are scalars;
@@ -244,6 +248,10 @@ class Stage(Saved, abc.ABC):
     @abc.abstractmethod
     def flops_per_step(self, batch_size: int) -> int:
         """FLOPs of one update on the global batch, by formula (`block_flops`)."""
+
+    def ranked(self, params: dict, frozen: dict, images: jax.Array) -> jax.Array:
+        """The most likely classes of images, for a stage that `needs_labels`."""
+        raise NotImplementedError
 
     @property
     def grid(self) -> tuple[int, int]:

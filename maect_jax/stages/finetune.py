@@ -11,7 +11,8 @@ import optax
 from flax import linen as nn
 
 from maect_jax.config import Rule, at_most, between, fraction, not_negative
-from maect_jax.data import augment, loader, mix, subsets
+from maect_jax.data import augment, mix, subsets
+from maect_jax.data.loader import FinetuneRecord, TrainRecord
 from maect_jax.data.sources import Source
 from maect_jax.models import vit
 from maect_jax.stages import base
@@ -69,9 +70,11 @@ class Finetune(Stage):
         return subsets.select(images, config.finetune.images, config.seed)
 
     @classmethod
-    def example_maker(cls, config, images: Source) -> loader.FinetuneRecord:
+    def example_maker(
+        cls, config, images: Source, make: type[TrainRecord] = FinetuneRecord, **settings
+    ) -> TrainRecord:
         mean = config.data.mean if config.finetune.randaugment else None
-        return super().example_maker(config, images, loader.FinetuneRecord, mean=mean)
+        return super().example_maker(config, images, make, mean=mean, **settings)
 
     @classmethod
     def _parts(cls, config, steps: int, classes: int) -> dict:

@@ -76,7 +76,8 @@ class MAE(Stage):
             return self.encoder.apply({"params": params["encoder"]}, images, keep)
 
         latent = over_microbatches(encode, microbatches, images, keep)
-        prediction = self.decoder.apply({"params": params["decoder"]}, latent, restore, self.grid)
+        decoder = {"params": params["decoder"]}
+        prediction = vit.apply(self.decoder, decoder, latent, restore, self.grid)
         target = losses.patch_targets(images, self.encoder.patch_size)
         loss = losses.reconstruction(prediction, target, mask)
         return dict(loss=loss, latent=latent, restore=restore, mask=mask, prediction=prediction)

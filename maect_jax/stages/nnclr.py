@@ -7,6 +7,7 @@ encoder. What the two share is `NNCLR`.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ HEAD_KEYS = ("projector_hidden", "projector_out", "predictor_hidden", "queue_siz
 class NNCLR(Stage):
     """A contrastive head on an encoder, with a queue of past projections."""
 
-    saved = ("params", "frozen", "batch_stats", "queue")
+    saved: ClassVar[tuple[str, ...]] = ("params", "frozen", "batch_stats", "queue")
     hands_on = ("encoder", "projector", "predictor", "batch_stats", "queue")
     rules = base.TRAINING | base.PHOTOMETRIC | {
         **dict.fromkeys((*HEAD_KEYS, "temperature"), positive),
@@ -128,6 +129,7 @@ class NNCLR(Stage):
 
     def loss(self, params, state: TrainState, views: jax.Array, batch: dict, key: jax.Array):
         """The symmetric NNCLR loss."""
+        assert state.queue is not None
         features = self.features(params, state.frozen, views, self.microbatches)
         projected, predicted, stats = self.head(params, state.batch_stats, state.target, features)
         queries, ids = projected.reshape(-1, projected.shape[-1]), jnp.repeat(batch["index"], 2)
@@ -154,6 +156,7 @@ class NNCLR(Stage):
 
     def update_buffers(self, state: TrainState, aux: dict, finite: jax.Array) -> TrainState:
         """Running statistics; view 0 enters the queue."""
+        assert state.queue is not None
         queue = support_queue.push(
             state.queue, aux["projected"][:, 0], aux["ids"], aux["labels"], keep=finite
         )
@@ -165,11 +168,13 @@ class NNCLR(Stage):
 
         As in training, but with running statistics; rows with the same `ids [Q]` are excluded.
         """
+        assert state.queue is not None
         x = augment.normalise_pixels(images, self.recipe.mean, self.recipe.std)
         features = self.features(state.params, state.frozen, x[:, None])[:, 0]
         projector = state.target.get("projector", state.params["projector"])
         variables = {"params": projector, "batch_stats": state.batch_stats["projector"]}
-        queries = support_queue.normalise(self.projector.apply(variables, features, train=False))
+        projected = vit.apply(self.projector, variables, features, train=False)
+        queries = support_queue.normalise(projected)
         k = min(_SNAPSHOT_NEIGHBOURS, self.queue_size)
         found = support_queue.nearest(state.queue, queries, ids, size=self.queue_size, k=k)
         return {"neighbours": state.queue.ids.reshape(-1)[found.positions]}

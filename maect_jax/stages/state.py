@@ -1,17 +1,15 @@
 """The training state of a stage: one pytree of arrays."""
 
-from dataclasses import field
 from typing import Any
 
-import flax.struct
 import jax
+from flax.struct import PyTreeNode, field
 
 from maect_jax import sharding
 from maect_jax.stages.support_queue import Queue
 
 
-@flax.struct.dataclass(kw_only=True)
-class TrainState:
+class TrainState(PyTreeNode, kw_only=True):
     """Everything that a step reads and writes; saved whole, so that a resumed run is bit-equal."""
 
     step: jax.Array  # int32 `[]`, updates done

@@ -13,24 +13,25 @@ slots, and the surplus of the oldest slot is left out of every search.
 from functools import partial
 from typing import NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.struct import PyTreeNode
 from jax.sharding import PartitionSpec as P
 
+Array = jax.Array | np.ndarray
 _TILE = 4096  # rows of a device that are compared at a time, unless one slot has more
 EXCLUDED = -2.0  # below every cosine: rows of the query's own image
 _ABSENT = -3.0  # below the excluded ones: rows beyond the queue's size
 
 
-@flax.struct.dataclass
-class Queue:
+class Queue(PyTreeNode):
     """A ring of batches."""
 
-    rows: jax.Array  # fp32 `[slots, B, D]`, L2-normalised
-    ids: jax.Array  # dataset index of each row, int32 `[slots, B]`, -1 if unknown
-    labels: jax.Array  # likewise
-    slot: jax.Array  # int32 `[]`, the slot that is written next, which is the oldest
+    rows: Array  # fp32 `[slots, B, D]`, L2-normalised
+    ids: Array  # dataset index of each row, int32 `[slots, B]`, -1 if unknown
+    labels: Array  # likewise
+    slot: Array | np.int32  # int32 `[]`, the slot that is written next, which is the oldest
 
 
 class Neighbours(NamedTuple):
@@ -71,7 +72,8 @@ def push(queue: Queue, rows: jax.Array, ids: jax.Array, labels: jax.Array, keep=
 
     slot = jnp.where(keep, (queue.slot + 1) % len(queue.ids), queue.slot)
     new = rows.astype(jnp.float32), ids.astype(jnp.int32), labels.astype(jnp.int32)
-    return Queue(*map(write, (queue.rows, queue.ids, queue.labels), new), slot)
+    rows, ids, labels = map(write, (queue.rows, queue.ids, queue.labels), new)
+    return Queue(rows, ids, labels, slot)
 
 
 def in_age_order(queue: Queue, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -94,7 +96,8 @@ def rebatch(queue: Queue, size: int, batch: int) -> Queue:
         pad = jnp.full((surplus, *flat.shape[1:]), fill, flat.dtype)
         return jnp.concatenate([pad, flat]).reshape(-1, batch, *flat.shape[1:])
 
-    return Queue(*map(ring, in_age_order(queue, size), (0, -1, -1)), jnp.int32(0))
+    rows, ids, labels = map(ring, in_age_order(queue, size), (0, -1, -1))
+    return Queue(rows, ids, labels, jnp.int32(0))
 
 
 def _search(queue: Queue, queries, ids, *, size, k, first_row, batch):
@@ -163,7 +166,7 @@ def nearest(queue: Queue, queries: jax.Array, ids: jax.Array, *, size: int, k: i
         order = jax.lax.sort((-scores, positions), dimension=1, num_keys=2)
         return -order[0][:, :k], order[1][:, :k]
 
-    specs = Queue(P(None, axes), P(None, axes), P(None, axes), P())
+    specs = jax.tree.map(lambda ring: P(None, axes) if ring.ndim else P(), queue)
     on_devices = jax.shard_map(
         on_device, in_specs=(specs, P(axes), P(axes)), out_specs=P(axes), check_vma=False
     )

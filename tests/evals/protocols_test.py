@@ -127,7 +127,7 @@ def test_probe_is_torch_sgd_on_normalised_features(blobs, mesh, monkeypatch):
     order = [np.arange(i, i + 32) for i in (0, 32, 64)]
     batches = iter([(train.x[rows], train.labels[rows]) for rows in order])
     monkeypatch.setattr(probe, "_WARMUP", 0.34)
-    part = features.Features(test.x[:400], test.labels[:400], test.index[:400])
+    part = features.Features(test.x[:400], test.labels[:400], test.records[:400])
     seen = {}
     monkeypatch.setattr(probe, "_hits", lambda probes, *_: seen.update(probes=probes) or 0)
     start = jax.device_get(probe._init(jax.random.key(3), 2, 12, 7))
@@ -248,7 +248,7 @@ class Named(list):
 
 def test_lowshot_takes_lists_of_names(blobs, mesh, tmp_path):
     train, test = blobs
-    train = features.Features(train.x, train.labels, train.index + 1)  # image 0 cannot be read
+    train = features.Features(train.x, train.labels, train.records + 1)  # image 0 cannot be read
     names = [f"c/{i}.jpg" for i in range(len(train.labels) + 1)]
     paths = []
     for split in range(2):

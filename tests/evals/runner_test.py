@@ -137,7 +137,7 @@ def test_features_go_on_where_they_were_stopped(tmp_path, rng, batch_size):
     assert asked == [0, 8 // batch_size]
     np.testing.assert_array_equal(found.x, x[valid])
     np.testing.assert_array_equal(found.labels, labels[valid])
-    np.testing.assert_array_equal(found.index, np.flatnonzero(valid))
+    np.testing.assert_array_equal(found.records, np.flatnonzero(valid))
     # Whole, nothing is asked for; of other weights, everything.
     features.stored(tmp_path, settings, 22, batch_size, None)
     features.stored(tmp_path, {"weights": "b"}, 22, 11, batches(11))

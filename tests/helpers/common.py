@@ -33,7 +33,7 @@ def run_on(monkeypatch, shape: tuple[int, int], config, workdir, page=True) -> N
         patch.setattr(jax, "device_count", lambda: shape[0] * shape[1])
         patch.setattr(pipeline.sharding, "make_mesh", lambda **_: mesh_of(*shape))
         if not page:
-            patch.setattr(pipeline.build, "report", lambda run, images: run / "report.html")
+            patch.setattr("maect_jax.report.build.report", lambda run, _: run / "report.html")
         pipeline.run(config, workdir)
 
 
