@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from maect_jax.errors import UserError
-
 _K = 10
 _CLUSTERS = {
     "acc": "k-means ACC", "nmi": "NMI", "ami": "AMI", "ari": "ARI", "silhouette": "silhouette",
@@ -87,19 +85,34 @@ def cells(results: Mapping[str, dict]) -> Rows:
 
 
 def cells_of_several(runs: Mapping[str, dict]) -> Rows:
-    """The table of several runs: mean and unbiased standard deviation of their results.
+    """The table of several runs that lack nothing (`lacking`): mean and unbiased standard deviation
+    of their results."""
+    return _formatted([percentages(results) for results in runs.values()])
 
-    Raises:
-      UserError: they do not have the same rows and columns.
-    """
-    tables = [percentages(results) for results in runs.values()]
-    for name, rows in zip(runs, tables, strict=True):
-        if list(rows) != list(tables[0]) or columns(rows) != columns(tables[0]) or not rows:
-            have = {run: ", ".join(results) or "nothing" for run, results in runs.items()}
-            raise UserError(
-                f"{name!r} cannot be averaged with the other runs: evaluated are {have}"
-            )
-    return _formatted(tables)
+
+def columns_of_several(runs: Mapping[str, dict]) -> dict[str, list[str]]:
+    """All columns that a row has in some run, by row, in order."""
+    rows: dict[str, dict[str, None]] = {}
+    for results in runs.values():
+        for row, values in percentages(results).items():
+            if values:
+                rows.setdefault(row, {}).update(dict.fromkeys(values))
+    return {row: list(found) for row, found in rows.items()}
+
+
+def lacking(runs: Mapping[str, dict]) -> dict[str, str]:
+    """The rows, or the columns of rows, that a run lacks and another has; without runs that lack
+    nothing."""
+    lacks, everything = {}, columns_of_several(runs)
+    for run, results in runs.items():
+        rows, parts = percentages(results), []
+        for row, wanted in everything.items():
+            absent = [column for column in wanted if column not in rows.get(row, {})]
+            if absent:
+                parts.append(f"{row} ({', '.join(absent)})" if row in rows else row)
+        if parts:
+            lacks[run] = ", ".join(parts)
+    return lacks
 
 
 def _formatted(tables: Sequence[Mapping[str, dict[str, float]]]) -> Rows:

@@ -1,27 +1,39 @@
-"""Makes the report of a run again from its folder; for several runs, also prints their results as
-mean +- standard deviation.
+"""Makes the report of a run again from its folder; of several runs, also a report that compares
+them, and prints their results as mean +- standard deviation.
 
-    python -m maect_jax.report RUN [RUN ...]
+    python -m maect_jax.report RUN [RUN ...] [--out=comparison.html]
 """
 
+import os
 import sys
 from pathlib import Path
 
 from maect_jax import errors, pipeline
-from maect_jax.evals import runner, table
-from maect_jax.report import build
+from maect_jax.errors import UserError
+from maect_jax.report import build, compare
 
 
 def main() -> None:
     parser = errors.OneLineParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
-    runs = list(dict.fromkeys(parser.parse_args().runs))
-    for run in runs:
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the comparison of several runs (comparison.html)"
+    )
+    arguments = parser.parse_args()
+    runs = {run.resolve(): run for run in arguments.runs}
+    out = arguments.out or Path("comparison.html")
+    if len(runs) > 1 and not os.access(out.parent, os.W_OK):
+        raise UserError(f"--out={out}: its folder cannot be written. Name a file in one that can.")
+    if len(runs) == 1 and arguments.out:
+        raise UserError(f"--out={out}: is for the comparison of several runs. Name several.")
+    histories = {}
+    for folder, run in runs.items():
         images = pipeline.open_images(build.read_config(run), run)
         print(build.report(run, images), flush=True)
+        histories[folder] = build.read_history(run, images)
     if len(runs) > 1:
-        results = {str(run): runner.read_results(run) for run in runs}
-        print(f"\n{table.text(table.cells_of_several(results))}")
+        text = compare.compare(histories, out)
+        print(f"{out}\n\n{text}")
 
 
 if __name__ == "__main__":

@@ -29,16 +29,22 @@ from maect_jax.stages import SAVED, STAGES
 
 MAP_IMAGES = 1_000  # more make a cloud, and t-SNE slow
 _DATA_KEYS = ("source", "path", "name", "train_split", "val_split", "short_side")
-_CURVES = {"loss": "loss", "nn_accuracy": "neighbour accuracy", "knn_accuracy": "k-NN accuracy"}
+_PERCENT = "{:.1%}"
+# By key of `metrics.jsonl`: what it is, and how one number is written.
+_CURVES = {
+    "loss": ("loss", "{:.4g}"),
+    "nn_accuracy": ("neighbour accuracy", _PERCENT),
+    "knn_accuracy": ("k-NN accuracy", _PERCENT),
+}
 _UNFIT = (LookupError, TypeError, ValueError, AttributeError, OverflowError, jinja2.TemplateError)
-_TEMPLATES = jinja2.Environment(
+TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("maect_jax.report", package_path=""),
     autoescape=jinja2.select_autoescape(),  # in *.html
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_TEMPLATES.globals |= dict(
+TEMPLATES.globals |= dict(
     stages=STAGES, saved=SAVED, projections=maps.NAMES, shown_knn=table.neighbours,
     columns=table.columns, is_difference=table.is_difference, map_images=MAP_IMAGES,
     many_classes=style.MANY_CLASSES,
@@ -72,25 +78,27 @@ def report(run: Path, images: Mapping[str, Source]) -> Path:
     """
     config, results = read_config(run), runner.read_results(run)
     environment = files.read_json(run / "environment.json")
-    history = jsonl.read(run / "metrics.jsonl")
-    # The lines of a stage that was trained again are at the end of the file.
-    order = {name: place for place, name in enumerate(STAGES)}
-    history.sort(key=lambda line: order.get(line["stage"], len(order)))
+    history = read_history(run, images)
     run_figures = _RunFigures(run, config, images, results)
     with matplotlib.rc_context(fname=style.SETTINGS):
         with _reading(run / "metrics.jsonl"):
             timings = stage_timings(history)
-            figures = {key: plots.curves(history, key, label) for key, label in _CURVES.items()}
-        if not images["train"].labelled:
-            figures["nn_accuracy"] = None  # it is logged, as the accuracy on no image
+            figures, numbers = curves(history, colours={})
         with _reading(run / "results.json", runner.AGAIN):
             evaluation = _evaluation(config, images, results)
             measured = evaluation["measured"]
-            figures["probes"] = plots.probes(measured["probe"] | measured["probe_augmented"])
+            probes = measured["probe"] | measured["probe_augmented"]
+            figures["probes"] = plots.probes(probes)
+            if one_epoch := [
+                [row, "1", _PERCENT.format(result["best_last_epoch"]["top1"])]
+                for row, result in probes.items()
+                if len(result["epochs_top1"]) == 1
+            ]:
+                numbers["probes"] = [["", "epoch", "top-1"], *one_epoch]
         figures |= run_figures.draw()
         pictures = _save({name: figure for name, figure in figures.items() if figure}, run)
     with _reading(run / "{config,environment}.json", "restore it"):
-        html = _TEMPLATES.get_template("report.html").render(
+        html = TEMPLATES.get_template("report.html").render(
             **evaluation,
             values={key: repr(value) for key, value in configs.flat(config).items()},
             size=vit.size_of(config.model),
@@ -98,7 +106,8 @@ def report(run: Path, images: Mapping[str, Source]) -> Path:
             counts={split: len(source) for split, source in images.items()},
             labelled=all(source.labelled for source in images.values()),
             timings=timings,
-            pictures=pictures,
+            pictures=dict.fromkeys(numbers, "") | pictures,
+            numbers=numbers,
             maps=[name for name in pictures if name.startswith("map_")],
             first_row=next(iter(run_figures.rows), ""),
         )
@@ -108,6 +117,44 @@ def report(run: Path, images: Mapping[str, Source]) -> Path:
     path = run / "report.html"
     files.write_text(path, html)
     return path
+
+
+def read_history(run: Path, images: Mapping[str, Source]) -> list[dict]:
+    """The lines of a run's `metrics.jsonl`, in the order of the stages: those of a stage that was
+    trained again are at the end of the file."""
+    history = in_order(jsonl.read(run / "metrics.jsonl"))
+    if not images["train"].labelled:  # it is logged, as the accuracy on no image
+        history = [line | {"nn_accuracy": None} for line in history]
+    return history
+
+
+def in_order(history: Sequence[dict]) -> list[dict]:
+    """Sorts lines by the order of the stages."""
+    order = {name: place for place, name in enumerate(STAGES)}
+    return sorted(history, key=lambda line: order.get(line["stage"], len(order)))
+
+
+def curves(history: Sequence[dict], colours: Mapping[str, str]) -> tuple[dict, dict]:
+    """Draws the training curves; of a stage with a single point, takes the number.
+
+    Args:
+      history: lines of `metrics.jsonl`; those of several runs name their `run`.
+      colours: by run, for several runs.
+
+    Returns:
+      Figures, and tables of numbers (lines of cells, the head first), by key of the lines.
+    """
+    figures, numbers, runs = {}, {}, [*colours] or [""]
+    for key, (label, form) in _CURVES.items():
+        found = plots.by_stage(history, key)
+        figures[key] = plots.curves(found, label, colours)
+        if singles := plots.single_points(found):
+            lines = [["", "step", *(colours or [label])]]
+            for (stage, step), values in singles.items():
+                shown = (form.format(values[run]) if run in values else "-" for run in runs)
+                lines.append([stage, f"{step:,}", *shown])
+            numbers[key] = lines
+    return figures, numbers
 
 
 def stage_timings(history: Sequence[dict]) -> list[dict]:
@@ -144,7 +191,7 @@ def _evaluation(config: ConfigDict, images: Mapping[str, Source], results: Mappi
     seconds = sum(sum(times.values()) for times in measured["seconds"].values())
     values = dict(config=config, results=results, measured=measured, eval_seconds=seconds)
     values |= dict(rows=rows | published, about_paper=paper.NOTE if published else "")
-    notes = re.split(r"\n\s*\n", _TEMPLATES.get_template("notes.txt").render(values))
+    notes = re.split(r"\n\s*\n", TEMPLATES.get_template("notes.txt").render(values))
     return values | dict(notes=[" ".join(note.split()) for note in notes if note.strip()])
 
 

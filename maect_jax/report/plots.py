@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
-from matplotlib import color_sequences, colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -17,31 +16,48 @@ _LEGEND_WIDTH = 55  # characters in a line
 _MARKERS = "osD^vP*Xph"  # with ten colours; they tell classes apart without colour, too
 _GRID = dict(axis="y", color=style.GREY, alpha=0.3, linewidth=0.6)
 
+Curves = dict[str, dict[str, list[tuple[int, float]]]]  # (step, value) by stage, then by run
 
-def curves(history: Sequence[dict], key: str, label: str) -> Figure | None:
-    """Draws a panel for each stage with its curve of `key`; None if no entry has it.
+
+def by_stage(history: Sequence[dict], key: str) -> Curves:
+    """The points of `key` by stage, then by the `run` of an entry, which it may lack."""
+    found: Curves = {}
+    for entry in history:
+        if entry.get(key) is not None:  # null at a step that was not finite
+            runs = found.setdefault(entry["stage"], {})
+            runs.setdefault(entry.get("run", ""), []).append((entry["step"], entry[key]))
+    return found
+
+
+def _is_drawn(runs: Mapping[str, Sequence]) -> bool:
+    """Whether a stage has a curve: one point is none."""
+    return any(len(points) > 1 for points in runs.values())
+
+
+def curves(found: Curves, label: str, colours: Mapping[str, str]) -> Figure | None:
+    """Draws a panel for each stage with its curves, a colour a run, else that of the stage; None
+    if there is no curve.
 
     A long curve is drawn faint, with its running mean over a twentieth of the points.
     """
-    stages: dict[str, list[tuple[int, float]]] = {}
-    for entry in history:
-        if entry.get(key) is not None:  # null at a step that was not finite
-            stages.setdefault(entry["stage"], []).append((entry["step"], entry[key]))
+    stages = {stage: runs for stage, runs in found.items() if _is_drawn(runs)}
     if not stages:
         return None
     figure = style.new_figure(2.3)
     # Accuracies of two stages can be compared, losses cannot.
-    panels = figure.subplots(1, len(stages), squeeze=False, sharey=key != "loss")[0]
-    for panel, (stage, points) in zip(panels, stages.items(), strict=True):
-        curve, colour = tuple(zip(*points, strict=True)), style.COLOURS[stage]
-        window = len(points) // _WINDOWS
-        alpha, marker = 0.4 if window > 1 else 1.0, "o" if len(points) <= _FEW_POINTS else None
-        options = dict(marker=marker, markersize=3, clip_on=False)  # whole markers at the edge
-        panel.plot(*curve, color=colour, linewidth=1.0, alpha=alpha, **options)
-        if window > 1:
-            kernel = np.full(window, 1 / window)
-            means = (np.convolve(values, kernel, "valid") for values in curve)
-            panel.plot(*means, color=colour, linewidth=1.8)
+    panels = figure.subplots(1, len(stages), squeeze=False, sharey=label != "loss")[0]
+    for panel, (stage, runs) in zip(panels, stages.items(), strict=True):
+        for run, points in runs.items():
+            curve, colour = np.transpose(points), colours.get(run, style.COLOURS[stage])
+            window = len(points) // _WINDOWS
+            alpha = 0.4 / len(runs) if window > 1 else 1.0
+            marker = "o" if len(points) <= _FEW_POINTS else None
+            options = dict(marker=marker, markersize=3, clip_on=False)  # whole markers at the edge
+            panel.plot(*curve, color=colour, linewidth=1.0, alpha=alpha, **options)
+            if window > 1:
+                kernel = np.full(window, 1 / window)
+                means = (np.convolve(values, kernel, "valid") for values in curve)
+                panel.plot(*means, color=colour, linewidth=1.8)
         panel.set(title=stage, xlabel="step")
         panel.margins(x=0.02)
         panel.grid(**_GRID)
@@ -51,12 +67,21 @@ def curves(history: Sequence[dict], key: str, label: str) -> Figure | None:
     return figure
 
 
+def single_points(found: Curves) -> dict[tuple[str, int], dict[str, float]]:
+    """What `curves` does not draw: the values by stage and step, then by run."""
+    singles: dict[tuple[str, int], dict[str, float]] = {}
+    for stage, runs in found.items():
+        if not _is_drawn(runs):
+            for run, ((step, value),) in runs.items():
+                singles.setdefault((stage, step), {})[run] = value
+    return singles
+
+
 def feature_map(points: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> Figure:
     """Draws points `[N, 2]` in the colours of their labels `[N]`; -1 is grey."""
     present = np.unique(labels)
     names, count = [sources.class_name(classes, label) for label in present], len(present)
-    few, many = color_sequences["tab10"], colormaps["turbo"](np.arange(count) / count)
-    colours = few if count <= len(few) else many
+    colours = style.palette(count)
     figure = style.new_figure(4.7)
     axes = figure.subplots()
     style.hide_axes(axes)
@@ -75,8 +100,9 @@ def feature_map(points: np.ndarray, labels: np.ndarray, classes: Sequence[str]) 
 def probes(results: Mapping[str, dict]) -> Figure | None:
     """Draws a panel for each row of the results with its probes' test accuracies by epoch.
 
-    A line is a learning rate: the higher, the stronger. None if there are no rows.
+    A line is a learning rate: the higher, the stronger. None if no row has more than one epoch.
     """
+    results = {name: result for name, result in results.items() if len(result["epochs_top1"]) > 1}
     if not results:
         return None
     figure = style.new_figure(2.3)

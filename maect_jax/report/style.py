@@ -4,11 +4,14 @@ import io
 import re
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib import color_sequences, colormaps
+from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
@@ -27,6 +30,12 @@ WIDTH = 4.4  # inches; narrow enough to be read on a phone
 MANY_CLASSES = 20  # more are not listed one by one
 _DPI = 200
 _THUMBNAIL = 80  # pixels of an image's longer side, at most
+
+
+def palette(count: int) -> list[str]:
+    """So many colours, as different as can be."""
+    few, many = color_sequences["tab10"], colormaps["turbo"](np.linspace(0.1, 0.9, count))
+    return [to_hex(colour) for colour in (few if count <= len(few) else many)][:count]
 
 
 def new_figure(height: float) -> Figure:
@@ -54,20 +63,32 @@ def show(axes, image: np.ndarray) -> None:
     axes.imshow(thumbnail, interpolation="none")
 
 
+@contextmanager
+def _any_script() -> Iterator[None]:
+    """The font may lack a script: empty boxes in a PNG, but correct in the browser."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
+
+
 def save(figure: Figure, path: Path) -> str:
-    """Writes a figure as PNG on white; returns it as SVG in the text colour of its surroundings.
+    """Writes a figure as PNG on white; returns it as `svg`."""
+    with _any_script():
+        figure.savefig(path, dpi=_DPI, facecolor="white")
+    return svg(figure, path.stem)
+
+
+def svg(figure: Figure, name: str) -> str:
+    """A figure as SVG in the text colour of its surroundings, with a name of its own in a document.
 
     Call it, as the drawing functions, under `SETTINGS`.
     """
     text = io.StringIO()
-    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": path.stem}):
-        # The font may lack a script: empty boxes in the PNG, but correct in the browser.
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure.savefig(path, dpi=_DPI, facecolor="white")
+    with _any_script(), matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(text, format="svg", dpi=_DPI, transparent=True, metadata={"Date": None})
-    svg = "<svg" + text.getvalue().partition("<svg")[2]
-    svg = svg.replace(matplotlib.rcParams["text.color"], "currentColor")
+    source = "<svg" + text.getvalue().partition("<svg")[2]
+    source = source.replace(matplotlib.rcParams["text.color"], "currentColor")
     # An image's id is a hash of its content, so that an image drawn twice has one id twice.
-    svg = re.sub(r' id="image\w+"', "", svg)
+    source = re.sub(r' id="image\w+"', "", source)
     # The figures of a report share one document: the name of each is put before its ids.
-    return re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{path.stem}-", svg)
+    return re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", source)

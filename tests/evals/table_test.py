@@ -1,8 +1,5 @@
 """The table of the results, of one run and of several, and the paper's figures beside it."""
 
-import pytest
-
-from maect_jax.errors import UserError
 from maect_jax.evals import paper, table
 
 
@@ -48,13 +45,16 @@ def test_several_runs_are_reported_by_mean_and_deviation():
     assert lines[-1].split()[0] == "ARI"
 
 
-@pytest.mark.parametrize("other", [{}, {"ct": result(0.6, 0.5)}])
-def test_runs_with_other_rows_are_not_averaged(other):
+def test_what_a_run_lacks_are_rows_and_columns_of_another():
     good = {"mae": result(0.5, 0.4), "ct": result(0.6, 0.5)}
-    with pytest.raises(UserError, match=r"'runs/b' cannot be averaged"):
-        table.cells_of_several({"runs/a": good, "runs/b": other})
-    with pytest.raises(UserError, match="cannot be averaged"):
-        table.cells_of_several({"runs/a": other, "runs/b": good})
+    assert table.lacking({"a": good, "b": good}) == {}
+    assert table.lacking({"a": good, "b": {}}) == {"b": "mae, ct, ct - mae"}
+    bare = {"cluster": {"skipped": "x"}, "knn": good["ct"]["knn"]}
+    others = {"a": {"ct": good["ct"]}, "b": {"ct": bare, "pixels": bare}}
+    assert table.lacking(others) == {
+        "a": "pixels",
+        "b": "ct (probe, centre crops, k-means ACC, mean of runs, NMI, ARI)",
+    }
 
 
 def test_a_figure_that_a_row_lacks_is_a_dash():

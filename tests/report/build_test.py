@@ -1,12 +1,10 @@
 """The report of a run: self-contained, true to the run's files, and rebuilt from them."""
 
-import html
 import json
 import re
 import shutil
 import sys
 import xml.etree.ElementTree as ET
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -20,41 +18,12 @@ from maect_jax.report import __main__ as command
 from maect_jax.report import build
 from tests.helpers import CONFIGS
 from tests.helpers.commands import QUICK
+from tests.helpers.reports import Report
 
 PICTURES = {
     "loss", "nn_accuracy", "reconstructions", "neighbours", "map_mae", "map_ct", "clusters",
     "confusion", "retrieval", "probes",
 }  # fmt: skip
-
-
-class Report(HTMLParser):
-    """Tags, ids, table cells, the text, and everything that a browser would fetch."""
-
-    def __init__(self, source):
-        super().__init__()
-        self.tags, self.ids, self.links, self.cells, self.open = [], [], [], [], []
-        self.feed(source)
-        without_figures = re.sub(r"<(svg|style).*?</\1>", "", source, flags=re.DOTALL)
-        self.text = " ".join(html.unescape(re.sub(r"<.*?>", "", without_figures)).split())
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        for key, value in attrs:
-            if key == "id":
-                self.ids.append(value)
-            if key in ("src", "href", "xlink:href", "srcset", "data"):
-                self.links.append(value)
-        if tag in ("td", "th"):
-            self.cells.append("")
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag in ("td", "th"):
-            self.open.pop()
-
-    def handle_data(self, data):
-        if self.open:
-            self.cells[-1] += data
 
 
 @pytest.fixture(scope="module")
@@ -166,13 +135,29 @@ def test_the_command_rebuilds_a_report_from_the_disk(run, tmp_path, monkeypatch,
         assert (copy / "pictures" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_the_command_averages_several_runs(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(build, "report", lambda run, images: run / "report.html")
-    for name in ("config.json", "results.json"):
-        shutil.copy(run / name, tmp_path)
-    assert call(monkeypatch, run, tmp_path, run) == 0
-    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("k-NN"))
-    assert line.count(" +- 0.0") == 4
+def test_a_single_point_is_a_number_and_no_chart(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "features", "watch"))
+    lines = [json.loads(x) for x in (copy / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["stage"] == "mae" and "loss" in line]
+    lines.append(dict(stage="ct", step=1200, loss=2.34567, nn_accuracy=0.5, knn_accuracy=0.125))
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results = json.loads((copy / "results.json").read_text())
+    for row in results.values():
+        row["probe"]["epochs_top1"] = row["probe"]["epochs_top1"][-1:]
+    (copy / "results.json").write_text(json.dumps(results))
+    report = built(copy)
+    assert pictures_of(copy) == {"loss"}
+    assert report.tags.count("svg") == 1
+    assert report.tags.count("figure") == 4  # a table is in the place of a picture
+    for number in (
+        ["loss", "ct", "1,200", "2.346"],
+        ["neighbour accuracy", "ct", "1,200", "50.0%"],
+        ["k-NN accuracy", "ct", "1,200", "12.5%"],
+        ["top-1", "pixels", "1", f"{results['pixels']['probe']['best_last_epoch']['top1']:.1%}"],
+    ):
+        start = report.cells.index(number[0])
+        assert report.cells[start : start + 4] == number
 
 
 def test_a_report_of_an_unfinished_run_has_what_exists(run, tmp_path):
@@ -209,6 +194,45 @@ def test_no_run_is_one_clear_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         call(monkeypatch)
     assert ended.value.code == 2
+
+
+def test_one_run_is_not_compared(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(run.parent)
+    assert (
+        call(monkeypatch, run, f"../{run.parent.name}/{run.name}", f"--out={tmp_path / 'x.html'}")
+        == 2
+    )
+    assert capsys.readouterr().err.startswith(f"error: --out={tmp_path / 'x.html'}: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_compares_several_runs(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build, "report", lambda run, images: run / "report.html")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    for name in ("config.json", "results.json", "metrics.jsonl"):
+        shutil.copy(run / name, tmp_path / "run")
+    assert call(monkeypatch, run, "run", run) == 0
+    first, second, written, *table = capsys.readouterr().out.splitlines()
+    assert [first, second] == [f"{run}/report.html", "run/report.html"]
+    assert written == "comparison.html"
+    assert next(x for x in table if x.startswith("k-NN")).count(" +- 0.0") == 4
+    assert (tmp_path / "comparison.html").read_text().endswith("</html>")
+
+
+@pytest.mark.parametrize(("out", "rebuilt"), [("absent/x.html", 0), (".", 2)])
+def test_a_comparison_that_cannot_be_written_is_one_line(
+    run, tmp_path, monkeypatch, capsys, out, rebuilt
+):
+    monkeypatch.setattr(build, "report", lambda run, images: run / "report.html")
+    copy, out = tmp_path / "run", tmp_path / out
+    copy.mkdir()
+    shutil.copy(run / "config.json", copy)
+    assert call(monkeypatch, run, copy, f"--out={out}") == 2
+    shown, line = capsys.readouterr()
+    assert shown.count("report.html\n") == rebuilt
+    assert line.startswith(f"error: --out={out}: ")
+    assert line.count("\n") == 1
 
 
 def test_results_that_are_not_json_are_one_clear_line(run, tmp_path):

@@ -20,17 +20,31 @@ def test_curves_draw_what_is_logged():
         {"stage": "head", "step": 9, "loss": 2.0, "nn_accuracy": 0.5},
         {"stage": "mae", "step": 2, "loss": None},
     ]
-    panels = plots.curves(history, "loss", "loss").axes
-    assert [panel.get_title() for panel in panels] == ["head", "mae"]
-    np.testing.assert_array_equal(panels[0].lines[0].get_xydata(), [[1, 3.0], [9, 2.0]])
-    np.testing.assert_array_equal(panels[1].lines[0].get_xydata(), [[1, 1.0]])
-    assert len(plots.curves(history, "nn_accuracy", "").axes) == 1
-    assert plots.curves(history, "absent", "") is None
+    found = plots.by_stage(history, "loss")
+    (panel,) = plots.curves(found, "loss", {}).axes
+    assert panel.get_title() == "head"
+    np.testing.assert_array_equal(panel.lines[0].get_xydata(), [[1, 3.0], [9, 2.0]])
+    assert plots.single_points(found) == {("mae", 1): {"": 1.0}}
+    assert len(plots.curves(plots.by_stage(history, "nn_accuracy"), "", {}).axes) == 1
+    assert plots.curves(plots.by_stage(history, "absent"), "", {}) is None
+
+
+def test_curves_of_several_runs_share_a_panel():
+    history = [
+        {"run": run, "stage": stage, "step": step, "loss": float(step)}
+        for run, stage, steps in (("a", "mae", 3), ("b", "mae", 1), ("a", "ct", 1), ("b", "ct", 1))
+        for step in range(1, steps + 1)
+    ]
+    found = plots.by_stage(history, "loss")
+    (panel,) = plots.curves(found, "loss", {"a": "#ff0000", "b": "#0000ff"}).axes
+    assert [line.get_color() for line in panel.lines] == ["#ff0000", "#0000ff"]
+    assert [len(line.get_xdata()) for line in panel.lines] == [3, 1]
+    assert plots.single_points(found) == {("ct", 1): {"a": 1.0, "b": 1.0}}
 
 
 def test_a_long_curve_has_its_running_mean():
     history = [{"stage": "mae", "step": step, "loss": step % 2} for step in range(1, 41)]
-    curve, mean = plots.curves(history, "loss", "").axes[0].lines
+    curve, mean = plots.curves(plots.by_stage(history, "loss"), "loss", {}).axes[0].lines
     assert len(curve.get_xdata()) == 40
     np.testing.assert_array_equal(mean.get_xdata(), np.arange(1.5, 40))
     np.testing.assert_array_equal(mean.get_ydata(), np.full(39, 0.5))
