@@ -38,7 +38,7 @@ def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -
     config.monitor = ConfigDict({"every": 10, "images": 10_000})  # epochs; 0: never
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # -1: all remaining devices
-    # Memory against speed; neither changes the result (launch/README.md has a table).
+    # Memory against speed; neither changes the result (docs/scaling.md).
     config.encoder_microbatches = 1  # parts of a batch that the encoder sees one after the other
     config.remat = "dots"  # what a block recomputes in the backward pass: none, dots or blocks
 

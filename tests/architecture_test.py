@@ -1,4 +1,4 @@
-"""The plan of the house (docs/architecture.md), read from the sources."""
+"""The layers (docs/architecture.md), read from the sources."""
 
 import ast
 import os
@@ -30,7 +30,7 @@ def lint_imports(folder):
 
 
 def test_imports_point_down():
-    """The contracts in setup.cfg: the order of the rooms, and who sees which library."""
+    """The contracts in setup.cfg: the order of the layers, and who sees which library."""
     done = lint_imports(ROOT)
     assert done.returncode == 0, done.stdout
 
@@ -68,7 +68,7 @@ def test_axis_names_are_known_to_sharding_alone():
         assert "fsdp" not in strings or path.name == "sharding.py", path
 
 
-def test_the_package_has_sixteen_doors():
-    doors = [path for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()]
-    doors = {path.name for path in doors} - {"__init__.py", "__pycache__"}
-    assert len(doors) <= 16, doors
+def test_the_package_has_at_most_sixteen_parts():
+    parts = [path for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()]
+    parts = {path.name for path in parts} - {"__init__.py", "__pycache__"}
+    assert len(parts) <= 16, parts

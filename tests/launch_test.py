@@ -30,7 +30,7 @@ NotebookClient(notebook, resources={"metadata": {"path": "launch"}}).execute()
 nbformat.write(notebook, sys.argv[1])
 """
 POD = ("pod", "us-central1-a")
-# Settings behind the notebook's tiny page: half of the longest stage, and no t-SNE.
+# Settings behind the notebook's tiny config: half of the longest stage, and no t-SNE.
 SHORTER = "--config.mae.epochs=1 --config.mae.warmup_epochs=0 --config.eval.map=pca"
 
 
@@ -153,7 +153,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     """As committed, but for the tiny page, a folder of its own, and images."""
     notebook = nbformat.read(LAUNCH / "colab_tpu.ipynb", as_version=4)
     changes = {
-        'PAGE = "configs/quickstart.py"': f'PAGE = "configs/quickstart.py:test {SHORTER}"',
+        'CONFIG = "configs/quickstart.py"': f'CONFIG = "configs/quickstart.py:test {SHORTER}"',
         'Path("runs/notebook")': f'Path("{tmp_path}/run")',
         'Path("runs/notebook_own")': f'Path("{tmp_path}/own")',
         'IMAGES = ""': f'IMAGES = "{images_in(tmp_path / "my images")}"',

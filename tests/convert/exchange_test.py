@@ -161,13 +161,14 @@ def test_positions_are_resized_as_pytorch_does(rng, old, new):
 
 
 @pytest.mark.slow
-def test_the_readmes_commands_go_all_the_way(tmp_path):
-    """From an MAE to timm, as they stand in the README; then the features of its example."""
-    readme = (ROOT / "README.md").read_text()
+def test_the_documents_commands_go_all_the_way(tmp_path):
+    """From an MAE to timm, by the commands of docs/exchange.md; then the README's features, of the
+    tiny run that these have made."""
     commands, example = (
-        re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```", readme, re.DOTALL)[1]
-        for name in ("exchange commands", "features")
+        re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```", (ROOT / file).read_text(), re.DOTALL)[1]
+        for file, name in (("docs/exchange.md", "exchange commands"), ("README.md", "features"))
     )
+    example = example.replace("runs/quickstart", "runs/quickstart_test")
     (tmp_path / "configs").symlink_to(CONFIGS)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     for script in (["bash", "-euo", "pipefail", "-c", commands], [sys.executable, "-c", example]):

@@ -1,0 +1,163 @@
+"""The Markdown documents: their links, images, commands, config keys and paths exist."""
+
+import importlib.util
+import itertools
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+
+from maect_jax import config, main
+from maect_jax.errors import UserError
+from tests.helpers import CONFIGS, ROOT
+
+PACKAGE = ROOT / "maect_jax"
+DOCUMENTS = sorted(
+    path for pattern in ("*.md", "docs/*.md", "tests/**/*.md") for path in ROOT.glob(pattern)
+)
+KEYS = {
+    key
+    for path in CONFIGS.glob("*.py")
+    if path.stem != "common"
+    for key in config.flat(config.load(str(path)))
+}
+SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
+PLACEHOLDER = re.compile(r"[A-Z]+|\.\.\.")  # stands for what the reader fills in
+
+
+def tokens(path):
+    """All tokens of a document, those within a line among them; of the changelog those of the
+    latest version, as earlier ones name what there was."""
+    text = path.read_text()
+    if path.name == "CHANGELOG.md":
+        text = "\n## ".join(text.split("\n## ")[:2])
+    for token in MarkdownIt("commonmark").enable("table").parse(text):
+        yield token
+        yield from token.children or ()
+
+
+def anchors(path):
+    """The names that GitHub gives to the headings of a document."""
+    names, heading = [], False
+    for token in tokens(path):
+        if token.type == "inline" and heading:
+            name = re.sub(r"[^\w\- ]", "", token.content.lower()).replace(" ", "-")
+            names.append(f"{name}-{names.count(name)}" if name in names else name)
+        heading = token.type == "heading_open"
+    return names
+
+
+def code(path):
+    """Everything that a document shows as code within a line."""
+    return [token.content for token in tokens(path) if token.type == "code_inline"]
+
+
+def commands(path):
+    """The words of every command in a document, with 0 for what a shell fills in."""
+    scripts = [t.content for t in tokens(path) if t.type == "fence" and t.info == "bash"]
+    for script in [*scripts, *code(path)]:
+        for line in re.split(r"\n|;|&&", script.replace("\\\n", " ")):
+            try:
+                words = shlex.split(re.sub(r"\$\w+", "0", line), comments=True)
+            except ValueError:  # a part of a quoted text
+                continue
+            yield words[1:] if words[:1] == ["do"] else words
+
+
+def wrong_link(path, target):
+    """Whether a link or an image of a document leads nowhere."""
+    if re.match(r"https?://", target):
+        return False
+    file, _, anchor = target.partition("#")
+    file = path.parent / file if file else path
+    return not file.exists() or bool(anchor and anchor not in anchors(file))
+
+
+def unknown_path(text):
+    """Whether a text names a file of the repository, from its top or within the package, that does
+    not exist."""
+    first, slash, rest = text.partition("/")
+    if not first or not slash or not re.fullmatch(r"[\w./*\-]+", text) or "NAME" in text:
+        return False
+    if (ROOT / first).is_dir() and first != "runs":  # which git does not know
+        return not list(ROOT.glob(text.rstrip("/")))
+    in_package = (PACKAGE / first).is_dir() and (not rest or Path(rest).suffix)
+    return bool(in_package and not list(PACKAGE.glob(text.rstrip("/"))))
+
+
+def wrong_config(words):
+    """The error of a command's `--config` and its overrides, or of a key without a config."""
+    names = [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    overrides = [word.removeprefix("--config.") for word in words if word.startswith("--config.")]
+    overrides = [text for text in overrides if not PLACEHOLDER.fullmatch(text.partition("=")[0])]
+    if not names:
+        return [text for text in overrides if text.partition("=")[0] not in KEYS]
+    name, colon, argument = names[0].partition(":")
+    if PLACEHOLDER.fullmatch(name.removesuffix(".py").removeprefix("configs/")):
+        return []
+    file = ROOT / name if "/" in name or name.endswith(".py") else CONFIGS / f"{name}.py"
+    try:
+        config.load(f"{file}{colon}{argument}", overrides)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def unknown_module(words):
+    """The module or subcommand that a command runs, if it does not exist."""
+    if words[:1] == ["maect"] and len(words) > 1:
+        return [word for word in words[1:2] if word not in main._COMMANDS]
+    if not words or not re.fullmatch(r"\S*python3?", words[0]) or "-m" not in words[:-1]:
+        return []
+    name = words[words.index("-m") + 1]
+    path = ROOT / name.replace(".", "/")
+    ours = path.parts[len(ROOT.parts)] in ("maect_jax", "benchmarks")
+    known = path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+    return [] if (known if ours else importlib.util.find_spec(name)) else [name]
+
+
+every_document = pytest.mark.parametrize(
+    "path", DOCUMENTS, ids=[str(path.relative_to(ROOT)) for path in DOCUMENTS]
+)
+
+
+@every_document
+def test_links_and_images_lead_somewhere(path):
+    targets = [
+        token.attrs["href" if token.type == "link_open" else "src"]
+        for token in tokens(path)
+        if token.type in ("link_open", "image")
+    ]
+    assert [target for target in targets if wrong_link(path, target)] == []
+
+
+@every_document
+def test_commands_name_configs_keys_and_modules_that_exist(path):
+    assert [wrong for words in commands(path) for wrong in wrong_config(words)] == []
+    assert [wrong for words in commands(path) for wrong in unknown_module(words)] == []
+
+
+@every_document
+def test_paths_and_keys_in_the_text_exist(path):
+    assert [text for text in code(path) if unknown_path(text.partition(":")[0])] == []
+    keys = [text for text in code(path) if re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", text)]
+    assert [key for key in keys if key.partition(".")[0] in SECTIONS and key not in KEYS] == []
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+
+
+def test_the_commands_that_ci_runs_are_documented_once():
+    scripts = (ROOT / ".ci/run", ROOT / ".github/workflows/tests.yml")
+    wanted = {name for s in scripts for name in re.findall(r'"([a-z ]*command)"', s.read_text())}
+    named = [
+        block.content
+        for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md")
+        for block, following in itertools.pairwise(tokens(path))
+        if following.type == "fence" and block.type == "html_block"
+    ]
+    assert "test command" in wanted
+    assert {name: named.count(f"<!-- {name} -->\n") for name in wanted} == dict.fromkeys(wanted, 1)
