@@ -37,14 +37,17 @@ def first_steps(workdir: Path, env: dict[str, str]) -> dict[str, float]:
     start, found = time.monotonic(), {}
     command = [sys.executable, *RUN, QUICK, "--config.stages=('mae','head','ct')"]
     command += ["--config.monitor.every=0", f"--workdir={workdir}"]
-    with subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL):
-        while len(found) < 3:
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with subprocess.Popen(command, env=env, **quiet) as process:
+        while process.poll() is None:
             time.sleep(0.01)
             path = workdir / "metrics.jsonl"
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             for line in (json.loads(line) for line in lines if line.endswith("\n")):
                 if "loss" in line and line["stage"] not in found:
                     found[line["stage"]] = line["seconds"] if found else time.monotonic() - start
+    if process.returncode:
+        raise RuntimeError(f"{command} ended with status {process.returncode}")
     return found
 
 
@@ -57,8 +60,9 @@ def main() -> None:
         starts = [first_steps(Path(folder) / name, env) for name in ("first", "second")]
     for stage, first in starts[0].items():
         second = starts[1][stage]
-        ratio = f"{second / first:.2f} of it"
-        print(f"{stage}: first step {first:.1f} s, of a second start {second:.1f} s, {ratio}")
+        print(
+            f"{stage}: first step {first:.1f} s; second start {second:.1f} s, {second / first:.2f}"
+        )
 
 
 if __name__ == "__main__":

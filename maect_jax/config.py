@@ -7,9 +7,11 @@ import importlib.util
 import logging
 import math
 import sys
+import types
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,36 +49,60 @@ def load(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
       UserError: no such config or key, a file that does not run, or a value of another type.
     """
     file, _, argument = name.partition(":")
-    by_name = file == Path(file).stem
-    path = FOLDER / f"{file}.py" if by_name else Path(file).resolve()
-    if not path.is_file():
-        known = _names() if by_name else sorted(str(p) for p in Path(file).parent.glob("*.py"))
-        near = difflib.get_close_matches(file, known, 1, 0)
-        hint = f"did you mean {near[0]}?" if near else "--help lists the configs"
-        raise UserError(
-            f"--config={name}: there is no such {'config' if by_name else 'file'}; {hint}"
-        )
-    # Configs import each other as `configs.<name>`, from wherever the command is run.
-    folders = [str(path.parent.parent), str(FOLDER.parent)]
-    sys.path[:0] = folders
+    path = _find(file, name)
     try:
         spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
         if not (spec and spec.loader):
             raise ImportError("its name must end in .py")
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        config = module.get_config(argument).lock()
+        with _configs_of(path.parent, FOLDER):
+            spec.loader.exec_module(module)
+            config = module.get_config(argument).lock()
     except ValueError as error:  # what a config raises for an argument that it does not know
         raise UserError(f"--config={name}: {error}") from error
     except Exception as error:  # a config is a program: anything may go wrong in it
         reason = " ".join(str(error).split())
         raise UserError(f"--config={name}: not a config: {reason}") from error
-    finally:
-        for folder in folders:
-            sys.path.remove(folder)
     for override in overrides:
         _override(config, override)
     return config
+
+
+def _find(file: str, name: str) -> Path:
+    """The file of a config: one of the package's by its name, or a path. `name` is for errors."""
+    by_name, names = file == Path(file).stem, _names()
+    path = FOLDER / f"{file}.py" if by_name else Path(file).resolve()
+    try:
+        if path.is_file() and (file in names or not by_name):
+            return path
+        beside = [] if by_name else [str(p) for p in Path(file).parent.glob("*.py")]
+    except OSError as error:  # a name that no file can have, or a folder without permission
+        raise UserError(f"--config={shown(name)}: cannot be read: {error.strerror}") from error
+    near = [
+        *difflib.get_close_matches(file, beside, 1),
+        *difflib.get_close_matches(Path(file).stem, names, 1),
+    ]
+    hint = f"did you mean {near[0]}?" if near else "--help lists the configs"
+    raise UserError(f"--config={name}: there is no such {'config' if by_name else 'file'}; {hint}")
+
+
+@contextmanager
+def _configs_of(*folders: Path) -> Iterator[None]:
+    """Within it the package `configs`, as which configs import each other, has these folders,
+    whatever other package of that name there is."""
+
+    def taken_out() -> dict[str, types.ModuleType]:
+        ours = [name for name in sys.modules if name.partition(".")[0] == "configs"]
+        return {name: sys.modules.pop(name) for name in ours}
+
+    others = taken_out()
+    package = sys.modules["configs"] = types.ModuleType("configs")
+    package.__path__ = list(map(str, folders))
+    try:
+        yield
+    finally:
+        taken_out()
+        sys.modules.update(others)
 
 
 def _override(config: ConfigDict, override: str) -> None:

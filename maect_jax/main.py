@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from maect_jax.errors import UserError
 from maect_jax.run import preemption
 
 _LOGGER = logging.getLogger(__name__)
-_CACHE_SIZE = 4 * 2**30  # bytes of compiled programs; the oldest go first
+_KEPT = 90 * 24 * 3600.0  # seconds that a compiled program is kept
 _ADDRESS = "JAX_COORDINATOR_ADDRESS"
 _PATIENCE = 20.0  # seconds in which all hosts end together
 
@@ -83,23 +84,25 @@ def _keep_programs() -> None:
     """
     import jax
 
-    if not jax.config.values["jax_enable_compilation_cache"]:
-        return
-    if jax.config.values["jax_compilation_cache_dir"] is None:
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    if folder is None:
         try:
-            cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-            folder = cache / "maect_jax" / f"jax-{jax.__version__}-{_processor()}"
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "maect_jax"
+            folder = cache / f"jax-{jax.__version__}-{_processor()}"
             folder.mkdir(parents=True, exist_ok=True)
-            folder.parent.chmod(0o700)  # what is in it is run
+            cache.chmod(0o700)  # what is in it is run
+            if cache.stat().st_uid != os.getuid():
+                raise PermissionError(f"{cache} is another user's")
+            for program in cache.glob("*/*-cache"):
+                if time.time() - program.stat().st_mtime > _KEPT:
+                    program.unlink(missing_ok=True)
         except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
             _LOGGER.debug("compiled programs are not kept: %s", error)
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_compilation_cache_max_size", _CACHE_SIZE)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # all of them
-    _LOGGER.debug(
-        "compiled programs are kept in %s", jax.config.values["jax_compilation_cache_dir"]
-    )
+    _LOGGER.debug("compiled programs are kept in %s", folder)
 
 
 def _processor() -> str:
@@ -107,9 +110,10 @@ def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # no Linux
-        lines = [platform.processor()]
+        lines = []
     kinds = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
-    return hashlib.sha256("\n".join(sorted(kinds or lines)).encode()).hexdigest()[:8]
+    text = "\n".join(sorted(kinds)) or platform.processor()
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _run() -> None:
@@ -144,7 +148,7 @@ def main() -> None:
 _COMMANDS = {
     "run": ("maect_jax.main", "train and evaluate by a config"),
     "import": ("maect_jax.convert.__main__", "make a run of weights in PyTorch's formats"),
-    "export": ("maect_jax.convert.__main__", "write a run's encoder in one of these formats"),
+    "export": ("maect_jax.convert.__main__", "write a run's encoder for timm, HuggingFace or MAE"),
     "report": ("maect_jax.report.__main__", "make reports of runs again, and compare them"),
     "views": ("maect_jax.report.views", "draw the images and views that a config trains on"),
     "compile": ("maect_jax.compile.__main__", "compile a config's steps for a TPU slice"),
@@ -168,7 +172,7 @@ def maect() -> None:
     if command == "run":
         faulthandler.enable()  # a crash of a library shows where Python was
         main()
-    sys.exit(errors.run_command(importlib.import_module(module).main))
+    sys.exit(errors.run_command(lambda: importlib.import_module(module).main()))
 
 
 if __name__ == "__main__":

@@ -197,8 +197,7 @@ print(jax.config.jax_compilation_cache_dir)
 
 def test_programs_are_kept_in_a_private_folder_or_not_at_all(tmp_path):
     def kept(**variables):
-        shared = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
-        env = {key: value for key, value in os.environ.items() if key not in shared} | variables
+        env = {key: value for key, value in os.environ.items() if "_CACHE_" not in key} | variables
         done = subprocess.run(
             [sys.executable, "-c", KEEP], cwd=ROOT, env=env, capture_output=True, text=True
         )
@@ -208,5 +207,12 @@ def test_programs_are_kept_in_a_private_folder_or_not_at_all(tmp_path):
     folder = Path(kept(XDG_CACHE_HOME=str(tmp_path)))
     assert folder.parent == tmp_path / "maect_jax"
     assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
-    assert any(path.name.endswith("-cache") for path in folder.iterdir())
+    (program,) = folder.glob("*-cache")
+    os.utime(program, (0, 0))  # it is old
+    old = folder.with_name("jax-0.9-x") / "jit_f-cache"
+    old.parent.mkdir()
+    old.touch()
+    assert Path(kept(XDG_CACHE_HOME=str(tmp_path))) == folder
+    assert program.stat().st_mtime > 0  # made again
+    assert old.exists()
     assert kept(XDG_CACHE_HOME="/proc/absent") == "None"

@@ -31,17 +31,19 @@ def test_the_wheel_has_every_package_and_the_configs():
 
 @pytest.mark.slow
 def test_a_wheel_runs_its_configs_away_from_the_clone(tmp_path):
-    """Of another clone's environment the libraries are used."""
+    """Beside another package `configs`; the libraries are those of this environment."""
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, ROOT]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     target = tmp_path / "installed"
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", target, wheel]
     subprocess.run(install, check=True, capture_output=True)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "__init__.py").touch()
+    env = {"PYTHONPATH": f"{target}:{tmp_path}", "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-m", "maect_jax.main", "--config=quickstart:test", "--dry_run"],
-        cwd=tmp_path, env={"PYTHONPATH": str(target), "JAX_PLATFORMS": "cpu"},
-        capture_output=True, text=True,
+        [target / "bin" / "maect", "run", "--config=quickstart:test", "--dry_run"],
+        cwd=tmp_path, env=env | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("quickstart_test: mae -> head -> ct -> eval;")

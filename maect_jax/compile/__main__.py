@@ -192,7 +192,7 @@ def text(values: dict) -> str:
 def main() -> None:
     """Ends with exit status 1 if a step does not fit."""
     jax.config.update("jax_platforms", "cpu")  # a slice is compiled for, never searched for
-    jax.config.update("jax_enable_compilation_cache", False)  # which cannot read such programs
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot read these programs
     parser = configs.parser(__doc__)
     slice_help = "the slice, such as v5e:4x4; an unknown one lists all"
     parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help=slice_help)
