@@ -27,7 +27,7 @@ def test_run_leaves_its_files_and_a_table(finished):
         "config.json", "environment.json", "origin.json", "metrics.jsonl", "checkpoints", "watch",
         "results.json", "results.md", "features", "clusters.csv", "report.html", "pictures",
     }  # fmt: skip
-    # The table and where the page is, and nothing else.
+    # The table and where the report is, and nothing else.
     table = stdout.splitlines()
     assert table[1].split() == ["percent", "pixels", "mae", "ct", "ct", "-", "mae"]
     columns = [" ".join(line.split()[:-4]) for line in table[3:-2]]
@@ -164,13 +164,13 @@ def test_finished_run_is_not_run_again_and_another_is_refused(
     shutil.copytree(finished.workdir, workdir)
     before = (workdir / "metrics.jsonl").read_bytes(), (workdir / "results.json").read_bytes()
     again = config.load(QUICK, QUICK_SETTINGS)
-    run_on(monkeypatch, (1, 1), again, workdir, page=False)
+    run_on(monkeypatch, (1, 1), again, workdir, report=False)
     printed = capsys.readouterr().out.replace(str(workdir), str(finished.workdir))
     assert printed.splitlines() == finished.stdout.splitlines()
     other = config.load(QUICK, (*QUICK_SETTINGS, "seed=1"))
     message = re.escape(f"--workdir={workdir}: holds another run (seed: 0 -> 1)")
     with pytest.raises(UserError, match=f"^{message}"):
-        run_on(monkeypatch, (1, 1), other, workdir, page=False)
+        run_on(monkeypatch, (1, 1), other, workdir, report=False)
     assert before == (
         (workdir / "metrics.jsonl").read_bytes(), (workdir / "results.json").read_bytes()
     )  # fmt: skip
@@ -204,7 +204,7 @@ def test_pages_chain_from_run_to_run(finished, tmp_path, monkeypatch):
         (("eval", f"init_from={head}", "data.std=(0.5,)"), "encoder has std (0.353,)"),
     ):
         name, *overrides = arguments
-        page = config.load(str(CONFIGS / f"{name}.py:test"), overrides)
+        loaded = config.load(str(CONFIGS / f"{name}.py:test"), overrides)
         with pytest.raises(UserError, match=re.escape(message)):
-            run_on(monkeypatch, (1, 1), page, tmp_path / "bad")
+            run_on(monkeypatch, (1, 1), loaded, tmp_path / "bad")
         assert not (tmp_path / "bad").exists()

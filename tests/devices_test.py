@@ -112,11 +112,11 @@ def test_a_step_of_mae_and_head_equals_that_of_one_device(name, shape):
             assert_close("devices, gradients", got_grads[part], grads[part], GRADIENT)
 
 
-@pytest.mark.parametrize(("page", "name"), [("mae_vith16", "mae"), ("ct_vith16", "ct")])
-def test_parameters_moments_and_averages_are_sharded(page, name):
+@pytest.mark.parametrize(("file", "name"), [("mae_vith16", "mae"), ("ct_vith16", "ct")])
+def test_parameters_moments_and_averages_are_sharded(file, name):
     """Of the paper's model each of eight devices holds an eighth, but for what is small."""
     stage, mesh = (
-        STAGES[name].from_config(config.load(str(CONFIGS / f"{page}.py")), 10_000),
+        STAGES[name].from_config(config.load(str(CONFIGS / f"{file}.py")), 10_000),
         mesh_of(1, 8),
     )
     start = state.abstract_state(stage, jax.random.key(0), {}, mesh)

@@ -61,7 +61,7 @@ def pod_run(tmp_path_factory):
 def alone(monkeypatch, workdir, *settings):
     """The same in this process, on four devices."""
     alike = config.load(str(CONFIGS / "quickstart.py:test"), [*SETTINGS, *settings])
-    run_on(monkeypatch, (2, 2), alike, workdir, page=False)
+    run_on(monkeypatch, (2, 2), alike, workdir, report=False)
     return workdir
 
 

@@ -150,7 +150,7 @@ def test_the_notebook_names_configs_that_exist():
 
 @pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path):
-    """As committed, but for the tiny page, a folder of its own, and images."""
+    """As committed, but for the tiny config, a folder of its own, and images."""
     notebook = nbformat.read(LAUNCH / "colab_tpu.ipynb", as_version=4)
     changes = {
         'CONFIG = "configs/quickstart.py"': f'CONFIG = "configs/quickstart.py:test {SHORTER}"',
@@ -174,14 +174,14 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     ran = nbformat.read(tmp_path / "notebook.ipynb", as_version=4)
     outputs = [cell.outputs for cell in ran.cells if cell.cell_type == "code"]
     assert not [out for outs in outputs for out in outs if out.get("name") == "stderr"]
-    install, devices, quickstart, page, own, archive = (
+    install, devices, quickstart, report, own, archive = (
         "".join(out.get("text") or out["data"].get("text/html", "") for out in outs)
         for outs in outputs
     )
     assert "installed" in install
     assert "cpu" in devices.lower()
     assert "ct - mae" in quickstart
-    assert "<iframe srcdoc" in page
+    assert "<iframe srcdoc" in report
     assert "ct - mae" in own
     assert "<iframe srcdoc" in own
     assert "run.tar.gz" in archive

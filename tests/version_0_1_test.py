@@ -77,7 +77,7 @@ def test_a_stopped_run_is_resumed_to_the_same_end(old, monkeypatch):
     before = json.loads((run / "results.json").read_text())
     shutil.rmtree(checkpoints.stage_folder(run, "ct") / "16")
     start = last(run)
-    run_on(monkeypatch, (1, 1), config.read(run / "config.json"), run, page=False)
+    run_on(monkeypatch, (1, 1), config.read(run / "config.json"), run, report=False)
     again, after = last(run), json.loads((run / "results.json").read_text())
     assert int(again["step"]) == 16
     for part in ("params", "ema", "target"):

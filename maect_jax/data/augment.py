@@ -120,7 +120,10 @@ def random_crop(image: jax.Array, key: jax.Array, recipe: Recipe) -> jax.Array:
 
 def to_gray(x: jax.Array) -> jax.Array:
     """Luma `[1, H, W]` of RGB `[3, H, W]`; one channel stays as it is."""
-    return x if len(x) == 1 else sum(w * p for w, p in zip(GRAY, x, strict=True))[None]
+    if len(x) == 1:
+        return x
+    red, green, blue = (weight * channel for weight, channel in zip(GRAY, x, strict=True))
+    return (red + green + blue)[None]
 
 
 def blend(x: jax.Array, kind, factor) -> jax.Array:

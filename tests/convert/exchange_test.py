@@ -56,10 +56,10 @@ def test_timm_there_and_back(tmp_path, monkeypatch, rng, own, pool, ending):
     with torch.no_grad():
         want = peer.forward_head(peer.forward_features(pixels(images)), pre_logits=True).numpy()
     eps = peer.norm.eps if pool != "fc_norm" else 1e-6
-    told = Overrides(heads=3, ln_eps=eps, image_size=size, pool=pool)
-    found = importing.recognised([path], told)
+    given = Overrides(heads=3, ln_eps=eps, image_size=size, pool=pool)
+    found = importing.recognised([path], given)
     assert_close("timm features", features(found, images), want, FORWARD)
-    flags = [f"--heads={told.heads}", f"--ln_eps={told.ln_eps}", f"--pool={pool}"]
+    flags = [f"--heads={given.heads}", f"--ln_eps={given.ln_eps}", f"--pool={pool}"]
     run_convert(monkeypatch, "import", path, run, *flags, f"--image_size={size[0]},{size[1]}")
     run_convert(monkeypatch, "export", run, out, "--format=timm")
     # As the card says: timm refuses what is missing or left over.
@@ -129,9 +129,9 @@ def test_transformers_there_and_back(tmp_path, monkeypatch, rng, kind, config, b
     run_convert(monkeypatch, "export", run, out, "--format=hf")
     classifies = kind is transformers.ViTForImageClassification
     loader = transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
-    again, told = loader.from_pretrained(out, output_loading_info=True)
+    again, given = loader.from_pretrained(out, output_loading_info=True)
     for trouble in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        assert not told[trouble], trouble
+        assert not given[trouble], trouble
     again = again.eval()
     with torch.no_grad():
         got = getattr(again, "vit", again)(pixel_values=pixels(images))

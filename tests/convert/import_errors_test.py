@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from maect_jax.convert import importing, tensors
 from maect_jax.errors import UserError
-from tests.helpers.foreign_files import CT, flags, run_convert, told
+from tests.helpers.foreign_files import CT, flags, run_convert, stated
 
 
 def broken(change):
@@ -62,7 +62,7 @@ WRONG = {
 @pytest.mark.parametrize(("message", "found"), WRONG.items(), ids=list(WRONG))
 def test_what_is_no_whole_model_is_one_clear_line(file, message, found):
     with pytest.raises(UserError) as error:
-        importing.recognised([file(found)], told(CT))
+        importing.recognised([file(found)], stated(CT))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -72,9 +72,9 @@ def test_what_a_file_does_not_tell_is_asked_for(file, tmp_path):
     with pytest.raises(UserError, match=r"none of \[192, .* with --heads and --ln_eps"):
         importing.recognised([path])
     with pytest.raises(UserError, match=r"image_size=\(17, 17\): .* patch size"):
-        importing.recognised([path], told(CT, image_size=(17, 17)))
+        importing.recognised([path], stated(CT, image_size=(17, 17)))
     with pytest.raises(UserError, match="another encoder; one file of each"):
-        importing.recognised([path, path], told(CT))
+        importing.recognised([path, path], stated(CT))
     with pytest.raises(UserError, match="there is no such file"):
         importing.recognised([tmp_path / "absent.safetensors"])
     (tmp_path / "notes.txt").write_text("weights")
@@ -85,7 +85,8 @@ def test_what_a_file_does_not_tell_is_asked_for(file, tmp_path):
 def test_numbers_that_are_none_are_refused(file):
     with pytest.raises(UserError, match=r"'norm\.weight' holds numbers that are not finite"):
         importing.recognised(
-            [file(broken(lambda t: t.update({"norm.weight": t["norm.weight"] * np.nan})))], told(CT)
+            [file(broken(lambda t: t.update({"norm.weight": t["norm.weight"] * np.nan})))],
+            stated(CT),
         ).read()
 
 
@@ -129,4 +130,4 @@ def test_damaged_files_never_end_in_a_traceback(tmp_path_factory, data):
     path.write_bytes(raw[: data.draw(st.integers(0, len(raw)))])
     # Whole tensors may still be there, whatever their numbers.
     with contextlib.suppress(UserError):
-        importing.recognised([path], told(CT)).read()
+        importing.recognised([path], stated(CT)).read()

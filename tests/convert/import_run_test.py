@@ -18,12 +18,12 @@ from maect_jax.models import positions, vit
 from tests.helpers import CONFIGS, SMALL
 from tests.helpers import golden_figures as figures
 from tests.helpers.common import assert_trees_equal, run_on
-from tests.helpers.foreign_files import CT, assert_peak_of_import_below, told
+from tests.helpers.foreign_files import CT, assert_peak_of_import_below, stated
 from tests.helpers.rows import row_of
 
 
 def test_a_file_is_evaluated_under_its_name_with_its_classifier(tmp_path, monkeypatch, rng):
-    """`init_from=FILE` on the evaluation's page: an encoder and a probe of the packaged images."""
+    """`init_from=FILE` of the evaluation: an encoder and a probe of the packaged images."""
     width, model = 32, dict(width=32, depth=2, heads=2, patch_size=7)
     params = vit.ViT(**model).init(jax.random.key(0), np.zeros((1, 28, 28, 1)))["params"]
     encoder = names.encoder_to_torch(jax.device_get(params), 7, (4, 4))
@@ -85,7 +85,7 @@ def test_load_encoder_takes_pixels_as_they_come(tmp_path, rng):
     got = encoder(pixels)
     assert got.shape == (3, encoder.width) == (3, CT.meta["width"])
     np.testing.assert_allclose(encoder(pixels / np.float32(255)), got, rtol=1e-5, atol=1e-5)
-    params = importing.recognised([path], told(CT)).read()["params"]["encoder"]
+    params = importing.recognised([path], stated(CT)).read()["params"]["encoder"]
     module = vit.ViT(CT.meta["width"], CT.meta["depth"], CT.meta["heads"], CT.meta["patch_size"])
     x = (pixels / 255 - np.array(encoder.mean)) / np.array(encoder.std)
     want = vit.pool(module.apply({"params": params}, x.astype(np.float32)), "mean")
@@ -120,22 +120,22 @@ def test_an_import_takes_less_memory_than_twice_the_file(tmp_path, rng):
 
 
 def test_a_stage_starts_from_a_file_at_another_image_size(tmp_path, monkeypatch):
-    """`init_from=FILE` in a training page; the encoder is the file's, its positions resized."""
+    """`init_from=FILE` of a stage; the encoder is the file's, its positions resized."""
     module = vit.ViT(width=32, depth=4, heads=2, patch_size=7)
     params = jax.jit(module.init)(jax.random.key(1), np.zeros((1, 14, 14, 1)))["params"]
     about = {"num_attention_heads": "2", "layer_norm_eps": "1e-6"}
     path = tmp_path / "small.safetensors"
     tensors.write(path, names.encoder_to_torch(jax.device_get(params), 7, (2, 2)), metadata=about)
-    page, workdir = str(CONFIGS / "head_vith14.py:test"), tmp_path / "head"
-    run_on(monkeypatch, (1, 2), configs.load(page, [f"init_from={path}", SMALL]), workdir)
+    name, workdir = str(CONFIGS / "head_vith14.py:test"), tmp_path / "head"
+    run_on(monkeypatch, (1, 2), configs.load(name, [f"init_from={path}", SMALL]), workdir)
     found = read_run(workdir)
     assert found.stage == "head"
     want = positions.resize(positions.sincos((2, 2), 32), (2, 2), (4, 4))
     np.testing.assert_array_equal(found.encoder.pop("pos_embed"), want)
     assert_trees_equal(found.encoder, jax.device_get(params))
-    # What the page says of its model must be the file's.
+    # What the config says of its model must be the file's.
     for override, message in (("model.heads=4", "heads 2"), ("model.patch_size=14", "patch_size")):
-        config = configs.load(page, [f"init_from={path}", override])
+        config = configs.load(name, [f"init_from={path}", override])
         with pytest.raises(UserError, match=message):
             run_on(monkeypatch, (1, 2), config, tmp_path / "other")
     assert not (tmp_path / "other").exists()

@@ -22,7 +22,7 @@ from tests.helpers.foreign_files import (
     flags,
     mae_file,
     run_convert,
-    told,
+    stated,
     with_class_row,
 )
 
@@ -52,13 +52,13 @@ def build_size(found):
 
 
 def test_the_class_tokens_position_is_added_to_it(file, tmp_path):
-    found = importing.recognised([file(mae_file(MAE, row=0.5))], told(MAE)).read()
+    found = importing.recognised([file(mae_file(MAE, row=0.5))], stated(MAE)).read()
     want = MAE["encoder/cls_token"] + np.float32(0.5)
     np.testing.assert_array_equal(found["params"]["encoder"]["cls_token"], want)
     learned = mae_file(MAE)
     learned["decoder_pos_embed"][:, 0] = 1
     with pytest.raises(UserError, match="has a row for the class token that is not zero"):
-        importing.recognised([file(learned)], told(MAE))  # before anything is written
+        importing.recognised([file(learned)], stated(MAE))  # before anything is written
 
 
 def test_an_authors_encoder_and_head_go_in_and_out_bit_equal(file, tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ def test_weights_in_parts_are_one_model_and_nothing_outside_their_folder(tmp_pat
     found = importing.recognised([folder])
     assert_trees_equal(
         found.read()["params"]["encoder"],
-        importing.recognised([folder], told(CT)).read()["params"]["encoder"],
+        importing.recognised([folder], stated(CT)).read()["params"]["encoder"],
     )
     before = found.origin()[0]["sha256"]
     changed = {n: x + 1 for n, x in halves[1].items()}
@@ -178,7 +178,7 @@ def test_another_image_size_resizes_the_positions(file):
     larger = tuple(2 * side for side in CT.image_size)
     # The grid in the file is a square one, so that it is known.
     assert CT.grid[0] == CT.grid[1]
-    found = importing.recognised([path], told(CT, image_size=larger))
+    found = importing.recognised([path], stated(CT, image_size=larger))
     assert "resized (bicubic) from" in "\n".join(found.described)
     want = positions.resize(CT["init/encoder/pos_embed"][0], CT.grid, tuple(2 * g for g in CT.grid))
     np.testing.assert_array_equal(found.read()["params"]["encoder"]["pos_embed"], want)
@@ -188,7 +188,7 @@ def test_the_grid_in_a_file_is_not_the_one_that_is_asked_for(file):
     """Images of another shape with as many patches: the fixed positions tell the file's grid."""
     height, width = CT.image_size
     asked = (height // 2, width * 2)
-    found = importing.recognised([file(CT.under("init/encoder/"))], told(CT, image_size=asked))
+    found = importing.recognised([file(CT.under("init/encoder/"))], stated(CT, image_size=asked))
     grid = CT.grid[0] // 2, CT.grid[1] * 2
     want = positions.resize(CT["init/encoder/pos_embed"][0], CT.grid, grid)
     np.testing.assert_array_equal(found.read()["params"]["encoder"]["pos_embed"], want)
@@ -198,6 +198,6 @@ def test_a_pool_that_is_given_replaces_an_unknown_one(tmp_path):
     found = {n: np.ascontiguousarray(x) for n, x in CT.under("init/encoder/").items()}
     save_file(found, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"global_pool": "avgmax"}))
-    assert importing.recognised([tmp_path], told(CT, pool="mean")).config.model.pool == "mean"
+    assert importing.recognised([tmp_path], stated(CT, pool="mean")).config.model.pool == "mean"
     with pytest.raises(UserError, match="global_pool is 'avgmax'"):
-        importing.recognised([tmp_path], told(CT, pool=None))
+        importing.recognised([tmp_path], stated(CT, pool=None))

@@ -34,7 +34,7 @@ def evaluated(tmp_path_factory):
     settings += ("eval.probe.held_out=0.1", "monitor.images=500", "eval.pool=cls+mean")
     settings += ("eval.lowshot.splits=2",)
     with pytest.MonkeyPatch.context() as patch:
-        run_on(patch, (1, 2), configs.load(QUICK, settings), workdir, page=False)
+        run_on(patch, (1, 2), configs.load(QUICK, settings), workdir, report=False)
     return workdir, settings
 
 
@@ -68,17 +68,17 @@ def test_the_same_command_computes_nothing_again(evaluated, tmp_path, monkeypatc
     shutil.copytree(evaluated[0], workdir)
     monkeypatch.setattr(runner.loader, "eval_batches", None)
     before = (workdir / "results.json").read_bytes()
-    run_on(monkeypatch, (1, 2), configs.load(QUICK, evaluated[1]), workdir, page=False)
+    run_on(monkeypatch, (1, 2), configs.load(QUICK, evaluated[1]), workdir, report=False)
     assert (workdir / "results.json").read_bytes() == before
     # What was lost is made again, on the same features.
     lost = runner.folder_of(workdir, "mae") / "cluster.npz"
     clusters = runner.read_clusters(workdir, "mae")["clusters"]
     lost.unlink()
-    run_on(monkeypatch, (1, 2), configs.load(QUICK, evaluated[1]), workdir, page=False)
+    run_on(monkeypatch, (1, 2), configs.load(QUICK, evaluated[1]), workdir, report=False)
     assert (runner.read_clusters(workdir, "mae")["clusters"] == clusters).all()
     # Another setting of one protocol: that one alone is run, on the same features.
     other = configs.load(QUICK, [*evaluated[1], "eval.knn.temperature=0.5"])
-    run_on(monkeypatch, (1, 2), other, workdir, page=False)
+    run_on(monkeypatch, (1, 2), other, workdir, report=False)
     old, new = json.loads(before), results_of(workdir)
     assert new["mae"]["knn"] != old["mae"]["knn"]
     for protocol in set(ALL) - {"knn"}:
@@ -92,7 +92,7 @@ def test_features_are_made_anew_where_what_makes_them_has_changed(evaluated, tmp
     other = [*evaluated[1], "eval.pool=mean", "eval.protocols=('knn',)", "eval.pixels=False"]
     place = runner.folder_of(workdir, "mae") / "val"
     both = np.array(features.load(place).x)
-    run_on(monkeypatch, (1, 2), configs.load(QUICK, other), workdir, page=False)
+    run_on(monkeypatch, (1, 2), configs.load(QUICK, other), workdir, report=False)
     mean = np.array(features.load(place).x)
     assert both.shape == (2000, 64)
     np.testing.assert_allclose(mean, both[:, 32:], atol=1e-5)
@@ -103,7 +103,7 @@ def test_features_are_made_anew_where_what_makes_them_has_changed(evaluated, tmp
     kept = json.loads((place / "settings.json").read_text())
     assert kept["settings"]["kind"] == "mean, after the final norm"
     other.append("eval.final_norm=False")
-    run_on(monkeypatch, (1, 2), configs.load(QUICK, other), workdir, page=False)
+    run_on(monkeypatch, (1, 2), configs.load(QUICK, other), workdir, report=False)
     raw = features.load(place).x
     # A norm whose scale and bias have hardly moved leaves each token a mean of nought.
     assert np.abs(mean.mean(1)).mean() < 0.02 < np.abs(raw.mean(1)).mean()
@@ -242,7 +242,7 @@ def test_images_without_labels_are_clustered_and_the_rest_is_said_to_be_skipped(
     strict = of_photos(photos, "eval.cluster.clusters=2", "data.max_bad_fraction=0.01")
     files.write_json(workdir / "config.json", strict.to_dict())
     with pytest.raises(RunFailedError, match=r"1 of 60 images cannot be read"):
-        run_on(monkeypatch, (1, 1), strict, workdir, page=False)
+        run_on(monkeypatch, (1, 1), strict, workdir, report=False)
 
 
 def test_a_page_of_an_evaluation_that_was_stopped_has_what_is_whole(evaluated, tmp_path):

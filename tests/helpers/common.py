@@ -21,10 +21,10 @@ def mesh_of(data: int, fsdp: int) -> Mesh:
     return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
-def run_on(monkeypatch, shape: tuple[int, int], config, workdir, page=True) -> None:
+def run_on(monkeypatch, shape: tuple[int, int], config, workdir, report=True) -> None:
     """Runs a config in this process as if the devices of a mesh of that shape were all.
 
-    Without `page`, which a test that does not look at it should leave out, none is drawn: that
+    Without `report`, which a test that does not look at it should leave out, none is drawn: that
     takes seconds.
     """
     from maect_jax import pipeline
@@ -32,7 +32,7 @@ def run_on(monkeypatch, shape: tuple[int, int], config, workdir, page=True) -> N
     with monkeypatch.context() as patch:
         patch.setattr(jax, "device_count", lambda: shape[0] * shape[1])
         patch.setattr(pipeline.sharding, "make_mesh", lambda **_: mesh_of(*shape))
-        if not page:
+        if not report:
             patch.setattr("maect_jax.report.build.report", lambda run, _: run / "report.html")
         pipeline.run(config, workdir)
 
@@ -63,7 +63,7 @@ def mae_config(folder, epochs):
 
 
 def wait_for_step(workdir, step, process):
-    """Returns when a run, which `process` is, has told of a step."""
+    """Returns when a run, which `process` is, has logged a step."""
     path, deadline = workdir / "metrics.jsonl", time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         if path.exists() and f'"step": {step},' in path.read_text():

@@ -13,7 +13,7 @@ from tests.helpers import golden_figures as figures
 MAE, CT = figures.cases("mae")[0], figures.cases("ct")[0]
 
 
-def told(case, **own):
+def stated(case, **own):
     """What the golden figures' odd widths do not tell."""
     decoder = case.meta.get("dec_heads")
     found = dict(

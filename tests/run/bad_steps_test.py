@@ -16,7 +16,7 @@ from tests.helpers.common import assert_trees_equal, mae_config, mesh_of, run_on
 
 
 @pytest.fixture
-def page(tmp_path):
+def load(tmp_path):
     return mae_config(tmp_path / "images", epochs=2)
 
 
@@ -57,11 +57,11 @@ def batches(monkeypatch):
     return taken
 
 
-def test_a_bad_step_is_written_down_and_ends_the_run(tmp_path, page, monkeypatch, poison, batches):
+def test_a_bad_step_is_written_down_and_ends_the_run(tmp_path, load, monkeypatch, poison, batches):
     run = tmp_path / "run"
     poison(6)
     with pytest.raises(RunFailedError) as failed:
-        run_on(monkeypatch, (1, 1), page(), run, page=False)
+        run_on(monkeypatch, (1, 1), load(), run, report=False)
     good = checkpoints.stage_folder(run, "mae") / "4"
     for text in ("stage mae, step 6: the loss (nan)", run / "bad_steps.jsonl", "nan_policy=skip",
                  f"{good}. Run the same command to resume."):  # fmt: skip
@@ -76,38 +76,44 @@ def test_a_bad_step_is_written_down_and_ends_the_run(tmp_path, page, monkeypatch
     assert checkpoints.steps_of(good.parent) == [4]
 
 
-def test_a_bad_step_is_skipped_up_to_a_bound(tmp_path, page, monkeypatch, poison, caplog):
+def test_a_bad_step_is_skipped_up_to_a_bound(tmp_path, load, monkeypatch, poison, caplog):
     run, stopped = tmp_path / "run", tmp_path / "stopped"
     poison(4, 6)  # the last step of an epoch, which is saved, and one that is not
     skip = ("nan_policy=skip", "nan_limit=2")
-    run_on(monkeypatch, (1, 1), page(*skip), run, page=False)
+    run_on(monkeypatch, (1, 1), load(*skip), run, report=False)
     assert [entry["step"] for entry in jsonl.read(run / "bad_steps.jsonl")] == [4, 6]
     assert "Skipped (2 of at most 2)" in caplog.text
     losses = [line["loss"] for line in jsonl.read(run / "metrics.jsonl") if "loss" in line]
     assert [loss is None for loss in losses] == [s in (4, 6) for s in range(1, 9)]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params(run, 8)))
-    build.report(run, pipeline.open_images(page(), run))  # copes with the null
+    build.report(run, pipeline.open_images(load(), run))  # copes with the null
     # The count goes on where a run resumes, and no step is written twice.
     shutil.copytree(run, stopped)
     shutil.rmtree(checkpoints.stage_folder(stopped, "mae") / "8")
-    run_on(monkeypatch, (1, 1), page(*skip), stopped, page=False)
+    run_on(monkeypatch, (1, 1), load(*skip), stopped, report=False)
     assert_trees_equal(params(stopped, 8), params(run, 8))
     shutil.rmtree(checkpoints.stage_folder(stopped, "mae") / "8")
     with pytest.raises(RunFailedError, match=r"config\.nan_limit=1 were skipped"):
-        run_on(monkeypatch, (1, 1), page("nan_policy=skip", "nan_limit=1"), stopped, page=False)
+        run_on(
+            monkeypatch,
+            (1, 1),
+            load("nan_policy=skip", "nan_limit=1"),
+            stopped,
+            report=False,
+        )
     assert [entry["step"] for entry in jsonl.read(stopped / "bad_steps.jsonl")] == [4, 6]
 
 
-def test_debug_nans_names_the_operation(tmp_path, page, monkeypatch, poison):
+def test_debug_nans_names_the_operation(tmp_path, load, monkeypatch, poison):
     poison(2)
     with pytest.raises(FloatingPointError, match="nan"):
-        run_on(monkeypatch, (1, 1), page("debug_nans=True"), tmp_path / "run", page=False)
+        run_on(monkeypatch, (1, 1), load("debug_nans=True"), tmp_path / "run", report=False)
     assert not jax.config.jax_debug_nans
 
 
-def test_debug_nans_and_a_profile_leave_a_good_run_alone(tmp_path, page, monkeypatch):
-    settings = page("debug_nans=True", "mae.epochs=1", "profile=(2,3)")
-    run_on(monkeypatch, (1, 1), settings, tmp_path / "run", page=False)
+def test_debug_nans_and_a_profile_leave_a_good_run_alone(tmp_path, load, monkeypatch):
+    settings = load("debug_nans=True", "mae.epochs=1", "profile=(2,3)")
+    run_on(monkeypatch, (1, 1), settings, tmp_path / "run", report=False)
     (traced,) = (tmp_path / "run" / "profile" / "mae").rglob("*.xplane.pb")
     planes = jax.profiler.ProfileData.from_file(str(traced)).planes
     events = [event for plane in planes for line in plane.lines for event in line.events]

@@ -250,8 +250,8 @@ def test_a_restored_state_is_bit_equal_on_other_devices(tmp_path):
     """The whole state of ct, saved on one device, restored on 4 x 2, and back."""
     from maect_jax import config
 
-    page = config.load(str(CONFIGS / "quickstart.py:test"))
-    stage = STAGES["ct"].from_config(page, 1600)
+    loaded = config.load(str(CONFIGS / "quickstart.py:test"))
+    stage = STAGES["ct"].from_config(loaded, 1600)
     key, one, eight = jax.random.key(5), mesh_of(1, 1), mesh_of(4, 2)
     with jax.set_mesh(one):
         made = state.create_state(stage, key, {}, one)

@@ -112,7 +112,7 @@ def put(path, content):
 
 
 def read_whole(run):
-    """All that reads a run again: its page, its command, and runs that start from it."""
+    """All that reads a run again: its report, its command, and runs that start from it."""
     config, place = load("quickstart:test"), run / "features" / "mae" / "val"
     for read in (
         lambda: build.report(run, SPLITS),

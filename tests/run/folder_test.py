@@ -19,12 +19,12 @@ from tests.helpers import CONFIGS
 from tests.helpers.common import logger_at, run_on, save
 
 
-def page(*overrides):
+def config_with(*overrides):
     return config.load(str(CONFIGS / "quickstart.py:test"), overrides)
 
 
 def opened(path, *overrides):
-    return folder.opened(folder.Run(page(*overrides), path, None), None)
+    return folder.opened(folder.Run(config_with(*overrides), path, None), None)
 
 
 def claim(path, *overrides):
@@ -164,14 +164,14 @@ def test_a_harmless_change_is_logged_and_another_refused(tmp_path, caplog):
 def test_another_number_of_images_is_refused(tmp_path, monkeypatch):
     for i in range(20):
         save(tmp_path / "train" / f"{i:02}.png", (28, 28), i)
-    run, settings = tmp_path / "run", page(
+    run, settings = tmp_path / "run", config_with(
         "stages=('mae',)", "mae.batch_size=10", "monitor.every=0", "data.source=folder",
         f"data.path={tmp_path}",
     )  # fmt: skip
-    run_on(monkeypatch, (1, 1), settings, run, page=False)
+    run_on(monkeypatch, (1, 1), settings, run, report=False)
     (tmp_path / "train" / "00.png").unlink()
     with pytest.raises(UserError, match="on 20 images to step 4, and now there are 19"):
-        run_on(monkeypatch, (1, 1), settings, run, page=False)
+        run_on(monkeypatch, (1, 1), settings, run, report=False)
 
 
 @pytest.mark.parametrize("name", ["gs://bucket/run", "s3://bucket/run"])

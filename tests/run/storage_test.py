@@ -24,7 +24,7 @@ def quick(monkeypatch):
 
 
 @pytest.fixture
-def page(tmp_path):
+def load(tmp_path):
     return mae_config(tmp_path / "images", epochs=4)
 
 
@@ -44,10 +44,10 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_full_disk_ends_the_run_and_loses_nothing(small_disk, page, monkeypatch, quick, caplog):
+def test_a_full_disk_ends_the_run_and_loses_nothing(small_disk, load, monkeypatch, quick, caplog):
     run = small_disk / "run"
     with pytest.raises(RunFailedError) as failed:
-        run_on(monkeypatch, (1, 1), page(), run, page=False)
+        run_on(monkeypatch, (1, 1), load(), run, report=False)
     folder = checkpoints.stage_folder(run, "mae")
     last = checkpoints.steps_of(folder)[-1]
     assert "(No space left on device). The last" in str(failed.value)
@@ -57,15 +57,15 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(small_disk, page, monkeypatc
     assert last in (4, 8)
     # Somebody makes room, and the same command goes on.
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
-    run_on(monkeypatch, (1, 1), page(), run, page=False)
+    run_on(monkeypatch, (1, 1), load(), run, report=False)
     assert steps_told(run) == list(range(1, 17))
     assert checkpoints.steps_of(folder) == [12, 16]
 
 
-def test_an_outage_is_waited_for_and_leaves_no_hole(tmp_path, page, monkeypatch, quick, caplog):
+def test_an_outage_is_waited_for_and_leaves_no_hole(tmp_path, load, monkeypatch, quick, caplog):
     """Each kind of file fails now and then, half written; the run is the same as without."""
     whole, run = tmp_path / "whole", tmp_path / "run"
-    run_on(monkeypatch, (1, 1), page(), whole, page=False)
+    run_on(monkeypatch, (1, 1), load(), whole, report=False)
 
     def flaky(work, half=None):
         calls = itertools.count()
@@ -98,7 +98,7 @@ def test_an_outage_is_waited_for_and_leaves_no_hole(tmp_path, page, monkeypatch,
         files.np, "savez_compressed",
         flaky(np.savez_compressed, lambda file, **_: file.write(b"PK")),
     )  # fmt: skip
-    run_on(monkeypatch, (1, 1), page(), run, page=False)
+    run_on(monkeypatch, (1, 1), load(), run, report=False)
     for text in ("metrics.jsonl: cannot be written", "a checkpoint cannot be written"):
         assert text in caplog.text
     assert ".npz: cannot be written" in caplog.text

@@ -23,7 +23,7 @@ from maect_jax.stages.step import abstract_batch, gradients, step
 from tests.helpers import CONFIGS
 from tests.helpers.common import assert_trees_equal, mesh_of, run_on, save
 
-PAGE = str(CONFIGS / "finetune.py")
+FILE = str(CONFIGS / "finetune.py")
 BATCH, CLASSES, SHAPE = 16, 3, (8, 8, 3)
 ENCODER = vit.ViT(16, 4, 2, 4)
 MEAN, STD = (0.5,) * 3, (0.25,) * 3
@@ -373,7 +373,7 @@ def test_images_are_chosen_by_share_or_list(images, tmp_path):
 
 
 def tiny(*overrides):
-    config = configs.load(f"{PAGE}:test", ["init_from=random", *overrides])
+    config = configs.load(f"{FILE}:test", ["init_from=random", *overrides])
     with config.unlocked():
         config.model = configs.load(str(CONFIGS / "mae_vitb16.py:test")).model
     return config
@@ -381,7 +381,7 @@ def tiny(*overrides):
 
 def test_pages_have_the_published_settings():
     """Absolute learning rates: 1e-3 at batch 256, 3e-5 at batch 512."""
-    ten, one, whole = (configs.load(f"{PAGE}{a}").finetune for a in (":10percent", ":1percent", ""))
+    ten, one, whole = (configs.load(f"{FILE}{a}").finetune for a in (":10percent", ":1percent", ""))
     assert (ten.images, one.images, whole.images) == ("10%", "1%", "all")
     assert (ten.batch_size, one.batch_size, whole.batch_size) == (256, 512, 1024)
     assert optim.scaled_lr(ten.base_lr, 256, 1) == pytest.approx(1e-3)
@@ -422,9 +422,9 @@ def test_setting_that_is_not_allowed_is_one_clear_line(override, message):
 
 def test_what_cannot_start_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match=r"must be the folder of a run or a file of weights$"):
-        pipeline.prepare(configs.load(f"{PAGE}:test", ["init_from=random"]))
+        pipeline.prepare(configs.load(f"{FILE}:test", ["init_from=random"]))
     with pytest.raises(UserError, match=r"no section 'model', which it takes from a run"):
-        pipeline.stages_to_show(configs.load(PAGE))
+        pipeline.stages_to_show(configs.load(FILE))
     with pytest.raises(UserError, match=r"batch_size=256: must be at most the 80 training images"):
         pipeline.open_images(tiny("finetune.images=1%"), tmp_path)
     for split in ("train", "val"):
@@ -435,7 +435,7 @@ def test_what_cannot_start_is_one_clear_line(tmp_path):
 
 
 def test_plan_counts_the_chosen_images_and_one_view():
-    config = configs.load(f"{PAGE}:10percent", ["data.path=absent"])
+    config = configs.load(f"{FILE}:10percent", ["data.path=absent"])
     with config.unlocked():
         config.model = configs.load(str(CONFIGS / "mae_vitb16.py")).model
     source, _ = pipeline.images_to_plan(config)
@@ -450,9 +450,9 @@ def test_plan_counts_the_chosen_images_and_one_view():
 
 
 def test_a_chain_ends_with_the_accuracy_of_the_classifier(tmp_path, monkeypatch, capsys):
-    page = tmp_path / "configs" / "chain.py"
-    page.parent.mkdir()
-    page.write_text(
+    file = tmp_path / "configs" / "chain.py"
+    file.parent.mkdir()
+    file.write_text(
         "from configs import common\n"
         "def get_config(argument=''):\n"
         "    config = common.base('chain', 'Ti', 7)\n"
@@ -469,7 +469,7 @@ def test_a_chain_ends_with_the_accuracy_of_the_classifier(tmp_path, monkeypatch,
         "finetune.cutmix_alpha=0.0", "finetune.erasing=0.0", "finetune.crop_scale=(0.6,1.0)",
         "finetune.batch_size=64",
     ]  # fmt: skip
-    config = configs.load(f"{page}:test", settings)
+    config = configs.load(f"{file}:test", settings)
     run = tmp_path / "run"
     run_on(monkeypatch, (2, 1), config, run)
     line, *rest = told = capsys.readouterr().out.splitlines()
@@ -496,5 +496,5 @@ def test_a_chain_ends_with_the_accuracy_of_the_classifier(tmp_path, monkeypatch,
     hits = np.asarray(logits).argmax(1) == held_out.labels
     assert abs(hits.mean() - found["top1"]) < 0.002
     # Called again, it trains no more, and says the same.
-    run_on(monkeypatch, (2, 1), config, run, page=False)
+    run_on(monkeypatch, (2, 1), config, run, report=False)
     assert capsys.readouterr().out.splitlines() == told
