@@ -24,6 +24,8 @@ KEYS = {
     for key in config.flat(config.load(str(path)))
 }
 SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
+SOURCE = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+FLAGS = {"--help", *re.findall(r'"(--[a-z_]+)"', SOURCE)}
 PLACEHOLDER = re.compile(r"[A-Z]+|\.\.\.")  # stands for what the reader fills in
 
 
@@ -118,6 +120,14 @@ def unknown_module(words):
     return [] if (known if ours else importlib.util.find_spec(name)) else [name]
 
 
+def unknown_flags(words):
+    """The flags of a command of the package that it does not have."""
+    if words[:1] != ["maect"] and not any(word.startswith("maect_jax.") for word in words):
+        return []
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    return [flag for flag in flags if flag not in FLAGS and not flag.startswith("--config.")]
+
+
 every_document = pytest.mark.parametrize(
     "path", DOCUMENTS, ids=[str(path.relative_to(ROOT)) for path in DOCUMENTS]
 )
@@ -134,9 +144,10 @@ def test_links_and_images_lead_somewhere(path):
 
 
 @every_document
-def test_commands_name_configs_keys_and_modules_that_exist(path):
-    assert [wrong for words in commands(path) for wrong in wrong_config(words)] == []
-    assert [wrong for words in commands(path) for wrong in unknown_module(words)] == []
+def test_commands_name_configs_keys_modules_flags_and_paths_that_exist(path):
+    for check in (wrong_config, unknown_module, unknown_flags):
+        assert [wrong for words in commands(path) for wrong in check(words)] == []
+    assert [word for words in commands(path) for word in words if unknown_path(word)] == []
 
 
 @every_document

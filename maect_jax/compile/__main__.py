@@ -6,6 +6,7 @@ Reports whether a step fits into the memory of a chip, what it sends between chi
 on its time. The program is the one that `train` runs; no image is read and no weight is created.
 """
 
+import importlib.util
 import math
 import os
 import re
@@ -41,12 +42,9 @@ def devices_of(topology: str) -> list[jax.Device]:
     the slice is unknown or libtpu is not installed."""
     chip = chips.find(topology)
     os.environ.update(_LIBTPU | os.environ)
-    try:
-        return topologies.get_topology_desc(topology, "tpu", **chip.options).devices
-    except (RuntimeError, ImportError) as error:
-        if "libtpu" not in str(error).lower():
-            raise
-        raise UserError("compiling for a TPU needs libtpu: pip install -e '.[tpu]'") from error
+    if not importlib.util.find_spec("libtpu"):
+        raise UserError("compiling for a TPU needs libtpu: pip install -e '.[tpu]'")
+    return topologies.get_topology_desc(topology, "tpu", **chip.options).devices
 
 
 def compiled(step: Lowered, arguments: int, capacity: int) -> tuple[str | None, dict]:

@@ -151,6 +151,12 @@ def run_compile(*arguments):
     )  # fmt: skip
 
 
+def test_without_libtpu_it_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    assert call(monkeypatch, "--config=quickstart:test", "--topology=v5e:2x2") == 2
+    assert capsys.readouterr().err.startswith("error: compiling for a TPU needs libtpu: ")
+
+
 @needs_libtpu
 def test_a_tiny_config_compiles_and_is_written_down(tmp_path):
     out = tmp_path / "found.json"
