@@ -220,17 +220,15 @@ def test_the_command_compares_several_runs(run, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "comparison.html").read_text().endswith("</html>")
 
 
-@pytest.mark.parametrize(("out", "rebuilt"), [("absent/x.html", 0), (".", 2)])
-def test_a_comparison_that_cannot_be_written_is_one_line(
-    run, tmp_path, monkeypatch, capsys, out, rebuilt
-):
+@pytest.mark.parametrize("out", ["absent/x.html", "."])
+def test_a_comparison_that_cannot_be_written_is_one_line(run, tmp_path, monkeypatch, capsys, out):
     monkeypatch.setattr(build, "report", lambda run, images: run / "report.html")
     copy, out = tmp_path / "run", tmp_path / out
     copy.mkdir()
     shutil.copy(run / "config.json", copy)
     assert call(monkeypatch, run, copy, f"--out={out}") == 2
     shown, line = capsys.readouterr()
-    assert shown.count("report.html\n") == rebuilt
+    assert shown == ""  # before a report is made again
     assert line.startswith(f"error: --out={out}: ")
     assert line.count("\n") == 1
 
