@@ -302,7 +302,7 @@ def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None
         )
         origin = lineage.SavedStage(run.folder, name)
         if stage.needs_labels:
-            result = finetuned.classify(run, name, images=images, bad_images=bad_images["val"])
+            result = finetuned.classify(run, images=images, bad_images=bad_images["val"])
             if is_main:
                 print(finetuned.text(result), flush=True)
     if is_main:

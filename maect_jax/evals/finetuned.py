@@ -12,32 +12,31 @@ from maect_jax.evals import features, runner
 from maect_jax.evals.classifier import accuracies
 from maect_jax.run import checkpoints
 from maect_jax.run.folder import Run
-from maect_jax.stages import STAGES
+from maect_jax.stages.finetune import Finetune
 
 
-def classify(run: Run, name: str, images: Mapping[str, Source], bad_images: BadImages) -> dict:
+def classify(run: Run, images: Mapping[str, Source], bad_images: BadImages) -> dict:
     """Classifies all held-out images and writes the accuracies into the run's `results.json`.
 
     What is there already, of the same weights, is not computed again.
 
     Args:
-      run: has a checkpoint of the stage.
-      name: of the stage, and of its row and its entry in the results.
+      run: has a checkpoint of the stage, whose name its row and its entry in the results have.
       images: "train", which number the labels, and "val".
       bad_images: counts the held-out images that cannot be read; they are left out.
 
     Returns:
       `top1` and `top5` (0 to 1), `images` and `training_images` (numbers), `settings`, `weights`.
     """
-    config, results = run.config, runner.read_results(run.folder)
-    section, kind = config[name], STAGES[name]
+    config, results, name = run.config, runner.read_results(run.folder), Finetune.name
+    section = config[name]
     folder = checkpoints.stage_folder(run.folder, name)
-    parts = checkpoints.read_parts(folder, kind.saved, run.mesh)
+    parts = checkpoints.read_parts(folder, Finetune.saved, run.mesh)
     weights = features.fingerprint(parts["params"])
     row, size = results.setdefault(name, {}), section.batch_size
     if row.get(name, {}).get("weights") != weights:
-        trained = kind.training_images(config, images["train"])
-        stage = kind.for_images(config, trained)
+        trained = Finetune.training_images(config, images["train"])
+        stage = Finetune.for_images(config, trained)
         rank = partial(jax.jit(stage.ranked), parts["params"], parts["frozen"])
         extraction = runner.Extraction(run, images["val"], bad_images, batch_size=size)
         ranked = features.collected(extraction.batches(rank))

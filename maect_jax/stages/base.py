@@ -249,10 +249,6 @@ class Stage(Saved, abc.ABC):
     def flops_per_step(self, batch_size: int) -> int:
         """FLOPs of one update on the global batch, by formula (`block_flops`)."""
 
-    def ranked(self, params: dict, frozen: dict, images: jax.Array) -> jax.Array:
-        """The most likely classes of images, for a stage that `needs_labels`."""
-        raise NotImplementedError
-
     @property
     def grid(self) -> tuple[int, int]:
         """Patches in (rows, columns)."""
