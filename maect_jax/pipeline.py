@@ -266,7 +266,6 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None:
     config, is_main = run.config, jax.process_index() == 0
-    report = build.report  # imported now: that a library is missing shows before days of training
     if is_main:
         for source in images.values():
             source.save_index()
@@ -306,7 +305,7 @@ def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None
             if is_main:
                 print(finetuned.text(result), flush=True)
     if is_main:
-        print(f"\n{report(run.folder, images)}")
+        print(f"\n{build.report(run.folder, images)}")
 
 
 def dry_run(config: ConfigDict) -> None:

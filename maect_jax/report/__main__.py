@@ -8,9 +8,14 @@ import os
 import sys
 from pathlib import Path
 
-from maect_jax import errors, pipeline
+from etils import epy
+
+from maect_jax import errors
 from maect_jax.errors import UserError
-from maect_jax.report import build, compare
+
+with epy.lazy_imports():  # with JAX and matplotlib, which take seconds: `--help` does not wait
+    from maect_jax import pipeline
+    from maect_jax.report import build, compare
 
 
 def main() -> None:

@@ -9,23 +9,28 @@ sees them.
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
+from etils import epy
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from maect_jax import config as configs
-from maect_jax import errors, pipeline
-from maect_jax.data import augment, decode, sources
+from maect_jax import errors
 from maect_jax.errors import UserError
-from maect_jax.report import sheets, style
-from maect_jax.stages.base import Stage
+
+with epy.lazy_imports():  # with JAX, which takes a second: `--help` and mistakes do not wait
+    import jax
+
+    from maect_jax import pipeline
+    from maect_jax.data import augment, decode, sources
+    from maect_jax.report import sheets, style
+    from maect_jax.stages import base
 
 _IMAGES, _EPOCHS = 8, 3
 _TILE, _GAP, _TITLE = 144, 6, 26  # pixels
 
 
-def views_of(config: ConfigDict, stage: type[Stage], images: sources.Source) -> list[list]:
+def views_of(config: ConfigDict, stage: "type[base.Stage]", images: "sources.Source") -> list[list]:
     """For some of the images, the raw one and the views of a stage, uint8 `[H, W, C]`."""
     images = stage.training_images(config, images)
     recipe = stage.for_images(config, images).recipe
@@ -49,7 +54,7 @@ def _tile(image: np.ndarray) -> Image.Image:
     return ImageOps.pad(tile, (_TILE, _TILE), method, "white")
 
 
-def sheet(blocks: dict[type[Stage], list[list[np.ndarray]]]) -> Image.Image:
+def sheet(blocks: "dict[type[base.Stage], list[list[np.ndarray]]]") -> Image.Image:
     """A contact sheet of the `views_of` each stage."""
     font, step = ImageFont.load_default(size=15), _TILE + _GAP
     columns = max(len(rows[0]) for rows in blocks.values())

@@ -37,8 +37,9 @@ def create_state(stage, key: jax.Array, start, mesh) -> TrainState:
     `key` is the typed key of the run's seed; `start` what the stage takes over from the one before,
     a dict of trees (may be empty).
     """
-    shardings = state_shardings(abstract_state(stage, key, start, mesh))
-    return jax.jit(stage.init, out_shardings=shardings)(key, start)
+    init = stage.init  # one object, which JAX traces once
+    shardings = state_shardings(sharding.abstract(jax.eval_shape(init, key, start), mesh))
+    return jax.jit(init, out_shardings=shardings)(key, start)
 
 
 def state_shardings(state: TrainState) -> TrainState:
