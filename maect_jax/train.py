@@ -103,6 +103,8 @@ def run(training: Training) -> None:
             batch = training.bad_images.collect(logger.wait_for(stream))
             batch = sharding.put_batch(batch, mesh)
             state, metrics = logger.profiled(step, train_step, state, batch)
+            if not images.labelled:
+                metrics.pop("nn_accuracy", None)  # of no image
             metrics["action"] = sharding.max_over_hosts(proposed, mesh)
             action = logger.add(step, metrics, batch["index"])  # of the step before
             if logger.has_line(step):

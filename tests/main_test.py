@@ -190,7 +190,10 @@ logging.basicConfig(level=logging.DEBUG)
 from maect_jax import main
 main._keep_programs()
 import jax
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
 jax.jit(lambda x: x + 1)(1.0)
+print("/jax/compilation_cache/cache_hits" in events)
 print(jax.config.jax_compilation_cache_dir)
 """
 
@@ -202,17 +205,22 @@ def test_programs_are_kept_in_a_private_folder_or_not_at_all(tmp_path):
             [sys.executable, "-c", KEEP], cwd=ROOT, env=env, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
+        hit, folder = done.stdout.splitlines()
+        assert folder in done.stderr or folder == "None"  # the log says where
+        return hit == "True", folder
 
-    folder = Path(kept(XDG_CACHE_HOME=str(tmp_path)))
+    is_hit, name = kept(XDG_CACHE_HOME=str(tmp_path))
+    folder = Path(name)
+    assert not is_hit
     assert folder.parent == tmp_path / "maect_jax"
     assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
+    assert kept(XDG_CACHE_HOME=str(tmp_path)) == (True, name)
     (program,) = folder.glob("*-cache")
     os.utime(program, (0, 0))  # it is old
     old = folder.with_name("jax-0.9-x") / "jit_f-cache"
     old.parent.mkdir()
     old.touch()
-    assert Path(kept(XDG_CACHE_HOME=str(tmp_path))) == folder
+    assert kept(XDG_CACHE_HOME=str(tmp_path)) == (False, name)
     assert program.stat().st_mtime > 0  # made again
     assert old.exists()
-    assert kept(XDG_CACHE_HOME="/proc/absent") == "None"
+    assert kept(XDG_CACHE_HOME="/proc/absent") == (False, "None")
