@@ -94,7 +94,7 @@ def load_encoder(
     safetensors or HuggingFace file, onto the first device.
 
     Args:
-      where: the folder of a run, or what `python -m maect_jax.convert import` takes.
+      where: the folder of a run, or what `maect import` takes.
       image_size: (H, W) of the images, by default those it was trained for; for another size its
         position embedding is resized.
       mean, std: of each channel of pixels from 0 to 1; by default the run's, the file's, or

@@ -1,6 +1,8 @@
 """Trains and evaluates by a config.
 
-python -m maect_jax.main --config=NAME [--config.key=value ...]
+    maect run --config=NAME [--config.KEY=VALUE ...]
+
+Every key, with its default, is in configs/common.py.
 """
 
 import faulthandler

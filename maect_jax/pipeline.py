@@ -157,6 +157,11 @@ def check_enough(config: ConfigDict, images: sources.Source) -> None:
             raise UserError(
                 f"{where}batch_size={size}: must be at most the {count} training images"
             )
+        if (queue := section.get("queue_size", 0)) > count:
+            _LOGGER.warning(
+                "%squeue_size=%d: an epoch has %d images, so that the queue holds each of them "
+                "several times; a smaller one is better", where, queue, count,
+            )  # fmt: skip
         most = _MOST_STEPS // stage.updates_per_epoch(config, count)
         if epochs > most:
             raise UserError(f"{where}epochs={epochs}: must be at most {most}, which are 2^31 steps")
@@ -267,6 +272,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
 def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None:
     config, is_main = run.config, jax.process_index() == 0
     if is_main:
+        data = config.data
+        print(_title(config, images["train"], data.path or data.source, run.mesh), flush=True)
         for source in images.values():
             source.save_index()
     held_out = images.get("val", images["train"])
@@ -311,24 +318,30 @@ def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None
 def dry_run(config: ConfigDict) -> None:
     """Prints what `run` would do. The images and the run to start from need not be there."""
     check_stages(config)
-    title = f"{config.name}: {' -> '.join(config.stages)}; "
     try:
         start = _find_origin(config) or "random weights"
     except UserError as error:
         if "model" not in config:
-            print(f"{title}its model is not known: {error}")
+            print(f"{config.name}: its model is not known: {error}")
             return
         start = f"nothing yet: {error}"
     check(config, jax.device_count())
     mesh = sharding.make_mesh(**config.mesh)
     images, whose = images_to_plan(config)
     check_enough(config, images)
-    kind = mesh.devices.flat[0].device_kind
-    print(f"{title}{len(images):,} training images ({whose})")
-    print(f"on {mesh.size} {kind} ({sharding.mesh_text(mesh.shape)})")
+    print(_title(config, images, whose, mesh))
     if config.stages[0] == EVAL or STAGES[config.stages[0]].takes:
         print(f"from {start}")
     print("\n".join(_described(config, images)))
+
+
+def _title(config: ConfigDict, images: sources.Source, whose: str, mesh) -> str:
+    """What runs, on which images and devices."""
+    kind = mesh.devices.flat[0].device_kind
+    return (
+        f"{config.name}: {' -> '.join(config.stages)}; {len(images):,} training images ({whose})\n"
+        f"on {mesh.size} {kind} ({sharding.mesh_text(mesh.shape)})"
+    )
 
 
 def _described(config: ConfigDict, images: sources.Source) -> Iterator[str]:

@@ -27,8 +27,10 @@ def test_run_leaves_its_files_and_a_table(finished):
         "config.json", "environment.json", "origin.json", "metrics.jsonl", "checkpoints", "watch",
         "results.json", "results.md", "features", "clusters.csv", "report.html", "pictures",
     }  # fmt: skip
-    # The table and where the report is, and nothing else.
-    table = stdout.splitlines()
+    # What it runs on, the table, where the report is, and nothing else.
+    title, devices, *table = stdout.splitlines()
+    assert title.startswith("quickstart_test: mae -> head -> ct -> eval; ")
+    assert devices.startswith("on 1 cpu")
     assert table[1].split() == ["percent", "pixels", "mae", "ct", "ct", "-", "mae"]
     columns = [" ".join(line.split()[:-4]) for line in table[3:-2]]
     assert columns == [

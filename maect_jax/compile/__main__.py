@@ -1,6 +1,6 @@
 """Compiles the steps of a config for a TPU slice, on a machine without one (needs the extra [tpu]).
 
-    python -m maect_jax.compile --config=configs/ct_vith16.py --topology=v5e:4x4
+    maect compile --config=ct_vith16 --topology=v5e:4x4
 
 Reports whether a step fits into the memory of a chip, what it sends between chips, and lower bounds
 on its time. The program is the one that `train` runs; no image is read and no weight is created.

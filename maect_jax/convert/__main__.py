@@ -1,7 +1,7 @@
 """In and out of the PyTorch world.
 
-python -m maect_jax.convert import FILE [FILE] OUT_RUN
-python -m maect_jax.convert export RUN FILE --format={timm,hf,maect,mae}
+maect import FILE [FILE] OUT_RUN
+maect export RUN FILE --format={timm,hf,maect,mae}
 """
 
 import argparse

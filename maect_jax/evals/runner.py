@@ -1,6 +1,7 @@
 """Runs an evaluation: features once, then every protocol on them."""
 
 import importlib.util
+import logging
 import sys
 import time
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from maect_jax.run import lineage
 from maect_jax.run.folder import Run
 from maect_jax.stages import SAVED
 
+_LOGGER = logging.getLogger(__name__)
 PIXELS = "pixels"
 AGAIN = "remove it and run the same command to measure again"
 RULES: Rules = {
@@ -224,6 +226,8 @@ def _evaluate(row: base.Row, protocol: base.Protocol, entry: dict) -> None:
         return
     start = time.monotonic()
     reason = protocol.skip_reason(row)
+    if reason and jax.process_index() == 0:
+        _LOGGER.warning("%s: %s is skipped: %s", row.name, name, reason)
     result = base.Result({"skipped": reason}) if reason else protocol.run(row)
     if result.arrays and jax.process_index() == 0:
         files.write_arrays(path, **result.arrays)  # before the results, which say that it is there

@@ -1,7 +1,7 @@
 """Makes the report of a run again from its folder; of several runs, also a report that compares
 them, and prints their results as mean +- standard deviation.
 
-    python -m maect_jax.report RUN [RUN ...] [--out=comparison.html]
+    maect report RUN [RUN ...] [--out=comparison.html]
 """
 
 import os
@@ -31,9 +31,10 @@ def main() -> None:
         raise UserError(f"--out={out}: must name a file in a folder that can be written")
     if len(runs) == 1 and arguments.out:
         raise UserError(f"--out={out}: is for the comparison of several runs. Name several.")
+    configs = {folder: build.read_config(run) for folder, run in runs.items()}
     histories = {}
     for folder, run in runs.items():
-        images = pipeline.open_images(build.read_config(run), run)
+        images = pipeline.open_images(configs[folder], run)
         print(build.report(run, images), flush=True)
         histories[folder] = build.read_history(run, images)
     if len(runs) > 1:

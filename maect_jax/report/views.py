@@ -1,11 +1,12 @@
 """Draws what a config trains on: some raw images, and the views that are made of them.
 
-    python -m maect_jax.report.views --config=configs/ct_aug_vith16.py --out=views.png
+    maect views --config=ct_aug_vith16 --out=views.png
 
 One block a stage, one row an image: the raw image, then its views in three epochs, as the step
 sees them.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -81,6 +82,8 @@ def main() -> None:
     parser = configs.parser(__doc__)
     parser.add_argument("--out", type=Path, default="views.png", help="the picture (%(default)s)")
     config, arguments = configs.from_command_line(parser)
+    if not os.access(arguments.out.parent, os.W_OK):
+        raise UserError(f"--out={arguments.out}: cannot be written: there is no such folder")
     stages = pipeline.stages_to_show(config)
     pipeline.check(config, devices=1)
     images = sources.make(config.data, "train", config.model.channels)

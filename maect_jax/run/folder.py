@@ -18,6 +18,7 @@ from maect_jax.errors import UserError
 from maect_jax.run import checkpoints, lineage, lock
 
 _LOGGER = logging.getLogger(__name__)
+_SHOWN = 5  # differing keys in an error
 # Config keys that may differ when a run resumes: they change how it runs and what it writes, not
 # what is computed. The mesh, the parts of a batch and what is computed twice change the rounding.
 _MAY_CHANGE = (
@@ -68,10 +69,13 @@ def _claim(folder: Path, config: ConfigDict, origin: lineage.Saved | None) -> No
     path, environment = folder / "config.json", _environment()
     if path.exists():
         differing = configs.differences(configs.read(path), config)
-        if other := [line for line in differing if not line.startswith(_MAY_CHANGE)]:
+        other = [line for line in differing if not line.startswith(_MAY_CHANGE)]
+        if other:
+            more = len(other) - _SHOWN
             raise UserError(
-                f"--workdir={folder}: holds another run ({'; '.join(other)}). Use another "
-                "--workdir or remove that run."
+                f"--workdir={folder}: holds another run ({'; '.join(other[:_SHOWN])}"
+                f"{f'; and {more} more keys' * (more > 0)}). Use another --workdir or remove that "
+                "run."
             )
         before = ConfigDict(files.read_json(folder / "environment.json"))
         if changed := differing + configs.differences(before, ConfigDict(environment)):
@@ -80,6 +84,11 @@ def _claim(folder: Path, config: ConfigDict, origin: lineage.Saved | None) -> No
         raise UserError(
             f"--workdir={folder}: contains checkpoints but no config.json. Restore it or use "
             "another --workdir."
+        )
+    elif others := sorted({path.name for path in folder.glob("[!.]*")} - {lock.NAME}):
+        raise UserError(
+            f"--workdir={folder}: holds no run but other files, such as {others[0]}. Use another "
+            "--workdir."
         )
     # The first may be refused, before anything is written.
     lineage.write_lineage(folder, origin.lineage() if origin else [lineage.SCRATCH])

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from maect_jax.errors import RunFailedError, UserError
 
-_NAME = "lock"
+NAME = "lock"
 _HEARTBEAT = 10.0  # seconds between two touches
 _STALE = 60.0  # seconds without a touch, of a holder on another machine
 
@@ -65,7 +65,7 @@ def _is_stale(path: Path, holder: dict, me: dict) -> bool:
     if all(holder[key] == me[key] for key in ("host", "machine")):
         return _started(holder["pid"]) not in ("", holder["started"])
     # Both times by the storage's clock, as those of two machines may differ.
-    probe = path.with_name(f".{_NAME}.{os.getpid()}")
+    probe = path.with_name(f".{NAME}.{os.getpid()}")
     try:
         probe.touch()
         return probe.stat().st_mtime - path.stat().st_mtime > _STALE
@@ -97,7 +97,7 @@ def _take(path: Path, me: dict) -> None:
                 f"expires within {_STALE:.0f} seconds."
             )
         # Of two processes that find it stale one moves it away; a lock taken since is put back.
-        aside = path.with_name(f".{_NAME}.{me['host']}.{me['pid']}")
+        aside = path.with_name(f".{NAME}.{me['host']}.{me['pid']}")
         with suppress(FileNotFoundError):
             path.replace(aside)
             if _holder(aside) != holder:
@@ -115,7 +115,7 @@ def held(folder: Path) -> Iterator[Callable[[], None]]:
       A function that raises `RunFailedError` if another process has taken the lock since, which
       happens if this one was suspended, or its storage away, for a minute.
     """
-    path, me = folder / _NAME, _this_process()
+    path, me = folder / NAME, _this_process()
     _take(path, me)
     ended = threading.Event()
 

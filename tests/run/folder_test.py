@@ -235,3 +235,10 @@ def test_tensorboard_wants_a_package(monkeypatch):
     monkeypatch.setattr(logger.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs tensorboardX \(pip install 'maect_jax\[tensor"):
         logger.tensorboard_writer()
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.md").write_text("mine")
+    with pytest.raises(UserError, match=re.escape("thesis.md")):
+        claim(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"thesis.md"}
