@@ -49,7 +49,7 @@ WRONG = {
         lambda t: t.update({"blocks.0.ls1.gamma": np.zeros(3, np.float32)})
     ),
     "none of the kinds that can be read": {"conv1.weight": np.zeros((3, 3), np.float32)},
-    "holds a contrastive head of MAE-CT's authors, and no encoder; name the encoder with it": (
+    "holds a contrastive head of MAE-CT's authors, and no encoder; name the file of its encoder": (
         CT.under("init/head/")
     ),
     "the encoder's tensor 'patch_embed.proj.weight' is missing": broken(
@@ -78,7 +78,7 @@ def test_what_a_file_does_not_tell_is_asked_for(file, tmp_path):
     with pytest.raises(UserError, match="there is no such file"):
         importing.recognised([tmp_path / "absent.safetensors"])
     (tmp_path / "notes.txt").write_text("weights")
-    with pytest.raises(UserError, match="not a file of tensors by its name"):
+    with pytest.raises(UserError, match="no file of PyTorch or safetensors: it starts with b'w"):
         importing.recognised([tmp_path / "notes.txt"])
 
 

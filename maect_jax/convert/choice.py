@@ -1,0 +1,109 @@
+"""Which model of a file is taken, and what of the file is not.
+
+A model is what stands behind one *prefix*, dots and all: `teacher.module.backbone.`. Its start is
+the keys of dicts in dicts, the rest belongs to the names of the tensors (`Content.tensors`).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from maect_jax.convert import names
+from maect_jax.convert.tensors import Content, Stored
+from maect_jax.errors import UserError
+
+# Where timm's loader looks, in this order.
+_TIMM = ("state_dict_ema", "model_ema", "state_dict", "model")
+_LISTED = 5
+
+
+class Chosen(NamedTuple):
+    """A model of a file.
+
+    Attributes:
+      tensors: without the prefix in their names.
+      entry: keys of the dicts that it stands in, joined by dots.
+      key: the prefix, where it is one of several models, else None.
+      notes: what was passed over or stripped, for people.
+    """
+
+    tensors: Mapping[str, Stored]
+    entry: str
+    key: str | None
+    notes: tuple[str, ...]
+
+
+def choose(contents: Sequence[Content], key: str | None) -> list[Chosen]:
+    """Chooses a model of each file: the only one, that which `key` names, or timm's choice.
+
+    Args:
+      contents: the files.
+      key: a prefix, or its first words; it must name a model in one of the files.
+
+    Raises:
+      UserError: `key` names nothing, or a file has several models and nothing says which.
+    """
+    models = [names.prefixes(content.tensors) for content in contents]
+    if key is not None and not any(_named(prefixes, key) for prefixes in models):
+        has = "; ".join(f"{c.path} has {_listed(m)}" for c, m in zip(contents, models, strict=True))
+        raise UserError(f"--key={key}: names no model: {has}")
+    return [_choose(*pair, key) for pair in zip(contents, models, strict=True)]
+
+
+def _choose(content: Content, prefixes: Sequence[str], key: str | None) -> Chosen:
+    if not prefixes:  # the names are of no known kind, and are refused
+        return Chosen(content.tensors, "", None, ())
+    fitting = prefixes if key is None else _named(prefixes, key) or prefixes
+    for first in _TIMM if key is None else ():
+        if from_timm := _named(prefixes, first):
+            fitting = from_timm
+            break
+    if len(fitting) > 1:
+        raise UserError(
+            f"{content.path}: holds {len(fitting)} models: {_listed(fitting)}; choose one by "
+            "--key=NAME of import, or key=NAME of load_encoder"
+        )
+    prefix, others = fitting[0], [x for x in prefixes if x != fitting[0]]
+    inner = tuple(x for x in others if x.startswith(prefix))
+    own = {
+        name: x
+        for name, x in content.tensors.items()
+        if name.startswith(prefix) and not (inner and name.startswith(inner))
+    }
+    first = next(iter(own))
+    entry = first.removesuffix(own[first].names[0])
+    stripped = prefix.removeprefix(entry)
+    notes = []
+    if others:
+        notes.append(
+            f"{content.path}: takes {_listed([prefix])}; also there: {_listed(others)}. "
+            "--key=NAME of import, or key=NAME of load_encoder, takes another"
+        )
+    if stripped:
+        notes.append(f"{content.path}: strips the prefix {stripped!r} of {len(own)} tensors")
+    if rest := _rest(content.tensors.keys() - own.keys(), prefix, others):
+        notes.append(f"{content.path}: leaves out what is beside the model: {rest}")
+    tensors = {name.removeprefix(prefix): x for name, x in own.items()}
+    return Chosen(tensors, entry.rstrip("."), prefix if others else None, tuple(notes))
+
+
+def _named(prefixes: Sequence[str], key: str) -> list[str]:
+    return [x for x in prefixes if x.rstrip(".") == key or x.startswith(f"{key}.")]
+
+
+def _listed(prefixes: Sequence[str]) -> str:
+    return ", ".join(repr(prefix.rstrip(".")) for prefix in prefixes) or "none"
+
+
+def _rest(left: set[str], prefix: str, others: Sequence[str]) -> str:
+    """Names of tensors, by the first word in which they differ from the prefix."""
+    words = prefix.split(".")[:-1]
+    counts: dict[str, int] = {}
+    for name in sorted(left):
+        own = name.split(".")
+        same = sum(1 for i in range(len(words)) if own[: i + 1] == words[: i + 1])
+        group = ".".join(own[: same + 1])
+        if not any(f"{group}.".startswith(x) or x.startswith(f"{group}.") for x in others if x):
+            counts[group] = counts.get(group, 0) + 1
+    listed = [f"{group} ({count})" for group, count in counts.items()]
+    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    return ", ".join(listed[:_LISTED]) + more
