@@ -113,9 +113,9 @@ def load_encoder(
         if len(sides) != 2:
             raise UserError(f"image_size={sides}: must be (height, width)")
         image_size = sides
-    for key, value, options in (("pool", pool, vit.POOLS), ("dtype", dtype, vit.DTYPES)):
+    for name, value, options in (("pool", pool, vit.POOLS), ("dtype", dtype, vit.DTYPES)):
         if value not in (None, *options):
-            raise UserError(f"{key}={value!r}: must be one of {', '.join(options)}")
+            raise UserError(f"{name}={value!r}: must be one of {', '.join(options)}")
     if importing.is_file(str(where)):
         overrides = importing.Overrides(heads=heads, ln_eps=ln_eps, image_size=image_size, key=key)
         saved: lineage.Saved = lineage.SavedFiles(str(where), overrides)

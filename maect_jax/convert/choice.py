@@ -45,7 +45,7 @@ def choose(contents: Sequence[Content], key: str | None) -> list[Chosen]:
     models = [names.prefixes(content.tensors) for content in contents]
     if key is not None and not any(_named(prefixes, key) for prefixes in models):
         has = "; ".join(f"{c.path} has {_listed(m)}" for c, m in zip(contents, models, strict=True))
-        raise UserError(f"--key={key}: names no model: {has}")
+        raise UserError(f"key {key!r} names no model: {has}")
     return [_choose(*pair, key) for pair in zip(contents, models, strict=True)]
 
 

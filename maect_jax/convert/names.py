@@ -265,7 +265,7 @@ _LAYOUTS = {
 _ENCODERS = {_HF, _PYTORCH}
 # The probe's batch normalisation once more, as the authors' code registers it.
 _PROBE_NORM = {"norm.running_mean", "norm.running_var"}
-_SELF = r"((?:.*?\.)?)"  # what comes before a model's own names
+_SELF = r"((?:.*?\.)??)"  # what comes before a model's own names
 _IGNORED = {
     r".*\.num_batches_tracked": "counts batches, which nothing reads",
     r"(vit\.)?pooler\..*": "is HuggingFace's pooler, which comes after the features",
