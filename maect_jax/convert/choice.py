@@ -4,6 +4,7 @@ A model is what stands behind one *prefix*, dots and all: `teacher.module.backbo
 the keys of dicts in dicts, the rest belongs to the names of the tensors (`Content.tensors`).
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,9 @@ from maect_jax.errors import UserError
 # Where timm's loader looks, in this order.
 _TIMM = ("state_dict_ema", "model_ema", "state_dict", "model")
 _LISTED = 5
+_HOW = "maect import's --key=NAME, or load_encoder's key=NAME"
+# What PyTorch puts into the names of a module that it wraps.
+_WRAPPED = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
 class Chosen(NamedTuple):
@@ -37,7 +41,7 @@ def choose(contents: Sequence[Content], key: str | None) -> list[Chosen]:
 
     Args:
       contents: the files.
-      key: a prefix, or its first words; it must name a model in one of the files.
+      key: a prefix, or some of its words; it must name a model in one of the files.
 
     Raises:
       UserError: `key` names nothing, or a file has several models and nothing says which.
@@ -54,13 +58,12 @@ def _choose(content: Content, prefixes: Sequence[str], key: str | None) -> Chose
         return Chosen(content.tensors, "", None, ())
     fitting = prefixes if key is None else _named(prefixes, key) or prefixes
     for first in _TIMM if key is None else ():
-        if from_timm := _named(prefixes, first):
+        if from_timm := [x for x in prefixes if x.split(".")[0] == first]:
             fitting = from_timm
             break
     if len(fitting) > 1:
         raise UserError(
-            f"{content.path}: holds {len(fitting)} models: {_listed(fitting)}; choose one by "
-            "--key=NAME of import, or key=NAME of load_encoder"
+            f"{content.path}: holds {len(fitting)} models: {_listed(fitting)}; choose by {_HOW}"
         )
     prefix, others = fitting[0], [x for x in prefixes if x != fitting[0]]
     inner = tuple(x for x in others if x.startswith(prefix))
@@ -76,18 +79,24 @@ def _choose(content: Content, prefixes: Sequence[str], key: str | None) -> Chose
     if others:
         notes.append(
             f"{content.path}: takes {_listed([prefix])}; also there: {_listed(others)}. "
-            "--key=NAME of import, or key=NAME of load_encoder, takes another"
+            f"Choose another by {_HOW}"
         )
     if stripped:
         notes.append(f"{content.path}: strips the prefix {stripped!r} of {len(own)} tensors")
     if rest := _rest(content.tensors.keys() - own.keys(), prefix, others):
         notes.append(f"{content.path}: leaves out what is beside the model: {rest}")
-    tensors = {name.removeprefix(prefix): x for name, x in own.items()}
+    tensors = {_WRAPPED.sub("", name.removeprefix(prefix)): x for name, x in own.items()}
+    if wrapped := own.keys() - {f"{prefix}{name}" for name in tensors}:
+        words = {match[0] for name in wrapped for match in _WRAPPED.finditer(name, len(prefix))}
+        inside = ", ".join(map(repr, sorted(words)))
+        notes.append(f"{content.path}: strips {inside} inside the names of {len(wrapped)} tensors")
     return Chosen(tensors, entry.rstrip("."), prefix if others else None, tuple(notes))
 
 
 def _named(prefixes: Sequence[str], key: str) -> list[str]:
-    return [x for x in prefixes if x.rstrip(".") == key or x.startswith(f"{key}.")]
+    """The prefix that is a key, or those that have it among their words."""
+    same = [x for x in prefixes if x.rstrip(".") == key]
+    return same or [x for x in prefixes if f".{key}." in f".{x}"]
 
 
 def _listed(prefixes: Sequence[str]) -> str:

@@ -270,8 +270,9 @@ _IGNORED = {
     r".*\.num_batches_tracked": "counts batches, which nothing reads",
     r"(vit\.)?pooler\..*": "is HuggingFace's pooler, which comes after the features",
     r"(vit\.)?embeddings\.mask_token": "hides patches in SimMIM, which is not used here",
-    r"head\.(mlp\.\d+|last_layer)\..*": "is of DINO's head, which only its training uses",
 }
+# Where a file has such a tensor, as DINO's and MoCo's do, its head is no classifier.
+_PROJECTION = re.compile(r"head\.([3-9]|mlp\.\d+|last_layer)\..*")
 _NO_DECODER = {"mask_token", "pos_embed"}  # what is left of a decoder that was taken out
 
 
@@ -337,7 +338,10 @@ def sort(tensors: Mapping[str, Stored], where: str) -> Sorted:
             f"HuggingFace's ViTMAE or ViT, timm's ViT); its first tensor is {min(tensors)!r}"
         )
     parts: Parts = {}
-    pairs = itertools.product(tensors, _IGNORED.items())
+    unused = dict(_IGNORED)
+    if any(map(_PROJECTION.fullmatch, tensors)):
+        unused[r"head\..*"] = "is of a projection head, which only pre-training uses"
+    pairs = itertools.product(tensors, unused.items())
     ignored = {name: why for name, (what, why) in pairs if re.fullmatch(what, name)}
     probe = _PROBE_NORM if layouts[0] == _LAYOUTS[_PROBE] else set()
     for name, x in sorted(tensors.items(), key=lambda item: item[0] in probe):
@@ -358,7 +362,9 @@ def sort(tensors: Mapping[str, Stored], where: str) -> Sorted:
         if same is x:
             continue
         if name not in probe:
-            raise UserError(f"{where}: {x.names[0]!r} and {same.names[0]!r} are the same tensor")
+            raise UserError(
+                f"{where}: {x.names[0]!r} and {same.names[0]!r} stand for the same tensor"
+            )
         if not np.array_equal(x, same):
             raise UserError(f"{where}: {x.names[0]!r} and {same.names[0]!r} must be equal")
         ignored[name] = f"is the same as {same.names[0]}"

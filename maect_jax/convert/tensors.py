@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial, reduce
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from maect_jax import files
-from maect_jax.errors import UserError, shown
+from maect_jax.errors import UserError
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS = ("model.safetensors", _INDEXES[0], "pytorch_model.bin", _INDEXES[1])
@@ -115,7 +116,10 @@ def read(path: Path) -> Content:
     file = weights_in(path) or path
     if file.is_dir():
         run = "; a run need not be imported" if (path / "checkpoints").is_dir() else ""
-        raise UserError(f"{path}: the folder holds none of {', '.join(_WEIGHTS)}{run}")
+        inside = ", ".join(sorted(x.name for x in path.iterdir() if x.is_file())[:3]) or "no file"
+        raise UserError(
+            f"{path}: the folder holds none of {', '.join(_WEIGHTS)}; it has {inside}{run}"
+        )
     if not file.is_file():
         raise UserError(f"{path}: there is no such file")
     preprocessor: dict = {}
@@ -158,7 +162,7 @@ _Read = tuple[str, dict[str, Stored], dict]
 def _read_file(path: Path) -> _Read:
     try:
         with path.open("rb") as file:
-            head = file.read(64)
+            head = file.read(512)
         if head[4:9] == b"\0\0\0\0{":  # the length of the header, and the header, which is JSON
             return _safetensors(path)
         if head.startswith(b"\x80"):
@@ -167,8 +171,12 @@ def _read_file(path: Path) -> _Read:
             return _archive(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    what = next((_OTHERS[x] for x in _OTHERS if head.startswith(x)), f"starts with {head[:8]!r}")
-    what = what if head else "is empty; download it again"
+    text = head.lstrip(b"\xef\xbb\xbf\r\n ")
+    what = next((_OTHERS[x] for x in _OTHERS if text.startswith(x)), f"starts with {head[:8]!r}")
+    if not head:
+        what = "is empty; download it again"
+    elif head[257:262] == b"ustar":
+        what = "is a tar archive; unpack it first"
     raise UserError(f"{path}: no file of PyTorch or safetensors: it {what}")
 
 
@@ -179,12 +187,16 @@ def _archive(path: Path) -> _Read:
             inside = archive.namelist()
     except zipfile.BadZipFile as error:
         raise UserError(f"{path}: not a whole PyTorch file: it is cut short or damaged") from error
-    kinds = {"/constants.pkl": "TorchScript's", "/data.pkl": "", ".npy": "NumPy's"}
-    kind = next((x for x in kinds if any(name.endswith(x) for name in inside)), None)
+    kinds = {
+        "/constants.pkl": "TorchScript's archive",
+        "/data.pkl": "",
+        ".npy": "NumPy's archive",
+        "": "a zip archive of something else; unpack it first",
+    }
+    kind = next(x for x in kinds if not x or any(name.endswith(x) for name in inside))
     if kind == "/data.pkl":
         return _pickle(path, mapped=True)
-    whose = kinds[kind] if kind else "some other"
-    raise UserError(f"{path}: no file of PyTorch or safetensors: it is {whose} archive")
+    raise UserError(f"{path}: no file of PyTorch or safetensors: it is {kinds[kind]}")
 
 
 def _safetensors(path: Path) -> _Read:
@@ -237,7 +249,9 @@ def _torch(path: Path):
 
 def _load(torch, path: Path, mapped: bool):
     """What `torch.save` wrote: tensors in plain containers."""
-    with torch.serialization.safe_globals([(_Unread, name) for name in _UNREAD]):
+    known = [(_Unread, name) for name in _UNREAD]
+    with torch.serialization.safe_globals(known), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it cannot read it refuses
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
@@ -275,23 +289,29 @@ def _pickle(path: Path, mapped: bool) -> _Read:
         if name in tensors:
             raise UserError(f"{path}: holds {name!r} twice")
         floats = x.layout == torch.strided and x.dtype.is_floating_point and x.dtype.itemsize > 1
+        floats = floats and not x.is_meta
         tensors[name] = Stored(keys[-1:], tuple(x.shape), partial(read, keys), path, floats)
+    if not tensors:  # arrays of NumPy are none
+        raise UserError(f"{path}: holds no tensors of PyTorch by name")
     authors = saved.get("ctor_kwargs")
     return "PyTorch", tensors, {"ctor_kwargs": authors} if isinstance(authors, Mapping) else {}
 
 
 def _refusal(path: Path, message: str) -> str:
     """Why PyTorch refuses a pickle, by its message, and what to do."""
-    name = re.search(r"GLOBAL ([\w.]+)", message)
-    if name is None:
-        reason = re.search(r"Unpickler error: (.+)", message)
-        why = f" ({shown(reason[1])})" if reason else ""
-        return f"it is damaged or no file of PyTorch's{why}; nothing in it was run"
+    if name := re.search(r"GLOBAL ([\w.]+)", message):
+        why = f"it holds {name[1]}, which is neither a tensor nor a plain value"
+    elif "Unsupported operand" in message:
+        why = (
+            "it is damaged, or a pickle of protocol 4 or later, which PyTorch does not read safely"
+        )
+    else:
+        return "it is damaged, or no file of PyTorch's; nothing in it was run"
     code = f"torch.save(torch.load({path.name!r}, weights_only=False)['model'], 'weights.pth')"
     return (
-        f"it holds {name[1]}, which is neither a tensor nor a plain value; nothing in it was run. "
-        f'If you trust the file, save its weights alone: python -c "import torch; {code}", with '
-        "the key that they have in place of 'model' (of a whole module .state_dict())"
+        f"{why}; nothing in it was run. If you trust the file, save its weights alone: "
+        f"python -c \"import torch; {code}\", with the key that they have in place of 'model' "
+        "(of a whole module .state_dict())"
     )
 
 

@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from maect_jax import load_encoder
 from maect_jax.convert import importing, names, tensors
 from maect_jax.errors import UserError
+from maect_jax.run import lineage
 from tests.helpers.common import assert_trees_equal
 from tests.helpers.foreign_files import CT, MAE, mae_file, stated, with_class_row
 
@@ -34,6 +36,30 @@ def test_a_prefix_is_stripped_and_what_is_beside_it_left_out(file, prefix):
     assert f"{prefix!r} of {len(ENCODER)} tensors" in stripped
     assert left.endswith("head (1), loss (1)")
     assert found.described[1:3] == found.notes
+
+
+def test_wrappers_inside_of_names_and_heads_of_pre_training_are_passed_over(file):
+    inner = {n.replace("blocks.0.", "blocks.0._orig_mod."): x for n, x in ENCODER.items()}
+    head = {f"head.{i}.weight": np.zeros((2, 2), np.float32) for i in (0, 1, 3)}
+    found = importing.recognised([file(inner | head)], stated(CT))
+    assert found.kind == "encoder"
+    assert_trees_equal(found.read()["params"]["encoder"], params_of(file(ENCODER)))
+    assert "strips '_orig_mod.' inside" in found.notes[0]
+    assert "  head.3.weight: ignored" in "\n".join(found.described)
+
+
+def test_a_run_that_starts_from_a_file_says_what_it_passes_over(file, caplog):
+    path = file(under("ema.", OTHER) | under("model.", mae_file(MAE)))
+    with pytest.raises(UserError, match="--heads"):
+        lineage.SavedFiles(str(path))
+    lineage.SavedFiles(str(path), stated(MAE))
+    assert "takes 'model'; also there: 'ema'" in caplog.text
+    with pytest.raises(UserError, match="is none of"):
+        load_encoder(path, key="ema")
+    size = dict(heads=CT.meta["heads"], ln_eps=1e-6)
+    assert load_encoder(path, key="ema", **size).width == CT.meta["width"]
+    with pytest.raises(UserError, match="key 'x' names no model"):
+        load_encoder(path, key="x", **size)
 
 
 @pytest.mark.parametrize(
@@ -120,9 +146,10 @@ def test_what_is_wrong_with_the_second_file_names_that_file(file):
     ("start", "message"),
     [
         (b"", "empty"),
-        (b"<!DOCTYPE html>", "web page"),
+        (b"\n<!DOCTYPE html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
         (b"\x1f\x8b\x08\x00", "gzip"),
+        (b"weights.pth".ljust(257, b"\0") + b"ustar", "tar"),
         (b"PK\x03\x04" + bytes(60), "cut short"),
         (b"weights", "starts with b'weights'"),
     ],

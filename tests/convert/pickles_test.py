@@ -101,6 +101,9 @@ def test_plain_values_of_other_classes_are_let_be_and_others_named(tmp_path, zip
         with pytest.raises(UserError, match=f"holds {re.escape(name)}, ") as error:
             importing.recognised([path])
         assert "weights_only=False)['model'], 'weights.pth')" in str(error.value)
+    save({"model": tensors}, pickle_protocol=4)
+    with pytest.raises(UserError, match="a pickle of protocol 4 or later"):
+        importing.recognised([path])
 
 
 def probe_of_authors(width, classes, pooling):
@@ -203,8 +206,10 @@ def test_odd_pickles_are_one_clear_line(tmp_path):
     itself["model"] = itself
     eighth = tensors | {"norm.bias": torch.zeros(24, dtype=torch.float8_e4m3fn)}
     for content, message in (
-        (itself, "holds no tensors by name"),
-        ({"model": [1, 2]}, "holds no tensors by name"),
+        (itself, "holds no tensors of PyTorch by name"),
+        ({"model": [1, 2]}, "holds no tensors of PyTorch by name"),
+        ({"model": {"norm.bias": np.zeros(24)}}, "holds no tensors of PyTorch by name"),
+        (tensors | {"norm.bias": torch.zeros(24, device="meta")}, "'norm.bias' must hold floats"),
         ([1, 2], "holds list, not tensors by name"),
         (eighth, "'norm.bias' must hold floats of 16, 32 or 64 bits"),
     ):
