@@ -53,44 +53,45 @@ def choose(contents: Sequence[Content], key: str | None) -> list[Chosen]:
     return [_choose(*pair, key) for pair in zip(contents, models, strict=True)]
 
 
-def _choose(content: Content, prefixes: Sequence[str], key: str | None) -> Chosen:
+def _choose(content: Content, prefixes: list[str], key: str | None) -> Chosen:
     if not prefixes:  # the names are of no known kind, and are refused
         return Chosen(content.tensors, "", None, ())
-    fitting = prefixes if key is None else _named(prefixes, key) or prefixes
-    for first in _TIMM if key is None else ():
-        if from_timm := [x for x in prefixes if x.split(".")[0] == first]:
-            fitting = from_timm
-            break
-    if len(fitting) > 1:
-        raise UserError(
-            f"{content.path}: holds {len(fitting)} models: {_listed(fitting)}; choose by {_HOW}"
-        )
-    prefix, others = fitting[0], [x for x in prefixes if x != fitting[0]]
+    prefix = _prefix(content, prefixes, key)
+    others = [x for x in prefixes if x != prefix]
     inner = tuple(x for x in others if x.startswith(prefix))
     own = {
         name: x
         for name, x in content.tensors.items()
         if name.startswith(prefix) and not (inner and name.startswith(inner))
     }
+    tensors = {_WRAPPED.sub("", name.removeprefix(prefix)): x for name, x in own.items()}
+    wrapped = own.keys() - {f"{prefix}{name}" for name in tensors}
+    words = {match[0] for name in wrapped for match in _WRAPPED.finditer(name, len(prefix))}
     first = next(iter(own))
     entry = first.removesuffix(own[first].names[0])
     stripped = prefix.removeprefix(entry)
-    notes = []
-    if others:
-        notes.append(
-            f"{content.path}: takes {_listed([prefix])}; also there: {_listed(others)}. "
-            f"Choose another by {_HOW}"
+    rest = _rest(content.tensors.keys() - own.keys(), prefix, others)
+    also = f"takes {_listed([prefix])}; also there: {_listed(others)}. Choose another by {_HOW}"
+    notes = {
+        also: others,
+        f"strips the prefix {stripped!r} of {len(own)} tensors": stripped,
+        f"strips {_listed(sorted(words))} inside the names of {len(wrapped)} tensors": words,
+        f"leaves out what is beside the model: {rest}": rest,
+    }
+    told = tuple(f"{content.path}: {note}" for note, why in notes.items() if why)
+    return Chosen(tensors, entry.rstrip("."), prefix if others else None, told)
+
+
+def _prefix(content: Content, prefixes: list[str], key: str | None) -> str:
+    """The prefix of the model that is taken."""
+    by_key = [] if key is None else _named(prefixes, key)
+    by_timm = ([x for x in prefixes if x.split(".")[0] == first] for first in _TIMM)
+    fitting = by_key or next(filter(None, by_timm), prefixes)
+    if len(fitting) > 1:
+        raise UserError(
+            f"{content.path}: holds {len(fitting)} models: {_listed(fitting)}; choose by {_HOW}"
         )
-    if stripped:
-        notes.append(f"{content.path}: strips the prefix {stripped!r} of {len(own)} tensors")
-    if rest := _rest(content.tensors.keys() - own.keys(), prefix, others):
-        notes.append(f"{content.path}: leaves out what is beside the model: {rest}")
-    tensors = {_WRAPPED.sub("", name.removeprefix(prefix)): x for name, x in own.items()}
-    if wrapped := own.keys() - {f"{prefix}{name}" for name in tensors}:
-        words = {match[0] for name in wrapped for match in _WRAPPED.finditer(name, len(prefix))}
-        inside = ", ".join(map(repr, sorted(words)))
-        notes.append(f"{content.path}: strips {inside} inside the names of {len(wrapped)} tensors")
-    return Chosen(tensors, entry.rstrip("."), prefix if others else None, tuple(notes))
+    return fitting[0]
 
 
 def _named(prefixes: Sequence[str], key: str) -> list[str]:

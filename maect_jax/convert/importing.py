@@ -203,10 +203,16 @@ class _Source(NamedTuple):
         return {"layout": self.sorted.layout, **key}
 
 
+def _authors(content: Content) -> Mapping:
+    """What the code of MAE-CT's authors writes about a model, if it has written the file."""
+    kwargs = content.config.get("ctor_kwargs")
+    return kwargs if isinstance(kwargs, Mapping) else {}
+
+
 def _stated(content: Content, overrides: Overrides) -> dict[str, tuple[str, Any]]:
     """What is stated about an encoder, by HuggingFace's or timm's key: where, and the value."""
     stated = {key: (key, value) for key, value in content.config.items()}
-    authors = stated.pop("ctor_kwargs", ("", {}))[1]
+    authors = _authors(content)
     for theirs, key in _AUTHORS.items():
         if theirs in authors:
             stated[key] = f"ctor_kwargs.{theirs}", authors[theirs]
@@ -345,8 +351,7 @@ class _Builder:
         """The feature that a probe was trained on, where its file states it."""
         if CLASSIFIER not in self.sources:
             return None
-        authors = self.sources[CLASSIFIER].content.config.get("ctor_kwargs", {})
-        pooling = authors.get("pooling")
+        pooling = _authors(self.sources[CLASSIFIER].content).get("pooling")
         kind = pooling.get("kind") if isinstance(pooling, Mapping) else pooling
         if kind is None:
             return None

@@ -44,7 +44,7 @@ def test_wrappers_inside_of_names_and_heads_of_pre_training_are_passed_over(file
     found = importing.recognised([file(inner | head)], stated(CT))
     assert found.kind == "encoder"
     assert_trees_equal(found.read()["params"]["encoder"], params_of(file(ENCODER)))
-    assert "strips '_orig_mod.' inside" in found.notes[0]
+    assert "strips '_orig_mod' inside" in found.notes[0]
     assert "  head.3.weight: ignored" in "\n".join(found.described)
 
 
