@@ -26,7 +26,7 @@ class Chosen(NamedTuple):
     Attributes:
       tensors: without the prefix in their names.
       entry: keys of the dicts that it stands in, joined by dots.
-      key: the prefix, where it is one of several models, else None.
+      key: names it, where the file has several models, else None.
       notes: what was passed over or stripped, for people.
     """
 
@@ -79,7 +79,7 @@ def _choose(content: Content, prefixes: list[str], key: str | None) -> Chosen:
         f"leaves out what is beside the model: {rest}": rest,
     }
     told = tuple(f"{content.path}: {note}" for note, why in notes.items() if why)
-    return Chosen(tensors, entry.rstrip("."), prefix if others else None, told)
+    return Chosen(tensors, entry.rstrip("."), prefix.rstrip(".") if others else None, told)
 
 
 def _prefix(content: Content, prefixes: list[str], key: str | None) -> str:

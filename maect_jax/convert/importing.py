@@ -325,7 +325,7 @@ class _Builder:
         try:
             vit.check(config)
         except UserError as error:
-            raise self.error(str(error)) from error
+            raise self.error(str(error).removeprefix("config.model.")) from error
         return config.model, grid
 
     def grid(self, patch: int) -> tuple[int, int]:
@@ -435,11 +435,12 @@ class _Builder:
     def classifier(self, width: int) -> tuple[str, dict, Shapes]:
         classes = self.tensor(CLASSIFIER, "classifier.weight", axes=2).shape[0]
         shapes = {"classifier.weight": (classes, width), "classifier.bias": (classes,)}
-        running = self.parts[CLASSIFIER].get("classifier.running_var")
+        own = self.parts[CLASSIFIER]
+        running = next((x for name, x in own.items() if ".running_" in name), None)
         if running is None:
             return "finetune", {}, shapes
         shapes |= {f"classifier.running_{key}": (width,) for key in ("mean", "var")}
-        of_mae = running.names[0].endswith("head.0.running_var")
+        of_mae = re.search(r"\bhead\.0\.running_\w+$", running.names[0])
         bn_eps = 1e-6 if of_mae else 1e-5  # the authors'
         return "probe", {"bn_eps": bn_eps}, shapes
 

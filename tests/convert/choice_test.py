@@ -73,7 +73,7 @@ def test_of_several_models_timms_choice_is_taken_and_told(file, taken, passed):
     found = importing.recognised([path], stated(CT))
     assert_trees_equal(found.read()["params"]["encoder"], want)
     assert f"takes '{taken}'; also there: '{passed}'" in found.notes[0]
-    assert found.origin()[0]["key"] == f"{taken}."
+    assert found.origin()[0]["key"] == taken
     assert_trees_equal(params_of(path, key=passed), other)
 
 
@@ -97,7 +97,7 @@ def test_a_key_chooses_in_the_file_that_has_it(file):
     head = file(CT.under("init/head/"), "head")
     both = file(under("student.", OTHER) | under("teacher.", ENCODER), "both")
     origin = importing.recognised([head, both], stated(CT, key="teacher")).origin()
-    assert [entry.get("key") for entry in origin] == [None, "teacher."]
+    assert [entry.get("key") for entry in origin] == [None, "teacher"]
 
 
 def test_an_mae_without_its_decoder_is_an_encoder(file):
@@ -172,14 +172,6 @@ def test_a_file_is_what_it_holds_whatever_its_name(file, tmp_path):
     (tmp_path / "y.pth.npz").rename(tmp_path / "y.pth")
     with pytest.raises(UserError, match="NumPy's archive"):
         importing.recognised([tmp_path / "y.pth"])
-
-
-def test_positions_in_half_precision_are_those_of_an_mae(file):
-    """As they are for the feature of a ViT-B; they are kept as they are."""
-    own = {name: x.astype(np.float16) for name, x in ENCODER.items()}
-    found = importing.recognised([file(own)], stated(CT, image_size=None))
-    assert found.grid == CT.grid
-    assert "pos_embed" in found.read()["params"]["encoder"]
 
 
 def test_what_is_stated_has_the_name_of_its_place(tmp_path):

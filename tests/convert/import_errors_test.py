@@ -30,6 +30,11 @@ def with_position(shape, dtype=np.float32):
 ROWS, WIDTH = CT.grid[0] * CT.grid[1], CT.meta["width"]
 # What is wrong with a file, by what the error says.
 WRONG = {
+    "the classifier's tensor 'head.0.running_var' is missing": broken(
+        lambda t: t.update({"head.1.weight": np.zeros((3, WIDTH), np.float32),
+                            "head.1.bias": np.zeros(3, np.float32),
+                            "head.0.running_mean": np.zeros(WIDTH, np.float32)})
+    ),
     "the encoder's tensor 'blocks.1.attn.qkv.bias' is missing": broken(
         lambda t: t.pop("blocks.1.attn.qkv.bias")
     ),
@@ -71,7 +76,7 @@ def test_what_a_file_does_not_tell_is_asked_for(file, tmp_path):
     path = file(CT.under("init/encoder/"))
     with pytest.raises(UserError, match=r"none of \[192, .* with --heads and --ln_eps"):
         importing.recognised([path])
-    with pytest.raises(UserError, match=r"image_size=\(17, 17\): .* patch size"):
+    with pytest.raises(UserError, match=r"safetensors: image_size=\(17, 17\): .* patch size"):
         importing.recognised([path], stated(CT, image_size=(17, 17)))
     with pytest.raises(UserError, match="another encoder; one file of each"):
         importing.recognised([path, path], stated(CT))

@@ -75,6 +75,24 @@ def test_a_malicious_pickle_runs_nothing(tmp_path, monkeypatch, how):
         assert trap.exists()
 
 
+@pytest.mark.parametrize(
+    "entries",
+    ["state_dict_ema state_dict", "model_ema model", "model state_dict", "ema model",
+     "model_ema state_dict_ema", "state_dict ema_model module"],
+)  # fmt: skip
+def test_of_several_models_that_is_taken_which_timm_loads(tmp_path, entries):
+    path, tensors = tmp_path / "several.pth", timm_model(num_classes=0).state_dict()
+    saved = {
+        name: tensors | {"norm.bias": torch.full((24,), float(i))}
+        for i, name in enumerate(entries.split())
+    }
+    torch.save(saved, path)
+    found = importing.recognised([path], Overrides(heads=3, ln_eps=1e-6))
+    want = timm.models.load_state_dict(path)["norm.bias"].numpy()
+    np.testing.assert_array_equal(found.parts["encoder"]["norm.bias"], want)
+    assert "also there" in found.notes[0]
+
+
 class Config(dict):
     """As OmegaConf's nodes: a class that only its library can build."""
 
