@@ -89,6 +89,7 @@ def load_encoder(
     dtype: str = "float32",
     heads: int | None = None,
     ln_eps: float | None = None,
+    key: str | None = None,
 ) -> Encoder:
     """Loads the encoder of a run (of its last stage; of ct the average), or of a PyTorch,
     safetensors or HuggingFace file, onto the first device.
@@ -102,6 +103,7 @@ def load_encoder(
       pool: "cls", "mean" or "fc_norm"; by default the model's own.
       dtype: of the activations, "float32" or "bfloat16".
       heads, ln_eps: what a file of an unusual width does not say.
+      key: which model of a file with several, such as "teacher" or "state_dict_ema".
 
     Raises:
       UserError: there is no such run or file, or it cannot be read.
@@ -111,14 +113,14 @@ def load_encoder(
         if len(sides) != 2:
             raise UserError(f"image_size={sides}: must be (height, width)")
         image_size = sides
-    for key, value, options in (("pool", pool, vit.POOLS), ("dtype", dtype, vit.DTYPES)):
+    for name, value, options in (("pool", pool, vit.POOLS), ("dtype", dtype, vit.DTYPES)):
         if value not in (None, *options):
-            raise UserError(f"{key}={value!r}: must be one of {', '.join(options)}")
+            raise UserError(f"{name}={value!r}: must be one of {', '.join(options)}")
     if importing.is_file(str(where)):
-        overrides = importing.Overrides(heads=heads, ln_eps=ln_eps, image_size=image_size)
+        overrides = importing.Overrides(heads=heads, ln_eps=ln_eps, image_size=image_size, key=key)
         saved: lineage.Saved = lineage.SavedFiles(str(where), overrides)
-    elif heads or ln_eps:
-        raise UserError(f"{where}: heads and ln_eps are for files; a run has its own")
+    elif heads or ln_eps or key:
+        raise UserError(f"{where}: heads, ln_eps and key are for files; a run has its own")
     else:
         allowed = "the folder of a run or a file of weights"
         saved = lineage.trained_stage(Path(where), (), where=str(where), allowed=allowed)

@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         as in the paper), or that mean before the final norm"""
     add("--pool", choices=vit.POOLS, help=pooled)
     add("--dtype", choices=vit.DTYPES, help="of activations (bfloat16)")
+    add("--key", help="which model of a file with several, such as teacher or state_dict_ema")
     add = commands.add_parser("export", description=_EXPORT).add_argument
     add("run", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
     add("file", type=Path, metavar="FILE", help="a new file, for hf a folder")

@@ -100,7 +100,7 @@ def test_load_encoder_takes_pixels_as_they_come(tmp_path, rng):
         (dict(pool="max"), "pool='max': must be one of cls, mean, fc_norm"),
         (dict(dtype="int8"), "dtype='int8': must be one of float32, bfloat16"),
         (dict(image_size=7), r"image_size=\(7,\): must be \(height, width\)"),
-        (dict(heads=-2), "num_attention_heads is -2, must be a number above 0"),
+        (dict(heads=-2), "heads is -2, must be a number above 0"),
         (dict(mean=(0.5,)), "give the mean and std of its 3 channels"),
     ):
         with pytest.raises(UserError, match=message):
