@@ -159,6 +159,8 @@ def trained_stage(path: Path, wanted: Sequence[str], where: str, allowed: str) -
       UserError: there is no such run, stage or step, or the stage is not finished.
     """
     run, stage, step = checkpoints.run_of(path)
+    if not os.path.exists(run):
+        raise UserError(f"{where}: there is no such file or folder; must be {allowed}")
     if not os.path.isfile(run / "config.json"):
         raise UserError(f"{where}: there is no run (no config.json); must be {allowed}")
     trained = checkpoints.trained_stages(run, tuple(SAVED))
