@@ -23,7 +23,7 @@ _LOGGER = logging.getLogger(__name__)
 _MAY_CHANGE = (
     "log_level", "log_every", "tensorboard", "profile", "debug_nans", "nan_policy", "nan_limit",
     "checkpoint.", "monitor.", "mesh.", "encoder_microbatches", "remat", "data.workers",
-    "data.max_bad_fraction", "eval.",
+    "data.max_bad_fraction", "data.max_pixels", "eval.",
 )  # fmt: skip
 
 
