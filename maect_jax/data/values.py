@@ -81,7 +81,7 @@ def _values(source: Source, decoding: Decoding, record: int) -> Values | None:
 def _check(what: str, seen: Values, bounds: tuple[float, ...]) -> None:
     """Raises `UserError` if the values `seen` do not fit the `bounds` that the user sets, or may
     not fit those of the file type where there are none."""
-    what += f", values {seen.low:.10g} to {seen.high:.10g}"
+    what += f", values {seen.low:.7g} to {seen.high:.7g}"
     set_it = f"Set {_suggested(seen.low, seen.high)}, the values of black and white."
     fills = seen.high - seen.low >= seen.possible / 2 > 0
     if seen.is_colour and (bounds or not fills):
