@@ -14,6 +14,7 @@ from maect_jax.data.decode import Decoding, Values
 from maect_jax.errors import BadImageError, UserError, shown
 
 _SAMPLED = 64  # images of a split
+_DARKEST = 32  # what some pixel has in any set of images of 8 bits
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -49,15 +50,15 @@ def to_uint8(what: str, array: np.ndarray, bounds: tuple[float, ...]) -> np.ndar
       bounds: the values that become 0 and 255; empty for all that uint16 holds.
 
     Raises:
-      UserError: as `check` does; or they are not finite, or uint8 that are only 0 and 1.
+      UserError: as `check` does; or they are not finite, or uint8 far from 255.
     """
     try:
         low, high = decode.extremes(array)
     except BadImageError as error:
         raise UserError(f"{what}: {error}") from error
     if array.dtype == np.uint8:
-        if high == 1:
-            raise UserError(f"{what}, values 0 to 1: must be 0 to 255")
+        if 0 < high < _DARKEST:
+            raise UserError(f"{what}, values {low:g} to {high:g}: must be 0 to 255. Multiply them.")
         return array
     possible = np.iinfo(np.uint16).max if array.dtype == np.uint16 else 0
     _check(what, Values(str(array.dtype), low, high, possible, is_colour=False), bounds)

@@ -196,7 +196,8 @@ def test_arrays_of_numbers_become_pixels(tmp_path):
         (images / 255, "(0,1)"),
         (colours(TWELVE)[None], "(0,4095)"),
         (colours(RAMP)[None].astype(np.int64), "(0,255)"),
-        (images // 200, "0 to 255"),  # 0 and 1
+        (images // 200, "values 0 to 1: must be 0 to 255"),
+        (images // 16, "values 0 to 15: must be 0 to 255"),
         (images / np.where(images > 9, 1, np.nan), "finite"),
     ):
         with pytest.raises(UserError) as error:
