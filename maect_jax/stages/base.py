@@ -122,8 +122,8 @@ class Stage(Saved, abc.ABC):
         for key in _OF_COLOURS if channels not in (1, 3) else ():
             if np.any(section.get(key, 0)):
                 raise UserError(
-                    f"config.{cls.name}.{key}={section[key]}: must be off, as it is for gray and "
-                    f"RGB images; config.model.channels={channels}"
+                    f"config.{cls.name}.{key}={section[key]}: is for gray and RGB images; switch "
+                    f"it off for config.model.channels={channels}"
                 )
         batch, parts = config[cls.name].batch_size, config.encoder_microbatches
         sharding.check_batch(f"config.{cls.name}.batch_size", batch, devices)
