@@ -53,7 +53,13 @@ def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -
     data.val_split = "val"  # imagenet2012 calls it validation
     data.mean = IMAGENET_MEAN
     data.std = IMAGENET_STD
-    data.short_side = 256  # evaluation: resize to this, then cut the centre
+    # Evaluation: the centre is cut from images that are resized so that they just cover a box of
+    # its aspect, with this shorter side.
+    data.short_side = 256
+    # Values that become 0 and 255 in images of more than 8 bits a channel; (): all that 16 bits
+    # hold; 32 bits and floating point are then an error.
+    data.range = ()
+    data.max_pixels = 178_956_970  # larger images are not read
     data.workers = 8  # processes that read and cut images; 0: threads
     # Training only: decode large JPEGs at a smaller scale if the crops still have enough pixels.
     data.scaled_jpeg = False

@@ -72,10 +72,15 @@ class Encoder:
             raise ValueError(
                 f"images of {dtype}: must be uint8 from 0 to 255, or floating point from 0 to 1"
             )
-        # Arrays on a device are not checked, which would wait for them.
-        floats = isinstance(images, np.ndarray) and dtype != np.uint8
-        if not len(images) or (floats and not (images.min() >= 0 and images.max() <= 1)):
-            raise ValueError("images: must be at least one, and floats from 0 to 1")
+        if not len(images):
+            raise ValueError("images: must be at least one")
+        # Inside a function that is jitted there are no values yet.
+        if dtype != np.uint8 and not isinstance(images, jax.core.Tracer):
+            low, high = float(images.min()), float(images.max())
+            if not (low >= 0 and high <= 1):
+                raise ValueError(
+                    f"images from {low:.4g} to {high:.4g}: must be uint8 or floats from 0 to 1"
+                )
         return self._encode(self._params, images)
 
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from maect_jax import config as configs
 from maect_jax import sharding, train
 from maect_jax.config import Rule, Rules, between, not_negative, one_of, positive
-from maect_jax.data import sources
+from maect_jax.data import sources, values
 from maect_jax.data.bad_images import BadImages
 from maect_jax.errors import OTHER_HOST, RunFailedError, UserError
 from maect_jax.evals import finetuned, monitor, runner, table
@@ -247,6 +247,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             origin = prepare(config)
             mesh = sharding.make_mesh(**config.mesh)
             images = open_images(config, workdir)
+            values.check(images.values(), sources.decoding(config))
             if config.checkpoint.best and not monitor.is_possible(config, images):
                 raise UserError(
                     f"config.checkpoint.best={config.checkpoint.best!r}: is measured on held-out "
@@ -279,7 +280,7 @@ def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None
     held_out = images.get("val", images["train"])
     examples = snapshots.Examples(runner.record(config, held_out), held_out="val" in images)
     count_bad = partial(
-        BadImages, channels=config.model.channels, allowed=config.data.max_bad_fraction
+        BadImages, decoding=sources.decoding(config), allowed=config.data.max_bad_fraction
     )
     bad_images = {split: count_bad(source) for split, source in images.items()}
     for name in config.stages:
@@ -329,6 +330,7 @@ def dry_run(config: ConfigDict) -> None:
     mesh = sharding.make_mesh(**config.mesh)
     images, whose = images_to_plan(config)
     check_enough(config, images)
+    values.check([images], sources.decoding(config))
     print(_title(config, images, whose, mesh))
     if config.stages[0] == EVAL or STAGES[config.stages[0]].takes:
         print(f"from {start}")

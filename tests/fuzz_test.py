@@ -16,6 +16,7 @@ from PIL import Image
 from maect_jax import config as configs
 from maect_jax import pipeline
 from maect_jax.data import arrays, decode, folder, loader, sources, subsets
+from maect_jax.data.decode import Decoding
 from maect_jax.errors import BadImageError
 from tests.helpers.fuzz import DEEP, bounded, load, one_line, only, refused
 
@@ -139,14 +140,16 @@ def test_a_header_may_claim_any_size(content):
 def seen(content):
     for channels in (1, 3):
         with one_line(BadImageError):
-            pixels = decode.pixels(content, channels)
+            pixels = decode.pixels(content, Decoding(channels))
             assert min(pixels.shape) > 0
             assert (pixels.dtype, pixels.shape[2]) == (np.uint8, channels)
-            assert min(decode.shape(content)) > 0
+            assert min(decode.shape(content, Decoding(channels))) > 0
     with one_line():  # no other image can replace the only one
-        make = loader.TrainRecord(only(content), 3, (8, 8), ((0.2, 1.0),), (0,), scaled_jpeg=True)
+        make = loader.TrainRecord(
+            only(content), Decoding(3), (8, 8), ((0.2, 1.0),), (0,), scaled_jpeg=True
+        )
         assert make((0, 0))["image"].shape == (1, 8, 8, 3)
-    assert loader.EvalRecord(only(content), 3, (8, 8), 8)(0)["image"].shape == (8, 8, 3)
+    assert loader.EvalRecord(only(content), Decoding(3), (8, 8), 8)(0)["image"].shape == (8, 8, 3)
 
 
 def npz(**found):
@@ -189,7 +192,7 @@ def arrays_of(tmp_path, content):
     path = tmp_path / "images.npz"
     path.write_bytes(content)
     with one_line():
-        found = arrays.npz(str(path), "train", 1)
+        found = arrays.npz(str(path), "train", Decoding(1))
         assert found.images.dtype == np.uint8
         assert len(sources.labels_digest(found)) == 16
         return found

@@ -20,6 +20,7 @@ from etils import epy
 from maect_jax.data import decode, transforms
 from maect_jax.data.arrays import Arrays
 from maect_jax.data.base import Source
+from maect_jax.data.decode import Decoding
 from maect_jax.data.randaugment import randaugment
 from maect_jax.data.transforms import Range, Shape
 from maect_jax.errors import BadImageError, RunFailedError
@@ -76,7 +77,7 @@ class TrainRecord:
     """
 
     source: Source
-    channels: int
+    decoding: Decoding
     size: Shape
     scales: tuple[Range, ...]
     seed: tuple[int, ...]
@@ -94,7 +95,7 @@ class TrainRecord:
             try:
                 content, label = self.source[index]
                 if self.whole:
-                    image = decode.pixels(content, self.channels)
+                    image = decode.pixels(content, self.decoding)
                 else:
                     image = self._views(np.random.default_rng((*self.seed, *key)), content)
                 break
@@ -111,11 +112,12 @@ class TrainRecord:
 
     def _views(self, rng: np.random.Generator, image) -> np.ndarray:
         if not self.scaled_jpeg:
-            image = decode.pixels(image, self.channels)
-        shape = decode.shape(image)  # of the whole image, which may be decoded smaller
+            image = decode.pixels(image, self.decoding)
+        # Of the whole image, which may be decoded smaller.
+        shape = decode.shape(image, self.decoding)
         boxes = [transforms.random_crop_box(rng, shape, scale) for scale in self.scales]
         flips = rng.random(len(boxes)) < 0.5
-        image = decode.pixels(image, self.channels, transforms.min_scale(boxes, self.size))
+        image = decode.pixels(image, self.decoding, transforms.min_scale(boxes, self.size))
         views = [transforms.crop_resize(image, box, self.size, shape) for box in boxes]
         return np.stack([v[:, ::-1] if flip else v for v, flip in zip(views, flips, strict=True)])
 
@@ -143,17 +145,17 @@ class EvalRecord:
     """
 
     source: Source
-    channels: int
+    decoding: Decoding
     size: Shape
     short_side: int
 
     def __call__(self, record: int) -> dict[str, np.ndarray | np.generic]:
-        crop, label, bad = np.zeros((*self.size, self.channels), np.uint8), -1, -1
+        crop, label, bad = np.zeros((*self.size, self.decoding.channels), np.uint8), -1, -1
         exists = record < len(self.source)
         try:
             if exists:
                 image, label = self.source[record]
-                pixels = decode.pixels(image, self.channels)
+                pixels = decode.pixels(image, self.decoding)
                 crop = transforms.centre_crop(pixels, self.short_side, self.size)
         except (BadImageError, OSError):
             bad = record

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from maect_jax import config as configs
-from maect_jax.config import Rule, Rules, at_most, between, one_of
+from maect_jax.config import Rule, Rules, at_most, between, one_of, positive
 from maect_jax.data import arrays
 from maect_jax.data.base import Source
+from maect_jax.data.decode import Decoding
 from maect_jax.data.folder import Folder
 from maect_jax.errors import UserError
 
@@ -100,20 +101,20 @@ def make(
     Args:
       data: the section. A path that ends in `.npz` is a file of arrays, whatever the source.
       split: one of `SPLITS`.
-      channels: 1 (gray) or 3 (RGB).
+      channels: 1 (gray) or 3 (RGB); of arrays of pixels, as many as they have.
       classes: of a folder, the training images' classes, by which all splits number their labels.
       run: the run's folder, which may hold the index of a large folder of images.
 
     Raises:
       UserError: there are no such images, or they cannot have that many channels.
     """
+    if data.path.endswith(".npz"):
+        return arrays.npz(data.path, split, _decoding(data, channels))
     allowed = _CHANNELS.get(data.source, (1, 3))
     if channels not in allowed:
         either = " or ".join(map(str, allowed))
         source = f"config.data.source={data.source!r}"
         raise UserError(f"config.model.channels={channels}: must be {either} for {source}")
-    if data.path.endswith(".npz"):
-        return arrays.npz(data.path, split, channels)
     index_file = run / f"{split}.index.npz" if run else None
     options = dict(channels=channels, classes=classes, index_file=index_file)
     return KINDS[data.source](data, data[f"{split}_split"], **options)
@@ -128,6 +129,15 @@ def splits(
         classes = (images["train"].classes or None) if "train" in images else None
         images[split] = make(data, split, channels, classes, run)
     return images
+
+
+def decoding(config) -> Decoding:
+    """How the images of a config become pixels."""
+    return _decoding(config.data, config.model.channels)
+
+
+def _decoding(data, channels: int) -> Decoding:
+    return Decoding(channels, data.range, data.max_pixels)
 
 
 def class_name(classes: Sequence[str], label: int) -> str:
@@ -152,6 +162,11 @@ RULES: Rules = {
     "short_side": at_most(2**14),
     "workers": between(0, 1024),
     "max_bad_fraction": between(0, 1),
+    "max_pixels": positive,
+    "range": Rule(
+        "(), or (BLACK, WHITE), the second number above the first",
+        lambda v, _: v == () or (len(v) == 2 and -math.inf < v[0] < v[1] < math.inf),
+    ),
     "mean": Rule("finite numbers", lambda v, _: all(map(math.isfinite, v))),
     "std": Rule("above 0", lambda v, _: all(0 < x < math.inf for x in v)),
 }
@@ -163,9 +178,9 @@ _PACKAGED: Rules = {
 
 def check(config) -> None:
     """Checks the `data` section of a config. Raises `UserError`."""
-    channels, side = config.model.channels, max(config.model.image_size)
+    channels, side = config.model.channels, min(config.model.image_size)
     per_channel = Rule(f"{channels} numbers, one per channel", lambda v, _: len(v) == channels)
-    large_enough = Rule(f"at least the larger side of the image, {side}", lambda v, _: v >= side)
+    large_enough = Rule(f"at least the shorter side of the image, {side}", lambda v, _: v >= side)
     of_model = {"mean": per_channel, "std": per_channel, "short_side": large_enough}
     packaged = _PACKAGED if config.data.source == "fashion_mnist" else {}
     for rules in (RULES, packaged, of_model):

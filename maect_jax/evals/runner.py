@@ -39,6 +39,8 @@ RULES: Rules = {
     "map": one_of(maps.NAMES),
     "export": one_of(("", *features.EXPORTS)),
 } | {f"{p.section}.{key}": rule for p in PROTOCOLS.values() for key, rule in p.rules.items()}
+# Keys of `data` that features depend on.
+_READ_BY = ("source", "path", "name", "mean", "std", "short_side", "range", "max_pixels")
 _normalise = jax.jit(augment.normalise_pixels, static_argnums=(1, 2))
 
 folder_of = base.folder_of
@@ -69,8 +71,8 @@ def check_images(config: ConfigDict, images: Mapping[str, sources.Source]) -> No
 
 def record(config: ConfigDict, images: sources.Source) -> loader.EvalRecord:
     """What makes the examples of an evaluation."""
-    model = config.model
-    return loader.EvalRecord(images, model.channels, model.image_size, config.data.short_side)
+    size, short_side = config.model.image_size, config.data.short_side
+    return loader.EvalRecord(images, sources.decoding(config), size, short_side)
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def _row(run: Run, name: str, saved: lineage.Saved | None, images, bad_images) -
     """A row of the results with its features."""
     config, data = run.config, run.config.data.to_dict()
     encode, encoder, classifier = _encoder(config, saved, run.mesh)
-    described = {key: data[key] for key in ("source", "path", "name", "mean", "std", "short_side")}
+    described = {key: data[key] for key in _READ_BY}
     inputs = dict(images=images, bad_images=bad_images, encode=encode, classifier=classifier)
     row = base.Row(run, name, **inputs)
     for split, source in images.items():

@@ -23,7 +23,7 @@ with epy.lazy_imports():  # with JAX, which takes a second: `--help` and mistake
     import jax
 
     from maect_jax import pipeline
-    from maect_jax.data import augment, decode, sources
+    from maect_jax.data import augment, decode, sources, values
     from maect_jax.report import sheets, style
     from maect_jax.stages import base
 
@@ -44,7 +44,8 @@ def views_of(config: ConfigDict, stage: "type[base.Stage]", images: "sources.Sou
         views = augment.denormalise(make_views(batch), config.data.mean, config.data.std)
         epochs.append(np.asarray(views))  # [images, views, H, W, C]
     # An image that cannot be read is replaced by another, whose number is its index.
-    raw = [decode.pixels(images[int(i)][0], config.model.channels) for i in batch["index"]]
+    decoding = sources.decoding(config)
+    raw = [decode.pixels(images[int(i)][0], decoding) for i in batch["index"]]
     return [[image, *views] for image, views in zip(raw, np.concatenate(epochs, 1), strict=True)]
 
 
@@ -87,6 +88,7 @@ def main() -> None:
     stages = pipeline.stages_to_show(config)
     pipeline.check(config, devices=1)
     images = sources.make(config.data, "train", config.model.channels)
+    values.check([images], sources.decoding(config))
     drawn = sheet({stage: views_of(config, stage, images) for stage in stages})
     try:
         drawn.save(arguments.out)

@@ -24,7 +24,7 @@ _SHOWN = 5  # differing keys in an error
 _MAY_CHANGE = (
     "log_level", "log_every", "tensorboard", "profile", "debug_nans", "nan_policy", "nan_limit",
     "checkpoint.", "monitor.", "mesh.", "encoder_microbatches", "remat", "data.workers",
-    "data.max_bad_fraction", "eval.",
+    "data.max_bad_fraction", "data.max_pixels", "eval.",
 )  # fmt: skip
 
 

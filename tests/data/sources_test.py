@@ -17,10 +17,12 @@ from maect_jax.data.folder import Folder
 from maect_jax.errors import UserError
 from tests.helpers.common import save
 
+RGB = decode.Decoding(3)
+
 
 def data_section(**changes):
     base = dict(source="folder", path="", name="", train_split="train", val_split="val")
-    return ConfigDict(base | changes)
+    return ConfigDict(base | dict(range=(), max_pixels=10**6) | changes)
 
 
 def test_packaged_images_are_split_without_overlap():
@@ -45,7 +47,7 @@ def test_folder_reads_nested_files_by_class(images):
     assert source.classes == ["ant", "bee"]
     assert len(source) == 21
     image, label = source[3]
-    pixels = decode.pixels(image, 3)
+    pixels = decode.pixels(image, RGB)
     assert (pixels.shape, pixels[0, 0, 0], label) == ((12, 7, 3), 30, 0)
     assert source[20][1] == 1
     assert source.name(20) == str(images / "train" / "bee" / "deep" / "er" / "99.JPG")
@@ -155,7 +157,7 @@ def test_the_working_folder_itself_may_hold_the_images(images, monkeypatch):
     monkeypatch.chdir(images / "train" / "ant")
     source = sources.make(data_section(path=".", train_split="."), "train", 3)
     assert source.name(0) == str(images / "train" / "ant" / "00.png")
-    assert decode.pixels(source[3][0], 3)[0, 0, 0] == 30
+    assert decode.pixels(source[3][0], RGB)[0, 0, 0] == 30
 
 
 def test_where_images_can_only_be_read_the_run_keeps_the_index(images, listed, monkeypatch):
@@ -194,7 +196,7 @@ def test_a_bucket_is_read_through_etils(images, listed, monkeypatch):
     source = found["train"]
     assert (source.classes, len(source)) == (["ant", "bee"], 21)
     assert source.name(0) == "gs://bucket/train/ant/00.png"
-    assert decode.pixels(source[3][0], 3).shape == (12, 7, 3)
+    assert decode.pixels(source[3][0], RGB).shape == (12, 7, 3)
     source.save_index()
     asked.clear()
     again = sources.splits(data_section(path="gs://bucket"), ("train",), 3, run)["train"]
@@ -227,7 +229,7 @@ def test_arrays_of_pixels_and_of_files_are_the_same(tmp_path, rng):
         assert found["train"].shape == (5, 4, 3)
         assert found["train"].classes == ["a", "b", "c"]
     np.savez(tmp_path / "gray.npz", image=pixels[..., 0])
-    gray = arrays.npz(str(tmp_path / "gray.npz"), "train", 1)
+    gray = arrays.npz(str(tmp_path / "gray.npz"), "train", decode.Decoding(1))
     assert (gray.shape, gray.classes, gray[0][1]) == ((5, 4, 1), [], -1)
 
 
@@ -261,6 +263,6 @@ def test_a_wrong_file_of_arrays_is_one_clear_error(tmp_path, content, message):
     else:
         np.savez(path, **content)
     with pytest.raises(UserError, match=r"config\.data\.path=") as error:
-        arrays.npz(str(path), "val", 3)
+        arrays.npz(str(path), "val", RGB)
     assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 1

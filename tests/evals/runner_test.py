@@ -13,10 +13,12 @@ from PIL import Image
 from maect_jax import config as configs
 from maect_jax import files, pipeline
 from maect_jax.data import arrays, sources
+from maect_jax.data.bad_images import BadImages
 from maect_jax.errors import RunFailedError, UserError
 from maect_jax.evals import ON_REQUEST, PROTOCOLS, cluster, features, runner
 from maect_jax.report import build
 from maect_jax.run import jsonl
+from maect_jax.run.folder import Run
 from tests.helpers import CONFIGS, SMALL
 from tests.helpers.common import mesh_of, run_on
 from tests.helpers.rows import row_of
@@ -243,6 +245,24 @@ def test_images_without_labels_are_clustered_and_the_rest_is_said_to_be_skipped(
     files.write_json(workdir / "config.json", strict.to_dict())
     with pytest.raises(RunFailedError, match=r"1 of 60 images cannot be read"):
         run_on(monkeypatch, (1, 1), strict, workdir, report=False)
+
+
+def test_features_follow_the_range_of_the_values(tmp_path):
+    """16-bit images of half the brightness: another range gives other features, also after a run
+    with this folder."""
+    (tmp_path / "train").mkdir()
+    for i in range(8):
+        Image.fromarray(np.full((28, 28), 4000 * i, np.uint16)).save(tmp_path / f"train/{i}.png")
+    mesh, brightest = mesh_of(1, 1), {}
+    for white in (28_000, 56_000):
+        settings = f"data.path={tmp_path}", "data.source=folder", f"data.range=(0,{white})"
+        run = Run(configs.load(QUICK, settings), tmp_path / "run", mesh)
+        images = {"train": sources.make(run.config.data, "train", 1)}
+        bad = {"train": BadImages(images["train"], sources.decoding(run.config), 0.0)}
+        with jax.set_mesh(mesh):
+            row = runner._row(run, "pixels", None, images=images, bad_images=bad)
+        brightest[white] = float(row.features["train"].x.max())
+    assert brightest == pytest.approx({28_000: 1, 56_000: 0.5}, abs=2e-3)
 
 
 def test_a_page_of_an_evaluation_that_was_stopped_has_what_is_whole(evaluated, tmp_path):

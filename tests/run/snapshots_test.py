@@ -7,6 +7,7 @@ import pytest
 
 from maect_jax import sharding
 from maect_jax.data import arrays, loader
+from maect_jax.data.decode import Decoding
 from maect_jax.files import read_saved_arrays
 from maect_jax.models import vit
 from maect_jax.run import snapshots
@@ -107,7 +108,9 @@ def test_what_is_watched_is_written_and_read_by_step(tmp_path):
     source = arrays.Arrays(
         np.random.default_rng(0).integers(0, 256, (20, *SHAPE), dtype=np.uint8), np.arange(20), []
     )
-    images = snapshots.Examples(loader.EvalRecord(source, SHAPE[2], SHAPE[:2], 8), held_out=False)
+    images = snapshots.Examples(
+        loader.EvalRecord(source, Decoding(SHAPE[2]), SHAPE[:2], 8), held_out=False
+    )
     with jax.set_mesh(mesh):
         now = state.create_state(stage, jax.random.key(0), {}, mesh)
         write = snapshots.writer(stage, images, Run(None, tmp_path, mesh))

@@ -13,6 +13,7 @@ from maect_jax import config as configs
 from maect_jax import pipeline
 from maect_jax.data import arrays, augment, folder, loader, mix, subsets
 from maect_jax.data.augment import Photometric, Recipe
+from maect_jax.data.decode import Decoding
 from maect_jax.errors import UserError
 from maect_jax.evals.classifier import accuracies
 from maect_jax.models import vit
@@ -314,7 +315,7 @@ def test_accuracies_by_hand():
 
 def test_records_do_not_depend_on_workers(images):
     source = folder.Folder(str(images / "train"))
-    make = loader.FinetuneRecord(source, 3, (8, 8), ((0.3, 1.0),), (5, 3), False, MEAN)
+    make = loader.FinetuneRecord(source, Decoding(3), (8, 8), ((0.3, 1.0),), (5, 3), False, MEAN)
     order = loader.Order(len(source), 8, 4, make.seed, range(8))
     threads = list(loader.train_batches(order, make, workers=0))
     processes = list(loader.train_batches(order, make, workers=2))
@@ -343,7 +344,9 @@ def test_images_in_memory_are_cut_on_the_host_in_the_same_way(part):
     source = arrays.fashion_mnist("train[80%:]")
     if part:
         source = subsets.select(source, "10%", 0)
-    make = loader.FinetuneRecord(source, 1, (14, 14), ((0.3, 1.0),), (5, 3), False, (0.3,))
+    make = loader.FinetuneRecord(
+        source, Decoding(1), (14, 14), ((0.3, 1.0),), (5, 3), False, (0.3,)
+    )
     order = loader.Order(len(source), 16, 2, make.seed, range(4, 8))
     for step_, batch in enumerate(loader.train_batches(order, make, workers=8)):
         epoch, records = order.of_step(step_)
