@@ -54,7 +54,8 @@ def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -
     data.mean = IMAGENET_MEAN
     data.std = IMAGENET_STD
     data.short_side = 256  # evaluation: resize to this, then cut the centre
-    data.workers = 8  # processes that read and cut images; 0: threads
+    # Processes that read and cut images; 0: threads; -1: as the cores and the work warrant.
+    data.workers = -1
     # Training only: decode large JPEGs at a smaller scale if the crops still have enough pixels.
     data.scaled_jpeg = False
     data.max_bad_fraction = 0.01  # of the images may be unreadable; others replace them

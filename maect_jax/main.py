@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from absl import logging as absl_logging
+
 from maect_jax import __version__, errors
 from maect_jax import config as configs
 from maect_jax.errors import UserError
@@ -170,10 +172,16 @@ def maect() -> None:
     # `import` and `export` are commands of one module.
     sys.argv[:2] = ["maect", command] if "convert" in module else [f"maect {command}"]
     if command == "run":
+        sys.modules["__main__"] = sys.modules[__name__]  # what worker processes import
         faulthandler.enable()  # a crash of a library shows where Python was
         main()
     sys.exit(errors.run_command(lambda: importlib.import_module(module).main()))
 
+
+if __name__ == "__mp_main__":  # a worker process of the loader imports what was run
+    # Where there is no JAX, which takes a second and 130 MB, grain does without; and says so.
+    sys.modules["jax"] = None  # type: ignore[assignment]
+    absl_logging.set_verbosity(absl_logging.ERROR)
 
 if __name__ == "__main__":
     faulthandler.enable()

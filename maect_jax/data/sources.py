@@ -150,7 +150,7 @@ def labels_digest(source: Source) -> str:
 RULES: Rules = {
     "source": one_of(KINDS),
     "short_side": at_most(2**14),
-    "workers": between(0, 1024),
+    "workers": between(-1, 1024),
     "max_bad_fraction": between(0, 1),
     "mean": Rule("finite numbers", lambda v, _: all(map(math.isfinite, v))),
     "std": Rule("above 0", lambda v, _: all(0 < x < math.inf for x in v)),
