@@ -51,6 +51,9 @@ def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -
     data.name = "imagenet2012"  # tfds: name of the data set
     data.train_split = "train"
     data.val_split = "val"  # imagenet2012 calls it validation
+    # auto: the class folders, or those of a file; one class is none. none: images without labels,
+    # where folders mean something else.
+    data.labels = "auto"
     data.mean = IMAGENET_MEAN
     data.std = IMAGENET_STD
     data.short_side = 256  # evaluation: resize to this, then cut the centre

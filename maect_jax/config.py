@@ -31,6 +31,8 @@ _LONGEST = 1000  # characters of a string: no name or path that people give has 
 _MODEL_KEYS = (
     "variant", "width", "depth", "heads", "patch_size", "image_size", "channels", "ln_eps", "pool",
 )  # fmt: skip
+# Keys of the `data` section that older versions do not write, and what these do.
+_ADDED = {"labels": "auto"}
 _INT64 = 2**63 - 1
 _INT32 = 2**31  # steps, record numbers and sizes of arrays stay below it
 
@@ -306,6 +308,7 @@ def read(path: Path) -> ConfigDict:
     content = files.read_json(path)
     require(path, content, "model", _MODEL_KEYS)
     require(path, content, "data")
+    content["data"] = _ADDED | content["data"]
     return ConfigDict(tuples(content))
 
 

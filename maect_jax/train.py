@@ -52,18 +52,20 @@ def batches(config, stage: type[Stage], images: sources.Source, steps: int, mesh
 def _resumed(training: Training, stage: Stage, checkpoints: Checkpoints):
     """The batches and the state from the last checkpoint on, or from the start of the stage."""
     run, images, saved_step = training.run, training.images, checkpoints.latest or 0
-    stream = batches(run.config, training.stage, images, stage.steps, run.mesh, done=saved_step)
     # Every stage of a pipeline draws random numbers of its own.
     key = jax.random.fold_in(jax.random.key(run.config.seed), stage.number)
-    if not saved_step:
-        return stream, create_state(stage, key, training.start(), run.mesh)
-    state, position = checkpoints.restore(saved_step, abstract_state(stage, key, {}, run.mesh))
-    if (then := position["images"]) != len(images):
-        raise UserError(
-            f"--workdir={run.folder}: stage {stage.name} was trained on {then:,} images to step "
-            f"{saved_step}, and now there are {len(images):,}. Restore the images or use another "
-            "--workdir."
-        )
+    if saved_step:
+        abstract = abstract_state(stage, key, {}, run.mesh)
+        state, position = checkpoints.restore(saved_step, abstract)
+        if (then := position["images"]) != len(images):
+            raise UserError(
+                f"--workdir={run.folder}: stage {stage.name} was trained on {then:,} images to "
+                f"step {saved_step}, and now there are {len(images):,}. Restore the images or use "
+                "another --workdir."
+            )
+    else:
+        state = create_state(stage, key, training.start(), run.mesh)
+    stream = batches(run.config, training.stage, images, stage.steps, run.mesh, done=saved_step)
     return stream, state
 
 

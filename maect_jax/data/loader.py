@@ -302,7 +302,8 @@ def _cores() -> int:
 def _that_fit(workers: int, batch_bytes: int) -> int:
     """The most of `workers` processes whose batches fit into the free shared memory, 0 for threads.
 
-    A worker that fills it is killed. Docker gives a container 64 MB.
+    A worker that fills it is killed. Docker gives a container 64 MB. Fewer than were asked for are
+    at least two (`num_workers`).
     """
     if sys.platform != "linux":
         return workers
@@ -314,6 +315,7 @@ def _that_fit(workers: int, batch_bytes: int) -> int:
         free = 0
     fitting = min(workers, free // needed)
     if fitting < workers:
+        fitting = fitting if fitting > 1 else 0
         _say_shared_memory(workers, fitting, free >> 20, -(-workers * needed >> 20))
     return fitting
 

@@ -158,7 +158,7 @@ class Cluster(Protocol):
         if not section.clusters and not images[split].labelled:
             raise UserError(
                 f"config.eval.cluster.clusters=0: means as many as classes, but the {split} images "
-                "have no labels; set the number of clusters"
+                f"have {images[split].no_labels}; set the number of clusters"
             )
         for key in ("pca", "clusters"):
             if section[key] > count:

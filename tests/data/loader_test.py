@@ -59,7 +59,7 @@ def prepared_tfds(tmp_path):
 
 def data_section(**changes):
     base = dict(source="tfds", path="", name="tiny", train_split="train", val_split="train")
-    return ConfigDict(base | changes)
+    return ConfigDict(base | {"labels": "auto"} | changes)
 
 
 def test_tfds_is_read_without_tensorflow(prepared_tfds):
@@ -71,6 +71,8 @@ def test_tfds_is_read_without_tensorflow(prepared_tfds):
     assert sources.make(data_section(path=str(prepared_tfds)), "val", 1)[0][1] == 0
     assert "tensorflow" not in sys.modules
     assert source.classes == ["0", "1", "2"]
+    unlabelled = sources.make(data_section(path=str(prepared_tfds), labels="none"), "train", 3)
+    assert (unlabelled[4][1], unlabelled.labelled, unlabelled.classes) == (-1, False, [])
     with pytest.raises(UserError, match=r"config.data.name='absent'.*tfds build"):
         sources.make(data_section(path=str(prepared_tfds), name="absent"), "train", 3)
 
