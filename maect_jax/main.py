@@ -159,6 +159,7 @@ _COMMANDS = {
 
 def maect() -> None:
     """The command `maect`, with a subcommand."""
+    errors.settle_streams()
     epilog = "\n".join(f"  {name:10}{what}" for name, (_, what) in _COMMANDS.items())
     parser = errors.OneLineParser(
         prog="maect",
@@ -184,5 +185,6 @@ if __name__ == "__mp_main__":  # a worker process of the loader imports what was
     absl_logging.set_verbosity(absl_logging.ERROR)
 
 if __name__ == "__main__":
+    errors.settle_streams()
     faulthandler.enable()
     main()

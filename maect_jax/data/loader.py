@@ -330,9 +330,9 @@ def _say_shared_memory(workers: int, fitting: int, free: int, needed: int) -> No
 
 
 def _init_worker(*_) -> None:
-    """Ignores SIGTERM and SIGINT, which a terminal or a scheduler sends to all processes while the
-    main one still needs batches; exits when the main process ends, however it ends."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    """Ignores the signals that a terminal or a scheduler sends to all processes while the main one
+    still needs batches; exits when the main process ends, however it ends."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
     def follow(main):
