@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import logging as absl_logging
 
-from maect_jax import __version__, errors
+from maect_jax import __version__, errors, files
 from maect_jax import config as configs
 from maect_jax.errors import UserError
 from maect_jax.run import preemption
@@ -30,7 +30,11 @@ _PATIENCE = 20.0  # seconds in which all hosts end together
 
 def _parser() -> errors.OneLineParser:
     parser = configs.parser(__doc__)
-    parser.add_argument("--workdir", help="the run's folder; runs/<config name> unless given")
+    parser.add_argument(
+        "--workdir",
+        type=files.user_path,
+        help="the run's folder; runs/<config name> unless given",
+    )
     parser.add_argument("--dry_run", action="store_true", help="print what would run, and stop")
     parser.add_argument(
         "--host_timeout",
@@ -110,7 +114,7 @@ def _keep_programs() -> None:
 def _processor() -> str:
     """A digest of what this machine's processor can do."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # no Linux
         lines = []
     kinds = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
@@ -128,7 +132,7 @@ def _run() -> None:
         pipeline.dry_run(config)
         return
     with preemption.handled():
-        pipeline.run(config, Path(arguments.workdir or f"runs/{config.name}"))
+        pipeline.run(config, arguments.workdir or Path(f"runs/{config.name}"))
 
 
 def main() -> None:

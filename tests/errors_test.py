@@ -55,6 +55,17 @@ def test_streams_that_nobody_takes(tmp_path, shell, said, unbuffered):
     assert (tmp_path / "work").read_text() == "done"
 
 
+def test_the_backend_of_a_notebook_is_not_used(tmp_path):
+    """It may not be installed here, and matplotlib then refuses to be imported."""
+    command = "from maect_jax import errors; errors.run_command(lambda: __import__('matplotlib'))"
+    environment = {"PYTHONPATH": str(ROOT), "MPLBACKEND": "of_a_notebook"}
+    done = subprocess.run(
+        [sys.executable, "-c", command],
+        env=os.environ | environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     "environment",
     [

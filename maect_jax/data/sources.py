@@ -17,7 +17,7 @@ from maect_jax.config import Rule, Rules, at_most, between, one_of
 from maect_jax.data import arrays
 from maect_jax.data.base import Source
 from maect_jax.data.folder import Folder, first_names
-from maect_jax.errors import UserError
+from maect_jax.errors import UserError, shown
 
 SPLITS = ("train", "val")
 _LOGGER = logging.getLogger(__name__)
@@ -179,10 +179,11 @@ def _compare_classes(split: str, source: Source, train: Source) -> None:
 
 
 def class_name(classes: Sequence[str], label: int) -> str:
-    """The name of a label: "unlabelled" for -1, its number where the classes have no names."""
+    """The name of a label for people, `errors.shown`: "unlabelled" for -1, its number where the
+    classes have no names."""
     if label < 0:
         return "unlabelled"
-    return classes[label] if label < len(classes) else str(label)
+    return shown(classes[label]) if label < len(classes) else str(label)
 
 
 def labels_digest(source: Source) -> str:

@@ -8,16 +8,21 @@ import os
 import sys
 from pathlib import Path
 
-from maect_jax import errors, pipeline
+from maect_jax import errors, files, pipeline
 from maect_jax.errors import UserError
 from maect_jax.report import build, compare
 
 
 def main() -> None:
     parser = errors.OneLineParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the comparison of several runs (comparison.html)"
+        "runs", nargs="+", type=files.user_path, metavar="RUN", help="the folder of a run"
+    )
+    parser.add_argument(
+        "--out",
+        type=files.user_path,
+        metavar="FILE",
+        help="the comparison of several runs (comparison.html)",
     )
     arguments = parser.parse_args()
     runs = {run.resolve(): run for run in arguments.runs}

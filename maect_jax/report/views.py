@@ -7,7 +7,6 @@ sees them.
 """
 
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,7 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from maect_jax import config as configs
-from maect_jax import errors, pipeline
+from maect_jax import errors, files, pipeline
 from maect_jax.data import augment, decode, sources
 from maect_jax.errors import UserError
 from maect_jax.report import sheets, style
@@ -74,7 +73,9 @@ def sheet(blocks: dict[type[Stage], list[list[np.ndarray]]]) -> Image.Image:
 
 def main() -> None:
     parser = configs.parser(__doc__)
-    parser.add_argument("--out", type=Path, default="views.png", help="the picture (%(default)s)")
+    parser.add_argument(
+        "--out", type=files.user_path, default="views.png", help="the picture (%(default)s)"
+    )
     config, arguments = configs.from_command_line(parser)
     stages = pipeline.stages_to_show(config)
     pipeline.check(config, devices=1)

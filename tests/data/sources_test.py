@@ -119,6 +119,23 @@ def test_images_without_classes_have_no_label(images):
     assert len(sources.make(section, "train", 3)) == 10
 
 
+def test_names_that_are_no_utf8(tmp_path):
+    root = os.fsencode(tmp_path / "train")
+    for path in (b"caf\xe9/1.png", b"b/\xe9.png"):
+        os.makedirs(os.path.join(root, os.path.dirname(path)))
+        Image.new("RGB", (2, 2)).save(os.fsdecode(os.path.join(root, path)))
+    source = sources.make(data_section(path=str(tmp_path)), "train", 3)
+    assert [os.fsencode(source.name(i)) for i in (0, 1)] == [
+        root + b"/b/\xe9.png",
+        root + b"/caf\xe9/1.png",
+    ]
+    assert os.fsencode(source.classes[1]) == b"caf\xe9"
+    assert (
+        sources.class_name(source.classes, 1) == r"caf\udce9"
+    )  # as fonts and terminals can show it
+    assert sources.labels_digest(source)
+
+
 WRONG = {
     "no folder": (lambda root: "nowhere", "there is no folder '.*nowhere'"),
     "no image": (lambda root: (root / "void").mkdir() or "void", "no images below '.*void'"),
