@@ -38,10 +38,11 @@ class BadImageError(Exception):
 STATUS = {UserError: 2, RunFailedError: 1, BadImageError: 1, PreemptedError: 75}
 
 
-def shown(text: str) -> str:
-    """A text as part of a message: on one line, and the start of a long one."""
+def shown(text: str, most: int = _SHOWN) -> str:
+    """A text as part of a message: on one line, and the start of one of more than `most`
+    characters."""
     line = text if text.isprintable() else repr(text)[1:-1]
-    return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}..."
+    return line if len(line) <= most else f"{line[:most]}..."
 
 
 def say(error: Exception | str) -> None:

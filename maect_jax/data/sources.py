@@ -20,6 +20,7 @@ from maect_jax.data.folder import Folder, first_names
 from maect_jax.errors import UserError, shown
 
 SPLITS = ("train", "val")
+_LONGEST = 40  # characters of a class name that a figure has room for
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -183,7 +184,7 @@ def class_name(classes: Sequence[str], label: int) -> str:
     classes have no names."""
     if label < 0:
         return "unlabelled"
-    return shown(classes[label]) if label < len(classes) else str(label)
+    return shown(classes[label], _LONGEST) if label < len(classes) else str(label)
 
 
 def labels_digest(source: Source) -> str:

@@ -133,6 +133,7 @@ def test_names_that_are_no_utf8(tmp_path):
     assert (
         sources.class_name(source.classes, 1) == r"caf\udce9"
     )  # as fonts and terminals can show it
+    assert sources.class_name(["l" * 99], 0) == "l" * 40 + "..."  # as a figure has room for it
     assert sources.labels_digest(source)
 
 
