@@ -133,7 +133,8 @@ class OneLineParser(argparse.ArgumentParser):
     def __init__(self, **settings):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
         module = getattr(sys.modules["__main__"], "__spec__", None)
-        if module and module.name != "__main__" and "prog" not in settings:
+        called = sys.argv[0].endswith(".py")  # and not by the command `maect`
+        if called and module and module.name != "__main__" and "prog" not in settings:
             self.prog = f"python -m {module.name.removesuffix('.__main__')}"
 
     def error(self, message: str):
