@@ -51,6 +51,9 @@ def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -
     data.name = "imagenet2012"  # tfds: name of the data set
     data.train_split = "train"
     data.val_split = "val"  # imagenet2012 calls it validation
+    # auto: the class folders, or those of a file; one class is none. none: images without labels,
+    # where folders mean something else.
+    data.labels = "auto"
     data.mean = IMAGENET_MEAN
     data.std = IMAGENET_STD
     # Evaluation: the centre is cut from images that are resized so that they just cover a box of
@@ -60,7 +63,8 @@ def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -
     # hold; 32 bits and floating point are then an error.
     data.range = ()
     data.max_pixels = 178_956_970  # larger images are not read
-    data.workers = 8  # processes that read and cut images; 0: threads
+    # Processes that read and cut images; 0: threads; -1: as the cores and the work warrant.
+    data.workers = -1
     # Training only: decode large JPEGs at a smaller scale if the crops still have enough pixels.
     data.scaled_jpeg = False
     data.max_bad_fraction = 0.01  # of the images may be unreadable; others replace them

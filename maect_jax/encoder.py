@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from maect_jax import sharding
+from maect_jax import files, sharding
 from maect_jax.convert import importing
 from maect_jax.data import augment
 from maect_jax.errors import UserError
@@ -121,14 +121,15 @@ def load_encoder(
     for name, value, options in (("pool", pool, vit.POOLS), ("dtype", dtype, vit.DTYPES)):
         if value not in (None, *options):
             raise UserError(f"{name}={value!r}: must be one of {', '.join(options)}")
-    if importing.is_file(str(where)):
+    where = ",".join(map(files.expanded, str(where).split(",")))
+    if importing.is_file(where):
         overrides = importing.Overrides(heads=heads, ln_eps=ln_eps, image_size=image_size, key=key)
-        saved: lineage.Saved = lineage.SavedFiles(str(where), overrides)
+        saved: lineage.Saved = lineage.SavedFiles(where, overrides)
     elif heads or ln_eps or key:
         raise UserError(f"{where}: heads, ln_eps and key are for files; a run has its own")
     else:
         allowed = "the folder of a run or a file of weights"
-        saved = lineage.trained_stage(Path(where), (), where=str(where), allowed=allowed)
+        saved = lineage.trained_stage(Path(where), (), where=where, allowed=allowed)
     model, data = saved.config.model, saved.config.get("data", {})
     size = image_size or model.image_size
     if any(side < 1 or side % model.patch_size for side in size):

@@ -139,7 +139,8 @@ def open_images(config: ConfigDict, workdir: Path) -> dict[str, sources.Source]:
     if labels_needed and unlabelled:
         raise UserError(
             f"config.data.path={config.data.path!r}: the images of {' and '.join(unlabelled)} have "
-            f"no labels, which {labels_needed[0]} needs; leave it out of config.stages"
+            f"{images[unlabelled[0]].no_labels}, which {labels_needed[0]} needs; leave it out of "
+            "config.stages"
         )
     check_enough(config, images["train"])
     if EVAL in config.stages:

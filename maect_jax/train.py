@@ -41,30 +41,31 @@ class Training:
     monitor: Monitor | None  # measures the encoder now and then
 
 
-def batches(config, stage: type[Stage], images: sources.Source, steps: int, mesh):
-    """This process's rows of a stage's batches, with a position that can be saved."""
+def batches(config, stage: type[Stage], images: sources.Source, steps: int, mesh, done: int = 0):
+    """This process's rows of a stage's batches, but the first `done`."""
     batch_size, make = config[stage.name].batch_size, stage.example_maker(config, images)
     rows = sharding.local_rows(batch_size, mesh)
-    order = loader.Order(len(images), batch_size, steps, make.seed, rows)
+    order = loader.Order(len(images), batch_size, steps, make.seed, rows, done)
     return loader.train_batches(order, make, config.data.workers)
 
 
 def _resumed(training: Training, stage: Stage, checkpoints: Checkpoints):
     """The batches and the state from the last checkpoint on, or from the start of the stage."""
-    run, images, saved_step = training.run, training.images, checkpoints.latest
-    stream = batches(run.config, training.stage, images, stage.steps, run.mesh)
+    run, images, saved_step = training.run, training.images, checkpoints.latest or 0
     # Every stage of a pipeline draws random numbers of its own.
     key = jax.random.fold_in(jax.random.key(run.config.seed), stage.number)
-    if not saved_step:
-        return stream, create_state(stage, key, training.start(), run.mesh)
-    state, position = checkpoints.restore(saved_step, abstract_state(stage, key, {}, run.mesh))
-    if (then := position["images"]) != len(images):
-        raise UserError(
-            f"--workdir={run.folder}: stage {stage.name} was trained on {then:,} images to step "
-            f"{saved_step}, and now there are {len(images):,}. Restore the images or use another "
-            "--workdir."
-        )
-    stream.set_state(position["loader"])
+    if saved_step:
+        abstract = abstract_state(stage, key, {}, run.mesh)
+        state, position = checkpoints.restore(saved_step, abstract)
+        if (then := position["images"]) != len(images):
+            raise UserError(
+                f"--workdir={run.folder}: stage {stage.name} was trained on {then:,} images to "
+                f"step {saved_step}, and now there are {len(images):,}. Restore the images or use "
+                "another --workdir."
+            )
+    else:
+        state = create_state(stage, key, training.start(), run.mesh)
+    stream = batches(run.config, training.stage, images, stage.steps, run.mesh, done=saved_step)
     return stream, state
 
 
@@ -121,7 +122,7 @@ def run(training: Training) -> None:
                 training.run.check_lock()
                 if regular:
                     snapshot(step, state)
-                position = dict(loader=stream.get_state(), steps=stage.steps, images=len(images))
+                position = dict(steps=stage.steps, images=len(images))
                 saved = step, state, position, measured
                 checkpoints.save(*saved)
             if last or action == Action.STOP:

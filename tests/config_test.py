@@ -147,7 +147,7 @@ def test_config_builds_locks_and_its_full_state_has_a_shape(name, variant):
             assert after == state
             assert metrics["loss"].dtype == "float32"
     documented = (CONFIGS / f"{name}.py").read_text()
-    assert f"python -m maect_jax.main --config=configs/{name}.py" in documented
+    assert f"maect run --config={name}" in documented
 
 
 def test_test_variants_chain_in_folders_of_their_own():

@@ -164,6 +164,13 @@ def test_every_command_is_one_line_for_a_mistake(command):
     assert done.returncode == 2
 
 
+def test_help_names_the_command_as_it_is_called():
+    shell = f"set -o pipefail; {MAECT} run --help | head -n 1"
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: maect run ")
+
+
 def imported_by(*arguments):
     """The modules that a command imports, in an interpreter of its own."""
     script = f"""

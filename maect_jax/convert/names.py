@@ -30,7 +30,7 @@ Parts = dict[str, dict[str, Stored]]  # of a model: its tensors by name
 ENCODER, DECODER, HEAD, CLASSIFIER = "encoder", "decoder", "head", "classifier"
 _PARTS = (ENCODER, DECODER, HEAD, CLASSIFIER)
 
-_TABLE = Path(__file__).with_name("names.txt").read_text()
+_TABLE = Path(__file__).with_name("names.txt").read_text(encoding="utf-8")
 _HEADER, *_LINES = (line.split() for line in _TABLE.splitlines() if not line.startswith("#"))
 _ROWS = [dict(zip(_HEADER, line, strict=True)) for line in _LINES]
 _TENSOR = {

@@ -17,6 +17,7 @@ class Source(abc.ABC):
     reads_labels: bool = False  # whether every record is read for `labels`
     shape: tuple[int, int, int] | None = None  # (H, W, C) of all images; None where they differ
     classes: list[str]  # names of the labels, in order; empty where they have none
+    no_labels: str = "no labels"  # for messages; with the reason where they are not used
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -42,6 +43,12 @@ class Source(abc.ABC):
     def num_classes(self) -> int:
         """Number of classes: of those that have a name, else up to the highest label."""
         return len(self.classes) or int(self.labels.max()) + 1
+
+    def drop_labels(self, no_labels: str) -> None:
+        """Makes all images have no label, and no classes."""
+        self.labels = np.full(len(self), -1, np.int32)
+        self.classes, self.labelled, self.reads_labels = [], False, False
+        self.no_labels = no_labels
 
     def save_index(self) -> None:  # noqa: B027 - most sources have none
         """Saves what took long to find out, for the next run. Called by one process alone."""

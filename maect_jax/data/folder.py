@@ -72,7 +72,7 @@ class Folder(Source):
         self.classes, self.labels = self._index.classes.tolist(), self._index.labels
         if classes is not None and self.classes:
             if unknown := sorted(set(self.classes) - set(classes)):
-                names = _first_names(unknown)
+                names = first_names(unknown)
                 raise _error(f"{root!r} has classes that the training images lack: {names}")
             numbers = [classes.index(name) for name in self.classes]
             self.labels = np.array(numbers, np.int32)[self.labels]
@@ -123,7 +123,8 @@ def _error(text: str) -> UserError:
     return UserError(f"config.data.path: {text}")
 
 
-def _first_names(names: Sequence[str]) -> str:
+def first_names(names: Sequence[str]) -> str:
+    """The first few names, and the number of the others."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more
 
@@ -152,7 +153,7 @@ def _make_index(root: epath.Path, given: str) -> Index:
             f"the endings {' '.join(SUFFIXES)}"
         )
     if empty := [name for name, group in zip(classes, groups[1:], strict=True) if not group]:
-        raise _error(f"no images in these classes of {given!r}: {_first_names(empty)}")
+        raise _error(f"no images in these classes of {given!r}: {first_names(empty)}")
     start = len(os.fspath(root).rstrip("/")) + 1
     names = [os.fsencode(path[start:]) for group in groups for path in group]
     return Index(

@@ -4,6 +4,7 @@ A new kind of source is a subclass of `Source` in a file of its own and a line i
 """
 
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -16,10 +17,12 @@ from maect_jax.config import Rule, Rules, at_most, between, one_of, positive
 from maect_jax.data import arrays
 from maect_jax.data.base import Source
 from maect_jax.data.decode import Decoding
-from maect_jax.data.folder import Folder
-from maect_jax.errors import UserError
+from maect_jax.data.folder import Folder, first_names
+from maect_jax.errors import UserError, shown
 
 SPLITS = ("train", "val")
+_LONGEST = 40  # characters of a class name that a figure has room for
+_LOGGER = logging.getLogger(__name__)
 
 
 class Blank(Source):
@@ -73,7 +76,7 @@ class Tfds(Source):
 
     def __getitem__(self, record: int) -> tuple[bytes, int]:
         example = self.records[record]
-        return example["image"], int(example["label"])
+        return example["image"], int(example["label"]) if self.labelled else -1
 
     def name(self, record: int) -> str:
         """The file that a record was made from, where the set has it; else its number."""
@@ -105,9 +108,22 @@ def make(
       classes: of a folder, the training images' classes, by which all splits number their labels.
       run: the run's folder, which may hold the index of a large folder of images.
 
+    Without labels, by `data.labels` or as training images that are all of one class: such a folder
+    is how people keep images without labels, and every result on one class is perfect.
+
     Raises:
       UserError: there are no such images, or they cannot have that many channels.
     """
+    source = _opened(data, split, channels, classes=classes, run=run)
+    if data.labels == "none":
+        source.drop_labels("no labels (config.data.labels='none')")
+    elif split == "train" and (name := _only_class(source)):
+        source.drop_labels(f"no labels (train has one class, {name!r})")
+        _LOGGER.warning("the images have %s", source.no_labels)
+    return source
+
+
+def _opened(data, split: str, channels: int, classes, run: Path | None) -> Source:
     if data.path.endswith(".npz"):
         return arrays.npz(data.path, split, _decoding(data, channels))
     allowed = _CHANNELS.get(data.source, (1, 3))
@@ -120,14 +136,29 @@ def make(
     return KINDS[data.source](data, data[f"{split}_split"], **options)
 
 
+def _only_class(source: Source) -> str | None:
+    """The name of the class of all images, if they are of one."""
+    if source.reads_labels:  # to read them all takes as long as an epoch
+        return source.classes[0] if len(source.classes) == 1 else None
+    first = int(source.labels[0])
+    only = first >= 0 and bool((source.labels == first).all())
+    return class_name(source.classes, first) if only else None
+
+
 def splits(
     data, needed: Sequence[str], channels: int, run: Path | None = None
 ) -> dict[str, Source]:
-    """The sources of splits, by name, with one numbering of the classes. Raises as `make` does."""
+    """The sources of splits, by name, with one numbering of the classes: that of the training
+    images, without whose labels all are without. Raises as `make` does."""
     images: dict[str, Source] = {}
     for split in needed:
-        classes = (images["train"].classes or None) if "train" in images else None
-        images[split] = make(data, split, channels, classes, run)
+        train = images.get("train")
+        classes = (train.classes or None) if train else None
+        images[split] = source = make(data, split, channels, classes, run)
+        if train and train.no_labels != Source.no_labels:
+            source.drop_labels(train.no_labels)
+        elif train:
+            _compare_classes(split, source, train)
     return images
 
 
@@ -140,18 +171,40 @@ def _decoding(data, channels: int) -> Decoding:
     return Decoding(channels, data.range, data.max_pixels)
 
 
+def _compare_classes(split: str, source: Source, train: Source) -> None:
+    """Says which classes only one of two splits has."""
+    if any(images.reads_labels or not images.labelled for images in (source, train)):
+        return
+    mine, theirs = np.unique(source.labels), np.unique(train.labels)
+    for who, other, absent in (
+        (split, "train", np.setdiff1d(theirs, mine)),
+        ("train", split, np.setdiff1d(mine, theirs)),
+    ):
+        if len(absent):
+            names = [class_name(train.classes, label) for label in absent.tolist()]
+            _LOGGER.warning(
+                "%s has no image of %d of the %d classes of %s: %s",
+                who, len(absent), len(mine if other == split else theirs), other,
+                first_names(names),
+            )  # fmt: skip
+
+
 def class_name(classes: Sequence[str], label: int) -> str:
-    """The name of a label: "unlabelled" for -1, its number where the classes have no names."""
+    """The name of a label for people, `errors.shown`: "unlabelled" for -1, its number where the
+    classes have no names."""
     if label < 0:
         return "unlabelled"
-    return classes[label] if label < len(classes) else str(label)
+    return shown(classes[label], _LONGEST) if label < len(classes) else str(label)
 
 
 def labels_digest(source: Source) -> str:
     """A digest of the classes and labels of a source; empty where every record must be read."""
     if source.reads_labels:
         return ""
-    text = "\n".join(source.classes).encode() + np.asarray(source.labels).tobytes()
+    text = (
+        "\n".join(source.classes).encode(errors="surrogateescape")
+        + np.asarray(source.labels).tobytes()
+    )
     return hashlib.sha256(text).hexdigest()[:16]
 
 
@@ -159,8 +212,9 @@ def labels_digest(source: Source) -> str:
 
 RULES: Rules = {
     "source": one_of(KINDS),
+    "labels": one_of(("auto", "none")),
     "short_side": at_most(2**14),
-    "workers": between(0, 1024),
+    "workers": between(-1, 1024),
     "max_bad_fraction": between(0, 1),
     "max_pixels": positive,
     "range": Rule(

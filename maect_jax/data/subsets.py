@@ -18,6 +18,7 @@ class Subset(Source):
         self.source, self.records = source, np.asarray(records)
         self.shape, self.classes, self.labelled = source.shape, source.classes, source.labelled
         self.in_memory, self.reads_labels = source.in_memory, source.reads_labels
+        self.no_labels = source.no_labels
 
     def __len__(self) -> int:
         return len(self.records)

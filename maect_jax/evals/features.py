@@ -191,7 +191,11 @@ def parts(
 
 def export(path: Path, features: Features, names: Sequence[str]) -> None:
     """Writes a `.npz` (`features` fp32 `[N, D]`, `label`, `index`, `name`) or a `.parquet` (the
-    same as columns, a list of D numbers a row), as the suffix says. `names` are of these images."""
+    same as columns, a list of D numbers a row), as the suffix says. `names` are of these images.
+
+    Bytes of a name that are no UTF-8 are those of `os.fsdecode` in a `.npz`, and written as their
+    numbers in a `.parquet`, which cannot hold them.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft, (x, labels, index) = path.with_suffix(".tmp"), features
     if path.suffix == ".npz":
@@ -202,7 +206,9 @@ def export(path: Path, features: Features, names: Sequence[str]) -> None:
         import pyarrow.parquet as pq
 
         flat = pa.array(np.ascontiguousarray(x).ravel())  # no copy of what lies on disk
-        columns = {"name": pa.array(names, pa.string()), "label": labels, "index": index}
+        utf8 = [name.encode(errors="backslashreplace") for name in names]
+        name = pa.array(utf8, pa.binary()).cast(pa.string())
+        columns = {"name": name, "label": labels, "index": index}
         columns["features"] = pa.FixedSizeListArray.from_arrays(flat, x.shape[1])
         pq.write_table(pa.table(columns), draft, row_group_size=_ROW_GROUP)
     draft.replace(path)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from etils import epy
 
-from maect_jax import errors
+from maect_jax import errors, files
 from maect_jax.errors import UserError
 
 with epy.lazy_imports():  # with JAX and matplotlib, which take seconds: `--help` does not wait
@@ -20,9 +20,14 @@ with epy.lazy_imports():  # with JAX and matplotlib, which take seconds: `--help
 
 def main() -> None:
     parser = errors.OneLineParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the comparison of several runs (comparison.html)"
+        "runs", nargs="+", type=files.user_path, metavar="RUN", help="the folder of a run"
+    )
+    parser.add_argument(
+        "--out",
+        type=files.user_path,
+        metavar="FILE",
+        help="the comparison of several runs (comparison.html)",
     )
     arguments = parser.parse_args()
     runs = {run.resolve(): run for run in arguments.runs}

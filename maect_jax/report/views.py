@@ -8,7 +8,6 @@ sees them.
 
 import os
 import sys
-from pathlib import Path
 
 import numpy as np
 from etils import epy
@@ -16,7 +15,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from maect_jax import config as configs
-from maect_jax import errors
+from maect_jax import errors, files
 from maect_jax.errors import UserError
 
 with epy.lazy_imports():  # with JAX, which takes a second: `--help` and mistakes do not wait
@@ -81,7 +80,9 @@ def sheet(blocks: "dict[type[base.Stage], list[list[np.ndarray]]]") -> Image.Ima
 
 def main() -> None:
     parser = configs.parser(__doc__)
-    parser.add_argument("--out", type=Path, default="views.png", help="the picture (%(default)s)")
+    parser.add_argument(
+        "--out", type=files.user_path, default="views.png", help="the picture (%(default)s)"
+    )
     config, arguments = configs.from_command_line(parser)
     if not os.access(arguments.out.parent, os.W_OK):
         raise UserError(f"--out={arguments.out}: cannot be written: there is no such folder")

@@ -32,7 +32,9 @@ def _started(pid: int) -> str | None:
         pass
     try:
         # Behind the program's name, which may contain spaces and brackets.
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, *fields = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        )
     except OSError:
         return ""
     return None if state == "Z" else fields[18]
@@ -42,7 +44,7 @@ def _this_process() -> dict:
     """What a lock says about its holder. `machine` is where a process number means something:
     containers may share a host's name, and machines too."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         machine = f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         machine = ""
@@ -53,7 +55,7 @@ def _this_process() -> dict:
 def _holder(path: Path) -> dict | None:
     """Who holds a lock; `None` if there is no lock."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         return {key: content[key] for key in ("host", "machine", "pid", "started")}
     except FileNotFoundError:
         return None
@@ -78,7 +80,7 @@ def _is_stale(path: Path, holder: dict, me: dict) -> bool:
 def _take(path: Path, me: dict) -> None:
     for _ in range(3):  # a lock may be released or taken at any moment
         try:
-            with path.open("x") as file:
+            with path.open("x", encoding="utf-8") as file:
                 try:
                     file.write(json.dumps(me) + "\n")
                     file.flush()

@@ -1,5 +1,6 @@
 """Sources, geometry on the host, and the loader's order."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -60,7 +61,7 @@ def prepared_tfds(tmp_path):
 
 def data_section(**changes):
     base = dict(source="tfds", path="", name="tiny", train_split="train", val_split="train")
-    return ConfigDict(base | dict(range=(), max_pixels=10**6) | changes)
+    return ConfigDict(base | dict(labels="auto", range=(), max_pixels=10**6) | changes)
 
 
 def test_tfds_is_read_without_tensorflow(prepared_tfds):
@@ -72,6 +73,8 @@ def test_tfds_is_read_without_tensorflow(prepared_tfds):
     assert sources.make(data_section(path=str(prepared_tfds)), "val", 1)[0][1] == 0
     assert "tensorflow" not in sys.modules
     assert source.classes == ["0", "1", "2"]
+    unlabelled = sources.make(data_section(path=str(prepared_tfds), labels="none"), "train", 3)
+    assert (unlabelled[4][1], unlabelled.labelled, unlabelled.classes) == (-1, False, [])
     with pytest.raises(UserError, match=r"config.data.name='absent'.*tfds build"):
         sources.make(data_section(path=str(prepared_tfds), name="absent"), "train", 3)
 
@@ -218,19 +221,14 @@ def assert_batches_equal(a, b):
 @pytest.mark.parametrize("workers", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_same_views_with_worker_processes_and_after_a_restart(images, workers):
     order = Order(records=21, batch_size=4, steps=10, seed=(0, 2), rows=range(4))
-    threads = loader.train_batches(order, example_of(images), workers=0)
-    batches = [next(threads) for _ in range(4)]
-    state = json.loads(json.dumps(threads.get_state()))
-    batches += list(threads)
+    batches = list(loader.train_batches(order, example_of(images), workers=0))
     assert len(batches) == 10
     assert batches[0]["image"].shape == (4, 2, 8, 8, 3)
-    processes = loader.train_batches(order, example_of(images), workers=workers)
-    for batch in batches:
-        assert_batches_equal(batch, next(processes))
-    again = loader.train_batches(order, example_of(images), workers=0)
-    again.set_state(state)
-    for batch in batches[4:]:
-        assert_batches_equal(batch, next(again))
+    later = dataclasses.replace(order, done=6)
+    for again, number in ((later, workers), (later, 0)):
+        rest = list(loader.train_batches(again, example_of(images), workers=number))
+        for batch, expected in zip(rest, batches[6:], strict=True):
+            assert_batches_equal(batch, expected)
 
 
 def test_a_batch_of_arrays_is_what_its_records_are(rng):

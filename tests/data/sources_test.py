@@ -22,7 +22,67 @@ RGB = decode.Decoding(3)
 
 def data_section(**changes):
     base = dict(source="folder", path="", name="", train_split="train", val_split="val")
-    return ConfigDict(base | dict(range=(), max_pixels=10**6) | changes)
+    return ConfigDict(base | dict(labels="auto", range=(), max_pixels=10**6) | changes)
+
+
+def folder_of(root, **splits):
+    """A folder with an image for each name of a class, by split."""
+    for split, classes in splits.items():
+        for i, name in enumerate(classes):
+            save(root / split / name / f"{i}.png")
+    return data_section(path=str(root))
+
+
+def npz_of(root, **splits):
+    """The same as arrays, a class being the number of a letter."""
+    labels = [ord(name) - ord("a") for names in splits.values() for name in names]
+    is_test = np.repeat([split == "val" for split in splits], list(map(len, splits.values())))
+    images = np.zeros((len(labels), 2, 2, 3), np.uint8)
+    names = np.array(list("abcd"))
+    np.savez(root / "all.npz", image=images, label=np.array(labels), names=names, is_test=is_test)
+    return data_section(path=str(root / "all.npz"))
+
+
+@pytest.mark.parametrize("made", [folder_of, npz_of])
+@pytest.mark.parametrize("held_out", ["b", "ab"])
+def test_one_class_is_no_labels(tmp_path, caplog, made, held_out):
+    """Else every protocol gives 100 %. The held-out images follow, even if they have classes."""
+    section = made(tmp_path, train="bbb", val=held_out)
+    found = sources.splits(section, sources.SPLITS, 3)
+    for source in found.values():
+        assert (source.labelled, source.classes, source[0][1]) == (False, [], -1)
+        assert source.no_labels == "no labels (train has one class, 'b')"
+    assert [record.getMessage() for record in caplog.records] == [
+        "the images have no labels (train has one class, 'b')"
+    ]
+
+
+@pytest.mark.parametrize("made", [folder_of, npz_of])
+def test_labels_none(tmp_path, caplog, made):
+    """Folders that mean something else, such as dates: the splits need not have the same."""
+    section = made(tmp_path, train="aab", val="cd")
+    section.labels = "none"
+    found = sources.splits(section, sources.SPLITS, 3)
+    for source in found.values():
+        assert (source.labelled, source.classes, source[1][1]) == (False, [], -1)
+        assert source.no_labels == "no labels (config.data.labels='none')"
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("made", [folder_of, npz_of])
+def test_a_split_with_fewer_classes_is_named(tmp_path, caplog, made):
+    sources.splits(made(tmp_path, train="aabc", val="bb"), sources.SPLITS, 3)
+    assert [record.getMessage() for record in caplog.records] == [
+        "val has no image of 2 of the 3 classes of train: a, c"
+    ]
+
+
+def test_arrays_with_a_class_that_train_lacks_are_named(tmp_path, caplog):
+    """Of a folder it is an error."""
+    sources.splits(npz_of(tmp_path, train="ab", val="abd"), sources.SPLITS, 3)
+    assert [record.getMessage() for record in caplog.records] == [
+        "train has no image of 1 of the 3 classes of val: d"
+    ]
 
 
 def test_packaged_images_are_split_without_overlap():
@@ -59,6 +119,24 @@ def test_images_without_classes_have_no_label(images):
     assert (len(source), source.classes, source[3][1]) == (10, [], -1)
     section = data_section(path=str(images / "train" / "ant"), train_split=".")
     assert len(sources.make(section, "train", 3)) == 10
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    root = os.fsencode(tmp_path / "train")
+    for path in (b"caf\xe9/1.png", b"b/\xe9.png"):
+        os.makedirs(os.path.join(root, os.path.dirname(path)))
+        Image.new("RGB", (2, 2)).save(os.fsdecode(os.path.join(root, path)))
+    source = sources.make(data_section(path=str(tmp_path)), "train", 3)
+    assert [os.fsencode(source.name(i)) for i in (0, 1)] == [
+        root + b"/b/\xe9.png",
+        root + b"/caf\xe9/1.png",
+    ]
+    assert os.fsencode(source.classes[1]) == b"caf\xe9"
+    assert (
+        sources.class_name(source.classes, 1) == r"caf\udce9"
+    )  # as fonts and terminals can show it
+    assert sources.class_name(["l" * 99], 0) == "l" * 40 + "..."  # as a figure has room for it
+    assert sources.labels_digest(source)
 
 
 WRONG = {

@@ -174,11 +174,11 @@ def test_features_are_exported_with_names(evaluated, tmp_path):
         np.testing.assert_array_equal(saved["features"], found.x)
         np.testing.assert_array_equal(saved["label"], found.labels)
         assert saved["name"][7] == "image 7"
-    names = [f"{i}.jpg" for i in range(len(found.x))]
+    names = [*(f"{i}.jpg" for i in range(len(found.x) - 1)), "\udce9.jpg"]  # one is no UTF-8
     features.export(tmp_path / "mae.parquet", found, names)
     table = pq.read_table(tmp_path / "mae.parquet")
     np.testing.assert_array_equal(np.stack(table["features"].to_numpy()), found.x)
-    assert table["name"].to_pylist() == names
+    assert table["name"].to_pylist() == [*names[:-1], r"\udce9.jpg"]
     np.testing.assert_array_equal(table["label"], found.labels)
 
 
