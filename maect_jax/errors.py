@@ -4,11 +4,12 @@ import argparse
 import math
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 OTHER_HOST = "another host failed; see its log"
 RESUME = "Run the same command to resume."
 _SHOWN = 200  # characters
+_LISTED = 5  # names
 
 
 class UserError(Exception):
@@ -37,6 +38,12 @@ def shown(text: str) -> str:
     """A text as part of a message: on one line, and the start of a long one."""
     line = text if text.isprintable() else repr(text)[1:-1]
     return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}..."
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are, as part of a message."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(map(shown, names[:_LISTED])) + more
 
 
 def say(error: Exception | str) -> None:

@@ -3,15 +3,44 @@
 import contextlib
 import io
 import math
+import os
+from functools import cache
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from maect_jax.errors import BadImageError
 
+with contextlib.suppress(ImportError):  # the extra [heif]
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
+HEIF_ENDINGS = (".heic", ".heics", ".heif", ".heifs", ".hif")
+# Pillow knows no pixels of MPEG, and runs another program for those of EPS.
+_NOT_DECODED = ("MPEG", "EPS")
 _ORIENTATION = 0x0112  # the EXIF tag
 _SIDEWAYS = range(5, 9)  # its values for which height and width are swapped
+
+
+def ending(name: str) -> str:
+    """The ending of a file's name, in small letters, with its dot; empty if it has none."""
+    return os.path.splitext(name)[1].lower()
+
+
+@cache
+def endings() -> frozenset[str]:
+    """The endings of the formats that can be decoded: Pillow's own, and those of its plugins."""
+
+    def is_decoded(kind: str) -> bool:
+        factory = Image.OPEN[kind][0] if kind in Image.OPEN else None
+        # A stub knows the format, but leaves the pixels to a program of the user.
+        is_stub = isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
+        return kind == "MPO" or bool(factory and not is_stub and kind not in _NOT_DECODED)
+
+    found = Image.registered_extensions().items()
+    return frozenset(name for name, kind in found if is_decoded(kind))
 
 
 def shape(image: bytes | np.ndarray) -> tuple[int, int]:

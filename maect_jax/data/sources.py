@@ -3,18 +3,18 @@
 A new kind of source is a subclass of `Source` in a file of its own and a line in `KINDS`.
 """
 
-import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
+from etils import epath
 
 from maect_jax import config as configs
 from maect_jax.config import Rule, Rules, at_most, between, one_of
 from maect_jax.data import arrays
-from maect_jax.data.base import Source
+from maect_jax.data.base import Identity, Source, digest
 from maect_jax.data.folder import Folder
 from maect_jax.errors import UserError
 
@@ -34,6 +34,10 @@ class Blank(Source):
 
     def __getitem__(self, record: int) -> tuple[np.ndarray, int]:
         return np.zeros(self.shape or (8, 8, self.channels), np.uint8), -1
+
+    @cached_property
+    def identity(self) -> Identity:
+        return Identity(len(self), digest(f"{self.channels} {self.shape}".encode()))
 
 
 class Tfds(Source):
@@ -80,21 +84,31 @@ class Tfds(Source):
             return self.records[record]["file_name"].decode()
         return f"{self._split}, record {record}"
 
+    @cached_property
+    def identity(self) -> Identity:
+        """Of the set's name and version, and of the names, sizes and times of the files that hold
+        the split, with the part that each has of it."""
+        info = self.records.dataset_info
+        parts = [info.full_name, str(len(self))]
+        times = []
+        for part in info.splits[self.records.split].file_instructions:
+            path = epath.Path(part.filename)
+            stat = path.stat()
+            parts.append(f"{path.name} {part.skip} {part.take} {stat.length}")
+            times.append(str(stat.mtime))
+        return Identity(len(self), *(digest("\n".join(x).encode()) for x in (parts, times)))
 
-# Called with the `data` section, the split's name in it, `channels`, `classes` and `index_file`.
+
+# Called with the `data` section, the split's name in it, `channels` and `classes`.
 KINDS: dict[str, Callable[..., Source]] = {
     "fashion_mnist": lambda data, name, **_: arrays.fashion_mnist(name),
-    "folder": lambda data, name, classes, index_file, **_: Folder(
-        os.path.join(data.path, name), classes, index_file
-    ),
+    "folder": lambda data, name, classes, **_: Folder(os.path.join(data.path, name), classes),
     "tfds": lambda data, name, channels, **_: Tfds(data.name, name, data.path, channels),
 }
 _CHANNELS = {"fashion_mnist": (1,)}  # others decode image files, to gray or RGB
 
 
-def make(
-    data, split: str, channels: int, classes: Sequence[str] | None = None, run: Path | None = None
-) -> Source:
+def make(data, split: str, channels: int, classes: Sequence[str] | None = None) -> Source:
     """The source that the `data` section of a config asks for.
 
     Args:
@@ -102,7 +116,6 @@ def make(
       split: one of `SPLITS`.
       channels: 1 (gray) or 3 (RGB).
       classes: of a folder, the training images' classes, by which all splits number their labels.
-      run: the run's folder, which may hold the index of a large folder of images.
 
     Raises:
       UserError: there are no such images, or they cannot have that many channels.
@@ -114,19 +127,20 @@ def make(
         raise UserError(f"config.model.channels={channels}: must be {either} for {source}")
     if data.path.endswith(".npz"):
         return arrays.npz(data.path, split, channels)
-    index_file = run / f"{split}.index.npz" if run else None
-    options = dict(channels=channels, classes=classes, index_file=index_file)
-    return KINDS[data.source](data, data[f"{split}_split"], **options)
+    return KINDS[data.source](data, data[f"{split}_split"], channels=channels, classes=classes)
 
 
 def splits(
-    data, needed: Sequence[str], channels: int, run: Path | None = None
+    data, needed: Sequence[str], channels: int, opened: Mapping[str, Source] | None = None
 ) -> dict[str, Source]:
-    """The sources of splits, by name, with one numbering of the classes. Raises as `make` does."""
-    images: dict[str, Source] = {}
+    """The sources of splits, by name, with one numbering of the classes; some may be `opened`
+    already. Raises as `make` does."""
+    images = dict(opened or {})
     for split in needed:
+        if split in images:
+            continue
         classes = (images["train"].classes or None) if "train" in images else None
-        images[split] = make(data, split, channels, classes, run)
+        images[split] = make(data, split, channels, classes)
     return images
 
 
@@ -141,8 +155,7 @@ def labels_digest(source: Source) -> str:
     """A digest of the classes and labels of a source; empty where every record must be read."""
     if source.reads_labels:
         return ""
-    text = "\n".join(source.classes).encode() + np.asarray(source.labels).tobytes()
-    return hashlib.sha256(text).hexdigest()[:16]
+    return digest("\n".join(source.classes).encode(), np.asarray(source.labels))
 
 
 # Rules of the `data` section

@@ -28,7 +28,7 @@ def main() -> None:
         raise UserError(f"--out={out}: is for the comparison of several runs. Name several.")
     histories = {}
     for folder, run in runs.items():
-        images = pipeline.open_images(build.read_config(run), run)
+        images = pipeline.open_images(build.read_config(run))
         print(build.report(run, images), flush=True)
         histories[folder] = build.read_history(run, images)
     if len(runs) > 1:

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from maect_jax import __version__, files
 from maect_jax import config as configs
+from maect_jax.data.base import NEW_TIMES, Identity
 from maect_jax.errors import UserError
 from maect_jax.run import checkpoints, lineage, lock
 
@@ -25,6 +26,13 @@ _MAY_CHANGE = (
     "checkpoint.", "monitor.", "mesh.", "encoder_microbatches", "remat", "data.workers",
     "data.max_bad_fraction", "eval.",
 )  # fmt: skip
+
+# Keys that say where images are. What they are is in this file of a run.
+_WHERE_IMAGES_ARE = (
+    "data.source:", "data.path:", "data.name:", "data.train_split:", "data.val_split:",
+    "finetune.images:",
+)  # fmt: skip
+_IMAGES = "images.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +47,11 @@ class Run:
 
 
 @contextmanager
-def opened(run: Run, origin: lineage.Saved | None) -> Iterator[Run]:
+def opened(run: Run, origin: lineage.Saved | None, images: Mapping[str, Identity]) -> Iterator[Run]:
     """Makes a new folder the run's, or checks that it was before; process 0 holds its lock.
 
-    Writes the config, what the run runs on, and where its weights are from (`origin`, of the first
-    stage). Yields the run with its `check_lock`.
+    Writes the config, what the run runs on, where its weights are from (`origin`, of the first
+    stage), and what its images are, by split. Yields the run with its `check_lock`.
 
     Raises:
       UserError: the folder holds another run, is in use, or cannot be written.
@@ -57,17 +65,21 @@ def opened(run: Run, origin: lineage.Saved | None) -> Iterator[Run]:
             try:
                 run.folder.mkdir(parents=True, exist_ok=True)
                 check = stack.enter_context(lock.held(run.folder))
-                _claim(run.folder, run.config, origin)
+                _claim(run, origin, images)
             except OSError as error:
                 raise UserError(f"--workdir={run.folder}: cannot write there: {error}") from error
             run = dataclasses.replace(run, check_lock=check)
         yield run
 
 
-def _claim(folder: Path, config: ConfigDict, origin: lineage.Saved | None) -> None:
+def _claim(run: Run, origin: lineage.Saved | None, images: Mapping[str, Identity]) -> None:
+    folder, config = run.folder, run.config
     path, environment = folder / "config.json", _environment()
+    noted = files.read_json(folder / _IMAGES)
     if path.exists():
         differing = configs.differences(configs.read(path), config)
+        if _same_files(noted, images):
+            differing = [line for line in differing if not line.startswith(_WHERE_IMAGES_ARE)]
         if other := [line for line in differing if not line.startswith(_MAY_CHANGE)]:
             raise UserError(
                 f"--workdir={folder}: holds another run ({'; '.join(other)}). Use another "
@@ -84,7 +96,18 @@ def _claim(folder: Path, config: ConfigDict, origin: lineage.Saved | None) -> No
     # The first may be refused, before anything is written.
     lineage.write_lineage(folder, origin.lineage() if origin else [lineage.SCRATCH])
     files.write_json(folder / "environment.json", environment)
+    if not noted or _same_files(noted, images):  # else the note is of those that it began with
+        noted |= {name: identity._asdict() for name, identity in images.items()}
+        files.write_json(folder / _IMAGES, noted)
     files.write_json(path, config.to_dict())
+
+
+def _same_files(noted: Mapping, images: Mapping[str, Identity]) -> bool:
+    """Whether images have the names and sizes of those in a run's note. Images that were not opened
+    on both occasions do not count."""
+    both = [name for name in images if name in noted]
+    differences = {images[name].difference(noted[name]) for name in both}
+    return "train" in both and differences <= {"", NEW_TIMES}
 
 
 def _environment() -> dict:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 import sys
 
 import numpy as np
@@ -10,6 +12,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from maect_jax.data import arrays, decode, loader, sources, transforms
+from maect_jax.data.base import NEW_TIMES
 from maect_jax.data.folder import Folder
 from maect_jax.data.loader import EvalRecord, Order, TrainRecord
 from maect_jax.errors import UserError
@@ -70,6 +73,15 @@ def test_tfds_is_read_without_tensorflow(prepared_tfds):
     assert sources.make(data_section(path=str(prepared_tfds)), "val", 1)[0][1] == 0
     assert "tensorflow" not in sys.modules
     assert source.classes == ["0", "1", "2"]
+    shutil.copytree(prepared_tfds, prepared_tfds / "copied")
+    copied = sources.make(data_section(path=str(prepared_tfds / "copied")), "train", 3)
+    assert copied.identity == source.identity  # with the times of its files
+    section = data_section(path=str(prepared_tfds / "copied"), train_split="train[:3]")
+    assert sources.make(section, "train", 3).identity.content != source.identity.content
+    (shard,) = prepared_tfds.glob("tiny/*/*.array_record*")
+    os.utime(shard, (0, 0))
+    again = sources.make(data_section(path=str(prepared_tfds)), "train", 3).identity
+    assert again.difference(source.identity._asdict()) == NEW_TIMES
     with pytest.raises(UserError, match=r"config.data.name='absent'.*tfds build"):
         sources.make(data_section(path=str(prepared_tfds), name="absent"), "train", 3)
 
