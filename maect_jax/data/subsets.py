@@ -135,7 +135,7 @@ def from_list(path: str, names: Sequence[str]) -> np.ndarray:
         )
     records = Counter(record for line in listed for record in found.get(line, ())[:1])
     if twice := [names[record] for record, lines in records.items() if lines > 1]:
-        problems.append(f"{len(twice)} images are listed twice: {first_of(twice)}")
+        problems.append(f"images that are listed twice: {first_of(twice)}")
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}")
     return np.array(list(records))

@@ -76,17 +76,22 @@ def _claim(run: Run, origin: lineage.Saved | None, images: Mapping[str, Identity
     folder, config = run.folder, run.config
     path, environment = folder / "config.json", _environment()
     noted = files.read_json(folder / _IMAGES)
+    changes = _changes(noted, images)
     if path.exists():
-        differing = configs.differences(configs.read(path), config)
-        if _same_files(noted, images):
+        before = configs.read(path)
+        differing = configs.differences(before, config)
+        if noted and not changes:
             differing = [line for line in differing if not line.startswith(_WHERE_IMAGES_ARE)]
+        elif os.path.realpath(before.data.path) == os.path.realpath(config.data.path):
+            differing = [line for line in differing if not line.startswith("data.path:")]
         if other := [line for line in differing if not line.startswith(_MAY_CHANGE)]:
+            reason = "; ".join(other + changes)
             raise UserError(
-                f"--workdir={folder}: holds another run ({'; '.join(other)}). Use another "
-                "--workdir or remove that run."
+                f"--workdir={folder}: holds another run ({reason}). Use another --workdir or "
+                "remove that run."
             )
-        before = ConfigDict(files.read_json(folder / "environment.json"))
-        if changed := differing + configs.differences(before, ConfigDict(environment)):
+        ran_on = ConfigDict(files.read_json(folder / "environment.json"))
+        if changed := differing + configs.differences(ran_on, ConfigDict(environment)):
             _LOGGER.warning("%s: resuming with changes: %s", folder, "; ".join(changed))
     elif (folder / checkpoints.FOLDER).exists():
         raise UserError(
@@ -96,18 +101,17 @@ def _claim(run: Run, origin: lineage.Saved | None, images: Mapping[str, Identity
     # The first may be refused, before anything is written.
     lineage.write_lineage(folder, origin.lineage() if origin else [lineage.SCRATCH])
     files.write_json(folder / "environment.json", environment)
-    if not noted or _same_files(noted, images):  # else the note is of those that it began with
+    if not changes:  # else the note is of those that it began with
         noted |= {name: identity._asdict() for name, identity in images.items()}
         files.write_json(folder / _IMAGES, noted)
     files.write_json(path, config.to_dict())
 
 
-def _same_files(noted: Mapping, images: Mapping[str, Identity]) -> bool:
-    """Whether images have the names and sizes of those in a run's note. Images that were not opened
-    on both occasions do not count."""
-    both = [name for name in images if name in noted]
-    differences = {images[name].difference(noted[name]) for name in both}
-    return "train" in both and differences <= {"", NEW_TIMES}
+def _changes(noted: Mapping, images: Mapping[str, Identity]) -> list[str]:
+    """What has changed since a run noted its images, but for times. Images that were not opened on
+    both occasions do not count."""
+    differences = {name: images[name].difference(noted[name]) for name in images if name in noted}
+    return [f"{name}: {x}" for name, x in differences.items() if x not in ("", NEW_TIMES)]
 
 
 def _environment() -> dict:

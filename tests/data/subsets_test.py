@@ -73,7 +73,7 @@ WRONG_LISTS = {
     "no part of a name": (b"MG.jpg\nin/a/1.jpg", "2 of its 2 names are not among the 14"),
     "an ending is no name": (b"a/IMG.2021", "not among the 14 training images: a/IMG.2021"),
     "both": (b"0.jpg\nd/1.jpg", "images: d/1.jpg; 1 of its 2 names are each of several"),
-    "twice": (b"a/1.jpg\nb/1.jpg\na/1", "1 images are listed twice: /sets/train/a/1.jpg"),
+    "twice": (b"a/1.jpg\nb/1.jpg\na/1", "images that are listed twice: /sets/train/a/1.jpg"),
 }
 
 

@@ -173,10 +173,16 @@ def test_the_same_images_may_be_elsewhere(tmp_path, caplog):
     claim(tmp_path, "data.path=/mnt/x/", "data.train_split=.", images=copied)
     assert config.read(tmp_path / "config.json").data.path == "/mnt/x/"
     assert not caplog.text
+    other = copied | {"train": Identity(9, "A", "b")}
+    claim(tmp_path, "data.path=/mnt/./x", "data.train_split=.", images=other)  # the same place
     before = (tmp_path / "config.json").read_text()
-    for other in (copied | {"train": Identity(9, "A", "b")}, {"val": images["val"]}, {}):
-        with pytest.raises(UserError, match=r"holds another run \(data\.path: '/mnt/x/' -> 'x'\)"):
-            claim(tmp_path, "data.path=x", "data.train_split=.", images=other)
+    with pytest.raises(UserError) as refused:
+        claim(tmp_path, "data.path=x", "data.train_split=.", images=other)
+    reason = "(data.path: '/mnt/./x' -> 'x'; train: 9 images as before, but not the same)"
+    assert f"holds another run {reason}" in str(refused.value)
+    (tmp_path / "images.json").unlink()  # as version 0.1 left it
+    with pytest.raises(UserError, match=r"holds another run \(data\.path: '/mnt/./x' -> 'x'\)"):
+        claim(tmp_path, "data.path=x", "data.train_split=.", images=images)
     assert (tmp_path / "config.json").read_text() == before
 
 
