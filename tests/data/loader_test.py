@@ -82,6 +82,9 @@ def test_tfds_is_read_without_tensorflow(prepared_tfds):
     os.utime(shard, (0, 0))
     again = sources.make(data_section(path=str(prepared_tfds)), "train", 3).identity
     assert again.difference(source.identity._asdict()) == NEW_TIMES
+    shard.write_bytes(shard.read_bytes() + b"0")
+    again = sources.make(data_section(path=str(prepared_tfds)), "train", 3).identity
+    assert again.content != source.identity.content
     with pytest.raises(UserError, match=r"config.data.name='absent'.*tfds build"):
         sources.make(data_section(path=str(prepared_tfds), name="absent"), "train", 3)
 

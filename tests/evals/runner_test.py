@@ -269,6 +269,13 @@ def test_features_do_not_outlive_their_images(photos, monkeypatch, caplog):
     assert run() == []
     (a, b, *rest), red = of_pixels()
     assert (a != b, rest, red.tolist()) == (True, [a, b], [True, False] * 2)
+    # Under another path they are the same, and the files of the run have it.
+    (photos / "moved").symlink_to(photos)
+    settings += (f"data.path={photos}/moved",)
+    assert run() == []
+    with np.load(workdir / "export" / "mae_train.npz") as saved:
+        assert saved["name"][7] == str(photos / "moved" / "photos" / "07.jpg")
+    assert f"{photos}/moved/photos/07.jpg" in (workdir / "clusters.csv").read_text()
     for old, new in (("00", "x"), ("01", "00"), ("x", "01")):
         (folder / f"{old}.jpg").rename(folder / f"{new}.jpg")
     # A report alone shows none of them beside other images.
@@ -321,6 +328,18 @@ def test_images_without_labels_want_a_number_of_clusters(photos):
     with pytest.raises(UserError, match=r"eval\.cluster\.clusters=99: must be at most .*60"):
         pipeline.open_images(of_photos(photos, "eval.cluster.clusters=99"))
     pipeline.open_images(of_photos(photos, "eval.protocols=('knn',)"))
+
+
+def test_lists_are_read_before_anything_runs(photos):
+    path = photos / "list.txt"
+    path.write_bytes(b"caf\xe9.jpg\n")
+    lists = ("eval.protocols=('lowshot',)", f"eval.lowshot.lists=('{path}',)")
+    config = of_photos(photos, *lists)
+    with pytest.raises(UserError, match=r"1 of its 1 names are not among the 60 training images"):
+        pipeline.open_images(config)
+    (photos / "photos" / "00.jpg").rename(photos / "photos" / "caf\udce9.jpg")
+    pipeline.open_images(config)
+    assert PROTOCOLS["lowshot"].settings(config)["texts"] == ["caf\udce9.jpg\n"]
 
 
 def test_well_known_subsets_are_clustered_by_their_wordnet_ids(rng, monkeypatch):
