@@ -2,6 +2,7 @@
 
 import logging
 import os
+import stat
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -104,11 +105,11 @@ def _error(text: str) -> UserError:
 
 
 def _counted(others: Counter[str]) -> str:
-    """Files by ending, as text, the most frequent first."""
-    names = []
-    for ending, number in sorted(others.items(), key=lambda item: (-item[1], item[0])):
-        hint = " (needs the extra [heif])" if ending in decode.HEIF_ENDINGS else ""
-        names.append(f"{number} {ending or 'without an ending'}{hint}")
+    """Files by ending, as text: those that an extra reads, then the most frequent first."""
+    needs_extra, names = {ending: ending in decode.HEIF_ENDINGS for ending in others}, []
+    for ending in sorted(others, key=lambda x: (not needs_extra[x], -others[x], x)):
+        hint = " (needs the extra [heif])" if needs_extra[ending] else ""
+        names.append(f"{others[ending]} {ending or 'without an ending'}{hint}")
     count = others.total()
     return f"{count} file{'s' * (count != 1)}: {first_of(names)}"
 
@@ -124,14 +125,14 @@ def _groups(found: _Listing, root: str) -> list[list[_File]]:
     if groups[""] and classes:
         example = f"{root!r} has images beside its class folders, such as {min(groups[''])[0]}"
         raise _error(f"{example}; expected <class>/<image>, or images alone, without labels")
+    left_out = f" (left out {_counted(found.others)})" if found.others else ""
     if not found.images:
-        has = f", which has {_counted(found.others)}" if found.others else ""
         raise _error(
-            f"no images below {root!r}{has}; expected <class>/<image>, or images alone, with an "
-            "ending of one of Pillow's formats, such as .jpg or .png"
+            f"no images below {root!r}{left_out}; expected <class>/<image>, or images alone, with "
+            "an ending of one of Pillow's formats, such as .jpg or .png"
         )
     if empty := [name for name in classes if not groups[name]]:
-        raise _error(f"no images in these classes of {root!r}: {first_of(empty)}")
+        raise _error(f"no images in these classes of {root!r}: {first_of(empty)}{left_out}")
     return list(groups.values())
 
 
@@ -141,7 +142,7 @@ def _bucket(root: str) -> _Listing:
 
     try:
         storage, top = fsspec.core.url_to_fs(root)
-        entries = storage.ls(top, detail=True)
+        entries = list(storage.ls(top, detail=True))
         folders = [entry["name"] for entry in entries if entry["type"] == "directory"]
         with ThreadPoolExecutor(_THREADS) as pool:
             for below in pool.map(lambda name: storage.find(name, detail=True), folders):
@@ -153,7 +154,7 @@ def _bucket(root: str) -> _Listing:
     found, start = _Listing(), len(top.rstrip("/")) + 1
     for entry in entries:
         path = entry["name"][start:].rstrip("/")
-        if "/." in f"/{path}":
+        if not path or "/." in f"/{path}":  # the folder itself, or what is hidden
             continue
         if entry["type"] == "directory":
             found.classes.append(path)
@@ -192,16 +193,20 @@ def _scan(root: str, path: str, above: tuple[str, ...]) -> tuple[_Listing, list]
             if entry.name.startswith("."):
                 continue
             if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
-                real = f"{above[-1]}/{entry.name}"
+                real = os.path.join(above[-1], entry.name)
                 if entry.is_symlink() and (real := os.path.realpath(entry)) in above:
                     raise _error(f"{entry.path!r} is a symbolic link that leads back into itself")
                 folders.append((name, (*above, real)))
             elif ending in endings:
                 try:
-                    stat = entry.stat()
-                    found.images.append(_File(name, stat.st_size, stat.st_mtime_ns))
+                    about = entry.stat()
                 except OSError:  # a broken link, which is named when it is read
                     found.images.append(_File(name, -1, 0))
+                    continue
+                if stat.S_ISREG(about.st_mode):
+                    found.images.append(_File(name, about.st_size, about.st_mtime_ns))
+                else:  # a pipe, which might never end
+                    found.others[f"{ending} that is no file"] += 1
             else:
                 found.others[ending] += 1
     return found, folders

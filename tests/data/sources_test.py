@@ -174,9 +174,13 @@ def test_what_is_left_out_is_counted_by_its_ending(tmp_path, caplog, monkeypatch
     monkeypatch.setattr(decode, "endings", lambda: {".png"})
     (tmp_path / "b" / "4.heic").touch()
     assert len(Folder(str(tmp_path))) == 2
-    assert "1 .heic (needs the extra [heif])" in caplog.messages[-1]
-    with pytest.raises(UserError, match=r"no images below .*deep', which has 1 file: 1 \.txt;"):
+    assert "left out 6 files: 1 .heic (needs the extra [heif]), 2 .txt, " in caplog.messages[-1]
+    with pytest.raises(UserError, match=r"no images below .*deep' \(left out 1 file: 1 \.txt\);"):
         Folder(str(tmp_path / "b" / "deep"))
+    (tmp_path / "a" / "0.png").unlink()
+    os.mkfifo(tmp_path / "a" / "x.png")  # which would be read for ever
+    with pytest.raises(UserError, match=r"no images in these classes of .*: a \(left out 7 files"):
+        Folder(str(tmp_path))
 
 
 def test_heic_is_read_with_its_extra(tmp_path):
