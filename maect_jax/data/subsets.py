@@ -133,11 +133,11 @@ def from_list(path: str, names: Sequence[str]) -> np.ndarray:
             f"{len(several)} of its {len(listed)} names are each of several images: "
             f"{first_of(several)} (the first is {candidates}); write more of their paths"
         )
-    records = Counter(record for line in listed for record in found.get(line, ())[:1])
-    if twice := [names[record] for record, lines in records.items() if lines > 1]:
-        problems.append(f"images that are listed twice: {first_of(twice)}")
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}")
+    records = Counter(found[line][0] for line in listed)
+    if twice := [names[record] for record, lines in records.items() if lines > 1]:
+        raise UserError(f"{where}: images that are listed twice: {first_of(twice)}")
     return np.array(list(records))
 
 
