@@ -79,11 +79,10 @@ def _claim(run: Run, origin: lineage.Saved | None, images: Mapping[str, Identity
     changes = _changes(noted, images)
     if path.exists():
         before = configs.read(path)
-        differing = configs.differences(before, config)
+        same = _same_places(before, config)
         if noted and not changes:
-            differing = [line for line in differing if not line.startswith(_WHERE_IMAGES_ARE)]
-        elif os.path.realpath(before.data.path) == os.path.realpath(config.data.path):
-            differing = [line for line in differing if not line.startswith("data.path:")]
+            same += _WHERE_IMAGES_ARE
+        differing = [x for x in configs.differences(before, config) if not x.startswith(same)]
         if other := [line for line in differing if not line.startswith(_MAY_CHANGE)]:
             reason = "; ".join(other + changes)
             raise UserError(
@@ -105,6 +104,18 @@ def _claim(run: Run, origin: lineage.Saved | None, images: Mapping[str, Identity
         noted |= {name: identity._asdict() for name, identity in images.items()}
         files.write_json(folder / _IMAGES, noted)
     files.write_json(path, config.to_dict())
+
+
+def _same_places(before: ConfigDict, config: ConfigDict) -> tuple[str, ...]:
+    """The keys that name the same file or folder in two configs, however it is spelled."""
+    old, new = configs.flat(before), configs.flat(config)
+
+    def place(path) -> str:
+        is_path = isinstance(path, str) and path not in ("", lineage.RANDOM)
+        return os.path.realpath(path) if is_path else f"no path: {path}"
+
+    places = {"data.path", "init_from"} & old.keys() & new.keys()
+    return tuple(f"{key}:" for key in places if place(old[key]) == place(new[key]))
 
 
 def _changes(noted: Mapping, images: Mapping[str, Identity]) -> list[str]:

@@ -167,22 +167,25 @@ def test_a_harmless_change_is_logged_and_another_refused(tmp_path, caplog):
 def test_the_same_images_may_be_elsewhere(tmp_path, caplog):
     images = {"train": Identity(9, "a", "b"), "val": Identity(2, "c", "d")}
     places = ("data.source=folder", "data.path=x", "data.train_split=y", "data.val_split=z")
-    claim(tmp_path, *places, images=images)
+    started = "init_from=/mnt/run"  # which may be spelled in another way as well
+    claim(tmp_path, *places, started, images=images)
     # Also copied, which gives them other times, or without those that are held out.
     copied = {"train": Identity(9, "a", "B")}
-    claim(tmp_path, "data.path=/mnt/x/", "data.train_split=.", images=copied)
+    claim(tmp_path, "data.path=/mnt/x/", "data.train_split=.", f"{started}/", images=copied)
     assert config.read(tmp_path / "config.json").data.path == "/mnt/x/"
     assert not caplog.text
     other = copied | {"train": Identity(9, "A", "b")}
-    claim(tmp_path, "data.path=/mnt/./x", "data.train_split=.", images=other)  # the same place
+    claim(
+        tmp_path, "data.path=/mnt/./x", "data.train_split=.", f"{started}/", images=other
+    )  # the same place
     before = (tmp_path / "config.json").read_text()
     with pytest.raises(UserError) as refused:
-        claim(tmp_path, "data.path=x", "data.train_split=.", images=other)
+        claim(tmp_path, "data.path=x", "data.train_split=.", f"{started}/", images=other)
     reason = "(data.path: '/mnt/./x' -> 'x'; train: 9 images as before, but not the same)"
     assert f"holds another run {reason}" in str(refused.value)
     (tmp_path / "images.json").unlink()  # as version 0.1 left it
     with pytest.raises(UserError, match=r"holds another run \(data\.path: '/mnt/./x' -> 'x'\)"):
-        claim(tmp_path, "data.path=x", "data.train_split=.", images=images)
+        claim(tmp_path, "data.path=x", "data.train_split=.", f"{started}/", images=images)
     assert (tmp_path / "config.json").read_text() == before
 
 
