@@ -7,13 +7,14 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 OTHER_HOST = "another host failed; see its log"
 RESUME = "Run the same command to resume."
 _SHOWN = 200  # characters
+_LISTED = 5  # names
 
 
 class UserError(Exception):
@@ -43,6 +44,12 @@ def shown(text: str, most: int = _SHOWN) -> str:
     characters."""
     line = text if text.isprintable() else repr(text)[1:-1]
     return line if len(line) <= most else f"{line[:most]}..."
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are, as part of a message."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(map(shown, names[:_LISTED])) + more
 
 
 def say(error: Exception | str) -> None:

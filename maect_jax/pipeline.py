@@ -18,6 +18,7 @@ from maect_jax import sharding, train
 from maect_jax.config import Rule, Rules, between, not_negative, one_of, positive
 from maect_jax.data import sources, values
 from maect_jax.data.bad_images import BadImages
+from maect_jax.data.base import Identity
 from maect_jax.errors import OTHER_HOST, RunFailedError, UserError
 from maect_jax.evals import finetuned, monitor, runner, table
 from maect_jax.models import vit
@@ -114,8 +115,8 @@ def check(config: ConfigDict, devices: int) -> None:
         runner.check(config, devices)
 
 
-def open_images(config: ConfigDict, workdir: Path) -> dict[str, sources.Source]:
-    """Opens the images, by split; the run's folder may hold their index.
+def open_images(config: ConfigDict) -> dict[str, sources.Source]:
+    """Opens the images, by split.
 
     Held-out images are opened where a stage needs them or the monitor can use them.
 
@@ -126,15 +127,16 @@ def open_images(config: ConfigDict, workdir: Path) -> dict[str, sources.Source]:
     labels_needed = [stage.name for stage in training_stages(config) if stage.needs_labels]
     evaluated = labels_needed or EVAL in config.stages
     train_only = sources.SPLITS[:1]
-    opened = partial(sources.splits, config.data, channels=config.model.channels, run=workdir)
-    try:
-        images = opened(sources.SPLITS if evaluated or config.monitor.every else train_only)
-    except UserError as error:
-        _LOGGER.info("no held-out images: %s", error)
-        # Without labels, or to train alone, held-out images need not be there.
-        images = opened(train_only)
-        if evaluated and images["train"].labelled:
-            raise
+    opened = partial(sources.splits, config.data, channels=config.model.channels)
+    images = opened(train_only)
+    if evaluated or config.monitor.every:
+        try:
+            images = opened(sources.SPLITS, opened=images)
+        except UserError as error:
+            _LOGGER.info("no held-out images: %s", error)
+            # Without labels, or to train alone, held-out images need not be there.
+            if evaluated and images["train"].labelled:
+                raise
     unlabelled = [split for split, source in images.items() if not source.labelled]
     if labels_needed and unlabelled:
         raise UserError(
@@ -146,6 +148,28 @@ def open_images(config: ConfigDict, workdir: Path) -> dict[str, sources.Source]:
     if EVAL in config.stages:
         runner.check_images(config, images)
     return images
+
+
+def _identities(config: ConfigDict, images: Mapping[str, sources.Source]) -> dict[str, Identity]:
+    """What the images of each split and those of each training stage are."""
+    found = dict(images)
+    for stage in training_stages(config):
+        found[stage.name] = stage.training_images(config, images["train"])
+    return {name: source.identity for name, source in found.items()}
+
+
+def _share_identities(config: ConfigDict, images: Mapping[str, sources.Source]) -> None:
+    """Gives all hosts the first one's times of the files: copies on their own disks have others.
+    Raises `UserError` where the images of a host are not the same."""
+    for split, source in images.items():
+        own = source.identity
+        content, times = sharding.of_first_host(f"{own.content} {own.times}").split(" ")
+        if content != own.content:
+            raise UserError(
+                f"config.data.path={config.data.path!r}: the {split} images of this host are not "
+                "those of the first host, by their names and sizes; all must see the same"
+            )
+        source.identity = own._replace(times=times)
 
 
 def check_enough(config: ConfigDict, images: sources.Source) -> None:
@@ -247,14 +271,18 @@ def run(config: ConfigDict, workdir: Path) -> None:
         with _together():
             origin = prepare(config)
             mesh = sharding.make_mesh(**config.mesh)
-            images = open_images(config, workdir)
+            images = open_images(config)
             values.check(images.values(), sources.decoding(config))
             if config.checkpoint.best and not monitor.is_possible(config, images):
                 raise UserError(
                     f"config.checkpoint.best={config.checkpoint.best!r}: is measured on held-out "
                     "images, and all images must have labels"
                 )
-            opened = stack.enter_context(folder.opened(Run(config, workdir, mesh), origin))
+        with _together():
+            _share_identities(config, images)
+        with _together():
+            claimed = folder.opened(Run(config, workdir, mesh), origin, _identities(config, images))
+            opened = stack.enter_context(claimed)
         with _together():
             if not (workdir / "config.json").exists():
                 raise UserError(
@@ -276,10 +304,9 @@ def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None
     if is_main:
         data = config.data
         print(_title(config, images["train"], data.path or data.source, run.mesh), flush=True)
-        for source in images.values():
-            source.save_index()
     held_out = images.get("val", images["train"])
-    examples = snapshots.Examples(runner.record(config, held_out), held_out="val" in images)
+    record = runner.record(config, held_out)
+    examples = snapshots.Examples(record, held_out="val" in images, images=images)
     count_bad = partial(
         BadImages, decoding=sources.decoding(config), allowed=config.data.max_bad_fraction
     )

@@ -24,8 +24,9 @@ def test_run_leaves_its_files_and_a_table(finished):
     workdir, stdout, stderr = finished
     names = {path.name for path in workdir.iterdir()}
     assert names == {
-        "config.json", "environment.json", "origin.json", "metrics.jsonl", "checkpoints", "watch",
-        "results.json", "results.md", "features", "clusters.csv", "report.html", "pictures",
+        "config.json", "environment.json", "images.json", "origin.json", "metrics.jsonl",
+        "checkpoints", "watch", "results.json", "results.md", "features", "clusters.csv",
+        "report.html", "pictures",
     }  # fmt: skip
     # What it runs on, the table, where the report is, and nothing else.
     title, devices, *table = stdout.splitlines()

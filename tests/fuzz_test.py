@@ -15,7 +15,7 @@ from PIL import Image
 
 from maect_jax import config as configs
 from maect_jax import pipeline
-from maect_jax.data import arrays, decode, folder, loader, sources, subsets
+from maect_jax.data import arrays, decode, loader, sources, subsets
 from maect_jax.data.decode import Decoding
 from maect_jax.errors import BadImageError
 from tests.helpers.fuzz import DEEP, bounded, load, one_line, only, refused
@@ -214,35 +214,3 @@ def test_an_endless_list_is_not_read(tmp_path):
     for path in (tmp_path / "pipe", tmp_path, tmp_path / ("x" * 300), "/dev/zero"):
         with refused("cannot be read"):
             subsets.from_list(str(path), ["a"])
-
-
-@pytest.fixture
-def saved_index(images, monkeypatch):
-    """The file with the index of a folder of images."""
-    monkeypatch.setattr(folder, "_LARGE", 1)
-    folder.Folder(str(images / "train")).save_index()
-    return images / ".train.index.npz"
-
-
-@bounded(60)
-@given(data=st.data())
-def test_a_wrong_index_is_replaced(saved_index, data):
-    """Whatever its arrays are: damaged, or one replaced by another."""
-    with saved_index.open("rb") as file:
-        arrays_of_index = dict(np.load(file))
-    strange = st.sampled_from([
-        np.int64(3), np.zeros(0, int), np.arange(21), np.arange(21)[::-1], np.full(21, 10**9),
-        np.array(["a", "b"]), np.zeros((2, 2)), np.float64([1, 2]), np.full(21, -1, np.int32),
-        np.frombuffer(b"\0" * 20, np.uint8), np.frombuffer(b"x", np.uint8),
-        np.frombuffer(b"x\0" * 20 + b"x", np.int8),
-    ])  # fmt: skip
-    key = data.draw(st.sampled_from(["names", "labels", "classes", "folders"]))
-    whole, wrong = saved_index.read_bytes(), arrays_of_index | {key: data.draw(strange)}
-    try:
-        saved_index.write_bytes(data.draw(damaged([whole]) | st.just(npz(**wrong))))
-        found = folder.Folder(str(saved_index.parent / "train"))
-        assert len(found) == 21
-        assert all(found.name(record).startswith(str(saved_index.parent)) for record in range(21))
-        assert all(-1 <= found[record][1] < 2 for record in range(21))
-    finally:
-        saved_index.write_bytes(whole)

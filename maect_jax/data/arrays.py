@@ -3,13 +3,14 @@
 import gzip
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from importlib import resources
 
 import numpy as np
 
 from maect_jax import files
 from maect_jax.data import decode, values
-from maect_jax.data.base import Source
+from maect_jax.data.base import Identity, Source, digest
 from maect_jax.data.decode import Decoding
 from maect_jax.errors import BadImageError, UserError
 
@@ -42,6 +43,11 @@ class Arrays(Source):
 
     def __getitem__(self, record: int) -> tuple[np.ndarray, int]:
         return self.images[record], int(self.labels[record])
+
+    @cached_property
+    def identity(self) -> Identity:
+        kind = f"{self.images.shape} {self.classes}".encode()
+        return Identity(len(self), digest(kind, self.images, self.labels))
 
 
 def fashion_mnist(split: str) -> Arrays:

@@ -3,18 +3,28 @@
 import contextlib
 import io
 import math
+import os
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.ImageFile import ImageFile
+from PIL.ImageFile import ImageFile, StubImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from maect_jax.errors import BadImageError
 
+with contextlib.suppress(ImportError):  # the extra [heif]
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
+HEIF_ENDINGS = (".heic", ".heics", ".heif", ".heifs", ".hif")
+# Pillow knows no pixels of MPEG, and runs another program for those of EPS.
+_NOT_DECODED = ("MPEG", "EPS")
 _ORIENTATION = 0x0112  # the EXIF tag
 _SIDEWAYS = range(5, 9)  # its values for which height and width are swapped
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
@@ -47,6 +57,25 @@ class Values(NamedTuple):
     high: float
     possible: int  # the highest value that the file can hold, 0 where that means nothing
     is_colour: bool  # of which Pillow reads the upper 8 of 16 bits
+
+
+def ending(name: str) -> str:
+    """The ending of a file's name, in small letters, with its dot; empty if it has none."""
+    return os.path.splitext(name)[1].lower()
+
+
+@cache
+def endings() -> frozenset[str]:
+    """The endings of the formats that can be decoded: Pillow's own, and those of its plugins."""
+
+    def is_decoded(kind: str) -> bool:
+        factory = Image.OPEN[kind][0] if kind in Image.OPEN else None
+        # A stub knows the format, but leaves the pixels to a program of the user.
+        is_stub = isinstance(factory, type) and issubclass(factory, StubImageFile)
+        return kind == "MPO" or bool(factory and not is_stub and kind not in _NOT_DECODED)
+
+    found = Image.registered_extensions().items()
+    return frozenset(name for name, kind in found if is_decoded(kind))
 
 
 def shape(image: bytes | np.ndarray, decoding: Decoding) -> tuple[int, int]:

@@ -3,22 +3,22 @@
 A new kind of source is a subclass of `Source` in a file of its own and a line in `KINDS`.
 """
 
-import hashlib
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
+from etils import epath
 
 from maect_jax import config as configs
 from maect_jax.config import Rule, Rules, at_most, between, one_of, positive
 from maect_jax.data import arrays
-from maect_jax.data.base import Source
+from maect_jax.data.base import Identity, Source, digest
 from maect_jax.data.decode import Decoding
-from maect_jax.data.folder import Folder, first_names
-from maect_jax.errors import UserError, shown
+from maect_jax.data.folder import Folder
+from maect_jax.errors import UserError, first_of, shown
 
 SPLITS = ("train", "val")
 _LONGEST = 40  # characters of a class name that a figure has room for
@@ -38,6 +38,10 @@ class Blank(Source):
 
     def __getitem__(self, record: int) -> tuple[np.ndarray, int]:
         return np.zeros(self.shape or (8, 8, self.channels), np.uint8), -1
+
+    @cached_property
+    def identity(self) -> Identity:
+        return Identity(len(self), digest(f"{self.channels} {self.shape}".encode()))
 
 
 class Tfds(Source):
@@ -84,21 +88,31 @@ class Tfds(Source):
             return self.records[record]["file_name"].decode()
         return f"{self._split}, record {record}"
 
+    @cached_property
+    def identity(self) -> Identity:
+        """Of the set's name and version, and of the names, sizes and times of the files that hold
+        the split, with the part that each has of it."""
+        info = self.records.dataset_info
+        parts = [info.full_name, str(len(self))]
+        times = []
+        for part in info.splits[self.records.split].file_instructions:
+            path = epath.Path(part.filename)
+            stat = path.stat()
+            parts.append(f"{path.name} {part.skip} {part.take} {stat.length}")
+            times.append(str(stat.mtime))
+        return Identity(len(self), *(digest("\n".join(x).encode()) for x in (parts, times)))
 
-# Called with the `data` section, the split's name in it, `channels`, `classes` and `index_file`.
+
+# Called with the `data` section, the split's name in it, `channels` and `classes`.
 KINDS: dict[str, Callable[..., Source]] = {
     "fashion_mnist": lambda data, name, **_: arrays.fashion_mnist(name),
-    "folder": lambda data, name, classes, index_file, **_: Folder(
-        os.path.join(data.path, name), classes, index_file
-    ),
+    "folder": lambda data, name, classes, **_: Folder(os.path.join(data.path, name), classes),
     "tfds": lambda data, name, channels, **_: Tfds(data.name, name, data.path, channels),
 }
 _CHANNELS = {"fashion_mnist": (1,)}  # others decode image files, to gray or RGB
 
 
-def make(
-    data, split: str, channels: int, classes: Sequence[str] | None = None, run: Path | None = None
-) -> Source:
+def make(data, split: str, channels: int, classes: Sequence[str] | None = None) -> Source:
     """The source that the `data` section of a config asks for.
 
     Args:
@@ -106,7 +120,6 @@ def make(
       split: one of `SPLITS`.
       channels: 1 (gray) or 3 (RGB); of arrays of pixels, as many as they have.
       classes: of a folder, the training images' classes, by which all splits number their labels.
-      run: the run's folder, which may hold the index of a large folder of images.
 
     Without labels, by `data.labels` or as training images that are all of one class: such a folder
     is how people keep images without labels, and every result on one class is perfect.
@@ -114,7 +127,7 @@ def make(
     Raises:
       UserError: there are no such images, or they cannot have that many channels.
     """
-    source = _opened(data, split, channels, classes=classes, run=run)
+    source = _opened(data, split, channels, classes)
     if data.labels == "none":
         source.drop_labels("no labels (config.data.labels='none')")
     elif split == "train" and (name := _only_class(source)):
@@ -123,7 +136,7 @@ def make(
     return source
 
 
-def _opened(data, split: str, channels: int, classes, run: Path | None) -> Source:
+def _opened(data, split: str, channels: int, classes: Sequence[str] | None) -> Source:
     if data.path.endswith(".npz"):
         return arrays.npz(data.path, split, _decoding(data, channels))
     allowed = _CHANNELS.get(data.source, (1, 3))
@@ -131,9 +144,7 @@ def _opened(data, split: str, channels: int, classes, run: Path | None) -> Sourc
         either = " or ".join(map(str, allowed))
         source = f"config.data.source={data.source!r}"
         raise UserError(f"config.model.channels={channels}: must be {either} for {source}")
-    index_file = run / f"{split}.index.npz" if run else None
-    options = dict(channels=channels, classes=classes, index_file=index_file)
-    return KINDS[data.source](data, data[f"{split}_split"], **options)
+    return KINDS[data.source](data, data[f"{split}_split"], channels=channels, classes=classes)
 
 
 def _only_class(source: Source) -> str | None:
@@ -146,15 +157,18 @@ def _only_class(source: Source) -> str | None:
 
 
 def splits(
-    data, needed: Sequence[str], channels: int, run: Path | None = None
+    data, needed: Sequence[str], channels: int, opened: Mapping[str, Source] | None = None
 ) -> dict[str, Source]:
     """The sources of splits, by name, with one numbering of the classes: that of the training
-    images, without whose labels all are without. Raises as `make` does."""
-    images: dict[str, Source] = {}
+    images, without whose labels all are without. Some may be `opened` already. Raises as `make`
+    does."""
+    images = dict(opened or {})
     for split in needed:
+        if split in images:
+            continue
         train = images.get("train")
         classes = (train.classes or None) if train else None
-        images[split] = source = make(data, split, channels, classes, run)
+        images[split] = source = make(data, split, channels, classes)
         if train and train.no_labels != Source.no_labels:
             source.drop_labels(train.no_labels)
         elif train:
@@ -185,7 +199,7 @@ def _compare_classes(split: str, source: Source, train: Source) -> None:
             _LOGGER.warning(
                 "%s has no image of %d of the %d classes of %s: %s",
                 who, len(absent), len(mine if other == split else theirs), other,
-                first_names(names),
+                first_of(names),
             )  # fmt: skip
 
 
@@ -201,11 +215,8 @@ def labels_digest(source: Source) -> str:
     """A digest of the classes and labels of a source; empty where every record must be read."""
     if source.reads_labels:
         return ""
-    text = (
-        "\n".join(source.classes).encode(errors="surrogateescape")
-        + np.asarray(source.labels).tobytes()
-    )
-    return hashlib.sha256(text).hexdigest()[:16]
+    text = "\n".join(source.classes).encode(errors="surrogateescape")
+    return digest(text, np.asarray(source.labels))
 
 
 # Rules of the `data` section

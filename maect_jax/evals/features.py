@@ -105,13 +105,12 @@ def stored(
       batch_size: images a batch.
       batches: the batches from a number on.
     """
-    made_of = json.loads(json.dumps(made_of))
     saved = _saved(folder)
-    done = saved["done"] if saved and saved["settings"] == made_of else 0
+    done = saved["done"] if saved and saved["settings"] == as_json(made_of) else 0
     sharding.all_hosts(True)  # all have read before one writes
     if done < images:
         first = done // batch_size
-        state = {"settings": made_of, "images": images, "done": first * batch_size}
+        state = {"settings": as_json(made_of), "images": images, "done": first * batch_size}
         _write(folder, state, batches(first))
     sharding.all_hosts(True)
     return load(folder)
@@ -162,6 +161,17 @@ def _saved(folder: Path) -> dict:
     except Exception:  # NumPy and its parser have a kind for each way in which a file can be wrong
         return {}
     return saved if whole and "settings" in saved else {}
+
+
+def as_json(made_of: dict) -> dict:
+    """Plain JSON as it is read again: tuples are lists."""
+    return json.loads(json.dumps(made_of))
+
+
+def saved_made_of(folder: Path) -> dict:
+    """What the features in a folder are made of (`stored`); empty if there are none."""
+    settings = _saved(folder).get("settings")
+    return settings if isinstance(settings, dict) else {}
 
 
 def is_whole(folder: Path) -> bool:

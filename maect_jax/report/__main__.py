@@ -39,7 +39,7 @@ def main() -> None:
     configs = {folder: build.read_config(run) for folder, run in runs.items()}
     histories = {}
     for folder, run in runs.items():
-        images = pipeline.open_images(configs[folder], run)
+        images = pipeline.open_images(configs[folder])
         print(build.report(run, images), flush=True)
         histories[folder] = build.read_history(run, images)
     if len(runs) > 1:

@@ -5,6 +5,8 @@ import io
 import itertools
 import json
 import math
+import os
+import shutil
 import sys
 
 import numpy as np
@@ -13,6 +15,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from maect_jax.data import arrays, decode, loader, sources, transforms
+from maect_jax.data.base import NEW_TIMES
 from maect_jax.data.folder import Folder
 from maect_jax.data.loader import EvalRecord, Order, TrainRecord
 from maect_jax.errors import UserError
@@ -75,6 +78,18 @@ def test_tfds_is_read_without_tensorflow(prepared_tfds):
     assert source.classes == ["0", "1", "2"]
     unlabelled = sources.make(data_section(path=str(prepared_tfds), labels="none"), "train", 3)
     assert (unlabelled[4][1], unlabelled.labelled, unlabelled.classes) == (-1, False, [])
+    shutil.copytree(prepared_tfds, prepared_tfds / "copied")
+    copied = sources.make(data_section(path=str(prepared_tfds / "copied")), "train", 3)
+    assert copied.identity == source.identity  # with the times of its files
+    section = data_section(path=str(prepared_tfds / "copied"), train_split="train[:3]")
+    assert sources.make(section, "train", 3).identity.content != source.identity.content
+    (shard,) = prepared_tfds.glob("tiny/*/*.array_record*")
+    os.utime(shard, (0, 0))
+    again = sources.make(data_section(path=str(prepared_tfds)), "train", 3).identity
+    assert again.difference(source.identity._asdict()) == NEW_TIMES
+    shard.write_bytes(shard.read_bytes() + b"0")
+    again = sources.make(data_section(path=str(prepared_tfds)), "train", 3).identity
+    assert again.content != source.identity.content
     with pytest.raises(UserError, match=r"config.data.name='absent'.*tfds build"):
         sources.make(data_section(path=str(prepared_tfds), name="absent"), "train", 3)
 

@@ -109,7 +109,9 @@ def test_what_is_watched_is_written_and_read_by_step(tmp_path):
         np.random.default_rng(0).integers(0, 256, (20, *SHAPE), dtype=np.uint8), np.arange(20), []
     )
     images = snapshots.Examples(
-        loader.EvalRecord(source, Decoding(SHAPE[2]), SHAPE[:2], 8), held_out=False
+        loader.EvalRecord(source, Decoding(SHAPE[2]), SHAPE[:2], 8),
+        held_out=False,
+        images={"train": source},
     )
     with jax.set_mesh(mesh):
         now = state.create_state(stage, jax.random.key(0), {}, mesh)
@@ -124,3 +126,7 @@ def test_what_is_watched_is_written_and_read_by_step(tmp_path):
     visible = ~seen["mask"]
     np.testing.assert_array_equal(seen["filled"][visible], source.images[seen["index"]][visible])
     assert snapshots.saved(tmp_path, "ct") == {}
+    other = arrays.Arrays(source.images[::-1], np.arange(20), [])
+    assert snapshots.is_of(seen, {"train": source, "val": other})
+    assert not snapshots.is_of(seen, {"train": other})
+    assert snapshots.is_of({"index": seen["index"]}, {"train": other})  # of version 0.1
