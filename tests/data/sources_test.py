@@ -238,7 +238,7 @@ def test_all_endings_of_pillows_formats_count(tmp_path):
         ENDINGS.split()
     )
     for record in range(len(source)):
-        assert decode.pixels(source[record][0], 3).shape == (16, 16, 3)
+        assert decode.pixels(source[record][0], RGB).shape == (16, 16, 3)
 
 
 def test_what_is_left_out_is_counted_by_its_ending(tmp_path, caplog, monkeypatch):
@@ -266,7 +266,7 @@ def test_what_is_left_out_is_counted_by_its_ending(tmp_path, caplog, monkeypatch
 def test_heic_is_read_with_its_extra(tmp_path):
     pytest.importorskip("pillow_heif")
     save(tmp_path / "x.heic", (16, 16), 200)
-    assert decode.pixels(Folder(str(tmp_path))[0][0], 3)[..., 0].mean() > 150
+    assert decode.pixels(Folder(str(tmp_path))[0][0], RGB)[..., 0].mean() > 150
 
 
 def test_links_that_lead_nowhere_are_listed_and_named_when_they_are_read(images):

@@ -12,6 +12,7 @@ import pytest
 from maect_jax import main
 from maect_jax.data import loader
 from maect_jax.data.base import Source
+from maect_jax.data.decode import Decoding
 from maect_jax.data.loader import EvalRecord
 from maect_jax.errors import RunFailedError
 
@@ -45,7 +46,7 @@ class Killed(Imports):
 
 
 def batches(source, workers):
-    return loader.eval_batches(EvalRecord(source, 3, (1, 1), 1), 2, workers, np.arange(2))
+    return loader.eval_batches(EvalRecord(source, Decoding(3), (1, 1), 1), 2, workers, np.arange(2))
 
 
 def test_a_worker_of_a_run_imports_no_jax(monkeypatch, capfd):

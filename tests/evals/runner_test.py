@@ -276,7 +276,11 @@ def test_features_do_not_outlive_their_images(photos, monkeypatch, caplog):
         caplog.clear()
         config = of_photos(photos, *settings, *changes)
         run_on(monkeypatch, (1, 1), config, workdir, report=False)
-        return [text for text in caplog.messages if "image" in text and "unreadable" not in text]
+        return [
+            text
+            for text in caplog.messages
+            if "images" in text and "skipped" not in text and "unreadable" not in text
+        ]
 
     def of_pixels():
         """Of the first four photographs, in the files of the row: the cluster, and the red."""
