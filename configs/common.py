@@ -58,7 +58,7 @@ def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -
     data.std = IMAGENET_STD
     # Evaluation: the centre is cut from images that are resized so that they just cover a box of
     # its aspect, with this shorter side.
-    data.short_side = 256
+    data.short_side = 256 if variant else placeholder(int)  # None: as the run to start from
     # Values that become 0 and 255 in images of more than 8 bits a channel; (): all that 16 bits
     # hold; 32 bits and floating point are then an error.
     data.range = ()
@@ -290,7 +290,7 @@ def _tiny(config: ConfigDict) -> ConfigDict:
         config.init_from = "random"  # in the full config the user sets it
     config.log_every = 10
     config.checkpoint.every = 1
-    if config.data.short_side > _SMALL:
+    if config.data.short_side is None or config.data.short_side > _SMALL:
         small_images(config)
         if "model" in config:
             config.model.patch_size = 7

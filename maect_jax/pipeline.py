@@ -115,8 +115,10 @@ def check(config: ConfigDict, devices: int) -> None:
         runner.check(config, devices)
 
 
-def open_images(config: ConfigDict) -> dict[str, sources.Source]:
-    """Opens the images, by split.
+def open_images(
+    config: ConfigDict, train: sources.Source | None = None
+) -> dict[str, sources.Source]:
+    """Opens the images, by split; the training images may be open already.
 
     Held-out images are opened where a stage needs them or the monitor can use them.
 
@@ -128,7 +130,7 @@ def open_images(config: ConfigDict) -> dict[str, sources.Source]:
     evaluated = labels_needed or EVAL in config.stages
     train_only = sources.SPLITS[:1]
     opened = partial(sources.splits, config.data, channels=config.model.channels)
-    images = opened(train_only)
+    images = {"train": train} if train else opened(train_only)
     if evaluated or config.monitor.every:
         try:
             images = opened(sources.SPLITS, opened=images)
@@ -227,6 +229,9 @@ def _find_origin(config: ConfigDict) -> lineage.Saved | None:
     if "model" not in config:
         with config.unlocked():
             config.model = origin.config.model
+    if config.data.short_side is None:  # as in training, else as 256 for 224 pixels
+        side = origin.config.get("data", {}).get("short_side")
+        config.data.short_side = side or 8 * min(config.model.image_size) // 7
     return origin
 
 
@@ -357,7 +362,10 @@ def dry_run(config: ConfigDict) -> None:
     check(config, jax.device_count())
     mesh = sharding.make_mesh(**config.mesh)
     images, whose = images_to_plan(config)
-    check_enough(config, images)
+    if isinstance(images, sources.Blank):
+        check_enough(config, images)
+    else:
+        open_images(config, images)
     values.check([images], sources.decoding(config))
     print(_title(config, images, whose, mesh))
     if config.stages[0] == EVAL or STAGES[config.stages[0]].takes:

@@ -13,6 +13,7 @@ import pytest
 
 from maect_jax import config, main, pipeline, sharding
 from tests.helpers import ROOT
+from tests.helpers.common import save
 
 QUICK = "--config=configs/quickstart.py:test"
 BAD = {
@@ -121,6 +122,18 @@ def test_dry_run_tells_what_would_run(run, tmp_path):
     assert rows["memory of the state"].startswith("6,210 MiB")
     assert rows["FLOPs per step"] == "5.21e+14"
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_refuses_images_that_a_run_would(run, tmp_path):
+    """Class folders without held-out ones, which the evaluation needs."""
+    for name in ("a", "b"):
+        save(tmp_path / "train" / name / "0.png", (28, 28))
+    small = ("data.source=folder", f"data.path={tmp_path}", "mae.batch_size=2",
+             "head.batch_size=2", "ct.batch_size=2")  # fmt: skip
+    done = run(QUICK, "--dry_run", *(f"--config.{setting}" for setting in small))
+    line = done.err.splitlines()[-1]  # after warnings about the small set
+    assert re.match(f"error: config.data.path: there is no folder '{tmp_path}/val'.* train", line)
+    assert (done.status, done.out) == (2, "")
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,14 @@ def values(image: bytes | np.ndarray, decoding: Decoding) -> Values | None:
     return None
 
 
+def is_coloured(image: bytes | np.ndarray, decoding: Decoding) -> bool:
+    """Whether the header of a file says that it has colours. Raises as `pixels` does."""
+    if isinstance(image, np.ndarray):
+        return False  # which must have the channels of the model
+    with _opened(image, decoding) as picture:
+        return picture.mode not in ("1", "L", "LA", "La") and not _is_deep(picture)
+
+
 def to_8_bits(array: np.ndarray, bounds: tuple[float, ...]) -> np.ndarray:
     """Numbers as uint8: the `bounds` become 0 and 255, and what is beyond them, too.
 

@@ -57,7 +57,7 @@ class Folder(Source):
         self._root = root if _is_remote(root) else os.path.abspath(root)
         try:
             if not (_is_remote(root) or os.path.isdir(root)):
-                raise _error(f"there is no folder {root!r}")
+                raise _error(f"there is no folder {root!r}{_beside(self._root)}")
             found = _bucket(root) if _is_remote(root) else _tree(self._root)
         except OSError as error:
             raise _error(f"cannot list {root!r}: {error}") from error
@@ -94,6 +94,18 @@ class Folder(Source):
         start = self._ends[record - 1] + 1 if record else 0
         path = self._paths[start : self._ends[record]].tobytes()
         return os.path.join(self._root, os.fsdecode(path))
+
+
+def _beside(root: str) -> str:
+    """What there is in place of a folder that does not exist, as part of a message."""
+    parent = os.path.dirname(root)
+    if not os.path.isdir(parent):
+        return "; set config.data.path"
+    folders = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir())
+    return (
+        f"; {parent!r} has {f'the folders {first_of(folders)}' if folders else 'no folder'}. "
+        "config.data.train_split and val_split name that of each split; '.' is the folder itself"
+    )
 
 
 def _is_remote(path: str) -> bool:

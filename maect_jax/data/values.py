@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -28,6 +29,7 @@ def check(sources: Iterable[Source], decoding: Decoding) -> None:
     """
     found: dict[tuple[str, int], tuple[str, Values]] = {}
     for source in sources:
+        _say_if_colour_is_lost(source, decoding)
         records = np.linspace(0, len(source) - 1, min(len(source), _SAMPLED)).astype(int).tolist()
         with ThreadPoolExecutor() as pool:
             sample = pool.map(partial(_values, source, decoding), records)
@@ -39,6 +41,16 @@ def check(sources: Iterable[Source], decoding: Decoding) -> None:
                 found[seen.mode, seen.possible] = name, known._replace(low=low, high=high)
     for name, seen in found.values():
         _check(f"{shown(name)}: mode {seen.mode}", seen, decoding.range)
+
+
+def _say_if_colour_is_lost(source: Source, decoding: Decoding) -> None:
+    with suppress(BadImageError, OSError):
+        if decoding.channels == 1 and decode.is_coloured(source[0][0], decoding):
+            _LOGGER.warning(
+                "%s: has colours, and is taken as gray by config.model.channels=1. To keep them, "
+                "set --config.model.channels=3, and three numbers each in data.mean and data.std.",
+                shown(source.name(0)),
+            )
 
 
 def to_uint8(what: str, array: np.ndarray, bounds: tuple[float, ...]) -> np.ndarray:

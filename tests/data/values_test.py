@@ -87,6 +87,15 @@ KNOWN = {  # content, range
 }
 
 
+@pytest.mark.parametrize(("channels", "colour"), [(1, True), (1, False), (3, True), (3, False)])
+def test_colours_are_not_lost_in_silence(tmp_path, caplog, channels, colour):
+    picture = colours(RAMP) if colour else RAMP
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    values.check([Folder(str(tmp_path))], Decoding(channels))
+    lost = "--config.model.channels=3" in caplog.text
+    assert lost == (colour and channels == 1)
+
+
 @pytest.mark.parametrize(("content", "bounds"), KNOWN.values(), ids=KNOWN)
 def test_values_of_every_kind_become_the_same_pixels(content, bounds):
     for channels in (1, 3):
