@@ -156,6 +156,10 @@ class _Encoded(Source):
     def name(self, record: int) -> str:
         return f"{self.path}, image {self.records[record]}"
 
+    @cached_property
+    def identity(self) -> Identity:
+        return Identity(len(self), digest(self.blob, self.bounds[self.records]))
+
 
 def _kind(array: np.ndarray) -> str:
     return f"{array.dtype} {array.shape}"

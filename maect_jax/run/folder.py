@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from maect_jax import __version__, files
 from maect_jax import config as configs
-from maect_jax.data.base import NEW_TIMES, Identity
+from maect_jax.data.base import Identity
 from maect_jax.errors import UserError
 from maect_jax.run import checkpoints, lineage, lock
 
@@ -129,7 +129,7 @@ def _changes(noted: Mapping, images: Mapping[str, Identity]) -> list[str]:
     """What has changed since a run noted its images, but for times. Images that were not opened on
     both occasions do not count."""
     differences = {name: images[name].difference(noted[name]) for name in images if name in noted}
-    return [f"{name}: {x}" for name, x in differences.items() if x not in ("", NEW_TIMES)]
+    return [f"{name}: {x.text}" for name, x in differences.items() if x and x.content]
 
 
 def _environment() -> dict:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from maect_jax import config
-from maect_jax.data.base import NEW_TIMES, Identity
+from maect_jax.data.base import Identity
 from maect_jax.errors import RunFailedError, UserError
 from maect_jax.run import folder, jsonl, lock, logger
 from tests.helpers import CONFIGS
@@ -207,12 +207,11 @@ def test_a_stage_goes_on_with_its_own_images_alone(tmp_path, monkeypatch, caplog
 
     assert resumed() == []
     os.utime(root / "00.png", ns=(0, 0))
-    assert resumed() == [  # it has ended
-        f"{run}/checkpoints/mae: the images have changed since ({NEW_TIMES})"
-    ]
+    (line,) = resumed()  # it has ended
+    assert line.startswith(f"{run}/checkpoints/mae: the images have changed since (the files have")
     shutil.rmtree(run / "checkpoints" / "mae" / "8")
     (line,) = resumed()  # from step 4
-    assert line.startswith(f"{run}: stage mae, at step 4 of 8, goes on: {NEW_TIMES}")
+    assert line.startswith(f"{run}: stage mae, at step 4 of 8, goes on: the files have")
     tmp_path.joinpath("moved").symlink_to(tmp_path)
     moved = f"data.path={tmp_path}/moved/"
     assert resumed(moved) == []
