@@ -97,7 +97,10 @@ class Tfds(Source):
         times = []
         for part in info.splits[self.records.split].file_instructions:
             path = epath.Path(part.filename)
-            stat = path.stat()
+            try:
+                stat = path.stat()
+            except OSError as error:
+                raise UserError(f"config.data.name={info.name!r}: {error}") from error
             parts.append(f"{path.name} {part.skip} {part.take} {stat.length}")
             times.append(str(stat.mtime))
         return Identity(len(self), *(digest("\n".join(x).encode()) for x in (parts, times)))
