@@ -19,7 +19,7 @@ from maect_jax import sharding, train
 from maect_jax.config import Rule, Rules, between, not_negative, one_of, positive
 from maect_jax.data import sources, values
 from maect_jax.data.bad_images import BadImages
-from maect_jax.data.base import Identity
+from maect_jax.data.base import AbsentError, Identity
 from maect_jax.errors import OTHER_HOST, RunFailedError, UserError
 from maect_jax.evals import finetuned, monitor, runner, table
 from maect_jax.models import vit
@@ -122,7 +122,8 @@ def open_images(
 ) -> dict[str, sources.Source]:
     """Opens the images, by split; the training images may be open already.
 
-    Held-out images are opened where a stage needs them or the monitor can use them.
+    Held-out images are opened where a stage needs them or the monitor can use them. Without labels,
+    or to train alone, they need not be there.
 
     Raises:
       UserError: they are not there, are fewer than a batch, or have no labels where a stage cannot
@@ -136,9 +137,8 @@ def open_images(
     if evaluated or config.monitor.every:
         try:
             images = opened(sources.SPLITS, opened=images)
-        except UserError as error:
+        except AbsentError as error:
             _LOGGER.info("no held-out images: %s", error)
-            # Without labels, or to train alone, held-out images need not be there.
             if evaluated and images["train"].labelled:
                 raise
     unlabelled = [split for split, source in images.items() if not source.labelled]

@@ -8,6 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from maect_jax.errors import UserError
+
+
+class AbsentError(UserError):
+    """There is no such folder or split of images."""
+
 
 def digest(*parts: bytes | np.ndarray) -> str:
     """A digest of bytes and arrays, 16 characters."""

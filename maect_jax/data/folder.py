@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from maect_jax.data import decode
-from maect_jax.data.base import Identity, Source, digest
+from maect_jax.data.base import AbsentError, Identity, Source, digest
 from maect_jax.errors import UserError, first_of
 
 _LOGGER = logging.getLogger(__name__)
@@ -51,15 +51,17 @@ class Folder(Source):
       classes: to number the labels by, in place of `root`'s classes.
 
     Raises:
-      UserError: there is no such folder, no image in it or in one of its classes, a class that
-        is not among `classes`, or a symbolic link that leads back into itself.
+      AbsentError: there is no such folder.
+      UserError: it has no image, or none in one of its classes, a class that is not among
+        `classes`, or a symbolic link that leads back into itself.
     """
 
     def __init__(self, root: str, classes: Sequence[str] | None = None):
         self._root = root if _is_remote(root) else os.path.abspath(root)
         try:
             if not (_is_remote(root) or os.path.isdir(root)):
-                raise _error(f"there is no folder {root!r}{_beside(self._root)}")
+                kind = UserError if os.path.lexists(root) else AbsentError
+                raise _error(f"there is no folder {root!r}{_beside(self._root)}", kind)
             found = _bucket(root) if _is_remote(root) else _tree(self._root)
         except OSError as error:
             raise _error(f"cannot list {root!r}: {error}") from error
@@ -131,8 +133,8 @@ def _is_remote(path: str) -> bool:
     return "://" in path
 
 
-def _error(text: str) -> UserError:
-    return UserError(f"config.data.path: {text}")
+def _error(text: str, kind: type[UserError] = UserError) -> UserError:
+    return kind(f"config.data.path: {text}")
 
 
 def _counted(others: Counter[str]) -> str:
@@ -179,7 +181,7 @@ def _bucket(root: str) -> _Listing:
             for below in pool.map(lambda name: storage.find(name, detail=True), folders):
                 entries += below.values()
     except FileNotFoundError:
-        raise _error(f"there is no folder {root!r}") from None
+        raise _error(f"there is no folder {root!r}", AbsentError) from None
     except Exception as error:  # each kind of bucket has its own
         raise _error(f"cannot list {root!r}: {' '.join(str(error).split())}") from error
     found, start = _Listing(), len(top.rstrip("/")) + 1

@@ -354,6 +354,22 @@ def test_images_without_labels_want_a_number_of_clusters(photos):
     pipeline.open_images(of_photos(photos, "eval.protocols=('knn',)"))
 
 
+def test_held_out_images_may_be_absent_without_labels_but_not_faulty(photos):
+    config = of_photos(photos, "eval.protocols=('knn',)")
+    assert list(pipeline.open_images(config)) == ["train"]
+    (photos / "val" / "ant").mkdir(parents=True)
+    (photos / "val" / "bee").mkdir()
+    (photos / "photos" / "00.jpg").rename(photos / "val" / "ant" / "00.jpg")
+    with pytest.raises(UserError, match=r"no images in these classes of .*/val': bee"):
+        pipeline.open_images(config)
+    (photos / "val" / "bee").rmdir()
+    assert list(pipeline.open_images(config)) == ["train", "val"]
+    (photos / "val").rename(photos / "held_out")
+    (photos / "val").touch()  # no folder, but there
+    with pytest.raises(UserError, match=r"there is no folder .*/val'"):
+        pipeline.open_images(config)
+
+
 def test_lists_are_read_before_anything_runs(photos):
     path = photos / "list.txt"
     path.write_bytes(b"caf\xe9.jpg\n")
