@@ -15,7 +15,7 @@ from maect_jax.errors import PreemptedError, UserError
 from maect_jax.evals.monitor import Monitor
 from maect_jax.run import snapshots
 from maect_jax.run.checkpoints import Checkpoints, read_position, stage_folder
-from maect_jax.run.folder import Run
+from maect_jax.run.folder import Run, note_images
 from maect_jax.run.logger import Logger
 from maect_jax.run.preemption import Action, deferred
 from maect_jax.stages.base import Stage
@@ -66,6 +66,9 @@ def _resumed(training: Training, stage: Stage, checkpoints: Checkpoints):
                 )
             _warn("%s, goes on: %s", where, difference.text)
     else:
+        if jax.process_index() == 0:
+            begun = {**training.examples.images, stage.name: images}
+            note_images(run.folder, {name: source.identity for name, source in begun.items()})
         state = create_state(stage, key, training.start(), run.mesh)
     stream = batches(run.config, training.stage, images, stage.steps, run.mesh, done=saved_step)
     return stream, state
