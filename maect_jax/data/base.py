@@ -40,7 +40,8 @@ class Identity(NamedTuple):
 
     Attributes:
       images: their number.
-      content: a digest of the names and sizes of files, or of what is in memory.
+      content: a digest of the names and sizes of files and of what is in some of them, or of what
+        is in memory.
       times: a digest of when the files last changed; empty where that is not known.
     """
 
@@ -55,7 +56,7 @@ class Identity(NamedTuple):
             return None
         if before.get("images", self.images) != self.images:
             text = f"{before['images']} images before, {self.images} now"
-            if "content" not in before:
+            if "content" not in before and before["images"] < self.images:
                 text += "; since version 0.2 files with more endings count as images"
             return Difference(content=True, text=text)
         if before.get("content", self.content) != self.content:
