@@ -1,6 +1,7 @@
 """Checks a config, opens its images, claims the run's folder, and runs the stages in order."""
 
 import itertools
+import json
 import logging
 import math
 import os
@@ -18,7 +19,7 @@ from maect_jax import sharding, train
 from maect_jax.config import Rule, Rules, between, not_negative, one_of, positive
 from maect_jax.data import sources, values
 from maect_jax.data.bad_images import BadImages
-from maect_jax.data.base import Identity
+from maect_jax.data.base import AbsentError, Identity
 from maect_jax.errors import OTHER_HOST, RunFailedError, UserError
 from maect_jax.evals import finetuned, monitor, runner, table
 from maect_jax.models import vit
@@ -37,6 +38,7 @@ IMAGENET_TRAIN = 1_281_167
 # Training images, the shape that all have, and classes, of sets that need not be at hand.
 _KNOWN = {"imagenet2012": (IMAGENET_TRAIN, None, 1000), "cifar10": (50_000, (32, 32, 3), 10)}
 _MOST_STEPS = 2**31 - 1  # what an int32 counts
+_IDENTITIES = 256  # characters that hold those of all splits
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -120,7 +122,8 @@ def open_images(
 ) -> dict[str, sources.Source]:
     """Opens the images, by split; the training images may be open already.
 
-    Held-out images are opened where a stage needs them or the monitor can use them.
+    Held-out images are opened where a stage needs them or the monitor can use them. Without labels,
+    or to train alone, they need not be there.
 
     Raises:
       UserError: they are not there, are fewer than a batch, or have no labels where a stage cannot
@@ -134,9 +137,8 @@ def open_images(
     if evaluated or config.monitor.every:
         try:
             images = opened(sources.SPLITS, opened=images)
-        except UserError as error:
+        except AbsentError as error:
             _LOGGER.info("no held-out images: %s", error)
-            # Without labels, or to train alone, held-out images need not be there.
             if evaluated and images["train"].labelled:
                 raise
     unlabelled = [split for split, source in images.items() if not source.labelled]
@@ -162,16 +164,21 @@ def _identities(config: ConfigDict, images: Mapping[str, sources.Source]) -> dic
 
 def _share_identities(config: ConfigDict, images: Mapping[str, sources.Source]) -> None:
     """Gives all hosts the first one's times of the files: copies on their own disks have others.
-    Raises `UserError` where the images of a host are not the same."""
+    Raises `UserError` on all hosts where the images of one are not the first's."""
+    with _together():  # the files of a prepared set are looked at here
+        own = {split: (x.identity.content, x.identity.times) for split, x in images.items()}
+    # In one question, whatever splits a host has: all ask as often.
+    first = json.loads(sharding.of_first_host(json.dumps(own).ljust(_IDENTITIES)))
+    with _together():
+        for split in sorted(own.keys() | first.keys()):
+            if split not in own or own[split][0] != first.get(split, [""])[0]:
+                raise UserError(
+                    f"config.data.path={config.data.path!r}: the {split} images of this host are "
+                    "not those of the first host, by their names, sizes and content; all must see "
+                    "the same"
+                )
     for split, source in images.items():
-        own = source.identity
-        content, times = sharding.of_first_host(f"{own.content} {own.times}").split(" ")
-        if content != own.content:
-            raise UserError(
-                f"config.data.path={config.data.path!r}: the {split} images of this host are not "
-                "those of the first host, by their names and sizes; all must see the same"
-            )
-        source.identity = own._replace(times=times)
+        source.identity = source.identity._replace(times=first[split][1])
 
 
 def check_enough(config: ConfigDict, images: sources.Source) -> None:
@@ -291,8 +298,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
                     f"config.checkpoint.best={config.checkpoint.best!r}: is measured on held-out "
                     "images, and all images must have labels"
                 )
-        with _together():
-            _share_identities(config, images)
+        _share_identities(config, images)
         with _together():
             claimed = folder.opened(Run(config, workdir, mesh), origin, _identities(config, images))
             opened = stack.enter_context(claimed)

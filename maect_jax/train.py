@@ -9,13 +9,13 @@ import jax
 from etils import epy
 
 from maect_jax import errors, sharding
-from maect_jax.data import base, loader, sources
+from maect_jax.data import loader, sources
 from maect_jax.data.bad_images import BadImages
 from maect_jax.errors import PreemptedError, UserError
 from maect_jax.evals.monitor import Monitor
 from maect_jax.run import snapshots
 from maect_jax.run.checkpoints import Checkpoints, read_position, stage_folder
-from maect_jax.run.folder import Run
+from maect_jax.run.folder import Run, note_images
 from maect_jax.run.logger import Logger
 from maect_jax.run.preemption import Action, deferred
 from maect_jax.stages.base import Stage
@@ -58,17 +58,17 @@ def _resumed(training: Training, stage: Stage, checkpoints: Checkpoints):
         abstract = abstract_state(stage, key, {}, run.mesh)
         state, position = checkpoints.restore(saved_step, abstract)
         where = f"{run.folder}: stage {stage.name}, at step {saved_step} of {position['steps']}"
-        match images.identity.difference(_identity(position)):
-            case "":
-                pass
-            case base.NEW_TIMES:
-                _warn("%s, goes on: %s", where, base.NEW_TIMES)
-            case difference:
+        if difference := images.identity.difference(_identity(position)):
+            if difference.content:
                 raise UserError(
-                    f"--workdir={where}, was trained on other images ({difference}). Restore the "
-                    "images or use another --workdir."
+                    f"--workdir={where}, was trained on other images ({difference.text}). Restore "
+                    "the images or use another --workdir."
                 )
+            _warn("%s, goes on: %s", where, difference.text)
     else:
+        if jax.process_index() == 0:
+            begun = {**training.examples.images, stage.name: images}
+            note_images(run.folder, {name: source.identity for name, source in begun.items()})
         state = create_state(stage, key, training.start(), run.mesh)
     stream = batches(run.config, training.stage, images, stage.steps, run.mesh, done=saved_step)
     return stream, state
@@ -109,7 +109,7 @@ def run(training: Training) -> None:
     if done and done == position["steps"]:  # an earlier call has finished it
         checkpoints.close()
         if difference := images.identity.difference(_identity(position)):
-            _warn("%s: the images have changed since (%s)", folder, difference)
+            _warn("%s: the images have changed since (%s)", folder, difference.text)
         return
     stream, state = _resumed(training, stage, checkpoints)
     train_step = jitted_step(stage, state_shardings(state))

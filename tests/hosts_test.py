@@ -3,6 +3,7 @@
 Marked slow: a host that cannot write its metrics.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -17,7 +18,7 @@ from maect_jax.data import sources
 from maect_jax.errors import UserError
 from tests.helpers import FAST_COMPILE, ROOT
 from tests.helpers.commands import run_main
-from tests.helpers.common import few_pictures
+from tests.helpers.common import few_pictures, save
 from tests.helpers.hosts import CONFIG, free_address, pod
 
 
@@ -107,37 +108,79 @@ def test_hosts_that_cannot_be_counted_are_an_error(monkeypatch, given, wrong):
         main._join_hosts(5)
 
 
-def test_a_folder_that_hosts_do_not_share_ends_all_of_them(monkeypatch, tmp_path):
-    """Each host has a folder of its own under the same name, as without shared storage."""
+def errors_of_hosts(monkeypatch, tmp_path, own, *flags):
+    """The errors of two hosts, sorted, each with a flag of its `own`."""
     script = tmp_path / "python"
     script.write_text(
         f"""#!/usr/bin/env bash
-exec {sys.executable} "$@" --workdir={tmp_path}/$JAX_PROCESS_ID/run
+exec {sys.executable} "$@" {own}
 """
     )
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:21977")
     done = subprocess.run(
-        ["launch/local_pod.sh", "2", f"--config={CONFIG}"],
+        ["launch/local_pod.sh", "2", f"--config={CONFIG}", *flags],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    errors = sorted(line for line in done.stderr.splitlines() if line.startswith("error"))
-    assert errors == [
+    assert done.returncode == 2
+    return sorted(line for line in done.stderr.splitlines() if line.startswith("error"))
+
+
+def test_a_folder_that_hosts_do_not_share_ends_all_of_them(monkeypatch, tmp_path):
+    """Each host has a folder of its own under the same name, as without shared storage."""
+    own = f"--workdir={tmp_path}/$JAX_PROCESS_ID/run"
+    assert errors_of_hosts(monkeypatch, tmp_path, own) == [
         "error: --workdir=" + f"{tmp_path}/1/run: all hosts must see this folder, on storage that "
         "they share",
         "error: another host failed; see its log",
     ]
-    assert done.returncode == 2
+
+
+def test_images_that_hosts_do_not_share_end_all_of_them(monkeypatch, tmp_path):
+    """One host has other training images, and no held-out ones."""
+    for host in "01":
+        few_pictures(tmp_path / host)
+    (tmp_path / "1" / "train" / "00.png").rename(tmp_path / "1" / "train" / "x.png")
+    save(tmp_path / "0" / "val" / "0.png")
+    own = f"--config.data.path={tmp_path}/$JAX_PROCESS_ID"
+    flags = ("data.source=folder", "stages=('mae',)", "mae.batch_size=16")
+    flags = (f"--workdir={tmp_path}/run", *(f"--config.{flag}" for flag in flags))
+    failed, other = errors_of_hosts(monkeypatch, tmp_path, own, *flags)
+    assert failed == "error: another host failed; see its log"
+    assert "the train images of this host are not those of the first host" in other
+    assert not (tmp_path / "run").exists()
 
 
 def test_hosts_see_the_same_images_and_take_the_times_of_the_first(monkeypatch):
-    images = {"train": sources.Blank(9, 1)}
-    own = images["train"].identity
-    config = ConfigDict({"data": {"path": "x"}})
-    monkeypatch.setattr(pipeline.sharding, "of_first_host", lambda text: f"{own.content} 0123")
-    pipeline._share_identities(config, images)
-    assert images["train"].identity == own._replace(times="0123")
-    monkeypatch.setattr(pipeline.sharding, "of_first_host", lambda text: "other 0123")
-    with pytest.raises(UserError, match="the train images of this host are not those of the first"):
-        pipeline._share_identities(config, images)
+    """They ask once, in as many characters, whatever each has: else one would wait for ever."""
+    asked = []
+
+    def share(own, of_first):
+        """The identities of a host, after it asked."""
+        first = {split: (x.identity.content, "0123") for split, x in of_first.items()}
+        monkeypatch.setattr(
+            pipeline.sharding,
+            "of_first_host",
+            lambda text: asked.append(text) or json.dumps(first).ljust(len(text)),
+        )
+        pipeline._share_identities(ConfigDict({"data": {"path": "x"}}), own)
+        return {split: source.identity for split, source in own.items()}
+
+    def images(**channels):
+        return {split: sources.Blank(9, count) for split, count in channels.items()}
+
+    own = images(train=1, val=2)
+    contents = {split: source.identity.content for split, source in own.items()}
+    found = share(own, images(train=1, val=2))
+    assert {split: x.content for split, x in found.items()} == contents
+    assert {x.times for x in found.values()} == {"0123"}
+    for mine, of_first, split in (
+        (images(train=1, val=2), images(train=3, val=2), "train"),
+        (images(train=1, val=2), images(train=1), "val"),
+        (images(train=1), images(train=1, val=2), "val"),
+    ):
+        with pytest.raises(UserError, match=f"the {split} images of this host are not those of"):
+            share(mine, of_first)
+    assert len(asked) == 4
+    assert len({len(text) for text in asked}) == 1

@@ -10,7 +10,7 @@ import numpy as np
 
 from maect_jax import files
 from maect_jax.data import decode, values
-from maect_jax.data.base import Identity, Source, digest
+from maect_jax.data.base import AbsentError, Identity, Source, digest
 from maect_jax.data.decode import Decoding
 from maect_jax.errors import BadImageError, UserError
 
@@ -77,7 +77,8 @@ def npz(path: str, split: str, decoding: Decoding) -> Arrays:
     and `is_test` bool `[N]`, which marks the images of the split "val"; the others are of "train".
 
     Raises:
-      UserError: there is no such file or split, or its arrays are others.
+      AbsentError: no image is of that split.
+      UserError: there is no such file, or its arrays are others.
     """
     where = f"config.data.path={path!r}"
 
@@ -102,7 +103,8 @@ def npz(path: str, split: str, decoding: Decoding) -> Arrays:
         kind = _kind(content.get(key, numbers))
         require(fits, f"`{key}` is {kind}; must be integers, for {count} images")
     records = np.flatnonzero(held_out.astype(bool) == (split == "val"))
-    require(len(records) > 0, f"has no image for {split}, by its `is_test`")
+    if not len(records):
+        raise AbsentError(f"{where}: has no image for {split}, by its `is_test`")
     if encoded:
         is_file = images.dtype == np.uint8 and images.ndim == 1
         require(is_file, f"`blob` is {_kind(images)}; must be uint8 [bytes]")
@@ -155,6 +157,10 @@ class _Encoded(Source):
 
     def name(self, record: int) -> str:
         return f"{self.path}, image {self.records[record]}"
+
+    @cached_property
+    def identity(self) -> Identity:
+        return Identity(len(self), digest(self.blob, self.bounds[self.records]))
 
 
 def _kind(array: np.ndarray) -> str:

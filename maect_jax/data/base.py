@@ -8,6 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from maect_jax.errors import UserError
+
+
+class AbsentError(UserError):
+    """There is no such folder or split of images."""
+
 
 def digest(*parts: bytes | np.ndarray) -> str:
     """A digest of bytes and arrays, 16 characters."""
@@ -17,12 +23,25 @@ def digest(*parts: bytes | np.ndarray) -> str:
     return found.hexdigest()[:16]
 
 
+class Difference(NamedTuple):
+    """What has changed of the images of a source.
+
+    Attributes:
+      content: whether the images are others; else only the times of their files are.
+      text: what has changed, for messages.
+    """
+
+    content: bool
+    text: str
+
+
 class Identity(NamedTuple):
     """What tells the images of a source from others, whatever their path is.
 
     Attributes:
       images: their number.
-      content: a digest of the names and sizes of files, or of what is in memory.
+      content: a digest of the names and sizes of files and of what is in some of them, or of what
+        is in memory.
       times: a digest of when the files last changed; empty where that is not known.
     """
 
@@ -30,21 +49,24 @@ class Identity(NamedTuple):
     content: str
     times: str = ""
 
-    def difference(self, before: Any) -> str:
-        """What has changed since an identity was written down (`_asdict`), in words; empty if
-        nothing has. Version 0.1 wrote down the number of images alone."""
+    def difference(self, before: Any) -> Difference | None:
+        """What has changed since an identity was written down (`_asdict`); `None` if nothing has,
+        or nothing was. Version 0.1 wrote down the number of images alone."""
         if not isinstance(before, Mapping):
-            before = {"images": before}
-        if before.get("images") != self.images:
-            return f"{before.get('images')} images before, {self.images} now"
+            return None
+        if before.get("images", self.images) != self.images:
+            text = f"{before['images']} images before, {self.images} now"
+            if "content" not in before and before["images"] < self.images:
+                text += "; since version 0.2 files with more endings count as images"
+            return Difference(content=True, text=text)
         if before.get("content", self.content) != self.content:
-            return f"{self.images} images as before, but not the same"
+            return Difference(
+                content=True, text=f"{self.images} images as before, but not the same"
+            )
         if before.get("times", self.times) != self.times:
-            return NEW_TIMES
-        return ""
-
-
-NEW_TIMES = "the files have their names and sizes, but were written or copied since"
+            text = "the files have their names and sizes, but were written or copied since"
+            return Difference(content=False, text=text)
+        return None
 
 
 class Source(abc.ABC):
@@ -70,10 +92,10 @@ class Source(abc.ABC):
         """The name of a record: its file's, if it has one."""
         return f"image {record}"
 
+    @abc.abstractmethod
     @cached_property
     def identity(self) -> Identity:
         """What tells these images from others."""
-        raise NotImplementedError
 
     @cached_property
     def labels(self) -> np.ndarray:

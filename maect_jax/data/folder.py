@@ -7,17 +7,19 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
 from maect_jax.data import decode
-from maect_jax.data.base import Identity, Source, digest
+from maect_jax.data.base import AbsentError, Identity, Source, digest
 from maect_jax.errors import UserError, first_of
 
 _LOGGER = logging.getLogger(__name__)
-_THREADS = 8  # that list folders: on storage in a network each question takes time
+_THREADS = 8  # that list and read: on storage in a network each question takes time
+_SAMPLED = 64  # files that are read to identify them
 # What buckets call the time or the hash of a file, each its own.
 _STAMPS = ("mtime", "LastModified", "last_modified", "md5Hash", "ETag", "blob_id")
 
@@ -49,15 +51,17 @@ class Folder(Source):
       classes: to number the labels by, in place of `root`'s classes.
 
     Raises:
-      UserError: there is no such folder, no image in it or in one of its classes, a class that
-        is not among `classes`, or a symbolic link that leads back into itself.
+      AbsentError: there is no such folder.
+      UserError: it has no image, or none in one of its classes, a class that is not among
+        `classes`, or a symbolic link that leads back into itself.
     """
 
     def __init__(self, root: str, classes: Sequence[str] | None = None):
         self._root = root if _is_remote(root) else os.path.abspath(root)
         try:
             if not (_is_remote(root) or os.path.isdir(root)):
-                raise _error(f"there is no folder {root!r}{_beside(self._root)}")
+                kind = UserError if os.path.lexists(root) else AbsentError
+                raise _error(f"there is no folder {root!r}{_beside(self._root)}", kind)
             found = _bucket(root) if _is_remote(root) else _tree(self._root)
         except OSError as error:
             raise _error(f"cannot list {root!r}: {error}") from error
@@ -69,7 +73,7 @@ class Folder(Source):
         self._ends = np.append(np.flatnonzero(self._paths == 0), len(paths))
         sizes = np.array([file.size for file in files])
         times = "\n".join(str(file.time) for file in files).encode()
-        self.identity = Identity(len(files), digest(paths, sizes), digest(times))
+        self._digests = digest(paths, sizes), digest(times)
         # The images without a class have the label -1.
         numbers = np.arange(-1, len(self.classes), dtype=np.int32)
         self.labels = np.repeat(numbers, [len(group) for group in groups])
@@ -88,6 +92,23 @@ class Folder(Source):
 
     def __getitem__(self, record: int) -> tuple[bytes, int]:
         return epath.Path(self.name(record)).read_bytes(), int(self.labels[record])
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Of the names, sizes and times of all files, and of what is in some of them: without
+        compression other images have the same size."""
+        some = np.linspace(0, len(self) - 1, min(len(self), _SAMPLED)).astype(int).tolist()
+        with ThreadPoolExecutor(_THREADS) as pool:
+            contents = list(pool.map(self._digest, some))
+        names, times = self._digests
+        return Identity(len(self), digest(names.encode(), *contents), times)
+
+    def _digest(self, record: int) -> bytes:
+        """A digest of what is in a file; empty if it cannot be read."""
+        try:
+            return digest(self[record][0]).encode()
+        except Exception:  # each kind of bucket has its own
+            return b""
 
     def name(self, record: int) -> str:
         """The path of a file."""
@@ -112,8 +133,8 @@ def _is_remote(path: str) -> bool:
     return "://" in path
 
 
-def _error(text: str) -> UserError:
-    return UserError(f"config.data.path: {text}")
+def _error(text: str, kind: type[UserError] = UserError) -> UserError:
+    return kind(f"config.data.path: {text}")
 
 
 def _counted(others: Counter[str]) -> str:
@@ -160,7 +181,7 @@ def _bucket(root: str) -> _Listing:
             for below in pool.map(lambda name: storage.find(name, detail=True), folders):
                 entries += below.values()
     except FileNotFoundError:
-        raise _error(f"there is no folder {root!r}") from None
+        raise _error(f"there is no folder {root!r}", AbsentError) from None
     except Exception as error:  # each kind of bucket has its own
         raise _error(f"cannot list {root!r}: {' '.join(str(error).split())}") from error
     found, start = _Listing(), len(top.rstrip("/")) + 1

@@ -15,7 +15,7 @@ from etils import epath
 from maect_jax import config as configs
 from maect_jax.config import Rule, Rules, between, one_of, positive
 from maect_jax.data import arrays
-from maect_jax.data.base import Identity, Source, digest
+from maect_jax.data.base import AbsentError, Identity, Source, digest
 from maect_jax.data.decode import Decoding
 from maect_jax.data.folder import Folder
 from maect_jax.errors import UserError, first_of
@@ -60,7 +60,8 @@ class Tfds(Source):
             )
         except Exception as error:  # of a dozen kinds, all of which mean that it is not prepared
             reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise UserError(
+            kind = AbsentError if reason.startswith("Unknown split") else UserError
+            raise kind(
                 f"config.data.name={name!r} (split {split!r}, path {data_dir!r}): {reason} "
                 f"Prepare it once: tfds build {name} --file_format=array_record (extra [tfds])"
             ) from error
@@ -96,7 +97,10 @@ class Tfds(Source):
         times = []
         for part in info.splits[self.records.split].file_instructions:
             path = epath.Path(part.filename)
-            stat = path.stat()
+            try:
+                stat = path.stat()
+            except OSError as error:
+                raise UserError(f"config.data.name={info.name!r}: {error}") from error
             parts.append(f"{path.name} {part.skip} {part.take} {stat.length}")
             times.append(str(stat.mtime))
         return Identity(len(self), *(digest("\n".join(x).encode()) for x in (parts, times)))
@@ -124,7 +128,8 @@ def make(data, split: str, channels: int, classes: Sequence[str] | None = None) 
     is how people keep images without labels, and every result on one class is perfect.
 
     Raises:
-      UserError: there are no such images, or they cannot have that many channels.
+      AbsentError: there is no such folder or split.
+      UserError: the images are not what a source can be, or cannot have that many channels.
     """
     source = _opened(data, split, channels, classes)
     if data.labels == "none":

@@ -152,16 +152,20 @@ def described(config: ConfigDict, images: sources.Source) -> dict:
 
 
 def is_outdated(run: Path, row: str, images: Mapping[str, sources.Source]) -> bool:
-    """Whether the features of a row are of other images than these, by split; a warning says so."""
+    """Whether the features of a row are of other images than these, by split. A warning says so,
+    and also where only the times of the files differ."""
     for split, source in images.items():
         saved = features.saved_made_of(folder_of(run, row) / split)
-        difference = source.identity.difference(saved.get("images")) if saved else ""
-        if difference and jax.process_index() == 0:
+        if not (difference := source.identity.difference(saved.get("images"))):
+            continue
+        if jax.process_index() == 0:
+            measured = "stays, as it was measured on these"
+            if difference.content:
+                measured = "is left out, as it was measured on other"
             _LOGGER.warning(
-                "%s: row %s is left out, as it was measured on other %s images (%s)",
-                run, row, split, difference,
-            )  # fmt: skip
-        if difference:
+                "%s: row %s %s %s images (%s)", run, row, measured, split, difference.text
+            )
+        if difference.content:
             return True
     return False
 
@@ -176,7 +180,7 @@ def _remove_outdated(row: base.Row) -> None:
         if not changed or jax.process_index() != 0:
             continue
         if difference := row.images[split].identity.difference(before.get("images")):
-            changed[changed.index("images")] += f" ({difference})"
+            changed[changed.index("images")] += f" ({difference.text})"
         _LOGGER.warning("%s: computed anew; changed: %s", folder / split, ", ".join(changed))
         for path in folder.glob("*.npz"):
             path.unlink()

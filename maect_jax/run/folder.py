@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from maect_jax import __version__, files
 from maect_jax import config as configs
-from maect_jax.data.base import NEW_TIMES, Identity
+from maect_jax.data.base import Identity
 from maect_jax.errors import UserError
 from maect_jax.run import checkpoints, lineage, lock
 
@@ -34,6 +34,12 @@ _WHERE_IMAGES_ARE = (
     "finetune.images:",
 )  # fmt: skip
 _IMAGES = "images.json"
+# What a new run may find in its folder: what a start that was cut off has left (`_claim`), what a
+# disk has, and logs.
+_STARTED = ("origin", "environment", "images", "config")
+_MAY_BE_THERE = {f"{name}{x}" for name in _STARTED for x in (".json", ".tmp")}
+_MAY_BE_THERE |= {lock.NAME, "lost+found"}
+_LOGS = {".txt", ".log", ".out", ".err"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +58,8 @@ def opened(run: Run, origin: lineage.Saved | None, images: Mapping[str, Identity
     """Makes a new folder the run's, or checks that it was before; process 0 holds its lock.
 
     Writes the config, what the run runs on, where its weights are from (`origin`, of the first
-    stage), and what its images are, by split. Yields the run with its `check_lock`.
+    stage), and, until a stage begins, what its images are, by split and by stage. Yields the run
+    with its `check_lock`.
 
     Raises:
       UserError: the folder holds another run, is in use, or cannot be written.
@@ -76,10 +83,9 @@ def opened(run: Run, origin: lineage.Saved | None, images: Mapping[str, Identity
 def _claim(run: Run, origin: lineage.Saved | None, images: Mapping[str, Identity]) -> None:
     folder, config = run.folder, run.config
     path, environment = folder / "config.json", _environment()
-    noted = files.read_json(folder / _IMAGES)
-    changes = _changes(noted, images)
     if path.exists():
-        before = configs.read(path)
+        noted, before = files.read_json(folder / _IMAGES), configs.read(path)
+        changes = _changes(noted, images)
         same = _same_places(before, config)
         if noted and not changes:
             same += _WHERE_IMAGES_ARE
@@ -99,7 +105,7 @@ def _claim(run: Run, origin: lineage.Saved | None, images: Mapping[str, Identity
             f"--workdir={folder}: contains checkpoints but no config.json. Restore it or use "
             "another --workdir."
         )
-    elif others := sorted({path.name for path in folder.glob("[!.]*")} - {lock.NAME}):
+    elif others := sorted(path.name for path in folder.glob("[!.]*") if not _may_be_new(path)):
         raise UserError(
             f"--workdir={folder}: holds no run but other files, such as {others[0]}. Use another "
             "--workdir."
@@ -107,10 +113,22 @@ def _claim(run: Run, origin: lineage.Saved | None, images: Mapping[str, Identity
     # The first may be refused, before anything is written.
     lineage.write_lineage(folder, origin.lineage() if origin else [lineage.SCRATCH])
     files.write_json(folder / "environment.json", environment)
-    if not changes:  # else the note is of those that it began with
-        noted |= {name: identity._asdict() for name, identity in images.items()}
-        files.write_json(folder / _IMAGES, noted)
+    if not (folder / checkpoints.FOLDER).exists():  # else each stage has noted its own
+        note_images(folder, images)
     files.write_json(path, config.to_dict())
+
+
+def note_images(folder: Path, images: Mapping[str, Identity]) -> None:
+    """Notes in a run's folder what the images are, by split and by stage, with which it or one of
+    its stages begins."""
+    noted = files.read_json(folder / _IMAGES)
+    noted |= {name: identity._asdict() for name, identity in images.items()}
+    files.write_json(folder / _IMAGES, noted)
+
+
+def _may_be_new(path: Path) -> bool:
+    """Whether a folder with this file in it may become a run's."""
+    return path.name in _MAY_BE_THERE or path.suffix in _LOGS
 
 
 def _same_places(before: ConfigDict, config: ConfigDict) -> tuple[str, ...]:
@@ -129,7 +147,7 @@ def _changes(noted: Mapping, images: Mapping[str, Identity]) -> list[str]:
     """What has changed since a run noted its images, but for times. Images that were not opened on
     both occasions do not count."""
     differences = {name: images[name].difference(noted[name]) for name in images if name in noted}
-    return [f"{name}: {x}" for name, x in differences.items() if x not in ("", NEW_TIMES)]
+    return [f"{name}: {x.text}" for name, x in differences.items() if x and x.content]
 
 
 def _environment() -> dict:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from maect_jax.data import arrays, decode, loader, sources, transforms
-from maect_jax.data.base import NEW_TIMES
+from maect_jax.data.base import AbsentError
 from maect_jax.data.folder import Folder
 from maect_jax.data.loader import EvalRecord, Order, TrainRecord
 from maect_jax.errors import UserError
@@ -86,12 +86,19 @@ def test_tfds_is_read_without_tensorflow(prepared_tfds):
     (shard,) = prepared_tfds.glob("tiny/*/*.array_record*")
     os.utime(shard, (0, 0))
     again = sources.make(data_section(path=str(prepared_tfds)), "train", 3).identity
-    assert again.difference(source.identity._asdict()) == NEW_TIMES
+    assert not again.difference(source.identity._asdict()).content
     shard.write_bytes(shard.read_bytes() + b"0")
     again = sources.make(data_section(path=str(prepared_tfds)), "train", 3).identity
     assert again.content != source.identity.content
-    with pytest.raises(UserError, match=r"config.data.name='absent'.*tfds build"):
+    again = sources.make(data_section(path=str(prepared_tfds)), "train", 3)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"config.data.name='tiny': .*array_record"):
+        again.identity  # noqa: B018
+    with pytest.raises(UserError, match=r"config.data.name='absent'.*tfds build") as error:
         sources.make(data_section(path=str(prepared_tfds), name="absent"), "train", 3)
+    assert not isinstance(error.value, AbsentError)
+    with pytest.raises(AbsentError, match="Unknown split 'val'"):
+        sources.make(data_section(path=str(prepared_tfds), val_split="val"), "val", 3)
 
 
 @pytest.mark.parametrize(("name", "shape"), [("cifar10", (32, 32, 3)), ("imagenet2012", None)])

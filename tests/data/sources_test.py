@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from maect_jax.data import arrays, decode, sources, subsets
-from maect_jax.data.base import NEW_TIMES
 from maect_jax.data.folder import Folder
 from maect_jax.errors import UserError
 from maect_jax.report import style
@@ -182,8 +181,8 @@ def test_held_out_images_are_numbered_by_the_classes_of_training(images):
         sources.splits(data_section(path=str(images)), sources.SPLITS, 3)
 
 
-def test_images_are_what_their_names_sizes_and_times_are(images):
-    """Wherever they are, and however their path is spelled."""
+def test_images_are_what_their_files_are(images):
+    """By name, size, time and content, wherever they are, and however their path is spelled."""
     root, path = images / "train", images / "train" / "ant" / "00.png"
     first = Folder(str(root)).identity
     os.symlink(images, images / "other")
@@ -193,7 +192,7 @@ def test_images_are_what_their_names_sizes_and_times_are(images):
     assert Folder(str(images / "copied")).identity == first  # with its times
     os.utime(path, ns=(0, 0))
     touched = Folder(str(root)).identity
-    assert touched.difference(first._asdict()) == NEW_TIMES
+    assert not touched.difference(first._asdict()).content
     assert (touched.images, touched.content) == (first.images, first.content)
     changes = (
         lambda: path.write_bytes(path.read_bytes() + b"0"),
@@ -204,10 +203,22 @@ def test_images_are_what_their_names_sizes_and_times_are(images):
     for change in changes:
         change()
         now = Folder(str(root)).identity
-        assert now.difference(before._asdict()) == "21 images as before, but not the same"
+        difference = now.difference(before._asdict())
+        assert difference == (True, "21 images as before, but not the same")
         before = now
+    path = root / "bee" / "deep" / "er" / "99.JPG"
+    content, times = path.read_bytes(), (0, path.stat().st_mtime_ns)
+    path.write_bytes(content[:-1] + b"x")  # in place, as a pixel of an image without compression
+    os.utime(path, ns=times)
+    assert Folder(str(root)).identity.content != before.content
+    path.write_bytes(content)
     save(root / "bee" / "new.jfif.jpe")
-    assert Folder(str(root)).identity.difference(before._asdict()) == "21 images before, 22 now"
+    now = Folder(str(root)).identity
+    assert now.difference(before._asdict()) == (True, "21 images before, 22 now")
+    assert now.difference(now._asdict()) is now.difference({"images": 22}) is None
+    of_version_0_1 = now.difference({"images": 21})
+    assert of_version_0_1.content
+    assert "more endings count" in of_version_0_1.text
 
 
 def test_images_in_memory_are_what_is_in_them(rng):
@@ -273,6 +284,7 @@ def test_links_that_lead_nowhere_are_listed_and_named_when_they_are_read(images)
     os.symlink("self.png", images / "train" / "ant" / "self.png")
     source = Folder(str(images / "train"))
     assert len(source) == 23
+    assert source.identity.images == 23
     with pytest.raises(OSError, match="No such file"):
         source[0]
 
@@ -286,6 +298,8 @@ def test_the_working_folder_itself_may_hold_the_images(images, monkeypatch):
 
 def test_a_bucket_is_listed_at_once_and_read_through_etils(images, monkeypatch):
     kind, root = type(epath.Path("gs://bucket/x")), images / "train"
+    local = Folder(str(root))
+    same = local.identity.content
     storage = fsspec.filesystem("memory", skip_instance_cache=True)
     monkeypatch.setattr(type(storage), "store", {})
     storage.put(str(root), "/bucket/train", recursive=True)
@@ -297,14 +311,14 @@ def test_a_bucket_is_listed_at_once_and_read_through_etils(images, monkeypatch):
         kind, "read_bytes", lambda self: storage.cat(os.fspath(self).removeprefix("gs:/"))
     )
     source = sources.splits(data_section(path="gs://bucket"), ("train",), 3)["train"]
-    local = Folder(str(root))
     assert (source.classes, len(source)) == (["ant", "bee"], 21)
     assert source.labels.tolist() == local.labels.tolist()
-    assert source.identity.content == local.identity.content
+    assert source.identity.content == same
     assert source.name(20) == "gs://bucket/train/bee/deep/er/99.JPG"
     assert decode.pixels(source[3][0], RGB).shape == (12, 7, 3)
-    storage.pipe("/bucket/train/ant/00.png", b"other")
-    assert Folder("gs://bucket/train/").identity.content != source.identity.content
+    png = storage.cat("/bucket/train/ant/00.png")
+    storage.pipe("/bucket/train/ant/00.png", png[:-1] + b"x")  # of the same size
+    assert Folder("gs://bucket/train/").identity.content != same
     with pytest.raises(UserError, match="there is no folder 'gs://bucket/val'"):
         Folder("gs://bucket/val")
 

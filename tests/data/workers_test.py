@@ -11,7 +11,7 @@ import pytest
 
 from maect_jax import main
 from maect_jax.data import loader
-from maect_jax.data.base import Source
+from maect_jax.data.base import Identity, Source
 from maect_jax.data.decode import Decoding
 from maect_jax.data.loader import EvalRecord
 from maect_jax.errors import RunFailedError
@@ -25,6 +25,7 @@ class Imports(Source):
 
     classes = ()
     labels = np.zeros(4, np.int32)
+    identity = Identity(4, "")
 
     def __len__(self):
         return 4

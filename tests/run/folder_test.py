@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from maect_jax import config
-from maect_jax.data.base import NEW_TIMES, Identity
+from maect_jax.data.base import Identity
 from maect_jax.errors import RunFailedError, UserError
 from maect_jax.run import folder, jsonl, lock, logger
 from tests.helpers import CONFIGS
@@ -183,6 +183,12 @@ def test_the_same_images_may_be_elsewhere(tmp_path, caplog):
     assert config.read(tmp_path / "config.json").data.path == "/mnt/x/"
     assert not caplog.text
     other = copied | {"train": Identity(9, "A", "b")}
+    # What changes before a stage begins is what the run is of.
+    claim(tmp_path, "data.path=/mnt/x", "data.train_split=.", f"{started}/", images=other)
+    claim(tmp_path, "data.path=y", "data.train_split=.", f"{started}/", images=other)
+    claim(tmp_path, "data.path=y", "data.train_split=.", f"{started}/", images=copied)
+    claim(tmp_path, "data.path=/mnt/x/", "data.train_split=.", f"{started}/", images=copied)
+    (tmp_path / "checkpoints").mkdir()
     claim(
         tmp_path, "data.path=/mnt/./x", "data.train_split=.", f"{started}/", images=other
     )  # the same place
@@ -192,6 +198,9 @@ def test_the_same_images_may_be_elsewhere(tmp_path, caplog):
     reason = "(data.path: '/mnt/./x' -> 'x'; train: 9 images as before, but not the same)"
     assert f"holds another run {reason}" in str(refused.value)
     (tmp_path / "images.json").unlink()  # as version 0.1 left it
+    claim(tmp_path, "data.path=/mnt/./x", "data.train_split=.", f"{started}/", images=other)
+    assert not (tmp_path / "images.json").exists()  # it is not known what it was trained on
+    before = (tmp_path / "config.json").read_text()
     with pytest.raises(UserError, match=r"holds another run \(data\.path: '/mnt/./x' -> 'x'\)"):
         claim(tmp_path, "data.path=x", "data.train_split=.", f"{started}/", images=images)
     assert (tmp_path / "config.json").read_text() == before
@@ -207,22 +216,28 @@ def test_a_stage_goes_on_with_its_own_images_alone(tmp_path, monkeypatch, caplog
 
     assert resumed() == []
     os.utime(root / "00.png", ns=(0, 0))
-    assert resumed() == [  # it has ended
-        f"{run}/checkpoints/mae: the images have changed since ({NEW_TIMES})"
-    ]
+    (line,) = resumed()  # it has ended
+    assert line.startswith(f"{run}/checkpoints/mae: the images have changed since (the files have")
     shutil.rmtree(run / "checkpoints" / "mae" / "8")
     (line,) = resumed()  # from step 4
-    assert line.startswith(f"{run}: stage mae, at step 4 of 8, goes on: {NEW_TIMES}")
+    assert line.startswith(f"{run}: stage mae, at step 4 of 8, goes on: the files have")
     tmp_path.joinpath("moved").symlink_to(tmp_path)
     moved = f"data.path={tmp_path}/moved/"
     assert resumed(moved) == []
     shutil.rmtree(run / "checkpoints" / "mae" / "8")
+    noted = json.loads((run / "images.json").read_text())
     (root / "00.png").rename(root / "0.png")
     with pytest.raises(UserError, match=r"at step 4 of 8, .* \(40 images as before, but not the"):
         resumed(moved)
     (root / "0.png").unlink()
     with pytest.raises(UserError, match=r"at step 4 of 8, .* \(40 images before, 39 now\)"):
         resumed(moved)
+    assert json.loads((run / "images.json").read_text()) == noted
+    shutil.rmtree(run / "checkpoints" / "mae")
+    shutil.copy(root / "01.png", root / "0.png")
+    assert resumed() == []  # from step 0, with what there is
+    now = json.loads((run / "images.json").read_text())
+    assert now["train"] == now["mae"] != noted["mae"]
 
 
 @pytest.mark.parametrize("name", ["gs://bucket/run", "s3://bucket/run"])
@@ -293,3 +308,25 @@ def test_a_folder_of_other_files_is_refused(tmp_path):
     with pytest.raises(UserError, match=re.escape("thesis.md")):
         claim(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"thesis.md"}
+
+
+def test_a_start_that_was_cut_off_a_disk_and_logs_are_no_other_files(tmp_path, monkeypatch):
+    (tmp_path / "lost+found").mkdir()
+    for name in ("log.txt", "nohup.out", "job.err", "run.log"):
+        (tmp_path / name).touch()
+    write, written = folder.files.write_json, []
+
+    def cut_off(path, values):
+        written.append(path.name)
+        if path.name == "config.json":
+            (tmp_path / "config.tmp").touch()
+            raise KeyboardInterrupt
+        write(path, values)
+
+    monkeypatch.setattr(folder.files, "write_json", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        claim(tmp_path)
+    assert len(written) == 4
+    monkeypatch.setattr(folder.files, "write_json", write)
+    claim(tmp_path)
+    assert (tmp_path / "config.json").exists()
