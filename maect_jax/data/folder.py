@@ -49,6 +49,7 @@ class Folder(Source):
     Args:
       root: the folder; with the extra [gcs] on a bucket, `gs://...`.
       classes: to number the labels by, in place of `root`'s classes.
+      labelled: whether folders are classes; else they mean something else.
 
     Raises:
       AbsentError: there is no such folder.
@@ -56,7 +57,7 @@ class Folder(Source):
         `classes`, or a symbolic link that leads back into itself.
     """
 
-    def __init__(self, root: str, classes: Sequence[str] | None = None):
+    def __init__(self, root: str, classes: Sequence[str] | None = None, labelled: bool = True):
         self._root = root if _is_remote(root) else os.path.abspath(root)
         try:
             if not (_is_remote(root) or os.path.isdir(root)):
@@ -65,6 +66,8 @@ class Folder(Source):
             found = _bucket(root) if _is_remote(root) else _tree(self._root)
         except OSError as error:
             raise _error(f"cannot list {root!r}: {error}") from error
+        if not labelled:
+            found.classes.clear()
         self.classes, groups = found.classes, _groups(found, root)
         files = [file for group in groups for file in sorted(group)]
         # Arrays are cheap to pass to worker processes.
@@ -82,7 +85,10 @@ class Folder(Source):
         if classes is not None and self.classes:
             if unknown := sorted(set(self.classes) - set(classes)):
                 names = first_of(unknown)
-                raise _error(f"{root!r} has classes that the training images lack: {names}")
+                raise _error(
+                    f"{root!r} has classes that the training images lack: {names}. Where folders "
+                    "are no classes, set config.data.labels=none"
+                )
             numbers = np.array([classes.index(name) for name in self.classes], np.int32)
             self.labels = numbers[self.labels]
             self.classes = list(classes)
@@ -147,6 +153,11 @@ def _counted(others: Counter[str]) -> str:
     return f"{count} file{'s' * (count != 1)}: {first_of(names)}"
 
 
+def _is_hidden(name: str) -> bool:
+    """Whether a file or folder is none of the user's: also what macOS adds to an archive."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def _groups(found: _Listing, root: str) -> list[list[_File]]:
     """The images without a class, then those of each class. Raises `UserError` if that is not what
     a folder, which the user called `root`, can mean."""
@@ -154,7 +165,7 @@ def _groups(found: _Listing, root: str) -> list[list[_File]]:
     groups: dict[str, list[_File]] = {name: [] for name in ("", *classes)}
     for file in found.images:
         name, slash, _ = file.path.partition("/")
-        groups[name if slash else ""].append(file)
+        groups[name if slash and classes else ""].append(file)
     if groups[""] and classes:
         example = f"{root!r} has images beside its class folders, such as {min(groups[''])[0]}"
         raise _error(f"{example}; expected <class>/<image>, or images alone, without labels")
@@ -187,7 +198,7 @@ def _bucket(root: str) -> _Listing:
     found, start = _Listing(), len(top.rstrip("/")) + 1
     for entry in entries:
         path = entry["name"][start:].rstrip("/")
-        if not path or "/." in f"/{path}":  # the folder itself, or what is hidden
+        if not path or any(map(_is_hidden, path.split("/"))):  # or the folder itself
             continue
         if entry["type"] == "directory":
             found.classes.append(path)
@@ -223,7 +234,7 @@ def _scan(root: str, path: str, above: tuple[str, ...]) -> tuple[_Listing, list]
         for entry in entries:
             name = f"{path}/{entry.name}" if path else entry.name
             ending = decode.ending(entry.name)
-            if entry.name.startswith("."):
+            if _is_hidden(entry.name):
                 continue
             if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
                 real = os.path.join(above[-1], entry.name)

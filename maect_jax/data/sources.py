@@ -109,7 +109,9 @@ class Tfds(Source):
 # Called with the `data` section, the split's name in it, `channels` and `classes`.
 KINDS: dict[str, Callable[..., Source]] = {
     "fashion_mnist": lambda data, name, **_: arrays.fashion_mnist(name),
-    "folder": lambda data, name, classes, **_: Folder(os.path.join(data.path, name), classes),
+    "folder": lambda data, name, classes, **_: Folder(
+        os.path.join(data.path, name), classes, labelled=data.labels != "none"
+    ),
     "tfds": lambda data, name, channels, **_: Tfds(data.name, name, data.path, channels),
 }
 _CHANNELS = {"fashion_mnist": (1,)}  # others decode image files, to gray or RGB

@@ -21,7 +21,8 @@ from maect_jax.run import checkpoints, lineage, lock
 _LOGGER = logging.getLogger(__name__)
 _SHOWN = 5  # differing keys in an error
 # Config keys that may differ when a run resumes: they change how it runs and what it writes, not
-# what is computed. The mesh, the parts of a batch and what is computed twice change the rounding.
+# what is computed; `data.max_pixels` changes which images are bad, as repairing files does. The
+# mesh, the parts of a batch and what is computed twice change the rounding.
 _MAY_CHANGE = (
     "log_level", "log_every", "tensorboard", "profile", "debug_nans", "nan_policy", "nan_limit",
     "checkpoint.", "monitor.", "mesh.", "encoder_microbatches", "remat", "data.workers",

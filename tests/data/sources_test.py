@@ -138,6 +138,18 @@ def test_names_that_are_no_utf8(tmp_path):
     assert sources.labels_digest(source)
 
 
+def test_folders_that_are_no_classes_may_be_empty_or_beside_images(images):
+    (images / "train" / "2024-02-30").mkdir()
+    (images / "train" / "__MACOSX" / "ant").mkdir(parents=True)
+    (images / "train" / "__MACOSX" / "ant" / "._00.png").write_text("of an archive")
+    save(images / "train" / "loose.png")
+    source = sources.make(data_section(path=str(images), labels="none"), "train", 3)
+    assert (len(source), source.classes, source.labelled) == (22, [], False)
+    (images / "train" / "loose.png").unlink()
+    (images / "train" / "2024-02-30").rmdir()
+    assert sources.make(data_section(path=str(images)), "train", 3).classes == ["ant", "bee"]
+
+
 WRONG = {
     "no folder": (lambda root: "nowhere", "there is no folder '.*nowhere'"),
     "no image": (lambda root: (root / "void").mkdir() or "void", "no images below '.*void'"),
