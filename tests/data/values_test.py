@@ -70,7 +70,7 @@ def turned(orientation):
 
 FLOAT = saved((RAMP / 255).astype(np.float32))
 HOT, NO_DATA, NOT_FINITE = TWELVE.copy(), (RAMP / 255).astype(np.float32), RAMP / np.float32(255)
-HOT[0, 0], NO_DATA[:5], NOT_FINITE[:5] = 65535, -9999, np.nan
+HOT[0, :2], NO_DATA[:5], NOT_FINITE[:5] = (65535, 50000), -9999, np.nan
 KNOWN = {  # content, range
     "float": (FLOAT, (0.0, 1.0)),
     "float below 0": (saved(RAMP.astype(np.float32) - 100), (-100, 155)),
@@ -118,6 +118,7 @@ UNKNOWN = {  # content, settings, what the reason says
     "pfm": (KNOWN["pfm"][0], {}, ("mode F", "config.data.range")),
     "32 bits": (KNOWN["32 bits"][0], {}, ("mode I", "config.data.range")),
     "nan": (saved(np.full((3, 3), np.nan, np.float32)), {"range": (0, 1)}, ("finite",)),
+    "nan alone": (saved(np.full((3, 3), np.nan, np.float32)), {}, ("finite",)),
     "colours": (KNOWN["colours"][0], {"range": (0, 4095)}, ("16 bits", "config.data.range")),
     "64 bits": (tiff(RAMP.astype(float).tobytes(), 64, kind=3), {}, ("TIFF",)),
     "large": (saved(RAMP, "PNG"), {"max_pixels": 1199}, ("1200", "config.data.max_pixels=1199")),
