@@ -32,7 +32,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how such a file starts
 _WORD = 2**16 - 1
 _NOT_FINITE = "has values that are not finite numbers"
-_SUMMED = 2**20  # values of an image, of those that it may have
+_SUMMED = 2**17  # values of an image, of those that it may have
 
 
 @dataclass(frozen=True)

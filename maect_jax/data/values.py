@@ -24,7 +24,7 @@ _LOGGER = logging.getLogger(__name__)
 
 def check(sources: Iterable[Source], decoding: Decoding) -> None:
     """Checks, in a sample, that the values of images do not become almost nothing when they become
-    8 bits. Of images of 8 bits few are decoded.
+    8 bits. Of images of 8 bits one is decoded, or few.
 
     Raises:
       UserError: there are values of 32 bits without `config.data.range`, most images of 16 bits
@@ -32,21 +32,18 @@ def check(sources: Iterable[Source], decoding: Decoding) -> None:
         far from 255.
     """
     deep: dict[tuple[str, int], list[tuple[str, Values]]] = defaultdict(list)
-    others: list[tuple[str, float, float]] = []
+    others: list[tuple[Source, int]] = []
     for source in sources:
         _say_if_colour_is_lost(source, decoding)
         records = _spaced(range(len(source)), _SAMPLED)
         with ThreadPoolExecutor() as pool:
             sample = list(pool.map(partial(_values, source, decoding), records))
-            rest = [record for record, seen in zip(records, sample, strict=True) if not seen]
-            pixels = pool.map(partial(_extremes, source, decoding), _spaced(rest, _DECODED))
-            others += [each for each in pixels if each]
+        rest = [record for record, seen in zip(records, sample, strict=True) if not seen]
+        others += [(source, record) for record in _spaced(rest, _DECODED)]
         for record, seen in zip(records, sample, strict=True):
             if seen:
                 deep[seen.mode, seen.possible].append((source.name(record), seen))
-    if others:
-        names, *ends = zip(*others, strict=True)
-        _check_8_bits(f"{shown(names[0])}, one of {len(names)} images", min(ends[0]), max(ends[1]))
+    _check_8_bit_files(others, decoding)
     for (mode, _), found in deep.items():
         name = next((name for name, seen in found if _is_weak(seen)), found[0][0])
         _check(f"{shown(name)}: mode {mode}", [seen for _, seen in found], decoding.range)
@@ -107,14 +104,20 @@ def _values(source: Source, decoding: Decoding, record: int) -> Values | None:
     return None
 
 
-def _extremes(source: Source, decoding: Decoding, record: int) -> tuple[str, float, float] | None:
-    """The name of an image of 8 bits, its lowest and highest value; None for one in memory."""
-    with suppress(BadImageError, OSError):
-        content = source[record][0]
-        if not isinstance(content, np.ndarray):
-            pixels = decode.pixels(content, replace(decoding, channels=3))
-            return source.name(record), *decode.extremes(pixels)
-    return None
+def _check_8_bit_files(records: Sequence[tuple[Source, int]], decoding: Decoding) -> None:
+    """Decodes files until one is not dark. Raises as `_check_8_bits` does."""
+    dark = []
+    for source, record in records:
+        with suppress(BadImageError, OSError):
+            content = source[record][0]
+            if not isinstance(content, np.ndarray):
+                pixels = decode.pixels(content, replace(decoding, channels=3))
+                dark.append((source.name(record), *decode.extremes(pixels)))
+                if dark[-1][2] >= _DARKEST:
+                    return
+    if dark:
+        names, lows, highs = zip(*dark, strict=True)
+        _check_8_bits(f"{shown(names[0])}, one of {len(names)} images", min(lows), max(highs))
 
 
 def _check_8_bits(what: str, low: float, high: float) -> None:
