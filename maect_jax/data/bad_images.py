@@ -34,21 +34,21 @@ class BadImages:
         return batch
 
     def check(self) -> None:
-        """Logs the bad images since the last call. All hosts must call it.
+        """Logs the bad images since the last call, unless the error lists them. All hosts must
+        call it.
 
         Raises:
           RunFailedError: on all hosts, if more images are bad than allowed; the text lists them.
         """
         self._bad = sharding.gather_set(self._bad)
-        for record in sorted(self._bad - self._named.keys()):
+        new = sorted(self._bad - self._named.keys())
+        for record in new:
             try:
                 decode.pixels(self._source[record][0], self._decoding)
                 reason = "it could be read a moment later"
             except (BadImageError, OSError) as error:
                 reason = str(error)
             self._named[record] = f"{self._source.name(record)}: {reason}"
-            if jax.process_index() == 0:
-                _LOGGER.warning("skipping an unreadable image: %s", self._named[record])
         count, records = len(self._named), len(self._source)
         if count > self._allowed * records:
             listed = "; ".join(list(self._named.values())[:_MAX_LISTED])
@@ -57,3 +57,6 @@ class BadImages:
                 f"{count} of {records:,} images cannot be read so far, more than the fraction "
                 f"config.data.max_bad_fraction={self._allowed}: {listed}{more}"
             )
+        if jax.process_index() == 0:
+            for record in new:
+                _LOGGER.warning("skipping an unreadable image: %s", self._named[record])

@@ -31,6 +31,8 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of half the limit
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how such a file starts
 _WORD = 2**16 - 1
+_NOT_FINITE = "has values that are not finite numbers"
+_SUMMED = 2**17  # values of an image, of those that it may have
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,13 @@ class Values(NamedTuple):
     """The values of an image of more than 8 bits a channel, as they are in the file."""
 
     mode: str  # Pillow's
-    low: float
-    high: float
     possible: int  # the highest value that the file can hold, 0 where that means nothing
     is_colour: bool  # of which Pillow reads the upper 8 of 16 bits
+    low: float
+    high: float
+    dark: float  # almost all are from `dark` to `bright`
+    bright: float
+    is_finite: bool  # if not, the numbers above are those of its finite values
 
 
 def ending(name: str) -> str:
@@ -132,12 +137,35 @@ def values(image: bytes | np.ndarray, decoding: Decoding) -> Values | None:
         return None
     with _opened(image, decoding) as picture:
         if _is_deep(picture):
-            low, high = extremes(np.asarray(picture))
-            return Values(picture.mode, low, high, _possible(picture), is_colour=False)
+            return summary(picture.mode, _possible(picture), np.asarray(picture))
         if _has_deep_colours(picture):
-            low, high = extremes(np.asarray(picture.convert("RGB"), np.uint16) << 8)
-            return Values(f"{picture.mode} of 16 bits", low, high, _WORD, is_colour=True)
+            upper = np.asarray(picture.convert("RGB"), np.uint16) << 8
+            return summary(f"{picture.mode} of 16 bits", _WORD, upper)._replace(is_colour=True)
     return None
+
+
+def summary(mode: str, possible: int, array: np.ndarray) -> Values:
+    """The `Values` of an array of numbers. Raises `BadImageError` if none is finite."""
+    finite = np.isfinite(array)
+    is_finite = bool(finite.all())
+    numbers = array.ravel() if is_finite else array[finite]
+    if not numbers.size:
+        raise BadImageError(_NOT_FINITE)
+    ordered = np.sort(numbers[:: -(-numbers.size // _SUMMED)]).astype(np.float64)
+    dark, bright = _bulk(ordered)
+    # A value for "no data" or of dead pixels lies far from all others.
+    between = ordered[(ordered > ordered[0]) & (ordered < ordered[-1])]
+    if between.size > ordered.size / 2:
+        low, high = _bulk(between)
+        if bright - dark > 4 * (high - low) > 0:
+            dark, bright = low, high
+    return Values(mode, possible, False, *extremes(numbers), dark, bright, is_finite)
+
+
+def _bulk(ordered: np.ndarray) -> tuple[float, float]:
+    """The quantiles 0.1 % and 99.9 % of ordered numbers."""
+    last = ordered.size - 1
+    return float(ordered[round(0.001 * last)]), float(ordered[round(0.999 * last)])
 
 
 def is_coloured(image: bytes | np.ndarray, decoding: Decoding) -> bool:
@@ -165,7 +193,7 @@ def extremes(array: np.ndarray) -> tuple[float, float]:
     """The lowest and the highest value. Raises `BadImageError` if they are not finite numbers."""
     low, high = float(array.min()), float(array.max())
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise BadImageError("has values that are not finite numbers")
+        raise BadImageError(_NOT_FINITE)
     return low, high
 
 
@@ -185,6 +213,7 @@ def _bounds(picture: ImageFile, decoding: Decoding) -> tuple[float, ...]:
         return ()
     bounds = decoding.range or (0, _possible(picture))
     if bounds == (0, 0):
+        extremes(np.asarray(picture))  # what is not finite needs more than a range
         raise BadImageError(
             f'has values of mode {picture.mode}; set --config.data.range="(BLACK,WHITE)"'
         )

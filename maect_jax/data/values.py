@@ -2,9 +2,11 @@
 
 import logging
 import math
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,32 +17,42 @@ from maect_jax.data.decode import Decoding, Values
 from maect_jax.errors import BadImageError, UserError, shown
 
 _SAMPLED = 64  # images of a split
+_DECODED = 16  # of those that have 8 bits
 _DARKEST = 32  # what some pixel has in any set of images of 8 bits
 _LOGGER = logging.getLogger(__name__)
 
 
 def check(sources: Iterable[Source], decoding: Decoding) -> None:
     """Checks, in a sample, that the values of images do not become almost nothing when they become
-    8 bits. Of images of 8 bits only the headers are read.
+    8 bits. Of images of 8 bits one is decoded, or few.
 
     Raises:
-      UserError: there are values of 32 bits without `config.data.range`, values of 16 bits that
-        fill less than half of what is possible, or none within the range.
+      UserError: there are values of 32 bits without `config.data.range`, most images of 16 bits
+        fill less than half of what is possible, none is within the range, or those of 8 bits are
+        far from 255.
     """
-    found: dict[tuple[str, int], tuple[str, Values]] = {}
+    deep: dict[tuple[str, int], list[tuple[str, Values]]] = defaultdict(list)
+    others: list[tuple[Source, int]] = []
     for source in sources:
         _say_if_colour_is_lost(source, decoding)
-        records = np.linspace(0, len(source) - 1, min(len(source), _SAMPLED)).astype(int).tolist()
+        records = _spaced(range(len(source)), _SAMPLED)
         with ThreadPoolExecutor() as pool:
-            sample = pool.map(partial(_values, source, decoding), records)
+            sample = list(pool.map(partial(_values, source, decoding), records))
+        rest = [record for record, seen in zip(records, sample, strict=True) if not seen]
+        others += [(source, record) for record in _spaced(rest, _DECODED)]
         for record, seen in zip(records, sample, strict=True):
             if seen:
-                new = source.name(record), seen
-                name, known = found.setdefault((seen.mode, seen.possible), new)
-                low, high = min(known.low, seen.low), max(known.high, seen.high)
-                found[seen.mode, seen.possible] = name, known._replace(low=low, high=high)
-    for name, seen in found.values():
-        _check(f"{shown(name)}: mode {seen.mode}", seen, decoding.range)
+                deep[seen.mode, seen.possible].append((source.name(record), seen))
+    _check_8_bit_files(others, decoding)
+    for (mode, _), found in deep.items():
+        name = next((name for name, seen in found if _is_weak(seen)), found[0][0])
+        _check(f"{shown(name)}: mode {mode}", [seen for _, seen in found], decoding.range)
+
+
+def _spaced(items: Sequence[int], most: int) -> list[int]:
+    """Up to `most` of the items, evenly spaced."""
+    places = np.linspace(0, len(items) - 1, min(len(items), most)).astype(int)
+    return [items[i] for i in places]
 
 
 def _say_if_colour_is_lost(source: Source, decoding: Decoding) -> None:
@@ -64,16 +76,18 @@ def to_uint8(what: str, array: np.ndarray, bounds: tuple[float, ...]) -> np.ndar
     Raises:
       UserError: as `check` does; or they are not finite, or uint8 far from 255.
     """
-    try:
-        low, high = decode.extremes(array)
-    except BadImageError as error:
-        raise UserError(f"{what}: {error}") from error
-    if array.dtype == np.uint8:
-        if 0 < high < _DARKEST:
-            raise UserError(f"{what}, values {low:g} to {high:g}: must be 0 to 255. Multiply them.")
-        return array
     possible = np.iinfo(np.uint16).max if array.dtype == np.uint16 else 0
-    _check(what, Values(str(array.dtype), low, high, possible, is_colour=False), bounds)
+    try:
+        found = decode.extremes(array)
+    except BadImageError as error:
+        too = "" if bounds else "; replace them, and set config.data.range, too"
+        raise UserError(f"{what}: {error}{too}") from error
+    if array.dtype == np.uint8:
+        _check_8_bits(what, *found)
+        return array
+    sample = _spaced(range(len(array)), _SAMPLED)
+    seen = [decode.summary(str(array.dtype), possible, array[i]) for i in sample]
+    _check(what, seen, bounds, found)
     return decode.to_8_bits(array, bounds or (0, possible))
 
 
@@ -85,26 +99,79 @@ def _suggested(low: float, high: float) -> str:
 
 
 def _values(source: Source, decoding: Decoding, record: int) -> Values | None:
-    try:
+    with suppress(BadImageError, OSError):  # counted where it is used
         return decode.values(source[record][0], decoding)
-    except (BadImageError, OSError):  # counted where it is used
-        return None
+    return None
 
 
-def _check(what: str, seen: Values, bounds: tuple[float, ...]) -> None:
-    """Raises `UserError` if the values `seen` do not fit the `bounds` that the user sets, or may
-    not fit those of the file type where there are none."""
-    what += f", values {seen.low:.7g} to {seen.high:.7g}"
-    set_it = f"Set {_suggested(seen.low, seen.high)}, the values of black and white."
-    fills = seen.high - seen.low >= seen.possible / 2 > 0
-    if seen.is_colour and (bounds or not fills):
+def _check_8_bit_files(records: Sequence[tuple[Source, int]], decoding: Decoding) -> None:
+    """Decodes files until one is not dark. Raises as `_check_8_bits` does."""
+    dark = []
+    for source, record in records:
+        with suppress(BadImageError, OSError):
+            content = source[record][0]
+            if not isinstance(content, np.ndarray):
+                pixels = decode.pixels(content, replace(decoding, channels=3))
+                dark.append((source.name(record), *decode.extremes(pixels)))
+                if dark[-1][2] >= _DARKEST:
+                    return
+    if dark:
+        names, lows, highs = zip(*dark, strict=True)
+        _check_8_bits(f"{shown(names[0])}, one of {len(names)} images", min(lows), max(highs))
+
+
+def _check_8_bits(what: str, low: float, high: float) -> None:
+    if 0 < high < _DARKEST:
+        raise UserError(f"{what}, values {low:g} to {high:g}: must be 0 to 255. Multiply them.")
+
+
+def _is_weak(seen: Values) -> bool:
+    """Whether an image fills less than half of what is possible, or that is not known."""
+    return seen.bright - seen.dark < seen.possible / 2 or not seen.possible
+
+
+def _check(
+    what: str, sample: Sequence[Values], bounds: tuple[float, ...], ends: Sequence[float] = ()
+) -> None:
+    """Raises `UserError` if the values of a sample do not fit the `bounds` that the user sets, or
+    may not fit those of the file type where there are none. The `ends` are those of all values."""
+    low, high = ends or (min(seen.low for seen in sample), max(seen.high for seen in sample))
+    count, possible = len(sample), sample[0].possible
+    weak = [seen for seen in sample if _is_weak(seen)]
+    usual = sample if bounds else weak or sample  # a few that are not like them set no range
+    dark = np.quantile([seen.dark for seen in usual], 0.05, method="nearest")
+    bright = np.quantile([seen.bright for seen in usual], 0.95, method="nearest")
+    set_it = f"Set {_suggested(float(dark), float(bright))}, the values of black and white."
+    what += f", values {low:.7g} to {high:.7g}"
+    if sample[0].is_colour and (bounds or len(weak) > count / 2):
         raise UserError(
             f"{what}: of the 16 bits of a colour only the upper 8 are read, whatever "
             f"config.data.range={bounds} is. Save these images with 8 bits a channel."
         )
-    if not bounds and not fills:
-        raise UserError(f"{what}: what is black and what white is not known. {set_it}")
-    if bounds and (seen.high <= bounds[0] or seen.low >= bounds[1]):
-        raise UserError(f"{what}: all are beyond config.data.range={bounds}. {set_it}")
-    if bounds and (seen.low < bounds[0] or seen.high > bounds[1]):
-        _LOGGER.warning("%s: those beyond config.data.range=%s are clipped", what, bounds)
+    if bounds:
+        if high <= bounds[0] or low >= bounds[1]:
+            raise UserError(f"{what}: all are beyond config.data.range={bounds}. {set_it}")
+        if low < bounds[0] or high > bounds[1]:
+            _LOGGER.warning("%s: those beyond config.data.range=%s are clipped", what, bounds)
+        spans = [min(seen.bright, bounds[1]) - max(seen.dark, bounds[0]) for seen in sample]
+        span = max(float(np.median(spans)), 0)
+        if span < (bounds[1] - bounds[0]) / 10:
+            _LOGGER.warning(
+                "%s, most of them %.7g to %.7g: half of the images fill at most %.3g of "
+                "config.data.range=%s, and lose their contrast",
+                *(what, dark, bright, span, bounds),
+            )
+    elif len(weak) > count / 2:
+        fill = f" ({len(weak)} of {count} images fill less than half of 0 to {possible})"
+        bad = sum(not seen.is_finite for seen in sample)
+        too = f" {bad} of {count} images have values that are not finite: replace them, too."
+        raise UserError(
+            f"{what}, most of them {dark:.7g} to {bright:.7g}: what is black and what white is "
+            f"not known{fill if possible else ''}. {set_it}{too if bad else ''}"
+        )
+    elif len(weak) > count / 10:
+        _LOGGER.warning(
+            "%s: %d of %d images fill less than half of 0 to %d. If these have fewer bits than the "
+            "others, multiply them.",
+            *(what, len(weak), count, possible),
+        )

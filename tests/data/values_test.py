@@ -69,6 +69,8 @@ def turned(orientation):
 
 
 FLOAT = saved((RAMP / 255).astype(np.float32))
+HOT, NO_DATA, NOT_FINITE = TWELVE.copy(), (RAMP / 255).astype(np.float32), RAMP / np.float32(255)
+HOT[0, :2], NO_DATA[:5], NOT_FINITE[:5] = (65535, 50000), -9999, np.nan
 KNOWN = {  # content, range
     "float": (FLOAT, (0.0, 1.0)),
     "float below 0": (saved(RAMP.astype(np.float32) - 100), (-100, 155)),
@@ -116,6 +118,7 @@ UNKNOWN = {  # content, settings, what the reason says
     "pfm": (KNOWN["pfm"][0], {}, ("mode F", "config.data.range")),
     "32 bits": (KNOWN["32 bits"][0], {}, ("mode I", "config.data.range")),
     "nan": (saved(np.full((3, 3), np.nan, np.float32)), {"range": (0, 1)}, ("finite",)),
+    "nan alone": (saved(np.full((3, 3), np.nan, np.float32)), {}, ("finite",)),
     "colours": (KNOWN["colours"][0], {"range": (0, 4095)}, ("16 bits", "config.data.range")),
     "64 bits": (tiff(RAMP.astype(float).tobytes(), 64, kind=3), {}, ("TIFF",)),
     "large": (saved(RAMP, "PNG"), {"max_pixels": 1199}, ("1200", "config.data.max_pixels=1199")),
@@ -154,6 +157,9 @@ DOUBTFUL = {  # contents, range, mode, range to set; None where there is none
     "below 0": ([KNOWN["float below 0"][0]], (), "F", "(-100,155)"),
     "12 bits in 16": ([KNOWN["12 bits in 16"][0]], (), "I;16", "(0,4095)"),
     "12 bits with an offset": ([saved(TWELVE + 32000)], (), "I;16", "(0,65535)"),
+    "hot pixels": ([saved(HOT, "PNG")], (), "I;16", "(0,4095)"),
+    "no data": ([saved(NO_DATA)], (), "F", "(0,1)"),
+    "not finite": ([saved(NOT_FINITE)], (), "F", "(0,1)"),
     "beyond": ([KNOWN["32 bits"][0]], (5000, 6000), "I", "(0,4095)"),
     "colours": ([png(colours(TWELVE))], (), "RGB of 16 bits", None),
     "colours with a range": ([png(colours(SIXTEEN))], (0, 4095), "RGB of 16 bits", None),
@@ -173,10 +179,66 @@ def test_doubtful_values_are_an_error_that_says_what_to_set(
     assert wanted is None or f'--config.data.range="{wanted}"' in text
 
 
+def test_most_images_say_whether_they_fill_their_bits(tmp_path, caplog):
+    """And those that do not say what the range is."""
+    dim, full = saved(TWELVE, "PNG"), saved(SIXTEEN, "PNG")
+    with pytest.raises(UserError, match=r"/1\.tiff: mode I;16, .*4 of 6 .*\(0,4095\)"):
+        values.check([folder_of(tmp_path / "x", full, *[dim] * 4, full)], Decoding(3))
+    values.check([folder_of(tmp_path / "y", dim, *[full] * 9)], Decoding(3))
+    assert not caplog.records
+    values.check([folder_of(tmp_path / "z", *[dim] * 2, *[full] * 9)], Decoding(3))
+    assert [record.args[1:] for record in caplog.records] == [(2, 11, 65535)]
+
+
+def test_a_range_that_leaves_little_is_said(tmp_path, caplog):
+    source = folder_of(tmp_path / "x", *[saved(NO_DATA)] * 3)
+    values.check([source], Decoding(3, (-9999, 1.006)))
+    assert "fill at most 0.973 of config.data.range=(-9999, 1.006)" in caplog.text
+    caplog.clear()
+    values.check([source], Decoding(3, (0, 1)))
+    assert ["clipped" in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_what_is_not_finite_and_needs_a_range_is_said_at_once(tmp_path):
+    source = folder_of(tmp_path / "x", saved(NOT_FINITE), FLOAT)
+    with pytest.raises(UserError, match=r"\(0,1\).* 1 of 2 images .*not finite"):
+        values.check([source], Decoding(3))
+    images = NOT_FINITE[None, ..., None]
+    with pytest.raises(UserError, match=r"not finite .*config\.data\.range"):
+        npz(tmp_path / "x.npz", Decoding(1), image=images)
+
+
+def indexed(array):
+    """Numbers of classes in a palette of bright colours."""
+    picture = Image.fromarray(array, "P")
+    picture.putpalette([0, 0, 0, 255, 0, 0])
+    with io.BytesIO() as file:
+        picture.save(file, "PNG")
+        return file.getvalue()
+
+
+@pytest.mark.parametrize("highest", [1, 15])
+def test_files_of_8_bits_that_stay_dark_are_an_error(tmp_path, highest):
+    dark = RAMP // (255 // highest)
+    files = [saved(picture, "PNG") for picture in (dark, colours(dark), dark * 0)]
+    with pytest.raises(
+        UserError, match=rf"/0\.tiff, one of 32 images, values 0 to {highest}: must be"
+    ):
+        values.check([folder_of(tmp_path / split, *files * 10) for split in "ab"], Decoding(3))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_files_of_8_bits_with_some_light_pass(tmp_path, channels):
+    dark, blue = saved(RAMP // 9, "PNG"), RAMP[..., None] * np.array([0, 0, 1], np.uint8)
+    for i, one in enumerate((RAMP, blue, RAMP > 9)):
+        values.check([folder_of(tmp_path / str(i), dark, saved(one, "PNG"))], Decoding(channels))
+    values.check([folder_of(tmp_path / "p", indexed(RAMP // 255))], Decoding(channels))
+    values.check([folder_of(tmp_path / "black", saved(RAMP * 0, "PNG"))], Decoding(channels))
+
+
 def test_values_that_are_known_pass(tmp_path, caplog):
     fine = [content for content, bounds in KNOWN.values() if not bounds]
-    dark = saved(SIXTEEN // 16)  # one of a set that fills its bits
-    values.check([folder_of(tmp_path / "x", dark, b"no image", *fine)], Decoding(3))
+    values.check([folder_of(tmp_path / "x", b"no image", *fine)], Decoding(3))
     values.check([folder_of(tmp_path / "y", FLOAT)], Decoding(3, (0.0, 1.0)))
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
@@ -204,6 +266,7 @@ def test_arrays_of_numbers_become_pixels(tmp_path):
     for array, wanted in (
         (images / 255, "(0,1)"),
         (colours(TWELVE)[None], "(0,4095)"),
+        (np.stack([*[colours(HOT)] * 9, colours(SIXTEEN)]), "(0,4095)"),
         (colours(RAMP)[None].astype(np.int64), "(0,255)"),
         (images // 200, "values 0 to 1: must be 0 to 255"),
         (images // 16, "values 0 to 15: must be 0 to 255"),
