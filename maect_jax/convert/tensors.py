@@ -317,7 +317,7 @@ def _pickle(path: Path, mapped: bool) -> _Read:
         raise UserError(f"{path}: holds its weights as NumPy arrays, not as tensors; {how}")
     if not named:
         what = "tensors in lists" if tensors else "no tensors"
-        raise UserError(f"{path}: holds {what}, and none by name")
+        raise UserError(f"{path}: holds {what}, and none by name; save a state_dict()")
     authors = saved.get("ctor_kwargs")
     return "PyTorch", tensors, {"ctor_kwargs": authors} if isinstance(authors, Mapping) else {}
 
