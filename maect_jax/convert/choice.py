@@ -5,6 +5,7 @@ the keys of dicts in dicts, the rest belongs to the names of the tensors (`Conte
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -61,7 +62,7 @@ def _choose(content: Content, prefixes: list[str], key: str | None) -> Chosen:
     own = {
         name: x
         for name, x in content.tensors.items()
-        if name.startswith(prefix) and not (inner and name.startswith(inner))
+        if x.names and name.startswith(prefix) and not (inner and name.startswith(inner))
     }
     tensors = {_WRAPPED.sub("", name.removeprefix(prefix)): x for name, x in own.items()}
     wrapped = own.keys() - {f"{prefix}{name}" for name in tensors}
@@ -69,7 +70,11 @@ def _choose(content: Content, prefixes: list[str], key: str | None) -> Chosen:
     first = next(iter(own))
     entry = first.removesuffix(own[first].names[0])
     stripped = prefix.removeprefix(entry)
-    rest = _rest(content.tensors.keys() - own.keys(), prefix, others)
+    left = {name: x for name, x in content.tensors.items() if name not in own}
+    rest = _rest({name for name, x in left.items() if x.names}, prefix, others)
+    # Not the states of random generators, nor numbers such as an optimizer's betas.
+    listed = [n for n, x in left.items() if not x.names and x.floating and x.shape]
+    lists = Counter(name.rpartition(".")[0] for name in listed)
     notes = []
     if others:
         also = f"also there: {_listed(others)}. Choose another by {_HOW}"
@@ -81,6 +86,13 @@ def _choose(content: Content, prefixes: list[str], key: str | None) -> Chosen:
         notes.append(f"strips {_listed(sorted(words))} {inside}")
     if rest:
         notes.append(f"leaves out what is beside the model: {rest}")
+    if lists:
+        found = first_of([f"{name} ({count})" for name, count in lists.items()])
+        notes.append(
+            f"leaves out lists of tensors, which have no names: {found}. If they are averaged "
+            "weights, and you want those, copy them into the model where it was trained (of "
+            "torch_ema: ema.copy_to(model.parameters())) and save it again"
+        )
     notes = [f"{content.path}: {note}" for note in notes]
     key = prefix.rstrip(".") if others else None
     return Chosen(tensors, entry.rstrip("."), key, tuple(notes))

@@ -41,6 +41,8 @@ _QUEUE = ("queue", "queue_id", "queue_y", "queue_ptr")
 _ATTENTION = ("query", "key", "value")
 _LEAVES = {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}
 _LEAVES |= {"mean": ".running_mean", "var": ".running_var"}
+_PAIRS = {".weight": ".bias", ".running_mean": ".running_var"}  # leaves of a module, side by side
+_PAIRS |= {second: first for first, second in _PAIRS.items()}
 
 
 def split(name: str) -> tuple[str, str, str]:
@@ -292,6 +294,9 @@ class Sorted(NamedTuple):
     def in_file(self, part: str, tensor: str) -> str:
         """What the file would call a tensor that it lacks, by the names of its others."""
         module, block, leaf = split(tensor)
+        pair = _PAIRS.get(leaf, "")
+        if beside := self.parts[part].get(tensor.removesuffix(leaf) + pair):
+            return beside.names[0].removesuffix(pair) + leaf
         columns = ("hf", "hf_today", "pytorch") if self.layout == _LAYOUTS[_HF] else ("pytorch",)
         present = [name for x in self.parts[part].values() for name in x.names]
 

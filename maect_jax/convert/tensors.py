@@ -11,7 +11,8 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
@@ -26,8 +27,10 @@ from maect_jax.errors import UserError
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS = ("model.safetensors", _INDEXES[0], "pytorch_model.bin", _INDEXES[1])
+_PICKLE_LOAD, _TORCH_LOAD = "pickle.load({})", "torch.load({}, weights_only=False)"
 _FLOATS = ("F16", "BF16", "F32", "F64")
-_DEPTH = 8  # of dicts in dicts
+_DEPTH = 8  # of dicts and lists in each other
+_TORCH_OLD = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # what PyTorch wrote first until 2020
 # What files with other first bytes are, and what to do with them.
 _OTHERS = {
     b"version https://git-lfs": "is the pointer of Git LFS to the file; fetch it with git lfs pull",
@@ -62,13 +65,17 @@ class _Unread:
         pass
 
 
+class _Array(_Unread):
+    """An array of NumPy in a pickle."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Stored:
     """A tensor of a file: NumPy reads it when it is asked for its numbers.
 
     Attributes:
       names: what the file calls it, in its innermost dict; several where it is put together from
-        several.
+        several, none of a tensor in a list.
       shape: as PyTorch has it.
       read: its numbers.
       where: the file.
@@ -95,9 +102,10 @@ class Stored:
 class Content:
     """What a file or a folder holds: its tensors by name, and what is written beside them.
 
-    A tensor in nested dicts has the names of all, joined by dots. `config` is that of a HuggingFace
-    folder, of the header of a safetensors file, or the `ctor_kwargs` of a file of MAE-CT's authors,
-    under that key; `config` and `preprocessor` may be empty.
+    A tensor in nested dicts and lists has the names of all, and its numbers in the lists, joined by
+    dots. `config` is that of a HuggingFace folder, of the header of a safetensors file, or the
+    `ctor_kwargs` of a file of MAE-CT's authors, under that key; `config` and `preprocessor` may be
+    empty.
     """
 
     path: Path
@@ -166,6 +174,9 @@ def _read_file(path: Path) -> _Read:
         if head[4:9] == b"\0\0\0\0{":  # the length of the header, and the header, which is JSON
             return _safetensors(path)
         if head.startswith(b"\x80"):
+            if _TORCH_OLD not in head[:32]:  # a tensor in another pickle has it, too
+                why = "it is damaged, or a pickle that torch.save has not written"
+                raise UserError(f"{path}: refused: {why}; {_untrusted(path, _PICKLE_LOAD)}")
             return _pickle(path, mapped=False)  # PyTorch's from before 2020, which is read whole
         if head.startswith(b"PK\3\4"):
             return _archive(path)
@@ -195,7 +206,8 @@ def _archive(path: Path) -> _Read:
     }
     kind = next(x for x in kinds if not x or any(name.endswith(x) for name in inside))
     if kind == "/data.pkl":
-        return _pickle(path, mapped=True)
+        # A path with this ending `torch.load` takes for safetensors, and it maps no open file.
+        return _pickle(path, mapped=not path.name.endswith(".safetensors"))
     raise UserError(f"{path}: no file of PyTorch or safetensors: it is {kinds[kind]}")
 
 
@@ -249,20 +261,26 @@ def _torch(path: Path):
 
 def _load(torch, path: Path, mapped: bool):
     """What `torch.save` wrote: tensors in plain containers."""
-    known = [(_Unread, name) for name in _UNREAD]
-    with torch.serialization.safe_globals(known), warnings.catch_warnings():
+    known = [(_Array if "_reconstruct" in name else _Unread, name) for name in _UNREAD]
+    own_warnings = warnings.catch_warnings()
+    with path.open("rb") as file, torch.serialization.safe_globals(known), own_warnings:
         warnings.simplefilter("ignore")  # what it cannot read it refuses
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        source = path if mapped else file
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
 
 
-def _leaves(torch, value, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every tensor in dicts in dicts, after the keys that lead to it."""
-    if torch.is_tensor(value):
+def _leaves(kind: type, value, keys: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    """Every value of a kind in dicts and lists, after the keys and numbers that lead to it."""
+    inner: dict = {}
+    if isinstance(value, kind):
         yield keys, value
-    elif isinstance(value, Mapping) and len(keys) < _DEPTH:
-        for key, inner in value.items():
-            if isinstance(key, str):  # an optimizer's state has numbers
-                yield from _leaves(torch, inner, (*keys, key))
+    elif isinstance(value, Mapping):  # an optimizer's state has numbers for keys
+        inner = {key: x for key, x in value.items() if isinstance(key, str)}
+    elif isinstance(value, list | tuple):
+        inner = dict(enumerate(value))
+    if len(keys) < _DEPTH:
+        for key, x in inner.items():
+            yield from _leaves(kind, x, (*keys, key))
 
 
 def _pickle(path: Path, mapped: bool) -> _Read:
@@ -284,15 +302,22 @@ def _pickle(path: Path, mapped: bool) -> _Read:
         return (x.float() if x.dtype == torch.bfloat16 else x).contiguous().numpy().copy()
 
     tensors: dict[str, Stored] = {}
-    for keys, x in _leaves(torch, saved):
-        name = ".".join(keys)
+    for keys, x in _leaves(torch.Tensor, saved):
+        name = ".".join(map(str, keys))
         if name in tensors:
             raise UserError(f"{path}: holds {name!r} twice")
         floats = x.layout == torch.strided and x.dtype.is_floating_point and x.dtype.itemsize > 1
         floats = floats and not x.is_meta
-        tensors[name] = Stored(keys[-1:], tuple(x.shape), partial(read, keys), path, floats)
-    if not tensors:  # arrays of NumPy are none
-        raise UserError(f"{path}: holds no tensors of PyTorch by name")
+        own = keys[-1:] if isinstance(keys[-1], str) else ()
+        tensors[name] = Stored(own, tuple(x.shape), partial(read, keys), path, floats)
+    named = [x for x in tensors.values() if x.names]
+    arrays = Counter(k[:-1] for k, _ in _leaves(_Array, saved) if isinstance(k[-1], str))
+    if arrays and not any(x.shape[1:] for x in named):
+        how = _untrusted(path, _TORCH_LOAD, arrays.most_common(1)[0][0])
+        raise UserError(f"{path}: holds its weights as NumPy arrays, not as tensors; {how}")
+    if not named:
+        what = "tensors in lists" if tensors else "no tensors"
+        raise UserError(f"{path}: holds {what}, and none by name; save a state_dict()")
     authors = saved.get("ctor_kwargs")
     return "PyTorch", tensors, {"ctor_kwargs": authors} if isinstance(authors, Mapping) else {}
 
@@ -307,11 +332,25 @@ def _refusal(path: Path, message: str) -> str:
         )
     else:
         return "it is damaged, or no file of PyTorch's; nothing in it was run"
-    code = f"torch.save(torch.load({path.name!r}, weights_only=False)['model'], 'weights.pth')"
+    return f"{why}; {_untrusted(path, _TORCH_LOAD)}"
+
+
+def _untrusted(path: Path, load: str, keys: Sequence[str] | None = None) -> str:
+    """What to do with a pickle that must be run to be read.
+
+    `load` is the code that runs it, with {} for the file; `keys` lead to its weights, where known.
+    """
+    weights = load.format(f"open({str(path)!r}, 'rb')")
+    weights += "".join(f"[{key!r}]" for key in (["model"] if keys is None else keys))
+    tensors = f"{{k: torch.as_tensor(x) for k, x in {weights}.items()}}"  # of arrays, too
+    unknown = (
+        ", with the key that they have in place of 'model' (of a whole module .state_dict())"
+        if keys is None
+        else ""
+    )
     return (
-        f"{why}; nothing in it was run. If you trust the file, save its weights alone: "
-        f"python -c \"import torch; {code}\", with the key that they have in place of 'model' "
-        "(of a whole module .state_dict())"
+        "nothing in it was run. If you trust the file, save its weights alone: "
+        f"python -c \"import pickle, torch; torch.save({tensors}, 'weights.pth')\"{unknown}"
     )
 
 

@@ -143,6 +143,20 @@ def test_what_is_wrong_with_the_second_file_names_that_file(file):
 
 
 @pytest.mark.parametrize(
+    ("lost", "also"),
+    [("layer.2.bias", ()), ("layer.1.running_var", ("norm.running_var",)),
+     ("norm.running_var", ("layer.1.running_mean", "layer.1.running_var"))],
+)  # fmt: skip
+def test_what_an_authors_probe_lacks_has_the_name_of_its_sibling(file, lost, also):
+    width = CT.meta["width"]
+    shapes = {"layer.2.weight": (3, width), "layer.2.bias": (3,)}
+    shapes |= {f"{m}.running_{k}": (width,) for m in ("norm", "layer.1") for k in ("mean", "var")}
+    probe = {n: np.ones(s, np.float32) for n, s in shapes.items() if n not in (lost, *also)}
+    with pytest.raises(UserError, match=f"/probe: the classifier's tensor '{lost}' is missing"):
+        importing.recognised([file(ENCODER), file(probe, "probe")], stated(CT))
+
+
+@pytest.mark.parametrize(
     ("start", "message"),
     [
         (b"", "empty"),

@@ -1,12 +1,15 @@
 """PyTorch's own files (extra `[peers]`): old and new, odd, cut short, and malicious."""
 
 import argparse
+import contextlib
+import dataclasses
 import datetime
 import json
 import os
 import pathlib
 import pickle
 import re
+import warnings
 from functools import partial
 
 import numpy as np
@@ -21,6 +24,8 @@ from maect_jax.models import vit
 from tests.helpers.foreign_files import assert_peak_of_import_below, run_convert
 from tests.helpers.golden_figures import FORWARD, assert_close
 from tests.helpers.peers import features, images_for, pixels, timm, timm_model, torch
+
+TOLD = Overrides(heads=3, ln_eps=1e-6)
 
 
 def test_half_precision_and_old_pickles_are_read(tmp_path, rng):
@@ -118,10 +123,87 @@ def test_plain_values_of_other_classes_are_let_be_and_others_named(tmp_path, zip
         save({"model": tensors, "extra": value})
         with pytest.raises(UserError, match=f"holds {re.escape(name)}, ") as error:
             importing.recognised([path])
-        assert "weights_only=False)['model'], 'weights.pth')" in str(error.value)
+        assert_remedy_works(path, error.value, tensors)
     save({"model": tensors}, pickle_protocol=4)
-    with pytest.raises(UserError, match="a pickle of protocol 4 or later"):
+    with pytest.raises(UserError, match="a pickle of protocol 4 or later") as error:
         importing.recognised([path])
+    assert_remedy_works(path, error.value, tensors)
+
+
+def assert_remedy_works(path, error, want):
+    """Runs the command that a refusal names, and imports what it writes."""
+    command = re.search(r'python -c "(.*)"', str(error))[1]
+    with contextlib.chdir(path.parent), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it closes no file
+        exec(command, {})
+        found = importing.recognised([path.with_name("weights.pth")], TOLD).read()
+    np.testing.assert_array_equal(found["params"]["encoder"]["norm"]["scale"], want["norm.weight"])
+    path.with_name("weights.pth").unlink()
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("kind", ["arrays", "tensors"])
+def test_a_pickle_that_pytorch_has_not_written_is_refused_with_what_works(tmp_path, protocol, kind):
+    path, own = tmp_path / "raw.pkl", timm_model(num_classes=0).state_dict()
+    if kind == "arrays":
+        own = {name: x.numpy() for name, x in own.items()}
+    path.write_bytes(pickle.dumps({"model": own}, protocol=protocol))
+    with pytest.raises(UserError, match=r"torch\.save has not written") as error:
+        importing.recognised([path])
+    assert_remedy_works(path, error.value, own)
+
+
+@pytest.mark.parametrize("keys", [(), ("model",), ("state", "params")], ids=len)
+def test_weights_that_are_numpy_arrays_are_said_to_be(tmp_path, keys):
+    path, own = tmp_path / "arrays.safetensors", timm_model(num_classes=0).state_dict()
+    content = {name: x.numpy() for name, x in own.items()}
+    for key in reversed(keys):
+        beside = {"best": np.zeros(2), "step": torch.tensor(3)}
+        content = {**beside, key: content, "rng": np.random.RandomState(0).get_state()}
+    torch.save(content, path)
+    with pytest.raises(UserError, match="holds its weights as NumPy arrays") as error:
+        importing.recognised([path])
+    assert_remedy_works(path, error.value, own)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["new", "old"])
+def test_a_pickle_with_the_ending_of_safetensors_is_read(tmp_path, zipped):
+    path, own = tmp_path / "x.safetensors", timm_model(num_classes=0).state_dict()
+    torch.save({"model": own}, path, _use_new_zipfile_serialization=zipped)
+    found = importing.recognised([path], TOLD).read()
+    assert found["params"]["encoder"]["norm"]["scale"].shape == (24,)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize(
+    ("beside", "lists"),
+    [
+        (lambda own: {"ema": {"decay": 0.9, "shadow_params": own}}, "ema.shadow_params ({})"),
+        (lambda own: {"optimizer_states": [{"ema": tuple(own)}]}, "optimizer_states.0.ema ({})"),
+        (lambda own: {"a": own[:2], "b": own[2:3]}, "a (2), b (1)"),
+        (lambda own: {"rng": [torch.get_rng_state()], "betas": (own[0].sum(),)}, None),
+        (lambda own: {"optimizer": {"state": {0: {"exp_avg": own[0]}}}}, None),
+    ],
+)
+def test_tensors_in_lists_are_told(tmp_path, flat, beside, lists):
+    path, own = tmp_path / "x.pth", timm_model(num_classes=0).state_dict()
+    torch.save((own if flat else {"model": own}) | beside(list(own.values())), path)
+    found = importing.recognised([path], TOLD)
+    found.read()
+    notes = "\n".join(found.notes)
+    assert ("lists of tensors" in notes) == bool(lists)
+    if lists:
+        assert f"{lists.format(len(own))}. If they are averaged" in notes
+        assert "ema.copy_to" in notes
+
+
+def test_models_in_a_list_are_listed(tmp_path):
+    path, own = tmp_path / "x.pth", timm_model(num_classes=0).state_dict()
+    twice = {name: 2 * x for name, x in own.items()}
+    torch.save({"model": own, "averaged": [twice]}, path)
+    assert "also there: 'averaged.0'" in importing.recognised([path], TOLD).notes[0]
+    found = importing.recognised([path], dataclasses.replace(TOLD, key="averaged.0")).read()
+    np.testing.assert_array_equal(found["params"]["encoder"]["norm"]["scale"], twice["norm.weight"])
 
 
 def probe_of_authors(width, classes, pooling):
@@ -224,9 +306,9 @@ def test_odd_pickles_are_one_clear_line(tmp_path):
     itself["model"] = itself
     eighth = tensors | {"norm.bias": torch.zeros(24, dtype=torch.float8_e4m3fn)}
     for content, message in (
-        (itself, "holds no tensors of PyTorch by name"),
-        ({"model": [1, 2]}, "holds no tensors of PyTorch by name"),
-        ({"model": {"norm.bias": np.zeros(24)}}, "holds no tensors of PyTorch by name"),
+        (itself, "holds no tensors, and none by name"),
+        ({"model": [1, 2]}, "holds no tensors, and none by name"),
+        ({"shadow_params": list(tensors.values())}, "holds tensors in lists, and none by name"),
         (tensors | {"norm.bias": torch.zeros(24, device="meta")}, "'norm.bias' must hold floats"),
         ([1, 2], "holds list, not tensors by name"),
         (eighth, "'norm.bias' must hold floats of 16, 32 or 64 bits"),
