@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 
 from benchmarks import turns
 from maect_jax.data import loader
+from maect_jax.data.decode import Decoding
 from maect_jax.data.folder import Folder
 
 SIZE, SCALE = (224, 224), (0.08, 1.0)
@@ -31,7 +32,7 @@ ENLARGED, NOISE = 64, 8.0
 def ours(folder: str, workers: int, batch_size: int, scaled_jpeg: bool = False):
     """This package's loader."""
     source = Folder(f"{folder}/train")
-    make = loader.TrainRecord(source, 3, SIZE, (SCALE,) * 2, (0, 0), scaled_jpeg)
+    make = loader.TrainRecord(source, Decoding(3), SIZE, (SCALE,) * 2, (0, 0), scaled_jpeg)
     order = loader.Order(len(source), batch_size, 10**6, (0, 0), range(batch_size))
     return loader.train_batches(order, make, workers)
 

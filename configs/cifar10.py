@@ -1,6 +1,6 @@
 """All stages on CIFAR-10, at 32 pixels.
 
-    python -m maect_jax.main --config=configs/cifar10.py
+    maect run --config=cifar10
 
 A ViT with patches of 4 pixels is trained by mae, head and ct and evaluated against raw pixels.
 Images: TensorFlow Datasets' cifar10, prepared as array_record; or a file of arrays,

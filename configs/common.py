@@ -51,10 +51,20 @@ def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -
     data.name = "imagenet2012"  # tfds: name of the data set
     data.train_split = "train"
     data.val_split = "val"  # imagenet2012 calls it validation
+    # auto: the class folders, or those of a file; one class is none. none: images without labels,
+    # where folders mean something else.
+    data.labels = "auto"
     data.mean = IMAGENET_MEAN
     data.std = IMAGENET_STD
-    data.short_side = 256  # evaluation: resize to this, then cut the centre
-    data.workers = 8  # processes that read and cut images; 0: threads
+    # Evaluation: the centre is cut from images that are resized so that they just cover a box of
+    # its aspect, with this shorter side.
+    data.short_side = 256 if variant else placeholder(int)  # None: as the run to start from
+    # Values that become 0 and 255 in images of more than 8 bits a channel; (): all that 16 bits
+    # hold; 32 bits and floating point are then an error.
+    data.range = ()
+    data.max_pixels = 178_956_970  # larger images are not read
+    # Processes that read and cut images; 0: threads; -1: as the cores and the work warrant.
+    data.workers = -1
     # Training only: decode large JPEGs at a smaller scale if the crops still have enough pixels.
     data.scaled_jpeg = False
     data.max_bad_fraction = 0.01  # of the images may be unreadable; others replace them
@@ -281,7 +291,7 @@ def _tiny(config: ConfigDict) -> ConfigDict:
         config.init_from = "random"  # in the full config the user sets it
     config.log_every = 10
     config.checkpoint.every = 1
-    if config.data.short_side > _SMALL:
+    if config.data.short_side is None or config.data.short_side > _SMALL:
         small_images(config)
         if "model" in config:
             config.model.patch_size = 7

@@ -1,6 +1,6 @@
 """Stage 3 of MAE-CT_aug: contrastive tuning of the upper half of ViT-H/14.
 
-    python -m maect_jax.main --config=configs/ct_aug_vith14.py
+    maect run --config=ct_aug_vith14
 
 Starts from `runs/head_aug_vith14`: encoder, head and queue.
 Images: data/imagenet/{train,val}/<class>/; set `--config.data.path` for another folder.

@@ -1,6 +1,6 @@
 """Stage 3: contrastive tuning of the upper half of ViT-B/16.
 
-    python -m maect_jax.main --config=configs/ct_vitb16.py
+    maect run --config=ct_vitb16
 
 Starts from `runs/head_vitb16`: encoder, head and queue.
 Images: data/imagenet/{train,val}/<class>/; set `--config.data.path` for another folder.

@@ -1,6 +1,6 @@
 """Evaluation of a run's encoder by the paper's protocols, on frozen features.
 
-    python -m maect_jax.main --config=configs/eval.py --config.init_from=RUN --workdir=runs/eval_RUN
+    maect run --config=eval --config.init_from=RUN --workdir=runs/eval_RUN
 
 k-NN; linear probes on augmented images, and on centre crops (the fast variant); low-shot logistic
 regression; k-means of all held-out images, of ImageNet-Dogs-15 and of ImageNet-10.

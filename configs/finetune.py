@@ -1,8 +1,8 @@
 """Full fine-tuning of a run's encoder with labels, and the accuracy on held-out images.
 
-    python -m maect_jax.main --config=configs/finetune.py --config.init_from=RUN --workdir=runs/ft
-    python -m maect_jax.main --config=configs/finetune.py:10percent --config.init_from=RUN
-    python -m maect_jax.main --config=configs/finetune.py:1percent --config.init_from=RUN
+    maect run --config=finetune --config.init_from=RUN --workdir=runs/ft
+    maect run --config=finetune:10percent --config.init_from=RUN
+    maect run --config=finetune:1percent --config.init_from=RUN
 
 The encoder's sizes come from the run. For 1 % and 10 % images are drawn from each class by `seed`;
 `--config.finetune.images=FILE` uses those that a file lists, one name a line. The settings for 1 %

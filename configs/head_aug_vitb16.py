@@ -1,6 +1,6 @@
 """Stage 2 of MAE-CT_aug: the contrastive head on the frozen ViT-B/16.
 
-    python -m maect_jax.main --config=configs/head_aug_vitb16.py
+    maect run --config=head_aug_vitb16
 
 Starts from `runs/mae_vitb16`.
 Images: data/imagenet/{train,val}/<class>/; set `--config.data.path` for another folder.

@@ -1,6 +1,6 @@
 """Stage 2 of MAE-CT_aug: the contrastive head on the frozen ViT-L/16.
 
-    python -m maect_jax.main --config=configs/head_aug_vitl16.py
+    maect run --config=head_aug_vitl16
 
 Starts from `runs/mae_vitl16`.
 Images: data/imagenet/{train,val}/<class>/; set `--config.data.path` for another folder.

@@ -1,6 +1,6 @@
 """Stage 2: the contrastive head on the frozen ViT-H/14.
 
-    python -m maect_jax.main --config=configs/head_vith14.py \\
+    maect run --config=head_vith14 \\
       --config.init_from=mae_pretrain_vit_huge.pth
 
 Starts from `--config.init_from`: in the paper from MAE's public checkpoint, licensed CC BY-NC 4.0.

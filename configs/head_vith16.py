@@ -1,6 +1,6 @@
 """Stage 2: the contrastive head on the frozen ViT-H/16.
 
-    python -m maect_jax.main --config=configs/head_vith16.py
+    maect run --config=head_vith16
 
 Starts from `runs/mae_vith16`.
 Images: data/imagenet/{train,val}/<class>/; set `--config.data.path` for another folder.

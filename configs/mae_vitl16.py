@@ -1,6 +1,6 @@
 """Stage 1: MAE pre-training of ViT-L/16 on ImageNet-1k.
 
-    python -m maect_jax.main --config=configs/mae_vitl16.py
+    maect run --config=mae_vitl16
 
 Images: data/imagenet/{train,val}/<class>/; set `--config.data.path` for another folder.
 Hardware: TPU or GPU; `--dry_run` prints the steps, the memory of the state and the FLOPs.

@@ -1,7 +1,7 @@
 """All stages and an evaluation on Fashion-MNIST, which is part of the package.
 
-    python -m maect_jax.main --config=configs/quickstart.py
-    python -m maect_jax.main --config=configs/quickstart.py:long
+    maect run --config=quickstart
+    maect run --config=quickstart:long
 
 A small ViT is trained by all stages (mae, head, ct) and evaluated on held-out images against raw
 pixels. The run's folder, `runs/quickstart`, gets a report with pictures, `report.html`.

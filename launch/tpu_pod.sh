@@ -7,12 +7,16 @@
 # committed here, starts `python -m maect_jax.main` on every host, in place of an earlier one, and
 # follows the logs, which end with its status. The run goes on when this is interrupted; `logs`
 # follows it again. FOLDER, the images and the run to start from must be absolute paths on storage
-# that is mounted on all hosts (NFS, gcsfuse). RUNTIME names another image of the slice. --dry-run prints the commands and runs none.
+# that is mounted on all hosts (NFS, gcsfuse). RUNTIME names another image of the slice. --dry-run,
+# at any place, prints the commands and runs none.
 set -euo pipefail
 
 usage() { sed -n '2,5p' "$0" >&2; exit 2; }
-dry=false
-if [[ ${1:-} == --dry-run ]]; then dry=true; shift; fi
+dry=false arguments=()
+for argument; do
+  case $argument in --dry-run | --dry_run) dry=true ;; *) arguments+=("$argument") ;; esac
+done
+set -- "${arguments[@]}"
 [[ $# -ge 3 && $2 != -* && $3 != -* ]] || usage
 action=$1 name=$2 zone=$3
 shift 3

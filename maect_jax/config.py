@@ -31,6 +31,10 @@ _LONGEST = 1000  # characters of a string: no name or path that people give has 
 _MODEL_KEYS = (
     "variant", "width", "depth", "heads", "patch_size", "image_size", "channels", "ln_eps", "pool",
 )  # fmt: skip
+# Keys of `data` that runs of earlier versions lack, with the values by which they ran.
+_ADDED = {"labels": "auto", "range": (), "max_pixels": 178_956_970}
+# What names files, or may.
+_PATHS = ("init_from", "data.path", "finetune.images", "eval.lowshot.lists")
 _INT64 = 2**63 - 1
 _INT32 = 2**31  # steps, record numbers and sizes of arrays stay below it
 
@@ -65,13 +69,34 @@ def load(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
         raise UserError(f"--config={name}: not a config: {reason}") from error
     for override in overrides:
         _override(config, override)
+    _expand_homes(config)
     return config
+
+
+def _expand_homes(config: ConfigDict) -> None:
+    """Puts the home in place of `~` in what names files."""
+    values = flat(config)
+    for key in _PATHS:
+        if key not in values:
+            continue
+        try:
+            config.update_from_flattened_dict({key: _at_home(values[key])})
+        except UserError as error:
+            raise UserError(f"config.{key}={error}") from error
+
+
+def _at_home(value):
+    if isinstance(value, tuple):
+        return tuple(map(_at_home, value))
+    if not isinstance(value, str) or "~" not in value:
+        return value
+    return ",".join(map(files.expanded, value.split(",")))  # `init_from` may name two files
 
 
 def _find(file: str, name: str) -> Path:
     """The file of a config: one of the package's by its name, or a path. `name` is for errors."""
     by_name, names = file == Path(file).stem, _names()
-    path = FOLDER / f"{file}.py" if by_name else Path(file).resolve()
+    path = FOLDER / f"{file}.py" if by_name else files.user_path(file).resolve()
     try:
         if path.is_file() and (file in names or not by_name):
             return path
@@ -160,7 +185,9 @@ def parser(doc: str) -> OneLineParser:
     """A parser with `--config`, whose help lists all configs; `from_command_line` reads it."""
     epilog = "configs:"
     for name in _names():
-        text = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text())) or ""
+        text = (
+            ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))) or ""
+        )
         epilog += f"\n  {name:20}" + text.partition("\n")[0]
     described = OneLineParser(description=doc, epilog=epilog, allow_abbrev=False)
     described.add_argument(
@@ -306,6 +333,7 @@ def read(path: Path) -> ConfigDict:
     content = files.read_json(path)
     require(path, content, "model", _MODEL_KEYS)
     require(path, content, "data")
+    content["data"] = _ADDED | content["data"]
     return ConfigDict(tuples(content))
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from maect_jax import sharding
+from maect_jax import files, sharding
 from maect_jax.convert import importing
 from maect_jax.data import augment
 from maect_jax.errors import UserError
@@ -72,10 +72,15 @@ class Encoder:
             raise ValueError(
                 f"images of {dtype}: must be uint8 from 0 to 255, or floating point from 0 to 1"
             )
-        # Arrays on a device are not checked, which would wait for them.
-        floats = isinstance(images, np.ndarray) and dtype != np.uint8
-        if not len(images) or (floats and not (images.min() >= 0 and images.max() <= 1)):
-            raise ValueError("images: must be at least one, and floats from 0 to 1")
+        if not len(images):
+            raise ValueError("images: must be at least one")
+        # Inside a function that is jitted there are no values yet.
+        if dtype != np.uint8 and not isinstance(images, jax.core.Tracer):
+            low, high = float(images.min()), float(images.max())
+            if not (low >= 0 and high <= 1):
+                raise ValueError(
+                    f"images from {low:.4g} to {high:.4g}: must be uint8 or floats from 0 to 1"
+                )
         return self._encode(self._params, images)
 
 
@@ -89,12 +94,13 @@ def load_encoder(
     dtype: str = "float32",
     heads: int | None = None,
     ln_eps: float | None = None,
+    key: str | None = None,
 ) -> Encoder:
     """Loads the encoder of a run (of its last stage; of ct the average), or of a PyTorch,
     safetensors or HuggingFace file, onto the first device.
 
     Args:
-      where: the folder of a run, or what `python -m maect_jax.convert import` takes.
+      where: the folder of a run, or what `maect import` takes.
       image_size: (H, W) of the images, by default those it was trained for; for another size its
         position embedding is resized.
       mean, std: of each channel of pixels from 0 to 1; by default the run's, the file's, or
@@ -102,6 +108,7 @@ def load_encoder(
       pool: "cls", "mean" or "fc_norm"; by default the model's own.
       dtype: of the activations, "float32" or "bfloat16".
       heads, ln_eps: what a file of an unusual width does not say.
+      key: which model of a file with several, such as "teacher" or "state_dict_ema".
 
     Raises:
       UserError: there is no such run or file, or it cannot be read.
@@ -111,17 +118,18 @@ def load_encoder(
         if len(sides) != 2:
             raise UserError(f"image_size={sides}: must be (height, width)")
         image_size = sides
-    for key, value, options in (("pool", pool, vit.POOLS), ("dtype", dtype, vit.DTYPES)):
+    for name, value, options in (("pool", pool, vit.POOLS), ("dtype", dtype, vit.DTYPES)):
         if value not in (None, *options):
-            raise UserError(f"{key}={value!r}: must be one of {', '.join(options)}")
-    if importing.is_file(str(where)):
-        overrides = importing.Overrides(heads=heads, ln_eps=ln_eps, image_size=image_size)
-        saved: lineage.Saved = lineage.SavedFiles(str(where), overrides)
-    elif heads or ln_eps:
-        raise UserError(f"{where}: heads and ln_eps are for files; a run has its own")
+            raise UserError(f"{name}={value!r}: must be one of {', '.join(options)}")
+    where = ",".join(map(files.expanded, str(where).split(",")))
+    if importing.is_file(where):
+        overrides = importing.Overrides(heads=heads, ln_eps=ln_eps, image_size=image_size, key=key)
+        saved: lineage.Saved = lineage.SavedFiles(where, overrides)
+    elif heads or ln_eps or key:
+        raise UserError(f"{where}: heads, ln_eps and key are for files; a run has its own")
     else:
         allowed = "the folder of a run or a file of weights"
-        saved = lineage.trained_stage(Path(where), (), where=str(where), allowed=allowed)
+        saved = lineage.trained_stage(Path(where), (), where=where, allowed=allowed)
     model, data = saved.config.model, saved.config.get("data", {})
     size = image_size or model.image_size
     if any(side < 1 or side % model.patch_size for side in size):

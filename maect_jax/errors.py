@@ -1,14 +1,20 @@
 """The exceptions that become one line on stderr, and an exit status, in every command."""
 
 import argparse
+import errno
+import io
 import math
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
 
 OTHER_HOST = "another host failed; see its log"
 RESUME = "Run the same command to resume."
 _SHOWN = 200  # characters
+_LISTED = 5  # names
 
 
 class UserError(Exception):
@@ -33,10 +39,17 @@ class BadImageError(Exception):
 STATUS = {UserError: 2, RunFailedError: 1, BadImageError: 1, PreemptedError: 75}
 
 
-def shown(text: str) -> str:
-    """A text as part of a message: on one line, and the start of a long one."""
+def shown(text: str, most: int = _SHOWN) -> str:
+    """A text as part of a message: on one line, and the start of one of more than `most`
+    characters."""
     line = text if text.isprintable() else repr(text)[1:-1]
-    return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}..."
+    return line if len(line) <= most else f"{line[:most]}..."
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are, as part of a message."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(map(shown, names[:_LISTED])) + more
 
 
 def say(error: Exception | str) -> None:
@@ -44,9 +57,50 @@ def say(error: Exception | str) -> None:
     sys.stderr.write(f"error: {error}\n")  # in one call, as other hosts write too
 
 
+class _Output(io.FileIO):
+    """Where a command writes its text. What nobody takes any more is dropped."""
+
+    def write(self, text) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:  # `| head` has ended, the disk is full, or the terminal is gone
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())  # for what libraries write, too
+            os.close(null)
+            if error.errno != errno.EPIPE and self.fileno() == 1:
+                say(f"stdout: {error.strerror}; what follows is not shown")
+            return len(text)
+
+
+def settle_streams() -> None:
+    """Makes sure that no write to stdout or stderr can end the program: neither one that nobody
+    reads nor a character that the terminal lacks, which is written as its number."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, f"__{name}__") is None:  # it was closed: a file would get its number
+            number = os.open(os.devnull, os.O_RDWR)
+            stream = os.fdopen(number, "r" if name == "stdin" else "w", closefd=False)
+            setattr(sys, f"__{name}__", stream)
+            setattr(sys, name, stream)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not getattr(sys, f"__{name}__"):
+            continue  # a notebook's, a test's, or settled before
+        with suppress(OSError):
+            stream.flush()
+        output: Any = _Output(stream.fileno(), "w", closefd=False)
+        if not stream.write_through:  # as `python -u` asks for
+            output = io.BufferedWriter(output)
+        settings = dict(line_buffering=stream.line_buffering, write_through=stream.write_through)
+        encoding = dict(encoding=stream.encoding, errors="backslashreplace")
+        setattr(sys, name, io.TextIOWrapper(output, **encoding, **settings))
+
+
 def run_command(main: Callable[[], None]) -> int:
     """Runs a command and returns its exit status. An error is one line on stderr; an unforeseen one
     is a traceback before it."""
+    settle_streams()
+    # Figures are drawn without a backend; that of a notebook may not be installed here.
+    os.environ["MPLBACKEND"] = "agg"
     try:
         main()
         return 0
@@ -86,7 +140,8 @@ class OneLineParser(argparse.ArgumentParser):
     def __init__(self, **settings):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
         module = getattr(sys.modules["__main__"], "__spec__", None)
-        if module and module.name != "__main__" and "prog" not in settings:
+        called = sys.argv[0].endswith(".py")  # and not by the command `maect`
+        if called and module and module.name != "__main__" and "prog" not in settings:
             self.prog = f"python -m {module.name.removesuffix('.__main__')}"
 
     def error(self, message: str):

@@ -39,11 +39,26 @@ def retry_io(path: Path, write: Callable[[], None]) -> None:
             time.sleep(pause)
 
 
+def expanded(text: str) -> str:
+    """A path that a user gave, with the home in place of `~` or `~user`. Raises `UserError` if
+    there is no such user."""
+    path = os.path.expanduser(text)
+    if path.startswith("~") and not os.path.lexists(path):
+        user = path.partition("/")[0]
+        raise UserError(f"{shown(text)!r}: there is no user {user[1:]!r}; a file may be ./{user}")
+    return path
+
+
+def user_path(text: str) -> Path:
+    """A type for argparse: `expanded` as a path."""
+    return Path(expanded(text))
+
+
 def read_json(path: Path) -> dict:
     """The content of a JSON file, an object; empty if there is no such file. Raises `UserError` if
     it holds something else."""
     try:
-        content = json.loads(path.read_text()) if path.exists() else {}
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -70,8 +85,10 @@ def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file into an existing folder."""
-    _write_atomically(path, lambda draft: draft.write_text(text))
+    """Writes a text file into an existing folder, as UTF-8 whatever the locale is. The bytes of
+    names that are no UTF-8 are written as they are (`os.fsdecode`)."""
+    content = text.encode(errors="surrogateescape")
+    _write_atomically(path, lambda draft: draft.write_bytes(content))
 
 
 def write_json(path: Path, values: dict) -> None:

@@ -1,6 +1,8 @@
 """Trains and evaluates by a config.
 
-python -m maect_jax.main --config=NAME [--config.key=value ...]
+    maect run --config=NAME [--config.KEY=VALUE ...]
+
+Every key, with its default, is in configs/common.py.
 """
 
 import faulthandler
@@ -16,7 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from maect_jax import __version__, errors
+from absl import logging as absl_logging
+
+from maect_jax import __version__, errors, files
 from maect_jax import config as configs
 from maect_jax.errors import UserError
 from maect_jax.run import preemption
@@ -32,7 +36,11 @@ _PATIENCE = 20.0  # seconds in which all hosts end together
 
 def _parser() -> errors.OneLineParser:
     parser = configs.parser(__doc__)
-    parser.add_argument("--workdir", help="the run's folder; runs/<config name> unless given")
+    parser.add_argument(
+        "--workdir",
+        type=files.user_path,
+        help="the run's folder; runs/<config name> unless given",
+    )
     parser.add_argument("--dry_run", action="store_true", help="print what would run, and stop")
     parser.add_argument(
         "--host_timeout",
@@ -112,7 +120,7 @@ def _keep_programs() -> None:
 def _processor() -> str:
     """A digest of what this machine's processor can do."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # no Linux
         lines = []
     kinds = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
@@ -130,7 +138,7 @@ def _run() -> None:
         pipeline.dry_run(config)
         return
     with preemption.handled():
-        pipeline.run(config, Path(arguments.workdir or f"runs/{config.name}"))
+        pipeline.run(config, arguments.workdir or Path(f"runs/{config.name}"))
 
 
 def main() -> None:
@@ -162,6 +170,7 @@ _COMMANDS = {
 
 def maect() -> None:
     """The command `maect`, with a subcommand."""
+    errors.settle_streams()
     epilog = "\n".join(f"  {name:10}{what}" for name, (_, what) in _COMMANDS.items())
     parser = errors.OneLineParser(
         prog="maect",
@@ -175,11 +184,18 @@ def maect() -> None:
     # A module of several commands, `import` and `export`, reads the name of the command as well.
     sys.argv[:2] = ["maect", command] if modules.count(module) > 1 else [f"maect {command}"]
     if command == "run":
+        sys.modules["__main__"] = sys.modules[__name__]  # what worker processes import
         faulthandler.enable()  # a crash of a library shows where Python was
         main()
     sys.exit(errors.run_command(lambda: importlib.import_module(module).main()))
 
 
+if __name__ == "__mp_main__":  # a worker process of the loader imports what was run
+    # Where there is no JAX, which takes a second and 130 MB, grain does without; and says so.
+    sys.modules["jax"] = None  # type: ignore[assignment]
+    absl_logging.set_verbosity(absl_logging.ERROR)
+
 if __name__ == "__main__":
+    errors.settle_streams()
     faulthandler.enable()
     main()

@@ -16,8 +16,9 @@ from ml_collections import ConfigDict
 from maect_jax import config as configs
 from maect_jax import sharding, train
 from maect_jax.config import Rule, Rules, between, not_negative, one_of, positive
-from maect_jax.data import sources
+from maect_jax.data import sources, values
 from maect_jax.data.bad_images import BadImages
+from maect_jax.data.base import Identity
 from maect_jax.errors import OTHER_HOST, RunFailedError, UserError
 from maect_jax.evals import finetuned, monitor, runner, table
 from maect_jax.models import vit
@@ -114,8 +115,10 @@ def check(config: ConfigDict, devices: int) -> None:
         runner.check(config, devices)
 
 
-def open_images(config: ConfigDict, workdir: Path) -> dict[str, sources.Source]:
-    """Opens the images, by split; the run's folder may hold their index.
+def open_images(
+    config: ConfigDict, train: sources.Source | None = None
+) -> dict[str, sources.Source]:
+    """Opens the images, by split; the training images may be open already.
 
     Held-out images are opened where a stage needs them or the monitor can use them.
 
@@ -126,25 +129,49 @@ def open_images(config: ConfigDict, workdir: Path) -> dict[str, sources.Source]:
     labels_needed = [stage.name for stage in training_stages(config) if stage.needs_labels]
     evaluated = labels_needed or EVAL in config.stages
     train_only = sources.SPLITS[:1]
-    opened = partial(sources.splits, config.data, channels=config.model.channels, run=workdir)
-    try:
-        images = opened(sources.SPLITS if evaluated or config.monitor.every else train_only)
-    except UserError as error:
-        _LOGGER.info("no held-out images: %s", error)
-        # Without labels, or to train alone, held-out images need not be there.
-        images = opened(train_only)
-        if evaluated and images["train"].labelled:
-            raise
+    opened = partial(sources.splits, config.data, channels=config.model.channels)
+    images = {"train": train} if train else opened(train_only)
+    if evaluated or config.monitor.every:
+        try:
+            images = opened(sources.SPLITS, opened=images)
+        except UserError as error:
+            _LOGGER.info("no held-out images: %s", error)
+            # Without labels, or to train alone, held-out images need not be there.
+            if evaluated and images["train"].labelled:
+                raise
     unlabelled = [split for split, source in images.items() if not source.labelled]
     if labels_needed and unlabelled:
         raise UserError(
             f"config.data.path={config.data.path!r}: the images of {' and '.join(unlabelled)} have "
-            f"no labels, which {labels_needed[0]} needs; leave it out of config.stages"
+            f"{images[unlabelled[0]].no_labels}, which {labels_needed[0]} needs; leave it out of "
+            "config.stages"
         )
     check_enough(config, images["train"])
     if EVAL in config.stages:
         runner.check_images(config, images)
     return images
+
+
+def _identities(config: ConfigDict, images: Mapping[str, sources.Source]) -> dict[str, Identity]:
+    """What the images of each split and those of each training stage are."""
+    found = dict(images)
+    for stage in training_stages(config):
+        found[stage.name] = stage.training_images(config, images["train"])
+    return {name: source.identity for name, source in found.items()}
+
+
+def _share_identities(config: ConfigDict, images: Mapping[str, sources.Source]) -> None:
+    """Gives all hosts the first one's times of the files: copies on their own disks have others.
+    Raises `UserError` where the images of a host are not the same."""
+    for split, source in images.items():
+        own = source.identity
+        content, times = sharding.of_first_host(f"{own.content} {own.times}").split(" ")
+        if content != own.content:
+            raise UserError(
+                f"config.data.path={config.data.path!r}: the {split} images of this host are not "
+                "those of the first host, by their names and sizes; all must see the same"
+            )
+        source.identity = own._replace(times=times)
 
 
 def check_enough(config: ConfigDict, images: sources.Source) -> None:
@@ -157,6 +184,11 @@ def check_enough(config: ConfigDict, images: sources.Source) -> None:
             raise UserError(
                 f"{where}batch_size={size}: must be at most the {count} training images"
             )
+        if (queue := section.get("queue_size", 0)) > count:
+            _LOGGER.warning(
+                "%squeue_size=%d: an epoch has %d images, so that the queue holds each of them "
+                "several times; a smaller one is better", where, queue, count,
+            )  # fmt: skip
         most = _MOST_STEPS // stage.updates_per_epoch(config, count)
         if epochs > most:
             raise UserError(f"{where}epochs={epochs}: must be at most {most}, which are 2^31 steps")
@@ -197,6 +229,9 @@ def _find_origin(config: ConfigDict) -> lineage.Saved | None:
     if "model" not in config:
         with config.unlocked():
             config.model = origin.config.model
+    if config.data.short_side is None:  # as in training, else as 256 for 224 pixels
+        side = origin.config.get("data", {}).get("short_side")
+        config.data.short_side = side or 8 * min(config.model.image_size) // 7
     return origin
 
 
@@ -241,13 +276,18 @@ def run(config: ConfigDict, workdir: Path) -> None:
         with _together():
             origin = prepare(config)
             mesh = sharding.make_mesh(**config.mesh)
-            images = open_images(config, workdir)
+            images = open_images(config)
+            values.check(images.values(), sources.decoding(config))
             if config.checkpoint.best and not monitor.is_possible(config, images):
                 raise UserError(
                     f"config.checkpoint.best={config.checkpoint.best!r}: is measured on held-out "
                     "images, and all images must have labels"
                 )
-            opened = stack.enter_context(folder.opened(Run(config, workdir, mesh), origin))
+        with _together():
+            _share_identities(config, images)
+        with _together():
+            claimed = folder.opened(Run(config, workdir, mesh), origin, _identities(config, images))
+            opened = stack.enter_context(claimed)
         with _together():
             if not (workdir / "config.json").exists():
                 raise UserError(
@@ -267,12 +307,13 @@ def run(config: ConfigDict, workdir: Path) -> None:
 def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None:
     config, is_main = run.config, jax.process_index() == 0
     if is_main:
-        for source in images.values():
-            source.save_index()
+        data = config.data
+        print(_title(config, images["train"], data.path or data.source, run.mesh), flush=True)
     held_out = images.get("val", images["train"])
-    examples = snapshots.Examples(runner.record(config, held_out), held_out="val" in images)
+    record = runner.record(config, held_out)
+    examples = snapshots.Examples(record, held_out="val" in images, images=images)
     count_bad = partial(
-        BadImages, channels=config.model.channels, allowed=config.data.max_bad_fraction
+        BadImages, decoding=sources.decoding(config), allowed=config.data.max_bad_fraction
     )
     bad_images = {split: count_bad(source) for split, source in images.items()}
     for name in config.stages:
@@ -311,24 +352,34 @@ def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None
 def dry_run(config: ConfigDict) -> None:
     """Prints what `run` would do. The images and the run to start from need not be there."""
     check_stages(config)
-    title = f"{config.name}: {' -> '.join(config.stages)}; "
     try:
         start = _find_origin(config) or "random weights"
     except UserError as error:
         if "model" not in config:
-            print(f"{title}its model is not known: {error}")
+            print(f"{config.name}: its model is not known: {error}")
             return
         start = f"nothing yet: {error}"
     check(config, jax.device_count())
     mesh = sharding.make_mesh(**config.mesh)
     images, whose = images_to_plan(config)
-    check_enough(config, images)
-    kind = mesh.devices.flat[0].device_kind
-    print(f"{title}{len(images):,} training images ({whose})")
-    print(f"on {mesh.size} {kind} ({sharding.mesh_text(mesh.shape)})")
+    if isinstance(images, sources.Blank):
+        check_enough(config, images)
+    else:
+        open_images(config, images)
+    values.check([images], sources.decoding(config))
+    print(_title(config, images, whose, mesh))
     if config.stages[0] == EVAL or STAGES[config.stages[0]].takes:
         print(f"from {start}")
     print("\n".join(_described(config, images)))
+
+
+def _title(config: ConfigDict, images: sources.Source, whose: str, mesh) -> str:
+    """What runs, on which images and devices."""
+    kind = mesh.devices.flat[0].device_kind
+    return (
+        f"{config.name}: {' -> '.join(config.stages)}; {len(images):,} training images ({whose})\n"
+        f"on {mesh.size} {kind} ({sharding.mesh_text(mesh.shape)})"
+    )
 
 
 def _described(config: ConfigDict, images: sources.Source) -> Iterator[str]:

@@ -91,6 +91,15 @@ def max_over_hosts(number: int, mesh: Mesh):
     return _jitted_max(mesh)(numbers)
 
 
+def of_first_host(text: str) -> str:
+    """What the first process has, ASCII. Each must call it with as many characters, and waits for
+    the others."""
+    if jax.process_count() == 1:
+        return text
+    content = np.frombuffer(text.encode(), np.uint8)
+    return multihost_utils.broadcast_one_to_all(content).astype(np.uint8).tobytes().decode()
+
+
 def gather_set(numbers: set[int]) -> set[int]:
     """All processes' numbers (int32, none negative). Each must call it and waits for the others."""
     if jax.process_count() == 1:

@@ -9,12 +9,12 @@ import jax
 from etils import epy
 
 from maect_jax import errors, sharding
-from maect_jax.data import loader, sources
+from maect_jax.data import base, loader, sources
 from maect_jax.data.bad_images import BadImages
 from maect_jax.errors import PreemptedError, UserError
 from maect_jax.evals.monitor import Monitor
 from maect_jax.run import snapshots
-from maect_jax.run.checkpoints import Checkpoints, stage_folder
+from maect_jax.run.checkpoints import Checkpoints, read_position, stage_folder
 from maect_jax.run.folder import Run
 from maect_jax.run.logger import Logger
 from maect_jax.run.preemption import Action, deferred
@@ -41,31 +41,47 @@ class Training:
     monitor: Monitor | None  # measures the encoder now and then
 
 
-def batches(config, stage: type[Stage], images: sources.Source, steps: int, mesh):
-    """This process's rows of a stage's batches, with a position that can be saved."""
+def batches(config, stage: type[Stage], images: sources.Source, steps: int, mesh, done: int = 0):
+    """This process's rows of a stage's batches, but the first `done`."""
     batch_size, make = config[stage.name].batch_size, stage.example_maker(config, images)
     rows = sharding.local_rows(batch_size, mesh)
-    order = loader.Order(len(images), batch_size, steps, make.seed, rows)
+    order = loader.Order(len(images), batch_size, steps, make.seed, rows, done)
     return loader.train_batches(order, make, config.data.workers)
 
 
 def _resumed(training: Training, stage: Stage, checkpoints: Checkpoints):
     """The batches and the state from the last checkpoint on, or from the start of the stage."""
-    run, images, saved_step = training.run, training.images, checkpoints.latest
-    stream = batches(run.config, training.stage, images, stage.steps, run.mesh)
+    run, images, saved_step = training.run, training.images, checkpoints.latest or 0
     # Every stage of a pipeline draws random numbers of its own.
     key = jax.random.fold_in(jax.random.key(run.config.seed), stage.number)
-    if not saved_step:
-        return stream, create_state(stage, key, training.start(), run.mesh)
-    state, position = checkpoints.restore(saved_step, abstract_state(stage, key, {}, run.mesh))
-    if (then := position["images"]) != len(images):
-        raise UserError(
-            f"--workdir={run.folder}: stage {stage.name} was trained on {then:,} images to step "
-            f"{saved_step}, and now there are {len(images):,}. Restore the images or use another "
-            "--workdir."
-        )
-    stream.set_state(position["loader"])
+    if saved_step:
+        abstract = abstract_state(stage, key, {}, run.mesh)
+        state, position = checkpoints.restore(saved_step, abstract)
+        where = f"{run.folder}: stage {stage.name}, at step {saved_step} of {position['steps']}"
+        match images.identity.difference(_identity(position)):
+            case "":
+                pass
+            case base.NEW_TIMES:
+                _warn("%s, goes on: %s", where, base.NEW_TIMES)
+            case difference:
+                raise UserError(
+                    f"--workdir={where}, was trained on other images ({difference}). Restore the "
+                    "images or use another --workdir."
+                )
+    else:
+        state = create_state(stage, key, training.start(), run.mesh)
+    stream = batches(run.config, training.stage, images, stage.steps, run.mesh, done=saved_step)
     return stream, state
+
+
+def _identity(position: dict) -> dict:
+    """What the images were when a checkpoint was saved."""
+    return position.get("identity", {"images": position["images"]})
+
+
+def _warn(*message) -> None:
+    if jax.process_index() == 0:
+        _LOGGER.warning(*message)
 
 
 def run(training: Training) -> None:
@@ -73,7 +89,7 @@ def run(training: Training) -> None:
 
     Raises:
       PreemptedError: a signal has asked for the end, and the state is saved.
-      UserError: there are more images, or fewer, than when the stage began.
+      UserError: the images are not those that the stage began with.
       RunFailedError: a step is not finite, too many images are bad, or nothing can be written.
     """
     config, mesh, images = training.run.config, training.run.mesh, training.images
@@ -88,9 +104,12 @@ def run(training: Training) -> None:
 
     keep, best = config.checkpoint.keep, config.checkpoint.best
     checkpoints = Checkpoints(stage_folder(training.run.folder, stage.name), keep, best, on_saved)
-    done = checkpoints.latest or 0
-    if done == stage.steps:  # an earlier call has finished it
+    done, folder = checkpoints.latest or 0, stage_folder(training.run.folder, stage.name)
+    position = read_position(folder, done) if done else {}
+    if done and done == position["steps"]:  # an earlier call has finished it
         checkpoints.close()
+        if difference := images.identity.difference(_identity(position)):
+            _warn("%s: the images have changed since (%s)", folder, difference)
         return
     stream, state = _resumed(training, stage, checkpoints)
     train_step = jitted_step(stage, state_shardings(state))
@@ -121,7 +140,8 @@ def run(training: Training) -> None:
                 training.run.check_lock()
                 if regular:
                     snapshot(step, state)
-                position = dict(loader=stream.get_state(), steps=stage.steps, images=len(images))
+                position = dict(steps=stage.steps, images=len(images))
+                position["identity"] = images.identity._asdict()
                 saved = step, state, position, measured
                 checkpoints.save(*saved)
             if last or action == Action.STOP:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from maect_jax import config
+from maect_jax import config, pipeline
 from maect_jax.errors import UserError
 from maect_jax.run import checkpoints, jsonl, lineage
 from maect_jax.stages import STAGES
@@ -24,11 +24,14 @@ def test_run_leaves_its_files_and_a_table(finished):
     workdir, stdout, stderr = finished
     names = {path.name for path in workdir.iterdir()}
     assert names == {
-        "config.json", "environment.json", "origin.json", "metrics.jsonl", "checkpoints", "watch",
-        "results.json", "results.md", "features", "clusters.csv", "report.html", "pictures",
+        "config.json", "environment.json", "images.json", "origin.json", "metrics.jsonl",
+        "checkpoints", "watch", "results.json", "results.md", "features", "clusters.csv",
+        "report.html", "pictures",
     }  # fmt: skip
-    # The table and where the report is, and nothing else.
-    table = stdout.splitlines()
+    # What it runs on, the table, where the report is, and nothing else.
+    title, devices, *table = stdout.splitlines()
+    assert title.startswith("quickstart_test: mae -> head -> ct -> eval; ")
+    assert devices.startswith("on 1 cpu")
     assert table[1].split() == ["percent", "pixels", "mae", "ct", "ct", "-", "mae"]
     columns = [" ".join(line.split()[:-4]) for line in table[3:-2]]
     assert columns == [
@@ -155,6 +158,15 @@ def test_the_cifar_page_runs_on_a_file_of_arrays(tmp_path, rng):
     results = json.loads((workdir / "results.json").read_text())
     assert list(results) == ["pixels", "mae", "ct"]
     assert results["pixels"]["knn"][1]["accuracy"] > 0.9
+
+
+@pytest.mark.parametrize(("given", "side"), [((), 28), (("data.short_side=40",), 40)])
+def test_an_evaluation_cuts_images_as_the_run_did(finished, given, side):
+    settings = (f"init_from={finished.workdir}", "data.mean=(0.5,)", "data.std=(0.5,)")
+    evaluation = config.load(str(CONFIGS / "eval.py"), (*settings, *given))
+    with pytest.raises(UserError, match="its encoder has mean"):  # the last check
+        pipeline.prepare(evaluation)
+    assert evaluation.data.short_side == side
 
 
 def test_finished_run_is_not_run_again_and_another_is_refused(

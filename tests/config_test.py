@@ -147,7 +147,7 @@ def test_config_builds_locks_and_its_full_state_has_a_shape(name, variant):
             assert after == state
             assert metrics["loss"].dtype == "float32"
     documented = (CONFIGS / f"{name}.py").read_text()
-    assert f"python -m maect_jax.main --config=configs/{name}.py" in documented
+    assert f"maect run --config={name}" in documented
 
 
 def test_test_variants_chain_in_folders_of_their_own():
@@ -220,6 +220,11 @@ def test_a_config_with_a_misspelt_key_is_one_clear_line(tmp_path):
         ("ct.base_lr=1e999", "base_lr=inf: must be above 0"),
         ("ct.photometric.blur_sigma=(0,0)", "blur_sigma=.*must be .low, high"),
         ("data.std=(0.0,)", "data.std=.*above 0"),
+        ("data.range=(255,0)", r"data.range=\(255, 0\): must be \(\), or \(BLACK, WHITE\)"),
+        ("data.range=(1,)", "data.range=.*BLACK"),
+        ("data.range=('a','b')", "data.range=.*BLACK"),
+        ("data.max_pixels=0", "data.max_pixels=0: must be above 0"),
+        ("data.short_side=27", "data.short_side=27: must be at least the shorter side .*28"),
         ("ct.crop_scale=(1.0,0.2)", "crop_scale"),
         ("model.heads=5", "model.width=96: must be a multiple of 4 and of the 5 heads"),
         ("ct.projector_out=32", "ct.projector_out=32: must be 64"),
@@ -288,3 +293,17 @@ def test_flops_formula_equals_the_compilers_count(name):
     lowered = grad.lower(state.params, state, views, rows, jax.eval_shape(jax.random.key, 0))
     counted = lowered.compile().cost_analysis()["flops"]
     assert stage.flops_per_step(64) == pytest.approx(counted, rel=0.05)
+
+
+def test_colours_are_changed_only_of_images_that_have_them():
+    """Of other channels, as arrays may have them, what needs gray or RGB is refused by its key."""
+    other = ("model.channels=4", "data.mean=(0.5,0.5,0.5,0.5)", "data.std=(0.2,0.2,0.2,0.2)")
+    pipeline.check(load("quickstart", *other, "ct.photometric.blur=(0.5,0.5)"), devices=1)
+    for key in ("head.photometric.jitter", "ct.photometric.grayscale"):
+        with pytest.raises(UserError, match=rf"config\.{key}=.*: .*switch it off for .*channels=4"):
+            pipeline.check(load("quickstart", *other, f"{key}=(0.0,0.5)"), devices=1)
+    tuned = load("finetune:test", *other[1:])
+    with tuned.unlocked():
+        tuned.model = load("quickstart", *other).model
+    with pytest.raises(UserError, match=r"config\.finetune\.randaugment=True: .*switch it off"):
+        pipeline.check(tuned, devices=1)

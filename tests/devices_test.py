@@ -12,7 +12,7 @@ import pytest
 
 from maect_jax import config, sharding
 from maect_jax.convert import names as convert
-from maect_jax.data import arrays, bad_images
+from maect_jax.data import arrays, bad_images, decode
 from maect_jax.evals import cluster, features, knn, runner
 from maect_jax.stages import STAGES, optim, state
 from maect_jax.stages.step import gradients, step
@@ -146,7 +146,7 @@ def test_an_evaluation_of_the_same_weights_is_the_same(rng):
             placed = jax.device_put(params, sharding.tree_shardings(params, mesh))
             encode = features.encoder(encoder, placed, "cls")
             row = row_of({}, mesh, *settings)
-            bad = bad_images.BadImages(source, 3, 0.0)
+            bad = bad_images.BadImages(source, decode.Decoding(3), 0.0)
             x, y, _ = whole = features.collected(
                 runner.Extraction(row.run, source, bad, 32).batches(encode)
             )

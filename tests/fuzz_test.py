@@ -15,7 +15,8 @@ from PIL import Image
 
 from maect_jax import config as configs
 from maect_jax import pipeline
-from maect_jax.data import arrays, decode, folder, loader, sources, subsets
+from maect_jax.data import arrays, decode, loader, sources, subsets
+from maect_jax.data.decode import Decoding
 from maect_jax.errors import BadImageError
 from tests.helpers.fuzz import DEEP, bounded, load, one_line, only, refused
 
@@ -139,14 +140,16 @@ def test_a_header_may_claim_any_size(content):
 def seen(content):
     for channels in (1, 3):
         with one_line(BadImageError):
-            pixels = decode.pixels(content, channels)
+            pixels = decode.pixels(content, Decoding(channels))
             assert min(pixels.shape) > 0
             assert (pixels.dtype, pixels.shape[2]) == (np.uint8, channels)
-            assert min(decode.shape(content)) > 0
+            assert min(decode.shape(content, Decoding(channels))) > 0
     with one_line():  # no other image can replace the only one
-        make = loader.TrainRecord(only(content), 3, (8, 8), ((0.2, 1.0),), (0,), scaled_jpeg=True)
+        make = loader.TrainRecord(
+            only(content), Decoding(3), (8, 8), ((0.2, 1.0),), (0,), scaled_jpeg=True
+        )
         assert make((0, 0))["image"].shape == (1, 8, 8, 3)
-    assert loader.EvalRecord(only(content), 3, (8, 8), 8)(0)["image"].shape == (8, 8, 3)
+    assert loader.EvalRecord(only(content), Decoding(3), (8, 8), 8)(0)["image"].shape == (8, 8, 3)
 
 
 def npz(**found):
@@ -189,7 +192,7 @@ def arrays_of(tmp_path, content):
     path = tmp_path / "images.npz"
     path.write_bytes(content)
     with one_line():
-        found = arrays.npz(str(path), "train", 1)
+        found = arrays.npz(str(path), "train", Decoding(1))
         assert found.images.dtype == np.uint8
         assert len(sources.labels_digest(found)) == 16
         return found
@@ -211,35 +214,3 @@ def test_an_endless_list_is_not_read(tmp_path):
     for path in (tmp_path / "pipe", tmp_path, tmp_path / ("x" * 300), "/dev/zero"):
         with refused("cannot be read"):
             subsets.from_list(str(path), ["a"])
-
-
-@pytest.fixture
-def saved_index(images, monkeypatch):
-    """The file with the index of a folder of images."""
-    monkeypatch.setattr(folder, "_LARGE", 1)
-    folder.Folder(str(images / "train")).save_index()
-    return images / ".train.index.npz"
-
-
-@bounded(60)
-@given(data=st.data())
-def test_a_wrong_index_is_replaced(saved_index, data):
-    """Whatever its arrays are: damaged, or one replaced by another."""
-    with saved_index.open("rb") as file:
-        arrays_of_index = dict(np.load(file))
-    strange = st.sampled_from([
-        np.int64(3), np.zeros(0, int), np.arange(21), np.arange(21)[::-1], np.full(21, 10**9),
-        np.array(["a", "b"]), np.zeros((2, 2)), np.float64([1, 2]), np.full(21, -1, np.int32),
-        np.frombuffer(b"\0" * 20, np.uint8), np.frombuffer(b"x", np.uint8),
-        np.frombuffer(b"x\0" * 20 + b"x", np.int8),
-    ])  # fmt: skip
-    key = data.draw(st.sampled_from(["names", "labels", "classes", "folders"]))
-    whole, wrong = saved_index.read_bytes(), arrays_of_index | {key: data.draw(strange)}
-    try:
-        saved_index.write_bytes(data.draw(damaged([whole]) | st.just(npz(**wrong))))
-        found = folder.Folder(str(saved_index.parent / "train"))
-        assert len(found) == 21
-        assert all(found.name(record).startswith(str(saved_index.parent)) for record in range(21))
-        assert all(-1 <= found[record][1] < 2 for record in range(21))
-    finally:
-        saved_index.write_bytes(whole)

@@ -10,8 +10,10 @@ import sys
 import time
 
 import pytest
+from ml_collections import ConfigDict
 
-from maect_jax import main
+from maect_jax import main, pipeline
+from maect_jax.data import sources
 from maect_jax.errors import UserError
 from tests.helpers import FAST_COMPILE, ROOT
 from tests.helpers.commands import run_main
@@ -127,3 +129,15 @@ exec {sys.executable} "$@" --workdir={tmp_path}/$JAX_PROCESS_ID/run
         "error: another host failed; see its log",
     ]
     assert done.returncode == 2
+
+
+def test_hosts_see_the_same_images_and_take_the_times_of_the_first(monkeypatch):
+    images = {"train": sources.Blank(9, 1)}
+    own = images["train"].identity
+    config = ConfigDict({"data": {"path": "x"}})
+    monkeypatch.setattr(pipeline.sharding, "of_first_host", lambda text: f"{own.content} 0123")
+    pipeline._share_identities(config, images)
+    assert images["train"].identity == own._replace(times="0123")
+    monkeypatch.setattr(pipeline.sharding, "of_first_host", lambda text: "other 0123")
+    with pytest.raises(UserError, match="the train images of this host are not those of the first"):
+        pipeline._share_identities(config, images)

@@ -13,6 +13,7 @@ import pytest
 
 from maect_jax import config, main, pipeline, sharding
 from tests.helpers import ROOT
+from tests.helpers.common import save
 
 QUICK = "--config=configs/quickstart.py:test"
 BAD = {
@@ -123,6 +124,18 @@ def test_dry_run_tells_what_would_run(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run_refuses_images_that_a_run_would(run, tmp_path):
+    """Class folders without held-out ones, which the evaluation needs."""
+    for name in ("a", "b"):
+        save(tmp_path / "train" / name / "0.png", (28, 28))
+    small = ("data.source=folder", f"data.path={tmp_path}", "mae.batch_size=2",
+             "head.batch_size=2", "ct.batch_size=2")  # fmt: skip
+    done = run(QUICK, "--dry_run", *(f"--config.{setting}" for setting in small))
+    line = done.err.splitlines()[-1]  # after warnings about the small set
+    assert re.match(f"error: config.data.path: there is no folder '{tmp_path}/val'.* train", line)
+    assert (done.status, done.out) == (2, "")
+
+
 @pytest.mark.parametrize(
     ("error", "last"),
     [
@@ -162,6 +175,13 @@ def test_every_command_is_one_line_for_a_mistake(command):
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert done.returncode == 2
+
+
+def test_help_names_the_command_as_it_is_called():
+    shell = f"set -o pipefail; {MAECT} run --help | head -n 1"
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: maect run ")
 
 
 def imported_by(*arguments):

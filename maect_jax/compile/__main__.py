@@ -1,6 +1,6 @@
 """Compiles the steps of a config for a TPU slice, on a machine without one (needs the extra [tpu]).
 
-    python -m maect_jax.compile --config=configs/ct_vith16.py --topology=v5e:4x4
+    maect compile --config=ct_vith16 --topology=v5e:4x4
 
 Reports whether a step fits into the memory of a chip, what it sends between chips, and lower bounds
 on its time. The program is the one that `train` runs; no image is read and no weight is created.
@@ -194,14 +194,16 @@ def main() -> None:
     parser = configs.parser(__doc__)
     slice_help = "the slice, such as v5e:4x4; an unknown one lists all"
     parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help=slice_help)
-    parser.add_argument("--out", help="default: runs/compile/<config>.<topology>.json")
+    parser.add_argument(
+        "--out", type=files.user_path, help="default: runs/compile/<config>.<topology>.json"
+    )
     config, arguments = configs.from_command_line(parser)
     stages, topology = pipeline.stages_to_show(config), arguments.topology
     devices = devices_of(topology)
     pipeline.check(config, len(devices))
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     name = f"{config.name}.{topology.replace(':', '-')}.json"
-    out = Path(arguments.out or f"runs/compile/{name}")
+    out = arguments.out or Path(f"runs/compile/{name}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,7 +1,7 @@
 """In and out of the PyTorch world.
 
-python -m maect_jax.convert import FILE [FILE] OUT_RUN
-python -m maect_jax.convert export RUN FILE --format={timm,hf,maect,mae}
+maect import FILE [FILE] OUT_RUN
+maect export RUN FILE --format={timm,hf,maect,mae}
 """
 
 import argparse
@@ -50,8 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = errors.OneLineParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("import", description=_IMPORT).add_argument
-    add("file", nargs="+", type=Path, metavar="FILE", help="of weights")
-    add("run", type=Path, metavar="OUT_RUN", help="a new folder")
+    add("file", nargs="+", type=files.user_path, metavar="FILE", help="of weights")
+    add("run", type=files.user_path, metavar="OUT_RUN", help="a new folder")
     add("--heads", type=whole, help="attention heads, where the file does not say")
     add("--decoder_heads", type=whole, help="of MAE's decoder, likewise")
     add("--ln_eps", type=number, help="epsilon of LayerNorm, likewise")
@@ -61,9 +61,12 @@ def _parser() -> argparse.ArgumentParser:
         as in the paper), or that mean before the final norm"""
     add("--pool", choices=vit.POOLS, help=pooled)
     add("--dtype", choices=vit.DTYPES, help="of activations (bfloat16)")
+    add("--key", help="which model of a file with several, such as teacher or state_dict_ema")
     add = commands.add_parser("export", description=_EXPORT).add_argument
-    add("run", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
-    add("file", type=Path, metavar="FILE", help="a new file, for hf a folder")
+    add(
+        "run", type=files.user_path, metavar="RUN", help="a run's folder, or one of its checkpoints"
+    )
+    add("file", type=files.user_path, metavar="FILE", help="a new file, for hf a folder")
     add("--format", required=True, choices=exporting.FORMATS)
     add("--stage", help="of a run with several; by default its last")
     averaged = "of stage ct: the encoder's average, which is what is evaluated, or the last encoder"

@@ -238,7 +238,7 @@ _WRITERS = {"timm": _timm, "hf": _hf, "maect": _maect, "mae": _mae}
 
 def _card(model: Model, file: Path, format: str, left_out: Sequence[str]) -> str:
     """The model card, as Markdown."""
-    text = Path(__file__).with_name("card.md").read_text()
+    text = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
     template = jinja2.Template(
         text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )

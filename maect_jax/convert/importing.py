@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from maect_jax import errors
-from maect_jax.convert import names, tensors
+from maect_jax.convert import choice, names, tensors
 from maect_jax.convert.names import CLASSIFIER, DECODER, ENCODER, HEAD, Parts
 from maect_jax.convert.tensors import Content, Stored
 from maect_jax.errors import UserError
@@ -27,6 +28,7 @@ from maect_jax.stages import SAVED
 
 Shapes = dict[str, tuple[int, ...]]  # of tensors
 LN_EPS = 1e-6  # MAE's, MAE-CT's and timm's
+_HALF = 2.0**-8  # by which numbers up to 1 differ that were kept in 16 bits
 _DECODER_HEADS = {512: 16}  # by width: MAE's
 _HEAD_SIZES = {
     "projector_hidden": "projector.0.weight",
@@ -47,7 +49,8 @@ def _sides(value) -> tuple[int, int]:
     return height, width
 
 
-# What may be written beside the tensors, by key: how it is read, and what it must be.
+# What may be written beside the tensors, by HuggingFace's or timm's key: how it is read, and what
+# it must be.
 _METADATA = {
     "num_attention_heads": (errors.positive(int), "a number above 0"),
     "decoder_num_attention_heads": (errors.positive(int), "a number above 0"),
@@ -58,9 +61,22 @@ _METADATA = {
 }
 
 
+# In the `ctor_kwargs` of MAE-CT's authors: the same keys; the feature of a probe, by its pooling.
+_AUTHORS = {
+    "attention_heads": "num_attention_heads",
+    "embedding_dim": "hidden_size",
+    "depth": "num_hidden_layers",
+    "patch_size": "patch_size",
+}
+_POOLINGS = {"class_token": "cls", "mean_patch": "mean"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Overrides:
-    """What the user says about a model, which comes before what the files say. `None`: nothing."""
+    """What the user says about a model, which comes before what the files say. `None`: nothing.
+
+    `key` names one of several models in a file (`choice.choose`).
+    """
 
     heads: int | None = None
     decoder_heads: int | None = None
@@ -68,6 +84,7 @@ class Overrides:
     image_size: tuple[int, int] | None = None
     pool: str | None = None
     dtype: str | None = None
+    key: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,18 +92,21 @@ class Imported:
     """Files of weights, recognised and checked but not yet read.
 
     Attributes:
-      files: whose names each has, by their paths.
+      files: by their paths, whose names each has (`layout`), and which of its models is taken
+        (`key`) where it has several.
       kind: the stage that a run with such variables has saved, a key of `SAVED`.
       config: of such a run: `model`, `data` where the normalisation is known, the sizes of a head.
       described: for people, a line each.
+      notes: those of its lines that tell what a file has and is not used.
       parts: the tensors.
       grid: (rows, columns) of patches that their positions are for.
     """
 
-    files: Mapping[Path, str]
+    files: Mapping[Path, Mapping[str, str]]
     kind: str
     config: ConfigDict
     described: tuple[str, ...]
+    notes: tuple[str, ...]
     parts: Parts
     grid: tuple[int, int]
 
@@ -110,8 +130,8 @@ class Imported:
     def origin(self) -> list[dict]:
         """Where the weights are from: each file with its layout and its SHA-256."""
         return [
-            {"file": path.name, "layout": layout, "sha256": tensors.sha256(path)}
-            for path, layout in self.files.items()
+            {"file": path.name, **about, "sha256": tensors.sha256(path)}
+            for path, about in self.files.items()
         ]
 
 
@@ -142,60 +162,102 @@ def recognised(files: Sequence[Path], overrides: Overrides | None = None) -> Imp
       UserError: a file does not exist, is damaged or of no kind that can be read; a tensor is
         missing, unexpected or of a wrong shape; or the files do not say what a model needs.
     """
+    overrides = overrides or Overrides()
     contents = [tensors.read(path) for path in files]
-    sorted_files = [names.sort(content.tensors, str(content.path)) for content in contents]
-    parts: Parts = {}
-    for content, one in zip(contents, sorted_files, strict=True):
-        if twice := set(parts) & set(one.parts):
+    chosen = choice.choose(contents, overrides.key)
+    sources: dict[str, _Source] = {}
+    all_sources = []
+    for content, model in zip(contents, chosen, strict=True):
+        source = _Source(content, model, names.sort(model.tensors, str(content.path)))
+        if twice := sources.keys() & source.sorted.parts.keys():
             raise UserError(f"{content.path}: another {min(twice)}; one file of each is allowed")
-        parts |= one.parts
-    if ENCODER not in parts:
+        sources |= dict.fromkeys(source.sorted.parts, source)
+        all_sources.append(source)
+    if ENCODER not in sources:
         raise UserError(
-            f"{files[0]}: holds {sorted_files[0].layout}, and no encoder; name the encoder with "
-            f"it, ENCODER,{files[0].name}"
+            f"{files[0]}: holds {all_sources[0].sorted.layout}, and no encoder; name the file of "
+            "its encoder, too"
         )
-    main = next(i for i, one in enumerate(sorted_files) if ENCODER in one.parts)
-    config, grid = _Builder(contents[main], parts, overrides or Overrides()).build()
+    config, grid = _Builder(sources, overrides).build()
     return Imported(
-        files={path: one.layout for path, one in zip(files, sorted_files, strict=True)},
+        files={x.content.path: x.about() for x in all_sources},
         kind=config.stages[0],
         config=config,
-        described=tuple(_described(contents, sorted_files, config, grid)),
-        parts=parts,
+        described=tuple(_described(all_sources, config, grid)),
+        notes=tuple(note for x in all_sources for note in x.model.notes),
+        parts={part: x.sorted.parts[part] for part, x in sources.items()},
         grid=grid,
     )
+
+
+class _Source(NamedTuple):
+    """A file, the model that is taken of it, and the parts of that."""
+
+    content: Content
+    model: choice.Chosen
+    sorted: names.Sorted
+
+    def about(self) -> dict[str, str]:
+        """What a lineage says of the file."""
+        key = {} if self.model.key is None else {"key": self.model.key}
+        return {"layout": self.sorted.layout, **key}
+
+
+def _authors(content: Content) -> Mapping:
+    """What the code of MAE-CT's authors writes about a model, if it has written the file."""
+    kwargs = content.config.get("ctor_kwargs")
+    return kwargs if isinstance(kwargs, Mapping) else {}
+
+
+def _stated(content: Content, overrides: Overrides) -> dict[str, tuple[str, Any]]:
+    """What is stated about an encoder, by HuggingFace's or timm's key: where, and the value."""
+    stated = {key: (key, value) for key, value in content.config.items()}
+    authors = _authors(content)
+    for theirs, key in _AUTHORS.items():
+        if theirs in authors:
+            stated[key] = f"ctor_kwargs.{theirs}", authors[theirs]
+    if "attention_heads" in authors:
+        stated["layer_norm_eps"] = "", LN_EPS  # their code has no other
+    given = {
+        "num_attention_heads": ("heads", overrides.heads),
+        "decoder_num_attention_heads": ("decoder_heads", overrides.decoder_heads),
+        "layer_norm_eps": ("ln_eps", overrides.ln_eps),
+    }
+    stated |= {key: pair for key, pair in given.items() if pair[1] is not None}
+    return stated | ({"global_pool": ("pool", None)} if overrides.pool else {})
 
 
 class _Builder:
     """Makes the config of a model from its tensors, what is beside them, and the overrides."""
 
-    def __init__(self, content: Content, parts: Parts, overrides: Overrides):
-        self.content, self.parts, self.overrides = content, parts, overrides
-        first = {
-            "num_attention_heads": overrides.heads,
-            "decoder_num_attention_heads": overrides.decoder_heads,
-            "layer_norm_eps": overrides.ln_eps,
-        }
-        stated = {**content.config, **{key: x for key, x in first.items() if x is not None}}
-        self.stated = {"global_pool": None}
+    def __init__(self, sources: Mapping[str, _Source], overrides: Overrides):
+        self.sources, self.overrides = sources, overrides
+        self.parts = {part: source.sorted.parts[part] for part, source in sources.items()}
+        self.content = sources[ENCODER].content
+        self.beside = _stated(self.content, overrides)
+        self.stated = {}
         for key, (read, allowed) in _METADATA.items():
-            if key == "global_pool" and overrides.pool:
-                continue
+            label, value = self.beside.get(key, (key, None))
             try:
-                self.stated[key] = None if stated.get(key) is None else read(stated[key])
+                self.stated[key] = None if value is None else read(value)
             except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
-                raise self.error(f"{key} is {stated[key]!r}, must be {allowed}") from error
+                raise self.error(f"{label} is {value!r}, must be {allowed}") from error
 
-    def error(self, message: str) -> UserError:
-        return UserError(f"{self.content.path}: {message}")
+    def error(self, message: str, part: str = ENCODER) -> UserError:
+        return UserError(f"{self.sources[part].content.path}: {message}")
+
+    def missing(self, part: str, tensor: str, more: str = "") -> UserError:
+        name = self.sources[part].sorted.in_file(part, tensor)
+        return self.error(f"the {part}'s tensor {name!r} is missing{more}", part)
 
     def tensor(self, part: str, name: str, axes: int) -> Stored:
         """A tensor that must be there. Its exact shape is compared later."""
         if name not in self.parts[part]:
-            raise self.error(f"the {part}'s tensor {name!r} is missing")
+            raise self.missing(part, name)
         x = self.parts[part][name]
         if len(x.shape) != axes or not min(x.shape):
-            raise self.error(f"{x.names[0]!r} has shape {x.shape}, must have {axes} axes")
+            wrong = f"{x.names[0]!r} has shape {x.shape}, must have {axes} axes"
+            raise self.error(f"{wrong}, none of them empty", part)
         return x
 
     def build(self) -> tuple[ConfigDict, tuple[int, int]]:
@@ -244,8 +306,9 @@ class _Builder:
         size = vit.Size(width, names.depth(self.parts[ENCODER]), heads)
         beside = dict(hidden_size=width, num_hidden_layers=size.depth)
         for key, value in (beside | dict(patch_size=patch, num_channels=channels)).items():
-            if (stated := self.content.config.get(key, value)) != value:
-                raise self.error(f"{key} is {stated!r}, must be {value} as in the tensors")
+            label, stated = self.beside.get(key, (key, value))
+            if stated not in (value, [value] * 2, (value,) * 2):  # of a patch also two sides
+                raise self.error(f"{label} is {stated!r}, must be {value} as in the tensors")
         variant, grid = variant or "B", self.grid(patch)
         usual = vit.VARIANTS[variant]._asdict()
         section = {
@@ -254,7 +317,7 @@ class _Builder:
             "patch_size": patch,
             "image_size": self.overrides.image_size or (grid[0] * patch, grid[1] * patch),
             "channels": channels,
-            "pool": self.overrides.pool or self.pool(grid, width),
+            "pool": self.probe_pool() or self.overrides.pool or self.pool(grid, width),
             "ln_eps": ln_eps,
             "dtype": self.overrides.dtype or "bfloat16",
             "attention": "auto",
@@ -263,7 +326,7 @@ class _Builder:
         try:
             vit.check(config)
         except UserError as error:
-            raise self.error(str(error)) from error
+            raise self.error(str(error).removeprefix("config.model.")) from error
         return config.model, grid
 
     def grid(self, patch: int) -> tuple[int, int]:
@@ -282,17 +345,43 @@ class _Builder:
         if not possible:
             wrong = f"{position.names[0]!r} has shape {position.shape}, not that of a square image"
             raise self.error(f"{wrong}; import it with the --image_size that it was made for")
-        return next((g for g in possible if _is_fixed(self.parts[ENCODER], g)), possible[0])
+        fixed = (g for g in possible if _is_fixed(self.parts[ENCODER], g, atol=_HALF))
+        return next(fixed, possible[0])
+
+    def probe_pool(self) -> str | None:
+        """The feature that a probe was trained on, where its file states it."""
+        if CLASSIFIER not in self.sources:
+            return None
+        pooling = _authors(self.sources[CLASSIFIER].content).get("pooling")
+        kind = pooling.get("kind") if isinstance(pooling, Mapping) else pooling
+        if kind is None:
+            return None
+        stated = f"ctor_kwargs.pooling.kind is {kind!r}"
+        pool = _POOLINGS.get(kind) if isinstance(kind, str) else None
+        if pool is None:
+            raise self.error(f"{stated}, must be one of {', '.join(_POOLINGS)}", CLASSIFIER)
+        for label, other in (
+            ("--pool", self.overrides.pool),
+            ("its encoder's global_pool", self.stated["global_pool"]),
+            ("its encoder's feature", "fc_norm" if self.has_fc_norm() else None),
+        ):
+            if other not in (None, pool):
+                raise self.error(f"{stated}, which is {pool!r}; {label} is {other!r}", CLASSIFIER)
+        return pool
+
+    def has_fc_norm(self) -> bool:
+        theirs = [name for x in self.parts[ENCODER].values() for name in x.names]
+        return any(name.endswith("fc_norm.weight") for name in theirs)
 
     def pool(self, grid: tuple[int, int], width: int) -> str:
         """The feature, where the user does not name one."""
-        if "fc_norm.weight" in [name for x in self.parts[ENCODER].values() for name in x.names]:
+        if self.has_fc_norm():
             return "fc_norm"
         if CLASSIFIER in self.parts or self.stated["global_pool"]:
             return self.stated["global_pool"] or "cls"
         # Of an MAE of ViT-B the paper takes the patches' mean, of the others the class token.
         is_base = width == vit.VARIANTS["B"].width
-        return "mean" if is_base and _is_fixed(self.parts[ENCODER], grid) else "cls"
+        return "mean" if is_base and _is_fixed(self.parts[ENCODER], grid, atol=_HALF) else "cls"
 
     def normalisation(self, channels: int) -> dict[str, tuple[float, ...]]:
         """`mean` and `std` of the channels of pixels from 0 to 1, where they are stated."""
@@ -315,9 +404,10 @@ class _Builder:
         width = self.tensor(DECODER, "embed.weight", axes=2).shape[0]
         heads = self.stated["decoder_num_attention_heads"] or _DECODER_HEADS.get(width)
         if heads is None:
-            raise self.error(f"a decoder of width {width}: import it with --decoder_heads")
+            raise self.error(f"a decoder of width {width}: import it with --decoder_heads", DECODER)
         if width % heads or width % 4:
-            raise self.error(f"its decoder's width {width} must be a multiple of 4 and {heads}")
+            wrong = f"its decoder's width {width} must be a multiple of 4 and {heads}"
+            raise self.error(wrong, DECODER)
         size = vit.Size(width, names.depth(self.parts[DECODER]), heads)
         module = mae.Decoder(*size, model.patch_size, model.channels, model.ln_eps)
         latent = np.zeros((1, 1, vit.size_of(model).width))
@@ -327,7 +417,7 @@ class _Builder:
         position = self.parts[DECODER]["pos_embed"]
         if position.shape[1] > math.prod(grid) and np.asarray(position)[:, 0].any():
             name = position.names[0]
-            raise self.error(f"{name!r} has a row for the class token that is not zero")
+            raise self.error(f"{name!r} has a row for the class token that is not zero", DECODER)
         return "mae", {"decoder": size._asdict()}, shapes
 
     def head(self, width: int) -> tuple[str, dict, Shapes]:
@@ -346,11 +436,13 @@ class _Builder:
     def classifier(self, width: int) -> tuple[str, dict, Shapes]:
         classes = self.tensor(CLASSIFIER, "classifier.weight", axes=2).shape[0]
         shapes = {"classifier.weight": (classes, width), "classifier.bias": (classes,)}
-        running = self.parts[CLASSIFIER].get("classifier.running_var")
+        own = self.parts[CLASSIFIER]
+        running = next((x for name, x in own.items() if ".running_" in name), None)
         if running is None:
             return "finetune", {}, shapes
         shapes |= {f"classifier.running_{key}": (width,) for key in ("mean", "var")}
-        bn_eps = 1e-6 if running.names[0].startswith("head.") else 1e-5  # MAE's, the authors'
+        of_mae = re.search(r"\bhead\.0\.running_\w+$", running.names[0])
+        bn_eps = 1e-6 if of_mae else 1e-5  # the authors'
         return "probe", {"bn_eps": bn_eps}, shapes
 
     def position_shape(self, part: str, grid: tuple[int, int], width: int) -> tuple[int, ...]:
@@ -361,16 +453,18 @@ class _Builder:
         """Raises `UserError` for a tensor that is missing or unexpected, or of a wrong shape."""
         for part, expected in shapes.items():
             if missing := sorted(set(expected) - set(self.parts[part])):
-                more = f" and {len(missing) - 1} more" if missing[1:] else ""
-                raise self.error(f"the {part}'s tensor {missing[0]!r} is missing{more}")
+                raise self.missing(
+                    part, missing[0], f" and {len(missing) - 1} more" if missing[1:] else ""
+                )
             for name, x in self.parts[part].items():
                 label = " + ".join(x.names)
                 if name not in expected:
-                    raise self.error(f"no place in the {part} for {label!r}")
+                    raise self.error(f"no place in the {part} for {label!r}", part)
                 if x.shape != expected[name]:
-                    raise self.error(f"{label!r} has shape {x.shape}, must be {expected[name]}")
+                    wrong = f"{label!r} has shape {x.shape}, must be {expected[name]}"
+                    raise self.error(wrong, part)
                 if not x.floating and name not in _WHOLE_NUMBERS:
-                    raise self.error(f"{label!r} must hold floats of 16, 32 or 64 bits")
+                    raise self.error(f"{label!r} must hold floats of 16, 32 or 64 bits", part)
 
 
 def _zeros(network: nn.Module, *inputs: np.ndarray, **settings) -> dict:
@@ -384,24 +478,28 @@ def _shapes(arrays: Mapping[str, np.ndarray]) -> Shapes:
     return {name: x.shape for name, x in arrays.items()}
 
 
-def _is_fixed(encoder: Mapping[str, Stored], grid: tuple[int, int]) -> bool:
-    """Whether an encoder's positions are MAE's fixed ones of a grid, bit by bit."""
+def _is_fixed(encoder: Mapping[str, Stored], grid: tuple[int, int], atol: float = 0.0) -> bool:
+    """Whether an encoder's positions are MAE's fixed ones of a grid, bit by bit unless `atol` is
+    given."""
     stored = encoder["pos_embed"]
     if not stored.floating or stored.shape[2] % 4:
         return False
     rows = np.asarray(stored)[0, -math.prod(grid) :]
-    return np.array_equal(rows, positions.sincos(grid, stored.shape[2]))
+    sincos = positions.sincos(grid, stored.shape[2])
+    return rows.shape == sincos.shape and np.allclose(rows, sincos, rtol=0, atol=atol)
 
 
-def _described(contents, sorted_files, config: ConfigDict, grid) -> Iterator[str]:
+def _described(sources: Sequence[_Source], config: ConfigDict, grid) -> Iterator[str]:
     """Lines for people: the files, the model, how each tensor is used, which are not and why.
 
     Weight and bias, and those of all blocks, share a line.
     """
-    for content, one in zip(contents, sorted_files, strict=True):
-        yield f"{content.path}: {one.layout} names, {content.container}"
-    parts = {part: x for one in sorted_files for part, x in one.parts.items()}
-    ignored = {name: why for one in sorted_files for name, why in one.ignored.items()}
+    for content, chosen, one in sources:
+        entry = f", entry {chosen.entry!r}" if chosen.entry else ""
+        yield f"{content.path}: {one.layout} names, {content.container}{entry}"
+        yield from chosen.notes
+    parts = {part: x for source in sources for part, x in source.sorted.parts.items()}
+    ignored = {name: why for source in sources for name, why in source.sorted.ignored.items()}
     model, size = config.model, vit.size_of(config.model)
     fixed = "the fixed sine-cosine ones" if _is_fixed(parts[ENCODER], grid) else "learned, frozen"
     resized = positions.grid(model.image_size, model.patch_size) != grid

@@ -30,7 +30,7 @@ Parts = dict[str, dict[str, Stored]]  # of a model: its tensors by name
 ENCODER, DECODER, HEAD, CLASSIFIER = "encoder", "decoder", "head", "classifier"
 _PARTS = (ENCODER, DECODER, HEAD, CLASSIFIER)
 
-_TABLE = Path(__file__).with_name("names.txt").read_text()
+_TABLE = Path(__file__).with_name("names.txt").read_text(encoding="utf-8")
 _HEADER, *_LINES = (line.split() for line in _TABLE.splitlines() if not line.startswith("#"))
 _ROWS = [dict(zip(_HEADER, line, strict=True)) for line in _LINES]
 _TENSOR = {
@@ -253,34 +253,83 @@ _FILES = {
     if name != "-"
 }
 # A name that only such files have, and whose names they are; the first that fits is used.
+_HF, _PYTORCH = r"(?:vit\.)?embeddings\.patch_embeddings\..*", r"patch_embed\.proj\.weight"
+_PROBE = r"layer\.[23]\.weight"
 _LAYOUTS = {
-    r"(vit\.)?embeddings\.patch_embeddings\..*": "HuggingFace's",
+    _HF: "HuggingFace's",
     r"projector\.0\.weight": "a contrastive head of MAE-CT's authors",
-    r"layer\.[23]\.weight": "a linear probe of MAE-CT's authors",
+    _PROBE: "a linear probe of MAE-CT's authors",
     r"decoder_embed\.weight": "MAE's (with decoder)",
-    r"patch_embed\.proj\.weight": "MAE's, timm's or MAE-CT's",
+    _PYTORCH: "MAE's, timm's or MAE-CT's",
 }
+_ENCODERS = {_HF, _PYTORCH}
+# The probe's batch normalisation once more, as the authors' code registers it.
+_PROBE_NORM = {"norm.running_mean", "norm.running_var"}
+_SELF = r"((?:.*?\.)??)"  # what comes before a model's own names
 _IGNORED = {
     r".*\.num_batches_tracked": "counts batches, which nothing reads",
     r"(vit\.)?pooler\..*": "is HuggingFace's pooler, which comes after the features",
     r"(vit\.)?embeddings\.mask_token": "hides patches in SimMIM, which is not used here",
 }
+# Where a file has such a tensor, as DINO's and MoCo's do, its head is no classifier.
+_PROJECTION = re.compile(r"head\.([3-9]|mlp\.\d+|last_layer)\..*")
+_NO_DECODER = {"mask_token", "pos_embed"}  # what is left of a decoder that was taken out
 
 
 class Sorted(NamedTuple):
-    """A file's tensors by part of a model, under the names of this module; whose names they had
-    (`layout`, for people); and those that are not used, with the reason."""
+    """A file's tensors by part of a model.
+
+    Attributes:
+      layout: whose names they had, for people.
+      parts: under the names of this module.
+      ignored: those that are not used, by name, with the reason.
+    """
 
     layout: str
     parts: Parts
     ignored: dict[str, str]
 
+    def in_file(self, part: str, tensor: str) -> str:
+        """What the file would call a tensor that it lacks, by the names of its others."""
+        module, block, leaf = split(tensor)
+        columns = ("hf", "hf_today", "pytorch") if self.layout == _LAYOUTS[_HF] else ("pytorch",)
+        present = [name for x in self.parts[part].values() for name in x.names]
+
+        def spellings(*modules):
+            rows = [r for r in _ROWS if r["part"] == part]
+            rows = [r for r in rows if not modules or r["tensor"] in modules]
+            return [x for c in columns for r in rows for x in r[c].split("|") if x != "-"]
+
+        def before(spelling):
+            """What stands in the file before such a name, if it has one."""
+            same = re.escape(spelling).replace(r"\{\}", r"\d+") + r"(\.\w+)?"
+            return next((m[1] for name in present if (m := re.fullmatch(_SELF + same, name))), None)
+
+        # HuggingFace has three projections for the one.
+        options = spellings(module, module.replace("qkv", "query"))
+        option = next((x for x in options if before(x) is not None), options[0])
+        starts = (before(x) for x in (option, *spellings()))
+        start = next((x for x in starts if x is not None), "")
+        return f"{start}{option.format(block)}{leaf}"
+
+
+def prefixes(names: Iterable[str]) -> list[str]:
+    """What stands in a file before the names of each model that it holds, dot and all: those of
+    encoders; if there are none, of what is trained on one."""
+    names = list(names)
+    for layouts in (_ENCODERS, _LAYOUTS.keys() - _ENCODERS):
+        marks = [re.compile(_SELF + layout) for layout in layouts]
+        matches = (mark.fullmatch(name) for mark in marks for name in names)
+        if found := {match[1] for match in matches if match}:
+            return sorted(found)
+    return []
+
 
 def sort(tensors: Mapping[str, Stored], where: str) -> Sorted:
-    """Sorts the tensors of a file by part, and gives them the names of this module.
+    """Sorts the tensors of a model by part, and gives them the names of this module.
 
     Raises:
-      UserError: the file is of no known kind, or a tensor has no place in a Vision Transformer.
+      UserError: the model is of no known kind, or a tensor has no place in a Vision Transformer.
     """
     layouts = [_LAYOUTS[x] for x in _LAYOUTS if any(re.fullmatch(x, name) for name in tensors)]
     if not layouts:
@@ -289,42 +338,58 @@ def sort(tensors: Mapping[str, Stored], where: str) -> Sorted:
             f"HuggingFace's ViTMAE or ViT, timm's ViT); its first tensor is {min(tensors)!r}"
         )
     parts: Parts = {}
-    pairs = itertools.product(tensors, _IGNORED.items())
+    unused = dict(_IGNORED)
+    if any(map(_PROJECTION.fullmatch, tensors)):
+        unused[r"head\..*"] = "is of a projection head, which only pre-training uses"
+    pairs = itertools.product(tensors, unused.items())
     ignored = {name: why for name, (what, why) in pairs if re.fullmatch(what, name)}
-    for name, x in tensors.items():
+    probe = _PROBE_NORM if layouts[0] == _LAYOUTS[_PROBE] else set()
+    for name, x in sorted(tensors.items(), key=lambda item: item[0] in probe):
         if name in ignored:
             continue
         # transformers 5 writes the decoder's layers under a name that its code has never had.
         name_5 = name.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers.")
         module, block, leaf = split(name_5.removeprefix("vit."))
         part, tensor = _FILES.get(module, ("", ""))
+        if name in probe:
+            part, tensor = CLASSIFIER, "classifier"
         if not part:
             raise UserError(
-                f"{where}: a plain Vision Transformer has no tensor like {name!r}; such a model "
-                "cannot be read"
+                f"{where}: a plain Vision Transformer has no tensor like {x.names[0]!r}; such a "
+                "model cannot be read"
             )
         same = parts.setdefault(part, {}).setdefault(f"{tensor.format(block)}{leaf}", x)
-        if same is not x:
-            raise UserError(f"{where}: {name!r} and {same.names[0]!r} are the same tensor")
-    for own in parts.values():
-        _join_attention(own, where)
-    return Sorted(layouts[0], parts, ignored)
-
-
-def _join_attention(tensors: dict[str, Stored], where: str) -> None:
-    """Joins the projections of queries, keys and values, which HuggingFace's files keep apart.
-
-    Where one of the three is missing, the comparison with the network names it.
-    """
-    for query in [name for name in tensors if ".attn.query." in name]:
-        names = [query.replace("query", which) for which in _ATTENTION]
-        if not set(names) <= set(tensors):
+        if same is x:
             continue
+        if name not in probe:
+            raise UserError(
+                f"{where}: {x.names[0]!r} and {same.names[0]!r} stand for the same tensor"
+            )
+        if not np.array_equal(x, same):
+            raise UserError(f"{where}: {x.names[0]!r} and {same.names[0]!r} must be equal")
+        ignored[name] = f"is the same as {same.names[0]}"
+    if parts.get(DECODER) and parts[DECODER].keys() <= _NO_DECODER:
+        for x in parts.pop(DECODER).values():
+            ignored[x.names[0]] = "is of a decoder, whose other tensors are not in the file"
+    sorted_file = Sorted(layouts[0], parts, ignored)
+    for part, own in parts.items():
+        _join_attention(own, part, sorted_file, where)
+    return sorted_file
+
+
+def _join_attention(tensors: dict[str, Stored], part: str, file: Sorted, where: str) -> None:
+    """Joins the projections of queries, keys and values, which HuggingFace's files keep apart."""
+    found = [name for name in tensors if re.search(r"\.attn\.(query|key|value)\.", name)]
+    for joined in dict.fromkeys(re.sub(r"\.(query|key|value)\.", ".qkv.", x) for x in found):
+        names = [joined.replace("qkv", which) for which in _ATTENTION]
+        if missing := [name for name in names if name not in tensors]:
+            absent = file.in_file(part, missing[0])
+            raise UserError(f"{where}: the {part}'s tensor {absent!r} is missing")
         three = [tensors.pop(name) for name in names]
         if len({x.shape for x in three}) > 1:
             raise UserError(f"{where}: {three[0].names[0]!r} and its key and value differ in shape")
         rows, *rest = three[0].shape or (0,)
-        tensors[query.replace("query", "qkv")] = Stored(
+        tensors[joined] = Stored(
             names=tuple(name for x in three for name in x.names),
             shape=(3 * rows, *rest),
             read=partial(np.concatenate, three),

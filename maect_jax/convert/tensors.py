@@ -1,18 +1,21 @@
 """Files of named tensors, read one tensor at a time and without running anything that they hold.
 
-A safetensors file needs no PyTorch. A pickle is read by `torch.load(weights_only=True)` alone,
-which builds tensors and plain containers, refuses all else, and maps the file.
+What a file is follows from its first bytes, never from its name. A safetensors file needs no
+PyTorch. A pickle is read by `torch.load(weights_only=True)` alone, which builds tensors and plain
+containers, refuses all else, and maps the file.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import pickle
+import re
+import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -21,11 +24,42 @@ from safetensors.numpy import save_file
 from maect_jax import files
 from maect_jax.errors import UserError
 
-SAFETENSORS, PICKLES = (".safetensors",), (".pth", ".pt", ".th", ".bin", ".ckpt")
-_WRAPPERS = ("model", "state_dict")
-_INDEX = "model.safetensors.index.json"
-_WEIGHTS = ("model.safetensors", _INDEX, "pytorch_model.bin")
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_WEIGHTS = ("model.safetensors", _INDEXES[0], "pytorch_model.bin", _INDEXES[1])
 _FLOATS = ("F16", "BF16", "F32", "F64")
+_DEPTH = 8  # of dicts in dicts
+# What files with other first bytes are, and what to do with them.
+_OTHERS = {
+    b"version https://git-lfs": "is the pointer of Git LFS to the file; fetch it with git lfs pull",
+    b"<": "is a web page, not the file; download it again",
+    b"{": "is JSON, and holds no weights",
+    b"\x1f\x8b": "is compressed (gzip); unpack it first",
+    b"\x93NUMPY": "is an array of NumPy",
+    b"\x89HDF": "is HDF5",
+}
+# Classes by name that checkpoints keep beside their tensors: none is imported or built, `_Unread`
+# stands for it.
+_UNREAD = [
+    f"{module}.{name}"
+    for modules, names in (
+        ("argparse", "Namespace"),
+        ("numpy", "dtype ndarray"),
+        ("numpy.core.multiarray numpy._core.multiarray", "scalar _reconstruct"),
+        ("pathlib pathlib._local", "PosixPath WindowsPath PurePosixPath PureWindowsPath"),
+    )
+    for module in modules.split()
+    for name in names.split()
+]
+
+
+class _Unread:
+    """A value of a pickle that is not read."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _):
+        pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +67,8 @@ class Stored:
     """A tensor of a file: NumPy reads it when it is asked for its numbers.
 
     Attributes:
-      names: what the file calls it; several where it is put together from several.
+      names: what the file calls it, in its innermost dict; several where it is put together from
+        several.
       shape: as PyTorch has it.
       read: its numbers.
       where: the file.
@@ -60,8 +95,9 @@ class Stored:
 class Content:
     """What a file or a folder holds: its tensors by name, and what is written beside them.
 
-    `config` is that of a HuggingFace folder, or of the header of a safetensors file; `config` and
-    `preprocessor` may be empty.
+    A tensor in nested dicts has the names of all, joined by dots. `config` is that of a HuggingFace
+    folder, of the header of a safetensors file, or the `ctor_kwargs` of a file of MAE-CT's authors,
+    under that key; `config` and `preprocessor` may be empty.
     """
 
     path: Path
@@ -80,25 +116,24 @@ def read(path: Path) -> Content:
     file = weights_in(path) or path
     if file.is_dir():
         run = "; a run need not be imported" if (path / "checkpoints").is_dir() else ""
-        raise UserError(f"{path}: the folder holds none of {', '.join(_WEIGHTS)}{run}")
+        inside = ", ".join(sorted(x.name for x in path.iterdir() if x.is_file())[:3]) or "no file"
+        raise UserError(
+            f"{path}: the folder holds none of {', '.join(_WEIGHTS)}; it has {inside}{run}"
+        )
     if not file.is_file():
         raise UserError(f"{path}: there is no such file")
-    config: dict = {}
     preprocessor: dict = {}
-    if file.name == _INDEX:
-        container, tensors = "safetensors, in parts", _parts(file)
-    elif file.suffix in SAFETENSORS:
-        container, (tensors, config) = "safetensors", _safetensors(file)
-    elif file.suffix in PICKLES:
-        container, tensors = _pickle(file)
+    if file.name in _INDEXES:
+        container, tensors, config = _parts(file)
     else:
-        allowed = ", ".join(SAFETENSORS + PICKLES)
-        raise UserError(f"{path}: not a file of tensors by its name; must end in one of {allowed}")
+        container, tensors, config = _read_file(file)
     if not tensors:
-        raise UserError(f"{path}: holds no tensors")
+        raise UserError(f"{path}: holds no tensors by name")
     if file.name in _WEIGHTS:  # what lies beside a file of another name may be of another model
         config |= files.read_json(file.with_name("config.json"))
         preprocessor = files.read_json(file.with_name("preprocessor_config.json"))
+        beside = [x for x in _WEIGHTS if file.with_name(x).is_file() and x != file.name]
+        container += f" ({file.name}, not {' or '.join(beside)} beside it)" if beside else ""
     return Content(path, container, tensors, config, preprocessor)
 
 
@@ -110,7 +145,9 @@ def weights_in(folder: Path) -> Path | None:
 def sha256(path: Path) -> str:
     """The hash of a file, or of the files with a folder's weights, one after the other."""
     found = weights_in(path) or path
-    parts = {x.where for x in _parts(found).values()} if found.name == _INDEX else {found}
+    parts = {found}
+    if found.name in _INDEXES:
+        parts = {x.where for x in _parts(found)[1].values()}
     digest = hashlib.sha256()
     for part in sorted(parts):
         with part.open("rb") as file:
@@ -118,8 +155,51 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors, and what the header says besides."""
+# The name of the format, the tensors by name, and what is written beside them.
+_Read = tuple[str, dict[str, Stored], dict]
+
+
+def _read_file(path: Path) -> _Read:
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+        if head[4:9] == b"\0\0\0\0{":  # the length of the header, and the header, which is JSON
+            return _safetensors(path)
+        if head.startswith(b"\x80"):
+            return _pickle(path, mapped=False)  # PyTorch's from before 2020, which is read whole
+        if head.startswith(b"PK\3\4"):
+            return _archive(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    text = head.lstrip(b"\xef\xbb\xbf\r\n ")
+    what = next((_OTHERS[x] for x in _OTHERS if text.startswith(x)), f"starts with {head[:8]!r}")
+    if not head:
+        what = "is empty; download it again"
+    elif head[257:262] == b"ustar":
+        what = "is a tar archive; unpack it first"
+    raise UserError(f"{path}: no file of PyTorch or safetensors: it {what}")
+
+
+def _archive(path: Path) -> _Read:
+    """The tensors of a zip archive, which PyTorch's files are, and others, too."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inside = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path}: not a whole PyTorch file: it is cut short or damaged") from error
+    kinds = {
+        "/constants.pkl": "TorchScript's archive",
+        "/data.pkl": "",
+        ".npy": "NumPy's archive",
+        "": "a zip archive of something else; unpack it first",
+    }
+    kind = next(x for x in kinds if not x or any(name.endswith(x) for name in inside))
+    if kind == "/data.pkl":
+        return _pickle(path, mapped=True)
+    raise UserError(f"{path}: no file of PyTorch or safetensors: it is {kinds[kind]}")
+
+
+def _safetensors(path: Path) -> _Read:
 
     def read(name):
         # Opened for each tensor, so that what was read is let go and never adds up.
@@ -134,23 +214,24 @@ def _safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
                 x = file.get_slice(name)
                 shape, floats = tuple(x.get_shape()), x.get_dtype() in _FLOATS
                 tensors[name] = Stored((name,), shape, partial(read, name), path, floats)
-            return tensors, file.metadata() or {}
+            return "safetensors", tensors, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file: {error}") from error
 
 
-def _parts(index: Path) -> dict[str, Stored]:
+def _parts(index: Path) -> _Read:
     places = files.read_json(index).get("weight_map")
     if not isinstance(places, dict) or any(type(name) is not str for name in places.values()):
         raise UserError(f"{index}: has no weight_map from names to files")
-    tensors: dict[str, Stored] = {}
+    container, tensors = "", dict[str, Stored]()
     for name in sorted(set(places.values())):
         if Path(name).name != name or not (index.parent / name).is_file():
             raise UserError(f"{index}: its part {name!r} is not beside it")
-        tensors |= _safetensors(index.parent / name)[0]
+        container, part, _ = _read_file(index.parent / name)
+        tensors |= part
     if absent := set(places) - set(tensors):
         raise UserError(f"{index}: no part holds the tensor {min(absent)!r}")
-    return tensors
+    return f"{container}, in parts", tensors, {}
 
 
 def _torch(path: Path):
@@ -168,49 +249,70 @@ def _torch(path: Path):
 
 def _load(torch, path: Path, mapped: bool):
     """What `torch.save` wrote: tensors in plain containers."""
-    # MAE's own checkpoints carry their command line, which is a bag of names and values.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    known = [(_Unread, name) for name in _UNREAD]
+    with torch.serialization.safe_globals(known), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it cannot read it refuses
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
-def _pickle(path: Path) -> tuple[str, dict[str, Stored]]:
+def _leaves(torch, value, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every tensor in dicts in dicts, after the keys that lead to it."""
+    if torch.is_tensor(value):
+        yield keys, value
+    elif isinstance(value, Mapping) and len(keys) < _DEPTH:
+        for key, inner in value.items():
+            if isinstance(key, str):  # an optimizer's state has numbers
+                yield from _leaves(torch, inner, (*keys, key))
+
+
+def _pickle(path: Path, mapped: bool) -> _Read:
     torch = _torch(path)
-    mapped = zipfile.is_zipfile(path)  # a file from before 2020 is no archive, and is read whole
     try:
         saved = _load(torch, path, mapped)
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: refused: it is damaged, no file of PyTorch's, or holds more than tensors and "
-            "plain values; nothing in it was run"
-        ) from error
+        raise UserError(f"{path}: refused: {_refusal(path, str(error))}") from error
     # PyTorch has one for each way in which a file can be wrong.
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a whole PyTorch file: {first}") from error
-    keys = []
-    for _ in _WRAPPERS:  # at most one in the other
-        inner = next((k for k in _WRAPPERS if isinstance(saved, Mapping) and k in saved), None)
-        if inner is None or not isinstance(saved[inner], Mapping):
-            break
-        keys.append(inner)
-        saved = saved[inner]
     if not isinstance(saved, Mapping):
         raise UserError(f"{path}: holds {type(saved).__name__}, not tensors by name")
-    if odd := [k for k, x in saved.items() if not (isinstance(k, str) and torch.is_tensor(x))]:
-        raise UserError(f"{path}: {odd[0]!r} is not a tensor; is this a whole training state?")
 
-    def read(name):
+    def read(keys):
         # Mapped anew for each tensor, for the same reason as above.
-        content = reduce(getitem, keys, _load(torch, path, mapped)) if mapped else saved
-        x = content[name].detach()
+        x = reduce(getitem, keys, _load(torch, path, mapped) if mapped else saved).detach()
         return (x.float() if x.dtype == torch.bfloat16 else x).contiguous().numpy().copy()
 
-    tensors = {}
-    for name, x in saved.items():
+    tensors: dict[str, Stored] = {}
+    for keys, x in _leaves(torch, saved):
+        name = ".".join(keys)
+        if name in tensors:
+            raise UserError(f"{path}: holds {name!r} twice")
         floats = x.layout == torch.strided and x.dtype.is_floating_point and x.dtype.itemsize > 1
-        tensors[name] = Stored((name,), tuple(x.shape), partial(read, name), path, floats)
-    inside = "".join(f"[{key!r}]" for key in keys)
-    return f"PyTorch {inside}".strip(), tensors
+        floats = floats and not x.is_meta
+        tensors[name] = Stored(keys[-1:], tuple(x.shape), partial(read, keys), path, floats)
+    if not tensors:  # arrays of NumPy are none
+        raise UserError(f"{path}: holds no tensors of PyTorch by name")
+    authors = saved.get("ctor_kwargs")
+    return "PyTorch", tensors, {"ctor_kwargs": authors} if isinstance(authors, Mapping) else {}
+
+
+def _refusal(path: Path, message: str) -> str:
+    """Why PyTorch refuses a pickle, by its message, and what to do."""
+    if name := re.search(r"GLOBAL ([\w.]+)", message):
+        why = f"it holds {name[1]}, which is neither a tensor nor a plain value"
+    elif "Unsupported operand" in message:
+        why = (
+            "it is damaged, or a pickle of protocol 4 or later, which PyTorch does not read safely"
+        )
+    else:
+        return "it is damaged, or no file of PyTorch's; nothing in it was run"
+    code = f"torch.save(torch.load({path.name!r}, weights_only=False)['model'], 'weights.pth')"
+    return (
+        f"{why}; nothing in it was run. If you trust the file, save its weights alone: "
+        f"python -c \"import torch; {code}\", with the key that they have in place of 'model' "
+        "(of a whole module .state_dict())"
+    )
 
 
 def write(
@@ -229,7 +331,7 @@ def write(
     """
     arrays = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
     draft = path.with_name(path.name + ".tmp")
-    torch = None if path.suffix in SAFETENSORS else _torch(path)
+    torch = None if path.suffix == ".safetensors" else _torch(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft.touch()  # safetensors makes files that no one else may read

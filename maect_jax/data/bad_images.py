@@ -8,6 +8,7 @@ import numpy as np
 from maect_jax import sharding
 from maect_jax.data import decode
 from maect_jax.data.base import Source
+from maect_jax.data.decode import Decoding
 from maect_jax.errors import BadImageError, RunFailedError
 
 _LOGGER = logging.getLogger(__name__)
@@ -21,8 +22,8 @@ class BadImages:
     may have been repaired.
     """
 
-    def __init__(self, source: Source, channels: int, allowed: float):
-        self._source, self._channels, self._allowed = source, channels, allowed
+    def __init__(self, source: Source, decoding: Decoding, allowed: float):
+        self._source, self._decoding, self._allowed = source, decoding, allowed
         self._bad: set[int] = set()
         self._named: dict[int, str] = {}
 
@@ -41,7 +42,7 @@ class BadImages:
         self._bad = sharding.gather_set(self._bad)
         for record in sorted(self._bad - self._named.keys()):
             try:
-                decode.pixels(self._source[record][0], self._channels)
+                decode.pixels(self._source[record][0], self._decoding)
                 reason = "it could be read a moment later"
             except (BadImageError, OSError) as error:
                 reason = str(error)

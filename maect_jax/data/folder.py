@@ -1,81 +1,86 @@
-"""Image files in a folder, listed once: the index of a large folder is saved."""
+"""Image files in a folder or on a bucket."""
 
-import contextlib
+import logging
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import stat
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
-from maect_jax import files
-from maect_jax.data.base import Source
-from maect_jax.errors import UserError
+from maect_jax.data import decode
+from maect_jax.data.base import Identity, Source, digest
+from maect_jax.errors import UserError, first_of
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-_LARGE = 10_000  # images from which on an index is worth its file
+_LOGGER = logging.getLogger(__name__)
+_THREADS = 8  # that list folders: on storage in a network each question takes time
+# What buckets call the time or the hash of a file, each its own.
+_STAMPS = ("mtime", "LastModified", "last_modified", "md5Hash", "ETag", "blob_id")
 
 
-class Index(NamedTuple):
-    """The files below a folder, as arrays, which are cheap to pass to worker processes."""
+class _File(NamedTuple):
+    """An image: its path below the folder, its size, and when it last changed."""
 
-    classes: np.ndarray  # names of the class folders, empty where there are none
-    names: np.ndarray  # the files' paths below the folder, uint8, joined by NUL
-    labels: np.ndarray  # int32, -1 for all files where there are no classes
-    folders: np.ndarray  # paths of all folders that were listed
-    changed: np.ndarray  # when each of these last gained or lost a file (ns); 0 on a bucket
+    path: str
+    size: int
+    time: object
 
-    @property
-    def ends(self) -> np.ndarray:
-        """Where each path ends in `names`."""
-        return np.append(np.flatnonzero(self.names == 0), len(self.names))
 
-    def is_valid(self) -> bool:
-        """Whether the arrays have the types and sizes of an index."""
-        kinds = "".join(array.dtype.kind for array in self if array.ndim == 1)
-        return (
-            kinds == "UuiUi"
-            and self.names.dtype == np.uint8
-            and len(self.ends) == len(self.labels)
-            and np.diff(self.ends, prepend=-1).min() > 1
-            and -1 <= self.labels.min() <= self.labels.max() < len(self.classes)
-        )
+@dataclass
+class _Listing:
+    """What is in some folder and below, without hidden files and folders."""
+
+    images: list[_File] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)  # other files, by their ending
+    classes: list[str] = field(default_factory=list)  # names of the folders in it, sorted
 
 
 class Folder(Source):
     """Image files `<root>/<class>/...`, the classes in alphabetical order; or files in `root`
-    itself, which have no label.
+    itself, which have no label. Files without the ending of an image are left out; a warning
+    counts them.
 
     Args:
       root: the folder; with the extra [gcs] on a bucket, `gs://...`.
       classes: to number the labels by, in place of `root`'s classes.
-      index_file: may hold the index where `root`'s parent is read-only or on a bucket.
 
     Raises:
       UserError: there is no such folder, no image in it or in one of its classes, a class that
         is not among `classes`, or a symbolic link that leads back into itself.
     """
 
-    def __init__(
-        self, root: str, classes: Sequence[str] | None = None, index_file: Path | None = None
-    ):
-        self._root, self._index_files = root, [index_file] if index_file else []
-        if not _is_remote(root):
-            self._root = os.path.abspath(root)
-            path = Path(self._root)
-            self._index_files.insert(0, path.parent / f".{path.name}.index.npz")
-        saved = self._saved_index()
-        self._is_new = saved is None
-        self._index = saved or _make_index(epath.Path(self._root), root)
-        self._ends = self._index.ends
-        self.classes, self.labels = self._index.classes.tolist(), self._index.labels
+    def __init__(self, root: str, classes: Sequence[str] | None = None):
+        self._root = root if _is_remote(root) else os.path.abspath(root)
+        try:
+            if not (_is_remote(root) or os.path.isdir(root)):
+                raise _error(f"there is no folder {root!r}{_beside(self._root)}")
+            found = _bucket(root) if _is_remote(root) else _tree(self._root)
+        except OSError as error:
+            raise _error(f"cannot list {root!r}: {error}") from error
+        self.classes, groups = found.classes, _groups(found, root)
+        files = [file for group in groups for file in sorted(group)]
+        # Arrays are cheap to pass to worker processes.
+        paths = b"\0".join(os.fsencode(file.path) for file in files)
+        self._paths = np.frombuffer(paths, np.uint8)
+        self._ends = np.append(np.flatnonzero(self._paths == 0), len(paths))
+        sizes = np.array([file.size for file in files])
+        times = "\n".join(str(file.time) for file in files).encode()
+        self.identity = Identity(len(files), digest(paths, sizes), digest(times))
+        # The images without a class have the label -1.
+        numbers = np.arange(-1, len(self.classes), dtype=np.int32)
+        self.labels = np.repeat(numbers, [len(group) for group in groups])
+        if found.others:
+            _LOGGER.warning("%s: left out %s", root, _counted(found.others))
         if classes is not None and self.classes:
             if unknown := sorted(set(self.classes) - set(classes)):
-                names = _first_names(unknown)
+                names = first_of(unknown)
                 raise _error(f"{root!r} has classes that the training images lack: {names}")
-            numbers = [classes.index(name) for name in self.classes]
-            self.labels = np.array(numbers, np.int32)[self.labels]
+            numbers = np.array([classes.index(name) for name in self.classes], np.int32)
+            self.labels = numbers[self.labels]
             self.classes = list(classes)
 
     def __len__(self) -> int:
@@ -87,104 +92,133 @@ class Folder(Source):
     def name(self, record: int) -> str:
         """The path of a file."""
         start = self._ends[record - 1] + 1 if record else 0
-        path = self._index.names[start : self._ends[record]].tobytes()
+        path = self._paths[start : self._ends[record]].tobytes()
         return os.path.join(self._root, os.fsdecode(path))
 
-    def _saved_index(self) -> Index | None:
-        """The index from its file, unless a folder has changed since."""
-        for path in self._index_files:
-            with contextlib.suppress(ValueError, TypeError):  # TypeError: arrays of other names
-                index = Index(**files.read_arrays(path))
-                folders = (os.path.join(self._root, name) for name in index.folders)
-                if index.is_valid() and [*map(_changed, folders)] == index.changed.tolist():
-                    return index
-        return None
 
-    def save_index(self) -> None:
-        """Saves the index of a large folder beside it or, where that fails, in `index_file`."""
-        for path in self._index_files if self._is_new and len(self) >= _LARGE else ():
-            with contextlib.suppress(OSError):  # a read-only folder
-                files.write_arrays(path, **self._index._asdict())
-                return
+def _beside(root: str) -> str:
+    """What there is in place of a folder that does not exist, as part of a message."""
+    parent = os.path.dirname(root)
+    if not os.path.isdir(parent):
+        return "; set config.data.path"
+    folders = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir())
+    return (
+        f"; {parent!r} has {f'the folders {first_of(folders)}' if folders else 'no folder'}. "
+        "config.data.train_split and val_split name that of each split; '.' is the folder itself"
+    )
 
 
 def _is_remote(path: str) -> bool:
     return "://" in path
 
 
-def _changed(folder: str) -> int:
-    try:
-        return 0 if _is_remote(folder) else os.stat(folder).st_mtime_ns
-    except OSError:
-        return -1
-
-
 def _error(text: str) -> UserError:
     return UserError(f"config.data.path: {text}")
 
 
-def _first_names(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
+def _counted(others: Counter[str]) -> str:
+    """Files by ending, as text: those that an extra reads, then the most frequent first."""
+    needs_extra, names = {ending: ending in decode.HEIF_ENDINGS for ending in others}, []
+    for ending in sorted(others, key=lambda x: (not needs_extra[x], -others[x], x)):
+        hint = " (needs the extra [heif])" if needs_extra[ending] else ""
+        names.append(f"{others[ending]} {ending or 'without an ending'}{hint}")
+    count = others.total()
+    return f"{count} file{'s' * (count != 1)}: {first_of(names)}"
 
 
-def _make_index(root: epath.Path, given: str) -> Index:
-    """Lists all folders below `root`, which the user called `given`."""
-    try:
-        exists = root.is_dir()
-    except Exception as error:  # each kind of bucket has its own
-        raise _error(f"cannot list {given!r}: {' '.join(str(error).split())}") from error
-    if not exists:
-        raise _error(f"there is no folder {given!r}")
-    # A folder's time is read before its files: a file that comes meanwhile makes a new index.
-    changed, real_root = {root: _changed(os.fspath(root))}, os.path.realpath(root)
-    class_folders, images = _listed(root)
-    if images and class_folders:
-        example = f"{given!r} has images beside its class folders, such as {images[0].name}"
+def _groups(found: _Listing, root: str) -> list[list[_File]]:
+    """The images without a class, then those of each class. Raises `UserError` if that is not what
+    a folder, which the user called `root`, can mean."""
+    classes = found.classes
+    groups: dict[str, list[_File]] = {name: [] for name in ("", *classes)}
+    for file in found.images:
+        name, slash, _ = file.path.partition("/")
+        groups[name if slash else ""].append(file)
+    if groups[""] and classes:
+        example = f"{root!r} has images beside its class folders, such as {min(groups[''])[0]}"
         raise _error(f"{example}; expected <class>/<image>, or images alone, without labels")
-    classes = [folder.name for folder in class_folders]
-    # The images without a class, which have the label -1, then those of each class.
-    walked = [images, *(_walk(folder, changed, (real_root,)) for folder in class_folders)]
-    groups = [sorted(map(os.fspath, group)) for group in walked]
-    if not any(groups):
+    left_out = f" (left out {_counted(found.others)})" if found.others else ""
+    if not found.images:
         raise _error(
-            f"no images below {given!r}; expected <class>/<image>, or images alone, with one of "
-            f"the endings {' '.join(SUFFIXES)}"
+            f"no images below {root!r}{left_out}; expected <class>/<image>, or images alone, with "
+            "an ending of one of Pillow's formats, such as .jpg or .png"
         )
-    if empty := [name for name, group in zip(classes, groups[1:], strict=True) if not group]:
-        raise _error(f"no images in these classes of {given!r}: {_first_names(empty)}")
-    start = len(os.fspath(root).rstrip("/")) + 1
-    names = [os.fsencode(path[start:]) for group in groups for path in group]
-    return Index(
-        classes=np.array(classes, dtype=str),
-        names=np.frombuffer(b"\0".join(names), np.uint8),
-        labels=np.repeat(np.arange(-1, len(classes), dtype=np.int32), list(map(len, groups))),
-        folders=np.array([os.fspath(folder)[start:] for folder in changed], dtype=str),
-        changed=np.array(list(changed.values())),
-    )
+    if empty := [name for name in classes if not groups[name]]:
+        raise _error(f"no images in these classes of {root!r}: {first_of(empty)}{left_out}")
+    return list(groups.values())
 
 
-def _listed(folder: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
-    """The folders and the images in a folder, in alphabetical order, without hidden ones."""
+def _bucket(root: str) -> _Listing:
+    """Lists a folder of a bucket. Sizes and times come with the names."""
+    import fsspec  # slow to import, and only buckets need it
+
     try:
-        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    except OSError as error:
-        raise _error(f"cannot list {str(folder)!r}: {error}") from error
-    # What has the ending of an image is taken for one: on a bucket each question takes time.
-    images = [entry for entry in entries if entry.suffix.lower() in SUFFIXES]
-    others = (entry for entry in entries if entry.suffix.lower() not in SUFFIXES)
-    return [entry for entry in others if entry.is_dir()], images
+        storage, top = fsspec.core.url_to_fs(root)
+        entries = list(storage.ls(top, detail=True))
+        folders = [entry["name"] for entry in entries if entry["type"] == "directory"]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for below in pool.map(lambda name: storage.find(name, detail=True), folders):
+                entries += below.values()
+    except FileNotFoundError:
+        raise _error(f"there is no folder {root!r}") from None
+    except Exception as error:  # each kind of bucket has its own
+        raise _error(f"cannot list {root!r}: {' '.join(str(error).split())}") from error
+    found, start = _Listing(), len(top.rstrip("/")) + 1
+    for entry in entries:
+        path = entry["name"][start:].rstrip("/")
+        if not path or "/." in f"/{path}":  # the folder itself, or what is hidden
+            continue
+        if entry["type"] == "directory":
+            found.classes.append(path)
+        elif (ending := decode.ending(path)) in decode.endings():
+            stamps = [str(entry[key]) for key in _STAMPS if key in entry]
+            found.images.append(_File(path, entry["size"], stamps))
+        else:
+            found.others[ending] += 1
+    found.classes.sort()
+    return found
 
 
-def _walk(folder: epath.Path, changed: dict[epath.Path, int], above: tuple[str, ...]) -> Iterator:
-    """Yields the images below a folder, whose parents are `above` (real paths); notes in `changed`
-    when each folder changed."""
-    path = os.fspath(folder)
-    real = path if _is_remote(path) else os.path.realpath(path)
-    if real in above:
-        raise _error(f"{path!r} is a symbolic link that leads back into itself")
-    changed[folder] = _changed(path)
-    folders, images = _listed(folder)
-    yield from images
-    for inner in folders:
-        yield from _walk(inner, changed, (*above, real))
+def _tree(root: str) -> _Listing:
+    """Lists a folder on disk."""
+    found = _Listing()
+    # Folders to list: their paths below `root`, and the real ones from `root` to them.
+    level = [("", (os.path.realpath(root),))]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        while level:
+            listed = list(pool.map(lambda folder: _scan(root, *folder), level))
+            level = [inner for _, folders in listed for inner in folders]
+            for part, _ in listed:
+                found.images += part.images
+                found.others += part.others
+            found.classes = found.classes or sorted(path for path, _ in level if "/" not in path)
+    return found
+
+
+def _scan(root: str, path: str, above: tuple[str, ...]) -> tuple[_Listing, list]:
+    """Lists one folder below `root`; returns it and the folders in it, as `_tree` takes them."""
+    found, folders, endings = _Listing(), [], decode.endings()
+    with os.scandir(os.path.join(root, path)) as entries:
+        for entry in entries:
+            name = f"{path}/{entry.name}" if path else entry.name
+            ending = decode.ending(entry.name)
+            if entry.name.startswith("."):
+                continue
+            if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
+                real = os.path.join(above[-1], entry.name)
+                if entry.is_symlink() and (real := os.path.realpath(entry)) in above:
+                    raise _error(f"{entry.path!r} is a symbolic link that leads back into itself")
+                folders.append((name, (*above, real)))
+            elif ending in endings:
+                try:
+                    about = entry.stat()
+                except OSError:  # a broken link, which is named when it is read
+                    found.images.append(_File(name, -1, 0))
+                    continue
+                if stat.S_ISREG(about.st_mode):
+                    found.images.append(_File(name, about.st_size, about.st_mtime_ns))
+                else:  # a pipe, which might never end
+                    found.others[f"{ending} that is no file"] += 1
+            else:
+                found.others[ending] += 1
+    return found, folders

@@ -6,13 +6,18 @@ of that batch that its devices hold. An image's randomness derives from (seed, e
 so the same crops come out on any number of hosts, workers or threads, and after any restart.
 """
 
+import logging
+import math
 import multiprocessing
 import os
+import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from etils import epy
@@ -20,6 +25,7 @@ from etils import epy
 from maect_jax.data import decode, transforms
 from maect_jax.data.arrays import Arrays
 from maect_jax.data.base import Source
+from maect_jax.data.decode import Decoding
 from maect_jax.data.randaugment import randaugment
 from maect_jax.data.transforms import Range, Shape
 from maect_jax.errors import BadImageError, RunFailedError
@@ -27,8 +33,16 @@ from maect_jax.errors import BadImageError, RunFailedError
 with epy.lazy_imports():  # when it is first used
     import grain
 
+AUTO = -1  # as many workers as the cores and the work warrant
 _BUFFERED = 4  # batches made ahead of the step
+_IMAGES_PER_WORKER = 1000  # with fewer, a process takes longer to start than it saves
+# Batches of a worker in shared memory: one that it makes, one in its queue, and as many on this
+# side.
+_SHARED_BATCHES = 4
+_SHM, _PAGE = Path("/dev/shm"), 4096  # shared memory; bytes that its smallest array takes
+_EXIT_CODE = re.compile(r"Worker process was terminated unexpectedly with exit code (-?\d+)")
 _MAX_TRIES = 100  # records in a row, to find a readable image
+_LOGGER = logging.getLogger(__name__)
 
 
 @lru_cache(maxsize=4)
@@ -50,13 +64,14 @@ class Order:
     steps: int
     seed: tuple[int, ...]
     rows: np.ndarray  # of each global batch, those that this process reads
+    done: int = 0  # steps of an earlier call, whose batches are left out
 
     def __len__(self) -> int:
-        return self.steps * len(self.rows)
+        return (self.steps - self.done) * len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         step, row = divmod(int(index), len(self.rows))
-        epoch, records = self.of_step(step)
+        epoch, records = self.of_step(self.done + step)
         return epoch, int(records[row])
 
     def of_step(self, step: int) -> tuple[int, np.ndarray]:
@@ -76,7 +91,7 @@ class TrainRecord:
     """
 
     source: Source
-    channels: int
+    decoding: Decoding
     size: Shape
     scales: tuple[Range, ...]
     seed: tuple[int, ...]
@@ -87,6 +102,13 @@ class TrainRecord:
         """Whether images are passed on whole."""
         return self.source.shape is not None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pixels of an example."""
+        if self.whole and self.source.shape:
+            return math.prod(self.source.shape)
+        return len(self.scales) * math.prod(self.size) * self.decoding.channels
+
     def __call__(self, key: tuple[int, int]) -> dict[str, np.ndarray | np.generic]:
         epoch, record = key
         for tries in range(_MAX_TRIES):
@@ -94,7 +116,7 @@ class TrainRecord:
             try:
                 content, label = self.source[index]
                 if self.whole:
-                    image = decode.pixels(content, self.channels)
+                    image = decode.pixels(content, self.decoding)
                 else:
                     image = self._views(np.random.default_rng((*self.seed, *key)), content)
                 break
@@ -111,11 +133,12 @@ class TrainRecord:
 
     def _views(self, rng: np.random.Generator, image) -> np.ndarray:
         if not self.scaled_jpeg:
-            image = decode.pixels(image, self.channels)
-        shape = decode.shape(image)  # of the whole image, which may be decoded smaller
+            image = decode.pixels(image, self.decoding)
+        # Of the whole image, which may be decoded smaller.
+        shape = decode.shape(image, self.decoding)
         boxes = [transforms.random_crop_box(rng, shape, scale) for scale in self.scales]
         flips = rng.random(len(boxes)) < 0.5
-        image = decode.pixels(image, self.channels, transforms.min_scale(boxes, self.size))
+        image = decode.pixels(image, self.decoding, transforms.min_scale(boxes, self.size))
         views = [transforms.crop_resize(image, box, self.size, shape) for box in boxes]
         return np.stack([v[:, ::-1] if flip else v for v, flip in zip(views, flips, strict=True)])
 
@@ -143,17 +166,22 @@ class EvalRecord:
     """
 
     source: Source
-    channels: int
+    decoding: Decoding
     size: Shape
     short_side: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pixels of an example."""
+        return math.prod(self.size) * self.decoding.channels
+
     def __call__(self, record: int) -> dict[str, np.ndarray | np.generic]:
-        crop, label, bad = np.zeros((*self.size, self.channels), np.uint8), -1, -1
+        crop, label, bad = np.zeros((*self.size, self.decoding.channels), np.uint8), -1, -1
         exists = record < len(self.source)
         try:
             if exists:
                 image, label = self.source[record]
-                pixels = decode.pixels(image, self.channels)
+                pixels = decode.pixels(image, self.decoding)
                 crop = transforms.centre_crop(pixels, self.short_side, self.size)
         except (BadImageError, OSError):
             bad = record
@@ -161,12 +189,15 @@ class EvalRecord:
         return {"image": crop, **numbers, "valid": np.bool_(exists and bad < 0)}
 
 
-def train_batches(order: Order, make_example: TrainRecord, workers: int):
-    """An iterator over this process's part of each global batch, as dicts of stacked arrays.
+Batches = Iterator[dict[str, np.ndarray]]  # of stacked arrays, by field; has `close()`
 
-    Its `get_state()` (plain JSON) and `set_state()` hold the position. With `workers` > 0 the
-    examples are made in that many processes, else in threads; those of images in memory always
-    in threads, or, if they are passed on whole, in one thread that makes a batch at a time.
+
+def train_batches(order: Order, make_example: TrainRecord, workers: int) -> Batches:
+    """Yields this process's part of each global batch.
+
+    The examples are made in so many processes, in threads if `workers` is 0 (`num_workers` for
+    `AUTO`); those of images in memory always in threads, or, if they are passed on whole, in one
+    thread that makes a batch at a time.
     """
     source = make_example.source
     if not (isinstance(source, Arrays) and make_example.whole):
@@ -183,38 +214,127 @@ def train_batches(order: Order, make_example: TrainRecord, workers: int):
             "bad": np.full(len(records), -1, np.int32),
         }
 
-    dataset = grain.MapDataset.range(order.steps).map(batch)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(1, _BUFFERED)))
+    dataset = grain.MapDataset.range(order.done, order.steps).map(batch)
+    return _closing(dataset.to_iter_dataset(grain.ReadOptions(1, _BUFFERED)))
 
 
 def eval_batches(
     make_example: EvalRecord, batch_size: int, workers: int, rows: np.ndarray, first: int = 0
-) -> Iterator[dict[str, np.ndarray]]:
-    """Every image once, in order, in this process's `rows` of each global batch, from batch number
-    `first` on. The last batch is padded to `batch_size` with rows whose `valid` is false.
+) -> Batches:
+    """Yields every image once, in order, in this process's `rows` of each global batch, from batch
+    number `first` on. The last batch is padded to `batch_size` with rows whose `valid` is false.
     """
     steps = -(-len(make_example.source) // batch_size)
     records = np.arange(steps * batch_size).reshape(steps, batch_size)[first:, rows]
     return _stream(records.ravel(), make_example, len(rows), workers)
 
 
-def _stream(keys: Order | np.ndarray, make: TrainRecord | EvalRecord, rows: int, workers: int):
-    """An iterator over the examples of some keys, in batches of `rows`, made ahead."""
+def _stream(
+    keys: Order | np.ndarray, make: TrainRecord | EvalRecord, rows: int, workers: int
+) -> Batches:
+    """Yields the examples of some keys, in batches of `rows`, made ahead."""
     dataset = grain.MapDataset.source(keys).map(make).batch(rows)
-    if not workers or make.source.in_memory:
-        return iter(dataset.to_iter_dataset(grain.ReadOptions(_BUFFERED, _BUFFERED)))
+    if make.source.in_memory:
+        workers = 0
+    if workers == AUTO:
+        workers = num_workers(len(keys))
+    if workers:
+        workers = _that_fit(workers, batch_bytes=rows * make.nbytes)
+    if not workers:
+        return _closing(dataset.to_iter_dataset(grain.ReadOptions(_BUFFERED, _BUFFERED)))
     # Python's resource tracker frees the shared memory of unread batches at the end, with a warning
     # on the terminal.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=1)
-    ahead = dataset.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(options, _init_worker)
-    return iter(ahead)
+    ahead = dataset.to_iter_dataset(grain.ReadOptions(1, 1))
+    return _closing(ahead.mp_prefetch(options, _init_worker))
+
+
+def _closing(dataset) -> Batches:
+    """Yields the elements of a dataset of grain, and ends its workers at the end.
+
+    Raises:
+      RunFailedError: a worker was killed.
+    """
+    stream = iter(dataset)
+    try:
+        yield from stream
+    except RuntimeError as error:
+        if not (killed := _EXIT_CODE.search(str(error))):
+            raise
+        raise RunFailedError(_reason(int(killed[1]))) from error
+    finally:
+        stream.close()
+
+
+def _reason(code: int) -> str:
+    """What the exit code of a worker that was killed means, and what to do."""
+    how = f"a worker process that reads images has ended with exit code {code}"
+    threads = "config.data.workers=0 reads in threads of the main process"
+    if code == -signal.SIGBUS:
+        return f"{how}: {_SHM} is full. In a container, set --shm-size=8g; {threads}"
+    if code == -signal.SIGKILL:
+        return f"{how}: it was killed, as where memory runs out. Set fewer config.data.workers"
+    return f"{how}. {threads}"
+
+
+def num_workers(images: int) -> int:
+    """The number of worker processes, 0 for threads, that so many images warrant here.
+
+    One core is left to the main process. A single worker is no faster than threads, since decoding
+    and resizing leave Python to other threads.
+    """
+    workers = min(_cores() - 1, images // _IMAGES_PER_WORKER)
+    return workers if workers > 1 else 0
+
+
+def _cores() -> int:
+    """The cores that this process may use: by its affinity, and by the quota of its container."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:
+        group = Path("/proc/self/cgroup").read_text(encoding="utf-8").rpartition("0::/")[2].strip()
+        path = Path("/sys/fs/cgroup", group, "cpu.max")
+        quota, period = map(int, path.read_text(encoding="utf-8").split())
+    except (OSError, ValueError):  # no such groups; "max", no quota
+        return cores
+    return min(cores, max(1, quota // period))
+
+
+def _that_fit(workers: int, batch_bytes: int) -> int:
+    """The most of `workers` processes whose batches fit into the free shared memory, 0 for threads.
+
+    A worker that fills it is killed. Docker gives a container 64 MB. Fewer than were asked for are
+    at least two (`num_workers`).
+    """
+    if sys.platform != "linux":
+        return workers
+    needed = _SHARED_BATCHES * (batch_bytes + 5 * _PAGE)
+    try:
+        memory = os.statvfs(_SHM)
+        free = memory.f_bavail * memory.f_frsize if os.access(_SHM, os.W_OK) else 0
+    except OSError:
+        free = 0
+    fitting = min(workers, free // needed)
+    if fitting < workers:
+        fitting = fitting if fitting > 1 else 0
+        _say_shared_memory(workers, fitting, free >> 20, -(-workers * needed >> 20))
+    return fitting
+
+
+@lru_cache(maxsize=1)  # an evaluation has a stream for each row and split
+def _say_shared_memory(workers: int, fitting: int, free: int, needed: int) -> None:
+    instead = f"{fitting} of them" if fitting else "threads"
+    _LOGGER.warning(
+        "%s has %d MiB free, and %d workers need %d: %s read the images. In a container, "
+        "--shm-size gives it more.", _SHM, free, workers, needed, instead,
+    )  # fmt: skip
 
 
 def _init_worker(*_) -> None:
-    """Ignores SIGTERM and SIGINT, which a terminal or a scheduler sends to all processes while the
-    main one still needs batches; exits when the main process ends, however it ends."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    """Ignores the signals that a terminal or a scheduler sends to all processes while the main one
+    still needs batches; exits when the main process ends, however it ends."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
     def follow(main):

@@ -3,22 +3,26 @@
 A new kind of source is a subclass of `Source` in a file of its own and a line in `KINDS`.
 """
 
-import hashlib
+import logging
 import math
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
+from etils import epath
 
 from maect_jax import config as configs
-from maect_jax.config import Rule, Rules, at_most, between, one_of
+from maect_jax.config import Rule, Rules, at_most, between, one_of, positive
 from maect_jax.data import arrays
-from maect_jax.data.base import Source
+from maect_jax.data.base import Identity, Source, digest
+from maect_jax.data.decode import Decoding
 from maect_jax.data.folder import Folder
-from maect_jax.errors import UserError
+from maect_jax.errors import UserError, first_of, shown
 
 SPLITS = ("train", "val")
+_LONGEST = 40  # characters of a class name that a figure has room for
+_LOGGER = logging.getLogger(__name__)
 
 
 class Blank(Source):
@@ -34,6 +38,10 @@ class Blank(Source):
 
     def __getitem__(self, record: int) -> tuple[np.ndarray, int]:
         return np.zeros(self.shape or (8, 8, self.channels), np.uint8), -1
+
+    @cached_property
+    def identity(self) -> Identity:
+        return Identity(len(self), digest(f"{self.channels} {self.shape}".encode()))
 
 
 class Tfds(Source):
@@ -72,7 +80,7 @@ class Tfds(Source):
 
     def __getitem__(self, record: int) -> tuple[bytes, int]:
         example = self.records[record]
-        return example["image"], int(example["label"])
+        return example["image"], int(example["label"]) if self.labelled else -1
 
     def name(self, record: int) -> str:
         """The file that a record was made from, where the set has it; else its number."""
@@ -80,78 +88,150 @@ class Tfds(Source):
             return self.records[record]["file_name"].decode()
         return f"{self._split}, record {record}"
 
+    @cached_property
+    def identity(self) -> Identity:
+        """Of the set's name and version, and of the names, sizes and times of the files that hold
+        the split, with the part that each has of it."""
+        info = self.records.dataset_info
+        parts = [info.full_name, str(len(self))]
+        times = []
+        for part in info.splits[self.records.split].file_instructions:
+            path = epath.Path(part.filename)
+            stat = path.stat()
+            parts.append(f"{path.name} {part.skip} {part.take} {stat.length}")
+            times.append(str(stat.mtime))
+        return Identity(len(self), *(digest("\n".join(x).encode()) for x in (parts, times)))
 
-# Called with the `data` section, the split's name in it, `channels`, `classes` and `index_file`.
+
+# Called with the `data` section, the split's name in it, `channels` and `classes`.
 KINDS: dict[str, Callable[..., Source]] = {
     "fashion_mnist": lambda data, name, **_: arrays.fashion_mnist(name),
-    "folder": lambda data, name, classes, index_file, **_: Folder(
-        os.path.join(data.path, name), classes, index_file
-    ),
+    "folder": lambda data, name, classes, **_: Folder(os.path.join(data.path, name), classes),
     "tfds": lambda data, name, channels, **_: Tfds(data.name, name, data.path, channels),
 }
 _CHANNELS = {"fashion_mnist": (1,)}  # others decode image files, to gray or RGB
 
 
-def make(
-    data, split: str, channels: int, classes: Sequence[str] | None = None, run: Path | None = None
-) -> Source:
+def make(data, split: str, channels: int, classes: Sequence[str] | None = None) -> Source:
     """The source that the `data` section of a config asks for.
 
     Args:
       data: the section. A path that ends in `.npz` is a file of arrays, whatever the source.
       split: one of `SPLITS`.
-      channels: 1 (gray) or 3 (RGB).
+      channels: 1 (gray) or 3 (RGB); of arrays of pixels, as many as they have.
       classes: of a folder, the training images' classes, by which all splits number their labels.
-      run: the run's folder, which may hold the index of a large folder of images.
+
+    Without labels, by `data.labels` or as training images that are all of one class: such a folder
+    is how people keep images without labels, and every result on one class is perfect.
 
     Raises:
       UserError: there are no such images, or they cannot have that many channels.
     """
+    source = _opened(data, split, channels, classes)
+    if data.labels == "none":
+        source.drop_labels("no labels (config.data.labels='none')")
+    elif split == "train" and (name := _only_class(source)):
+        source.drop_labels(f"no labels (train has one class, {name!r})")
+        _LOGGER.warning("the images have %s", source.no_labels)
+    return source
+
+
+def _opened(data, split: str, channels: int, classes: Sequence[str] | None) -> Source:
+    if data.path.endswith(".npz"):
+        return arrays.npz(data.path, split, _decoding(data, channels))
     allowed = _CHANNELS.get(data.source, (1, 3))
     if channels not in allowed:
         either = " or ".join(map(str, allowed))
         source = f"config.data.source={data.source!r}"
         raise UserError(f"config.model.channels={channels}: must be {either} for {source}")
-    if data.path.endswith(".npz"):
-        return arrays.npz(data.path, split, channels)
-    index_file = run / f"{split}.index.npz" if run else None
-    options = dict(channels=channels, classes=classes, index_file=index_file)
-    return KINDS[data.source](data, data[f"{split}_split"], **options)
+    return KINDS[data.source](data, data[f"{split}_split"], channels=channels, classes=classes)
+
+
+def _only_class(source: Source) -> str | None:
+    """The name of the class of all images, if they are of one."""
+    if source.reads_labels:  # to read them all takes as long as an epoch
+        return source.classes[0] if len(source.classes) == 1 else None
+    first = int(source.labels[0])
+    only = first >= 0 and bool((source.labels == first).all())
+    return class_name(source.classes, first) if only else None
 
 
 def splits(
-    data, needed: Sequence[str], channels: int, run: Path | None = None
+    data, needed: Sequence[str], channels: int, opened: Mapping[str, Source] | None = None
 ) -> dict[str, Source]:
-    """The sources of splits, by name, with one numbering of the classes. Raises as `make` does."""
-    images: dict[str, Source] = {}
+    """The sources of splits, by name, with one numbering of the classes: that of the training
+    images, without whose labels all are without. Some may be `opened` already. Raises as `make`
+    does."""
+    images = dict(opened or {})
     for split in needed:
-        classes = (images["train"].classes or None) if "train" in images else None
-        images[split] = make(data, split, channels, classes, run)
+        if split in images:
+            continue
+        train = images.get("train")
+        classes = (train.classes or None) if train else None
+        images[split] = source = make(data, split, channels, classes)
+        if train and train.no_labels != Source.no_labels:
+            source.drop_labels(train.no_labels)
+        elif train:
+            _compare_classes(split, source, train)
     return images
 
 
+def decoding(config) -> Decoding:
+    """How the images of a config become pixels."""
+    return _decoding(config.data, config.model.channels)
+
+
+def _decoding(data, channels: int) -> Decoding:
+    return Decoding(channels, data.range, data.max_pixels)
+
+
+def _compare_classes(split: str, source: Source, train: Source) -> None:
+    """Says which classes only one of two splits has."""
+    if any(images.reads_labels or not images.labelled for images in (source, train)):
+        return
+    mine, theirs = np.unique(source.labels), np.unique(train.labels)
+    for who, other, absent in (
+        (split, "train", np.setdiff1d(theirs, mine)),
+        ("train", split, np.setdiff1d(mine, theirs)),
+    ):
+        if len(absent):
+            names = [class_name(train.classes, label) for label in absent.tolist()]
+            _LOGGER.warning(
+                "%s has no image of %d of the %d classes of %s: %s",
+                who, len(absent), len(mine if other == split else theirs), other,
+                first_of(names),
+            )  # fmt: skip
+
+
 def class_name(classes: Sequence[str], label: int) -> str:
-    """The name of a label: "unlabelled" for -1, its number where the classes have no names."""
+    """The name of a label for people, `errors.shown`: "unlabelled" for -1, its number where the
+    classes have no names."""
     if label < 0:
         return "unlabelled"
-    return classes[label] if label < len(classes) else str(label)
+    return shown(classes[label], _LONGEST) if label < len(classes) else str(label)
 
 
 def labels_digest(source: Source) -> str:
     """A digest of the classes and labels of a source; empty where every record must be read."""
     if source.reads_labels:
         return ""
-    text = "\n".join(source.classes).encode() + np.asarray(source.labels).tobytes()
-    return hashlib.sha256(text).hexdigest()[:16]
+    text = "\n".join(source.classes).encode(errors="surrogateescape")
+    return digest(text, np.asarray(source.labels))
 
 
 # Rules of the `data` section
 
 RULES: Rules = {
     "source": one_of(KINDS),
+    "labels": one_of(("auto", "none")),
     "short_side": at_most(2**14),
-    "workers": between(0, 1024),
+    "workers": between(-1, 1024),
     "max_bad_fraction": between(0, 1),
+    "max_pixels": positive,
+    "range": Rule(
+        "(), or (BLACK, WHITE), the second number above the first",
+        lambda v, _: v == () or (len(v) == 2 and -math.inf < v[0] < v[1] < math.inf),
+    ),
     "mean": Rule("finite numbers", lambda v, _: all(map(math.isfinite, v))),
     "std": Rule("above 0", lambda v, _: all(0 < x < math.inf for x in v)),
 }
@@ -163,9 +243,9 @@ _PACKAGED: Rules = {
 
 def check(config) -> None:
     """Checks the `data` section of a config. Raises `UserError`."""
-    channels, side = config.model.channels, max(config.model.image_size)
+    channels, side = config.model.channels, min(config.model.image_size)
     per_channel = Rule(f"{channels} numbers, one per channel", lambda v, _: len(v) == channels)
-    large_enough = Rule(f"at least the larger side of the image, {side}", lambda v, _: v >= side)
+    large_enough = Rule(f"at least the shorter side of the image, {side}", lambda v, _: v >= side)
     of_model = {"mean": per_channel, "std": per_channel, "short_side": large_enough}
     packaged = _PACKAGED if config.data.source == "fashion_mnist" else {}
     for rules in (RULES, packaged, of_model):

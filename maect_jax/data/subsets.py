@@ -1,14 +1,17 @@
 """Parts of labelled images: a few of each class, a fraction of each, or those in a list."""
 
+import codecs
 import os
+from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from functools import cached_property, lru_cache
+from pathlib import Path
 
 import numpy as np
 
-from maect_jax.data.base import Source
-from maect_jax.errors import UserError
+from maect_jax.data import decode
+from maect_jax.data.base import Identity, Source, digest
+from maect_jax.errors import UserError, first_of
 
 
 class Subset(Source):
@@ -18,6 +21,7 @@ class Subset(Source):
         self.source, self.records = source, np.asarray(records)
         self.shape, self.classes, self.labelled = source.shape, source.classes, source.labelled
         self.in_memory, self.reads_labels = source.in_memory, source.reads_labels
+        self.no_labels = source.no_labels
 
     def __len__(self) -> int:
         return len(self.records)
@@ -31,6 +35,12 @@ class Subset(Source):
 
     def name(self, record: int) -> str:
         return self.source.name(int(self.records[record]))
+
+    @cached_property
+    def identity(self) -> Identity:
+        whole = self.source.identity
+        content = digest(whole.content.encode(), self.records.astype(np.int64))
+        return Identity(len(self), content, whole.times)
 
 
 def _ranks(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -59,39 +69,77 @@ def fraction_of(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return np.flatnonzero(ranks < np.maximum(np.round(fraction * counts), 1))
 
 
-def _without_suffix(name: str) -> PurePosixPath:
-    path = PurePosixPath(name)
-    return path.parent / path.stem
+def _without_ending(path: str) -> str:
+    ending = decode.ending(path)
+    is_known = ending in decode.endings() or ending in decode.HEIF_ENDINGS
+    return path[: -len(ending)] if is_known else path
+
+
+def _read_list(path: str) -> list[str]:
+    """The lines of a text file that are not empty. Names need not be UTF-8."""
+    if not os.path.isfile(path):  # a pipe or a device may have no end
+        raise FileNotFoundError("there is no such file")
+    content = Path(path).read_bytes()
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode("utf-16" if is_utf16 else "utf-8-sig", "surrogateescape")
+    lines = (line.strip().removeprefix("./") for line in text.split("\n"))
+    return [line for line in lines if line]
+
+
+def _records_by_tail(listed: set[str], paths: Sequence[str]) -> dict[str, list[int]]:
+    """The records of the paths that end in each of the listed ones, whole names of folders."""
+    depths = {name.count("/") + 1 for name in listed}
+    found: dict[str, list[int]] = {}
+    for record, path in enumerate(paths):
+        parts = path.split("/")
+        for depth in depths:
+            if (tail := "/".join(parts[-depth:])) in listed and depth <= len(parts):
+                found.setdefault(tail, []).append(record)
+    return found
 
 
 def from_list(path: str, names: Sequence[str]) -> np.ndarray:
     """Record numbers of the images that the text file `path` lists, one name a line, in its order.
 
-    A name may have folders before it, and any ending or none. `names` are those of all images, by
-    record number.
+    A line names the image whose path ends in it, with as many folders as the line has. If there is
+    none, its ending does not matter, and it may have none.
+
+    Args:
+      path: of the list.
+      names: of all images, by record number.
 
     Raises:
-      UserError: there is no such file, or no image with one of its names.
+      UserError: there is no such file; a line names no image, or several; or two lines name one.
     """
     where = f"list {path!r}"
     try:
-        if not os.path.isfile(path):  # a pipe or a device may have no end
-            raise FileNotFoundError("there is no such file")
-        lines = [line.strip() for line in Path(path).read_text().splitlines()]
+        listed = _read_list(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: cannot be read: {error}") from error
-    listed = [_without_suffix(line) for line in lines if line]
     if not listed:
         raise UserError(f"{where}: is empty; expected one image name a line")
-    paths = [_without_suffix(name).parts for name in names]
-    depths = {len(name.parts) for name in listed}
-    records = {parts[-depth:]: i for depth in depths for i, parts in enumerate(paths)}
-    if unknown := [str(name) for name in listed if name.parts not in records]:
-        raise UserError(
-            f"{where}: {len(unknown)} of its {len(listed)} names are not among the "
-            f"{len(names)} training images, such as {unknown[0]!r}"
+    found = _records_by_tail(set(listed), names)
+    if rest := {line: _without_ending(line) for line in listed if line not in found}:
+        stems = _records_by_tail(set(rest.values()), [_without_ending(name) for name in names])
+        found |= {line: stems[stem] for line, stem in rest.items() if stem in stems}
+    problems = []
+    if absent := [line for line in listed if line not in found]:
+        problems.append(
+            f"{len(absent)} of its {len(listed)} names are not among the {len(names)} training "
+            f"images: {first_of(absent)}"
         )
-    return np.array([records[name.parts] for name in listed])
+    if several := [line for line in found if len(found[line]) > 1]:
+        candidates = first_of([names[record] for record in found[several[0]]])
+        problems.append(
+            f"{len(several)} of its {len(listed)} names are each of several images: "
+            f"{first_of(several)} (the first is {candidates}); write more of their paths"
+        )
+    if problems:
+        raise UserError(f"{where}: {'; '.join(problems)}")
+    records = Counter(found[line][0] for line in listed)
+    if twice := [names[record] for record, lines in records.items() if lines > 1]:
+        raise UserError(f"{where}: images that are listed twice: {first_of(twice)}")
+    return np.array(list(records))
 
 
 @lru_cache(maxsize=1)  # a run asks several times, and names may take a pass over a prepared set

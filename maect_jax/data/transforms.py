@@ -11,6 +11,7 @@ Shape = tuple[int, int]  # height, width
 Range = tuple[float, float]  # low, high
 Box = tuple[int, int, int, int]  # top, left, height, width
 RATIO = (3 / 4, 4 / 3)  # range of a random crop's width / height, drawn log-uniformly
+_LONGEST = 64  # times the side of a crop for evaluation, of an image that is resized whole
 
 
 def random_crop_box(rng: np.random.Generator, shape: Shape, scale: Range) -> Box:
@@ -48,8 +49,9 @@ def _resize(image: np.ndarray, size: Shape) -> np.ndarray:
     if image.shape[2] == 3:
         pixels = np.ascontiguousarray(image)
         return np.asarray(imgproc.resize(pixels, (height, width), "bicubic", antialias=True))
-    picture = Image.fromarray(image[..., 0])
-    return np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC))[..., None]
+    channels = map(Image.fromarray, np.moveaxis(image, -1, 0))
+    resized = (picture.resize(size[::-1], Image.Resampling.BICUBIC) for picture in channels)
+    return np.stack([*map(np.asarray, resized)], axis=-1)
 
 
 def min_scale(boxes: list[Box], size: Shape) -> float:
@@ -76,12 +78,23 @@ def crop_resize(image: np.ndarray, box: Box, size: Shape, shape: Shape | None = 
 
 
 def centre_crop(image: np.ndarray, short_side: int, size: Shape) -> np.ndarray:
-    """Crop for evaluation: resizes the short side to `short_side`, then cuts the centre `size`.
+    """Crop for evaluation: resizes an image until it just covers a box, then cuts the centre.
 
-    Where sides do not divide, both are rounded as in torchvision's `Resize` and `CenterCrop`.
+    The box has the aspect of `size` and a shorter side of `short_side`. For a square that is
+    torchvision's `Resize` and `CenterCrop`; where sides do not divide, both are rounded as there.
     """
-    shorter = min(image.shape[:2])
-    target = tuple(short_side * side // shorter for side in image.shape[:2])
-    image = _resize(image, target)
-    top, left = (round((have - want) / 2) for have, want in zip(target, size, strict=True))
-    return image[top : top + size[0], left : left + size[1]]
+    height, width = (round(short_side * side / min(size)) for side in size)
+    # Resizing a line of pixels whole would take gigabytes.
+    scale = min(image.shape[0] / height, image.shape[1] / width)
+    image = _centre(image, (round(_LONGEST * height * scale), round(_LONGEST * width * scale)))
+    rows, cols = image.shape[:2]
+    fits_height = height * cols >= width * rows  # it is wider than the box
+    target = (height, height * cols // rows) if fits_height else (width * rows // cols, width)
+    return _centre(_resize(image, target), size)
+
+
+def _centre(image: np.ndarray, size: Shape) -> np.ndarray:
+    """The centre of an image, at most `size`."""
+    height, width = map(min, image.shape, size)
+    top, left = round((image.shape[0] - height) / 2), round((image.shape[1] - width) / 2)
+    return image[top : top + height, left : left + width]

@@ -91,7 +91,9 @@ class Protocol:
     def skip_reason(self, row: Row) -> str:
         """Why it cannot run on these features; empty if it can."""
         labelled = "val" in row.features and all(part.labelled for part in row.features.values())
-        return "the images have no labels" if self.needs_labels and not labelled else ""
+        if not self.needs_labels or labelled:
+            return ""
+        return f"the images have {row.images['train'].no_labels}"
 
     def run(self, row: Row) -> Result:
         """Evaluates a row; all processes call it."""

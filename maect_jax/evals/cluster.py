@@ -158,7 +158,8 @@ class Cluster(Protocol):
         if not section.clusters and not images[split].labelled:
             raise UserError(
                 f"config.eval.cluster.clusters=0: means as many as classes, but the {split} images "
-                "have no labels; set the number of clusters"
+                f"have {images[split].no_labels}; set the number, such as "
+                "--config.eval.cluster.clusters=20"
             )
         for key in ("pca", "clusters"):
             if section[key] > count:
@@ -200,11 +201,12 @@ class Cluster(Protocol):
             if arrays := {key: x.tolist() for key, x in self.read_arrays(run.folder, name).items()}:
                 clusters[name] = dict(zip(arrays["index"], arrays["clusters"], strict=True))
                 labels |= zip(arrays["index"], arrays["labels"], strict=True)
+        titles = dict(enumerate(source.classes))  # as they are, also where they are no UTF-8
         text = io.StringIO()
         lines = csv.writer(text, lineterminator="\n")
         lines.writerow(["image", "label", *clusters])
         for record, label in sorted(labels.items()):
-            title = sources.class_name(source.classes, label) if label >= 0 else ""
+            title = titles.get(label, label) if label >= 0 else ""
             numbers = (of_row.get(record, "") for of_row in clusters.values())
             lines.writerow([source.name(record), title, *numbers])
         files.write_text(run.folder / "clusters.csv", text.getvalue())

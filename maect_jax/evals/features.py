@@ -105,13 +105,12 @@ def stored(
       batch_size: images a batch.
       batches: the batches from a number on.
     """
-    made_of = json.loads(json.dumps(made_of))
     saved = _saved(folder)
-    done = saved["done"] if saved and saved["settings"] == made_of else 0
+    done = saved["done"] if saved and saved["settings"] == as_json(made_of) else 0
     sharding.all_hosts(True)  # all have read before one writes
     if done < images:
         first = done // batch_size
-        state = {"settings": made_of, "images": images, "done": first * batch_size}
+        state = {"settings": as_json(made_of), "images": images, "done": first * batch_size}
         _write(folder, state, batches(first))
     sharding.all_hosts(True)
     return load(folder)
@@ -164,6 +163,17 @@ def _saved(folder: Path) -> dict:
     return saved if whole and "settings" in saved else {}
 
 
+def as_json(made_of: dict) -> dict:
+    """Plain JSON as it is read again: tuples are lists."""
+    return json.loads(json.dumps(made_of))
+
+
+def saved_made_of(folder: Path) -> dict:
+    """What the features in a folder are made of (`stored`); empty if there are none."""
+    settings = _saved(folder).get("settings")
+    return settings if isinstance(settings, dict) else {}
+
+
 def is_whole(folder: Path) -> bool:
     """Whether a folder has the features of all images."""
     saved = _saved(folder)
@@ -191,7 +201,11 @@ def parts(
 
 def export(path: Path, features: Features, names: Sequence[str]) -> None:
     """Writes a `.npz` (`features` fp32 `[N, D]`, `label`, `index`, `name`) or a `.parquet` (the
-    same as columns, a list of D numbers a row), as the suffix says. `names` are of these images."""
+    same as columns, a list of D numbers a row), as the suffix says. `names` are of these images.
+
+    Bytes of a name that are no UTF-8 are those of `os.fsdecode` in a `.npz`, and written as their
+    numbers in a `.parquet`, which cannot hold them.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft, (x, labels, index) = path.with_suffix(".tmp"), features
     if path.suffix == ".npz":
@@ -202,7 +216,9 @@ def export(path: Path, features: Features, names: Sequence[str]) -> None:
         import pyarrow.parquet as pq
 
         flat = pa.array(np.ascontiguousarray(x).ravel())  # no copy of what lies on disk
-        columns = {"name": pa.array(names, pa.string()), "label": labels, "index": index}
+        utf8 = [name.encode(errors="backslashreplace") for name in names]
+        name = pa.array(utf8, pa.binary()).cast(pa.string())
+        columns = {"name": name, "label": labels, "index": index}
         columns["features"] = pa.FixedSizeListArray.from_arrays(flat, x.shape[1])
         pq.write_table(pa.table(columns), draft, row_group_size=_ROW_GROUP)
     draft.replace(path)

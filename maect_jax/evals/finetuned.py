@@ -18,7 +18,7 @@ from maect_jax.stages.finetune import Finetune
 def classify(run: Run, images: Mapping[str, Source], bad_images: BadImages) -> dict:
     """Classifies all held-out images and writes the accuracies into the run's `results.json`.
 
-    What is there already, of the same weights, is not computed again.
+    What is there already, of the same weights and images, is not computed again.
 
     Args:
       run: has a checkpoint of the stage, whose name its row and its entry in the results have.
@@ -26,15 +26,17 @@ def classify(run: Run, images: Mapping[str, Source], bad_images: BadImages) -> d
       bad_images: counts the held-out images that cannot be read; they are left out.
 
     Returns:
-      `top1` and `top5` (0 to 1), `images` and `training_images` (numbers), `settings`, `weights`.
+      `top1` and `top5` (0 to 1), `images` and `training_images` (numbers), `settings`, and
+      `made_of`, a digest of the weights and the held-out images.
     """
     config, results, name = run.config, runner.read_results(run.folder), Finetune.name
     section = config[name]
     folder = checkpoints.stage_folder(run.folder, name)
     parts = checkpoints.read_parts(folder, Finetune.saved, run.mesh)
-    weights = features.fingerprint(parts["params"])
+    weights = {"weights": features.fingerprint(parts["params"])}
+    made_of = features.digest(weights | runner.described(config, images["val"]))
     row, size = results.setdefault(name, {}), section.batch_size
-    if row.get(name, {}).get("weights") != weights:
+    if row.get(name, {}).get("made_of") != made_of:
         trained = Finetune.training_images(config, images["train"])
         stage = Finetune.for_images(config, trained)
         rank = partial(jax.jit(stage.ranked), parts["params"], parts["frozen"])
@@ -44,7 +46,7 @@ def classify(run: Run, images: Mapping[str, Source], bad_images: BadImages) -> d
             "images": len(ranked.labels),
             "training_images": len(trained),
             "settings": section.to_dict(),
-            "weights": weights,
+            "made_of": made_of,
         }
         if jax.process_index() == 0:
             files.write_json(run.folder / "results.json", results)

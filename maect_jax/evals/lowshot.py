@@ -142,8 +142,16 @@ class LowShot(Protocol):
 
     def settings(self, config) -> dict:
         lists = [Path(path) for path in config.eval.lowshot.lists]
-        texts = [path.read_text() if path.is_file() else "" for path in lists]
+        texts = [
+            path.read_text("utf-8", "surrogateescape") if path.is_file() else "" for path in lists
+        ]
         return super().settings(config) | {"texts": texts}
+
+    def check_training_images(self, config, images) -> None:
+        if config.eval.lowshot.lists and not images.reads_labels:  # or names are read as well
+            names = [images.name(record) for record in range(len(images))]
+            for path in config.eval.lowshot.lists:
+                subsets.from_list(path, names)
 
     def run(self, row: Row) -> Result:
         """Raises `UserError` if a list cannot be read or names an unknown image."""

@@ -39,7 +39,7 @@ class Monitor:
         for split, source in images.items():
             count = min(len(source), config.monitor.images)
             chosen = subsets.Subset(source, np.linspace(0, len(source) - 1, count).astype(int))
-            bad = BadImages(chosen, config.model.channels, config.data.max_bad_fraction)
+            bad = BadImages(chosen, sources.decoding(config), config.data.max_bad_fraction)
             self._extractions[split] = runner.Extraction(run, chosen, bad, batch_size=size)
 
     def __call__(self, state: TrainState) -> dict[str, float]:

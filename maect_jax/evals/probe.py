@@ -12,7 +12,7 @@ import optax
 
 from maect_jax import sharding
 from maect_jax.config import fraction, numbers_above_0, positive
-from maect_jax.data import augment, bad_images, loader, subsets
+from maect_jax.data import augment, bad_images, loader, sources, subsets
 from maect_jax.evals import features
 from maect_jax.evals.base import Protocol, Result, Row
 from maect_jax.evals.features import Features
@@ -222,12 +222,13 @@ class AugmentedProbe(Probe):
     def _batches(self, row: Row, train: Features, batch_size: int) -> Batches:
         data, model, mesh = row.config.data, row.config.model, row.run.mesh
         images, bad = row.images["train"], row.bad_images["train"]
+        decoding = sources.decoding(row.config)
         if len(train.records) < len(images):
             images = subsets.Subset(images, train.records)
-            bad = bad_images.BadImages(images, model.channels, data.max_bad_fraction)
+            bad = bad_images.BadImages(images, decoding, data.max_bad_fraction)
         section, size, seed = row.config.eval.probe, model.image_size, (row.config.seed, _SEED)
         scale, steps = section.crop_scale, len(images) // batch_size * section.epochs
-        make = loader.TrainRecord(images, model.channels, size, (scale,), seed, data.scaled_jpeg)
+        make = loader.TrainRecord(images, decoding, size, (scale,), seed, data.scaled_jpeg)
         recipe = augment.Recipe(size, scale, data.mean, data.std, (augment.Photometric(),))
         rows = sharding.local_rows(batch_size, mesh)
         order = loader.Order(len(images), batch_size, steps, seed, rows)

@@ -1,6 +1,7 @@
 """Runs an evaluation: features once, then every protocol on them."""
 
 import importlib.util
+import logging
 import sys
 import time
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from maect_jax.run import lineage
 from maect_jax.run.folder import Run
 from maect_jax.stages import SAVED
 
+_LOGGER = logging.getLogger(__name__)
 PIXELS = "pixels"
 AGAIN = "remove it and run the same command to measure again"
 RULES: Rules = {
@@ -37,6 +39,17 @@ RULES: Rules = {
     "map": one_of(maps.NAMES),
     "export": one_of(("", *features.EXPORTS)),
 } | {f"{p.section}.{key}": rule for p in PROTOCOLS.values() for key, rule in p.rules.items()}
+# Of `config.data`: where images are, how they are read, and what serves training alone.
+_NOT_IN_EXAMPLES = (
+    "source",
+    "path",
+    "name",
+    "train_split",
+    "val_split",
+    "workers",
+    "max_bad_fraction",
+    "scaled_jpeg",
+)
 _normalise = jax.jit(augment.normalise_pixels, static_argnums=(1, 2))
 
 folder_of = base.folder_of
@@ -67,8 +80,8 @@ def check_images(config: ConfigDict, images: Mapping[str, sources.Source]) -> No
 
 def record(config: ConfigDict, images: sources.Source) -> loader.EvalRecord:
     """What makes the examples of an evaluation."""
-    model = config.model
-    return loader.EvalRecord(images, model.channels, model.image_size, config.data.short_side)
+    size, short_side = config.model.image_size, config.data.short_side
+    return loader.EvalRecord(images, sources.decoding(config), size, short_side)
 
 
 @dataclass(frozen=True)
@@ -127,20 +140,58 @@ def _encoder(config: ConfigDict, saved: lineage.Saved | None, mesh):
     return features.encoder(module, params, pool), made_of, classifier
 
 
+def described(config: ConfigDict, images: sources.Source) -> dict:
+    """What the examples of an evaluation are made of (`record`), plain JSON."""
+    data = {key: x for key, x in config.data.to_dict().items() if key not in _NOT_IN_EXAMPLES}
+    return {
+        "data": data,
+        "size": list(config.model.image_size),
+        "images": images.identity._asdict(),
+        "labels": sources.labels_digest(images),
+    }
+
+
+def is_outdated(run: Path, row: str, images: Mapping[str, sources.Source]) -> bool:
+    """Whether the features of a row are of other images than these, by split; a warning says so."""
+    for split, source in images.items():
+        saved = features.saved_made_of(folder_of(run, row) / split)
+        difference = source.identity.difference(saved.get("images")) if saved else ""
+        if difference and jax.process_index() == 0:
+            _LOGGER.warning(
+                "%s: row %s is left out, as it was measured on other %s images (%s)",
+                run, row, split, difference,
+            )  # fmt: skip
+        if difference:
+            return True
+    return False
+
+
+def _remove_outdated(row: base.Row) -> None:
+    """Removes the arrays of protocols that are of other features than the row's now, and says what
+    has changed; the features themselves are written anew."""
+    folder = folder_of(row.run.folder, row.name)
+    for split, made_of in row.made_of.items():
+        before, now = features.saved_made_of(folder / split), features.as_json(made_of)
+        changed = [key for key in now if before and before.get(key) != now[key]]
+        if not changed or jax.process_index() != 0:
+            continue
+        if difference := row.images[split].identity.difference(before.get("images")):
+            changed[changed.index("images")] += f" ({difference})"
+        _LOGGER.warning("%s: computed anew; changed: %s", folder / split, ", ".join(changed))
+        for path in folder.glob("*.npz"):
+            path.unlink()
+
+
 def _row(run: Run, name: str, saved: lineage.Saved | None, images, bad_images) -> base.Row:
     """A row of the results with its features."""
-    config, data = run.config, run.config.data.to_dict()
+    config = run.config
     encode, encoder, classifier = _encoder(config, saved, run.mesh)
-    described = {key: data[key] for key in ("source", "path", "name", "mean", "std", "short_side")}
     inputs = dict(images=images, bad_images=bad_images, encode=encode, classifier=classifier)
     row = base.Row(run, name, **inputs)
     for split, source in images.items():
-        row.made_of[split] = encoder | {
-            "data": described | {"split": data[f"{split}_split"]},
-            "size": list(config.model.image_size),
-            "images": len(source),
-            "labels": sources.labels_digest(source),
-        }
+        row.made_of[split] = encoder | described(config, source)
+    _remove_outdated(row)
+    for split, source in images.items():
         bad, size = bad_images[split], config.eval.batch_size
         extraction = Extraction(run, source, bad, batch_size=size)
         row.features[split] = features.stored(
@@ -180,6 +231,9 @@ def run(
     measured |= encoders
     requested = [ON_REQUEST[name] for name in section.protocols]
     path, results = run.folder / "results.json", read_results(run.folder)
+    for name in [name for name in results if name not in measured]:
+        if is_outdated(run.folder, name, images):
+            del results[name]
     steps = len(measured) * (1 + len(requested))
     with tqdm(total=steps, desc="eval", unit="step", disable=not is_writer) as bar:
         for name, saved in measured.items():
@@ -224,6 +278,8 @@ def _evaluate(row: base.Row, protocol: base.Protocol, entry: dict) -> None:
         return
     start = time.monotonic()
     reason = protocol.skip_reason(row)
+    if reason and jax.process_index() == 0:
+        _LOGGER.warning("%s: %s is skipped: %s", row.name, name, reason)
     result = base.Result({"skipped": reason}) if reason else protocol.run(row)
     if result.arrays and jax.process_index() == 0:
         files.write_arrays(path, **result.arrays)  # before the results, which say that it is there
@@ -236,7 +292,9 @@ def _evaluate(row: base.Row, protocol: base.Protocol, entry: dict) -> None:
 def _export(row: base.Row, entry: dict) -> None:
     kind, folder = row.config.eval.export, row.run.folder / "export"
     paths = {split: folder / f"{row.name}_{split}.{kind}" for split in row.features}
-    made_with = features.digest({"features": row.made_of, "kind": kind})
+    # Names begin with the folder of the images.
+    first = {split: source.name(0) for split, source in row.images.items()}
+    made_with = features.digest({"features": row.made_of, "kind": kind, "first": first})
     if entry["made_with"].get("export") == made_with and all(p.exists() for p in paths.values()):
         return
     for split, path in paths.items():

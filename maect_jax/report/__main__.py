@@ -1,7 +1,7 @@
 """Makes the report of a run again from its folder; of several runs, also a report that compares
 them, and prints their results as mean +- standard deviation.
 
-    python -m maect_jax.report RUN [RUN ...] [--out=comparison.html]
+    maect report RUN [RUN ...] [--out=comparison.html]
 """
 
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from etils import epy
 
-from maect_jax import errors
+from maect_jax import errors, files
 from maect_jax.errors import UserError
 
 with epy.lazy_imports():  # with JAX and matplotlib, which take seconds: `--help` does not wait
@@ -20,9 +20,14 @@ with epy.lazy_imports():  # with JAX and matplotlib, which take seconds: `--help
 
 def main() -> None:
     parser = errors.OneLineParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the comparison of several runs (comparison.html)"
+        "runs", nargs="+", type=files.user_path, metavar="RUN", help="the folder of a run"
+    )
+    parser.add_argument(
+        "--out",
+        type=files.user_path,
+        metavar="FILE",
+        help="the comparison of several runs (comparison.html)",
     )
     arguments = parser.parse_args()
     runs = {run.resolve(): run for run in arguments.runs}
@@ -31,9 +36,10 @@ def main() -> None:
         raise UserError(f"--out={out}: must name a file in a folder that can be written")
     if len(runs) == 1 and arguments.out:
         raise UserError(f"--out={out}: is for the comparison of several runs. Name several.")
+    configs = {folder: build.read_config(run) for folder, run in runs.items()}
     histories = {}
     for folder, run in runs.items():
-        images = pipeline.open_images(build.read_config(run), run)
+        images = pipeline.open_images(configs[folder])
         print(build.report(run, images), flush=True)
         histories[folder] = build.read_history(run, images)
     if len(runs) > 1:

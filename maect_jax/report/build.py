@@ -1,6 +1,7 @@
 """Builds the report of a run from its folder: `report.html`, `results.md` and `pictures/`."""
 
 import itertools
+import logging
 import re
 import shutil
 import statistics
@@ -20,13 +21,14 @@ from ml_collections import ConfigDict
 from maect_jax import config as configs
 from maect_jax import files
 from maect_jax.data.sources import Source
-from maect_jax.errors import UserError
+from maect_jax.errors import UserError, first_of
 from maect_jax.evals import cluster, features, maps, paper, runner, table
 from maect_jax.models import vit
 from maect_jax.report import plots, sheets, style
 from maect_jax.run import jsonl, snapshots
 from maect_jax.stages import SAVED, STAGES
 
+_LOGGER = logging.getLogger(__name__)
 MAP_IMAGES = 1_000  # more make a cloud, and t-SNE slow
 _DATA_KEYS = ("source", "path", "name", "train_split", "val_split", "short_side")
 _PERCENT = "{:.1%}"
@@ -227,12 +229,13 @@ class _RunFigures:
 
     @cached_property
     def rows(self) -> list[str]:
-        """Rows of the results with features on disk, without raw pixels: stages that train without
-        labels, the last one first, then the others."""
+        """Rows of the results with features of the images on disk, without raw pixels: stages that
+        train without labels, the last one first, then the others."""
         order = [name for name, stage in STAGES.items() if not stage.needs_labels][::-1]
         rows = [row for row in dict.fromkeys([*order, *self.results]) if row in self.results]
         rows = [row for row in rows if runner.folder_of(self.folder, row).is_dir()]
-        return [row for row in rows if row != runner.PIXELS]
+        rows = [row for row in rows if row != runner.PIXELS]
+        return [row for row in rows if not runner.is_outdated(self.folder, row, self.images)]
 
     def draw(self) -> dict[str, Figure]:
         """Draws all that the run has the data for, by name. Raises `UserError` if it is damaged."""
@@ -253,10 +256,20 @@ class _RunFigures:
             for stage in STAGES
             for step, path in snapshots.saved(self.folder, stage).items()
         }
-        filled = [arrays for arrays in loaded.values() if "filled" in arrays]
-        looked_up = {title: arrays for title, arrays in loaded.items() if "neighbours" in arrays}
         figures, records = {}, self._records(self._split)
         with _reading(self.folder / "watch"):
+            of_others = [
+                t for t, arrays in loaded.items() if not snapshots.is_of(arrays, self.images)
+            ]
+            if of_others:
+                _LOGGER.warning(
+                    "%s: snapshots of other images are left out: %s",
+                    self.folder,
+                    first_of(of_others),
+                )
+            loaded = {title: arrays for title, arrays in loaded.items() if title not in of_others}
+            filled = [arrays for arrays in loaded.values() if "filled" in arrays]
+            looked_up = {t: arrays for t, arrays in loaded.items() if "neighbours" in arrays}
             for last in filled[-1:]:
                 images = np.stack([records(int(record))["image"] for record in last["index"]])
                 sheet = sheets.reconstructions(images, last["mask"], last["filled"])

@@ -76,7 +76,7 @@ def _names(folders: Collection[Path]) -> list[str]:
 
 def _link(report: Path, path: Path) -> str:
     """The relative link from a file to a report."""
-    return quote(os.path.relpath(report, path.resolve().parent))
+    return quote(os.fsencode(os.path.relpath(report, path.resolve().parent)))
 
 
 def _differences(runs: Mapping) -> dict[str, list[str]]:

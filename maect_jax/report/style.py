@@ -51,8 +51,9 @@ def hide_axes(axes) -> None:
 
 
 def to_rgb_image(image: np.ndarray) -> np.ndarray:
-    """uint8 `[H, W, C]`, gray or RGB, as `[H, W, 3]`."""
-    return np.broadcast_to(image, (*image.shape[:2], 3))
+    """uint8 `[H, W, C]` as `[H, W, 3]`: its first three channels, or the first as gray."""
+    shown = image[..., : 3 if image.shape[2] >= 3 else 1]
+    return np.broadcast_to(shown, (*image.shape[:2], 3))
 
 
 def show(axes, image: np.ndarray) -> None:

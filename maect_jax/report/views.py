@@ -1,13 +1,13 @@
 """Draws what a config trains on: some raw images, and the views that are made of them.
 
-    python -m maect_jax.report.views --config=configs/ct_aug_vith16.py --out=views.png
+    maect views --config=ct_aug_vith16 --out=views.png
 
 One block a stage, one row an image: the raw image, then its views in three epochs, as the step
 sees them.
 """
 
+import os
 import sys
-from pathlib import Path
 
 import numpy as np
 from etils import epy
@@ -15,14 +15,14 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from maect_jax import config as configs
-from maect_jax import errors
+from maect_jax import errors, files
 from maect_jax.errors import UserError
 
 with epy.lazy_imports():  # with JAX, which takes a second: `--help` and mistakes do not wait
     import jax
 
     from maect_jax import pipeline
-    from maect_jax.data import augment, decode, sources
+    from maect_jax.data import augment, decode, sources, values
     from maect_jax.report import sheets, style
     from maect_jax.stages import base
 
@@ -43,7 +43,8 @@ def views_of(config: ConfigDict, stage: "type[base.Stage]", images: "sources.Sou
         views = augment.denormalise(make_views(batch), config.data.mean, config.data.std)
         epochs.append(np.asarray(views))  # [images, views, H, W, C]
     # An image that cannot be read is replaced by another, whose number is its index.
-    raw = [decode.pixels(images[int(i)][0], config.model.channels) for i in batch["index"]]
+    decoding = sources.decoding(config)
+    raw = [decode.pixels(images[int(i)][0], decoding) for i in batch["index"]]
     return [[image, *views] for image, views in zip(raw, np.concatenate(epochs, 1), strict=True)]
 
 
@@ -79,11 +80,16 @@ def sheet(blocks: "dict[type[base.Stage], list[list[np.ndarray]]]") -> Image.Ima
 
 def main() -> None:
     parser = configs.parser(__doc__)
-    parser.add_argument("--out", type=Path, default="views.png", help="the picture (%(default)s)")
+    parser.add_argument(
+        "--out", type=files.user_path, default="views.png", help="the picture (%(default)s)"
+    )
     config, arguments = configs.from_command_line(parser)
+    if not os.access(arguments.out.parent, os.W_OK):
+        raise UserError(f"--out={arguments.out}: cannot be written: there is no such folder")
     stages = pipeline.stages_to_show(config)
     pipeline.check(config, devices=1)
     images = sources.make(config.data, "train", config.model.channels)
+    values.check([images], sources.decoding(config))
     drawn = sheet({stage: views_of(config, stage, images) for stage in stages})
     try:
         drawn.save(arguments.out)

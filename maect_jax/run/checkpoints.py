@@ -4,7 +4,7 @@ imported.
 A run keeps, for each stage and saved step:
 
     checkpoints/<stage>/<step>/state/               the `TrainState`, as orbax writes it
-    checkpoints/<stage>/<step>/position/metadata    JSON: position of the loader, steps, images
+    checkpoints/<stage>/<step>/position/metadata    JSON: steps and images of the stage
     checkpoints/<stage>/<step>/manifest.json        size and SHA-256 of each file (`manifest`)
 
 orbax writes a step beside and renames it; it counts only once it is sealed by its manifest. Before

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -14,17 +14,26 @@ from ml_collections import ConfigDict
 
 from maect_jax import __version__, files
 from maect_jax import config as configs
+from maect_jax.data.base import NEW_TIMES, Identity
 from maect_jax.errors import UserError
 from maect_jax.run import checkpoints, lineage, lock
 
 _LOGGER = logging.getLogger(__name__)
+_SHOWN = 5  # differing keys in an error
 # Config keys that may differ when a run resumes: they change how it runs and what it writes, not
 # what is computed. The mesh, the parts of a batch and what is computed twice change the rounding.
 _MAY_CHANGE = (
     "log_level", "log_every", "tensorboard", "profile", "debug_nans", "nan_policy", "nan_limit",
     "checkpoint.", "monitor.", "mesh.", "encoder_microbatches", "remat", "data.workers",
-    "data.max_bad_fraction", "eval.",
+    "data.max_bad_fraction", "data.max_pixels", "eval.",
 )  # fmt: skip
+
+# Keys that say where images are. What they are is in this file of a run.
+_WHERE_IMAGES_ARE = (
+    "data.source:", "data.path:", "data.name:", "data.train_split:", "data.val_split:",
+    "finetune.images:",
+)  # fmt: skip
+_IMAGES = "images.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +48,11 @@ class Run:
 
 
 @contextmanager
-def opened(run: Run, origin: lineage.Saved | None) -> Iterator[Run]:
+def opened(run: Run, origin: lineage.Saved | None, images: Mapping[str, Identity]) -> Iterator[Run]:
     """Makes a new folder the run's, or checks that it was before; process 0 holds its lock.
 
-    Writes the config, what the run runs on, and where its weights are from (`origin`, of the first
-    stage). Yields the run with its `check_lock`.
+    Writes the config, what the run runs on, where its weights are from (`origin`, of the first
+    stage), and what its images are, by split. Yields the run with its `check_lock`.
 
     Raises:
       UserError: the folder holds another run, is in use, or cannot be written.
@@ -57,34 +66,70 @@ def opened(run: Run, origin: lineage.Saved | None) -> Iterator[Run]:
             try:
                 run.folder.mkdir(parents=True, exist_ok=True)
                 check = stack.enter_context(lock.held(run.folder))
-                _claim(run.folder, run.config, origin)
+                _claim(run, origin, images)
             except OSError as error:
                 raise UserError(f"--workdir={run.folder}: cannot write there: {error}") from error
             run = dataclasses.replace(run, check_lock=check)
         yield run
 
 
-def _claim(folder: Path, config: ConfigDict, origin: lineage.Saved | None) -> None:
+def _claim(run: Run, origin: lineage.Saved | None, images: Mapping[str, Identity]) -> None:
+    folder, config = run.folder, run.config
     path, environment = folder / "config.json", _environment()
+    noted = files.read_json(folder / _IMAGES)
+    changes = _changes(noted, images)
     if path.exists():
-        differing = configs.differences(configs.read(path), config)
+        before = configs.read(path)
+        same = _same_places(before, config)
+        if noted and not changes:
+            same += _WHERE_IMAGES_ARE
+        differing = [x for x in configs.differences(before, config) if not x.startswith(same)]
         if other := [line for line in differing if not line.startswith(_MAY_CHANGE)]:
+            more = len(other) - _SHOWN
+            listed = [*other[:_SHOWN], *[f"and {more} more keys"] * (more > 0), *changes]
             raise UserError(
-                f"--workdir={folder}: holds another run ({'; '.join(other)}). Use another "
+                f"--workdir={folder}: holds another run ({'; '.join(listed)}). Use another "
                 "--workdir or remove that run."
             )
-        before = ConfigDict(files.read_json(folder / "environment.json"))
-        if changed := differing + configs.differences(before, ConfigDict(environment)):
+        ran_on = ConfigDict(files.read_json(folder / "environment.json"))
+        if changed := differing + configs.differences(ran_on, ConfigDict(environment)):
             _LOGGER.warning("%s: resuming with changes: %s", folder, "; ".join(changed))
     elif (folder / checkpoints.FOLDER).exists():
         raise UserError(
             f"--workdir={folder}: contains checkpoints but no config.json. Restore it or use "
             "another --workdir."
         )
+    elif others := sorted({path.name for path in folder.glob("[!.]*")} - {lock.NAME}):
+        raise UserError(
+            f"--workdir={folder}: holds no run but other files, such as {others[0]}. Use another "
+            "--workdir."
+        )
     # The first may be refused, before anything is written.
     lineage.write_lineage(folder, origin.lineage() if origin else [lineage.SCRATCH])
     files.write_json(folder / "environment.json", environment)
+    if not changes:  # else the note is of those that it began with
+        noted |= {name: identity._asdict() for name, identity in images.items()}
+        files.write_json(folder / _IMAGES, noted)
     files.write_json(path, config.to_dict())
+
+
+def _same_places(before: ConfigDict, config: ConfigDict) -> tuple[str, ...]:
+    """The keys that name the same file or folder in two configs, however it is spelled."""
+    old, new = configs.flat(before), configs.flat(config)
+
+    def place(path) -> str:
+        is_path = isinstance(path, str) and path not in ("", lineage.RANDOM)
+        return os.path.realpath(path) if is_path else f"no path: {path}"
+
+    places = {"data.path", "init_from"} & old.keys() & new.keys()
+    return tuple(f"{key}:" for key in places if place(old[key]) == place(new[key]))
+
+
+def _changes(noted: Mapping, images: Mapping[str, Identity]) -> list[str]:
+    """What has changed since a run noted its images, but for times. Images that were not opened on
+    both occasions do not count."""
+    differences = {name: images[name].difference(noted[name]) for name in images if name in noted}
+    return [f"{name}: {x}" for name, x in differences.items() if x not in ("", NEW_TIMES)]
 
 
 def _environment() -> dict:

@@ -1,5 +1,6 @@
 """Where a run starts: a trained stage of another run, or files from elsewhere."""
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from maect_jax.stages import SAVED, STAGES
 from maect_jax.stages.base import Stage
 from maect_jax.stages.nnclr import check_same_head
 
+_LOGGER = logging.getLogger(__name__)
 RANDOM = "random"
 SCRATCH = {"start": "random weights"}  # the end of a lineage
 _FILE = "origin.json"
@@ -67,6 +69,8 @@ class SavedFiles:
     def __init__(self, path: str, overrides: importing.Overrides | None = None):
         self._imported = imported = importing.recognised(importing.paths_of(path), overrides)
         self.stage, self.config, self.lineage = imported.kind, imported.config, imported.origin
+        for note in imported.notes:
+            _LOGGER.warning("%s", note)
 
     def __str__(self):
         return ", ".join(map(str, self._imported.files))
@@ -155,6 +159,8 @@ def trained_stage(path: Path, wanted: Sequence[str], where: str, allowed: str) -
       UserError: there is no such run, stage or step, or the stage is not finished.
     """
     run, stage, step = checkpoints.run_of(path)
+    if not os.path.exists(run):
+        raise UserError(f"{where}: there is no such file or folder; must be {allowed}")
     if not os.path.isfile(run / "config.json"):
         raise UserError(f"{where}: there is no run (no config.json); must be {allowed}")
     trained = checkpoints.trained_stages(run, tuple(SAVED))

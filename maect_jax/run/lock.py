@@ -16,7 +16,7 @@ from pathlib import Path
 
 from maect_jax.errors import RunFailedError, UserError
 
-_NAME = "lock"
+NAME = "lock"
 _HEARTBEAT = 10.0  # seconds between two touches
 _STALE = 60.0  # seconds without a touch, of a holder on another machine
 
@@ -32,7 +32,9 @@ def _started(pid: int) -> str | None:
         pass
     try:
         # Behind the program's name, which may contain spaces and brackets.
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, *fields = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        )
     except OSError:
         return ""
     return None if state == "Z" else fields[18]
@@ -42,7 +44,7 @@ def _this_process() -> dict:
     """What a lock says about its holder. `machine` is where a process number means something:
     containers may share a host's name, and machines too."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         machine = f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         machine = ""
@@ -53,7 +55,7 @@ def _this_process() -> dict:
 def _holder(path: Path) -> dict | None:
     """Who holds a lock; `None` if there is no lock."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         return {key: content[key] for key in ("host", "machine", "pid", "started")}
     except FileNotFoundError:
         return None
@@ -65,7 +67,7 @@ def _is_stale(path: Path, holder: dict, me: dict) -> bool:
     if all(holder[key] == me[key] for key in ("host", "machine")):
         return _started(holder["pid"]) not in ("", holder["started"])
     # Both times by the storage's clock, as those of two machines may differ.
-    probe = path.with_name(f".{_NAME}.{os.getpid()}")
+    probe = path.with_name(f".{NAME}.{os.getpid()}")
     try:
         probe.touch()
         return probe.stat().st_mtime - path.stat().st_mtime > _STALE
@@ -78,7 +80,7 @@ def _is_stale(path: Path, holder: dict, me: dict) -> bool:
 def _take(path: Path, me: dict) -> None:
     for _ in range(3):  # a lock may be released or taken at any moment
         try:
-            with path.open("x") as file:
+            with path.open("x", encoding="utf-8") as file:
                 try:
                     file.write(json.dumps(me) + "\n")
                     file.flush()
@@ -97,7 +99,7 @@ def _take(path: Path, me: dict) -> None:
                 f"expires within {_STALE:.0f} seconds."
             )
         # Of two processes that find it stale one moves it away; a lock taken since is put back.
-        aside = path.with_name(f".{_NAME}.{me['host']}.{me['pid']}")
+        aside = path.with_name(f".{NAME}.{me['host']}.{me['pid']}")
         with suppress(FileNotFoundError):
             path.replace(aside)
             if _holder(aside) != holder:
@@ -115,7 +117,7 @@ def held(folder: Path) -> Iterator[Callable[[], None]]:
       A function that raises `RunFailedError` if another process has taken the lock since, which
       happens if this one was suspended, or its storage away, for a minute.
     """
-    path, me = folder / _NAME, _this_process()
+    path, me = folder / NAME, _this_process()
     _take(path, me)
     ended = threading.Event()
 

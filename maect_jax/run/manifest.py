@@ -35,7 +35,7 @@ def seal(folder: Path, entries: dict[str, dict], measured: dict[str, float]) -> 
 def measured(folder: Path) -> dict[str, float]:
     """The figures that a sealed folder keeps; none if its manifest is damaged."""
     try:
-        values = dict(json.loads((folder / NAME).read_text())["measured"])
+        values = dict(json.loads((folder / NAME).read_text(encoding="utf-8"))["measured"])
     except (OSError, *_OTHER_CONTENT):
         return {}
     return {key: value for key, value in values.items() if isinstance(value, int | float)}
@@ -48,7 +48,7 @@ def damage(folder: Path) -> str | None:
       OSError: a file cannot be read, which says nothing about its bytes.
     """
     try:
-        text = (folder / NAME).read_text()
+        text = (folder / NAME).read_text(encoding="utf-8")
         content = json.loads(text)
         entries = dict(content["files"])
     except FileNotFoundError:

@@ -1,11 +1,12 @@
-"""Machines are taken away: SIGTERM and SIGINT end a run so that it can be resumed."""
+"""Machines are taken away: SIGTERM, SIGINT and the end of a terminal (SIGHUP) end a run so that it
+can be resumed."""
 
 import enum
 import multiprocessing
 import os
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
 from maect_jax.errors import STATUS, PreemptedError
@@ -26,7 +27,8 @@ class Action(enum.IntEnum):
 
 
 def _say(text: str) -> None:  # a handler must not touch a stream that is being written
-    os.write(2, f"\n{text}\n".encode())
+    with suppress(OSError):  # the terminal is gone
+        os.write(2, f"\n{text}\n".encode())
 
 
 def _exit(status: int) -> None:
@@ -54,8 +56,11 @@ def _handle(number, frame):
 
 @contextmanager
 def handled():
-    """Makes both signals raise `KeyboardInterrupt`, except in `deferred`. For the main thread."""
-    before = {n: signal.signal(n, _handle) for n in (signal.SIGTERM, signal.SIGINT)}
+    """Makes the signals raise `KeyboardInterrupt`, except in `deferred`. For the main thread."""
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup makes it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, _handle) for number in numbers}
     try:
         yield
     finally:

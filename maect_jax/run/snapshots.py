@@ -1,10 +1,11 @@
 """Pictures of training: what each stage makes of a few images as it goes on.
 
 A stage writes one `watch/<stage>/<step>.npz` at each regular checkpoint: `index`, the record
-numbers of the images, ascending, and what `Stage.snapshot` returns for them.
+numbers of the images, ascending; `images`, what these numbers are of, `<split> <digest>`; and what
+`Stage.snapshot` returns for them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 
 from maect_jax import files, sharding
+from maect_jax.data.base import Source
 from maect_jax.data.loader import EvalRecord
 from maect_jax.run.folder import Run
 from maect_jax.stages.base import Stage
@@ -23,10 +25,12 @@ _NO_RECORD = -2  # an id that no row of a queue has; -1 marks rows without an im
 
 
 class Examples(NamedTuple):
-    """Images by record number; `held_out` ones have no row in a queue."""
+    """Images by record number; `held_out` ones have no row in a queue. `images` has all by split,
+    also those of the queue."""
 
     record: EvalRecord
     held_out: bool
+    images: Mapping[str, Source]
 
 
 def writer(stage: Stage, examples: Examples, run: Run) -> Callable[[int, TrainState], None]:
@@ -40,6 +44,7 @@ def writer(stage: Stage, examples: Examples, run: Run) -> Callable[[int, TrainSt
     ids = np.full_like(local, _NO_RECORD) if examples.held_out else local
     batch = sharding.put_batch({"images": images, "ids": ids}, mesh)
     snapshot = jitted_snapshot(stage, mesh)
+    contents = [f"{split} {x.identity.content}" for split, x in examples.images.items()]
     once, first = np.unique(index, return_index=True)  # there may be fewer images than rows
 
     def write(step: int, state: TrainState) -> None:
@@ -47,7 +52,7 @@ def writer(stage: Stage, examples: Examples, run: Run) -> Callable[[int, TrainSt
         if jax.process_index() == 0:
             arrays = {key: value[first] for key, value in jax.device_get(arrays).items()}
             path = run.folder / "watch" / stage.name / f"{step}.npz"
-            files.write_arrays(path, index=once, **arrays)
+            files.write_arrays(path, index=once, images=np.array(contents), **arrays)
 
     return write
 
@@ -56,3 +61,12 @@ def saved(run: Path, stage: str) -> dict[int, Path]:
     """The snapshot files of a stage, by step, ascending."""
     paths = (run / "watch" / stage).glob("*.npz")
     return dict(sorted((int(path.stem), path) for path in paths if path.stem.isdecimal()))
+
+
+def is_of(arrays: Mapping[str, np.ndarray], images: Mapping[str, Source]) -> bool:
+    """Whether the arrays of a snapshot are of these images, by split. Version 0.1 did not note
+    what they are of."""
+    noted = dict(str(line).split() for line in arrays.get("images", ()))
+    return all(
+        noted.get(split, x.identity.content) == x.identity.content for split, x in images.items()
+    )

@@ -10,10 +10,12 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from maect_jax import config as configs
 from maect_jax import sharding
 from maect_jax.config import Rule, Rules, between, not_negative, positive
+from maect_jax.data import sources
 from maect_jax.data.augment import Photometric, Recipe
 from maect_jax.data.loader import TrainRecord
 from maect_jax.data.sources import Source
@@ -22,6 +24,8 @@ from maect_jax.models import positions, vit
 from maect_jax.stages import optim
 from maect_jax.stages.state import TrainState
 
+# Keys of a section that change the colours of gray or RGB images.
+_OF_COLOURS = ("photometric.jitter", "photometric.grayscale", "randaugment")
 _PER_VIEW = ("jitter", "blur", "grayscale", "solarize")  # keys of `photometric` with a value a view
 
 
@@ -114,6 +118,13 @@ class Stage(Saved, abc.ABC):
           UserError: a value is not allowed.
         """
         configs.check(config, cls.name, cls.rules)
+        section, channels = configs.flat(config[cls.name]), config.model.channels
+        for key in _OF_COLOURS if channels not in (1, 3) else ():
+            if np.any(section.get(key, 0)):
+                raise UserError(
+                    f"config.{cls.name}.{key}={section[key]}: is for gray and RGB images; switch "
+                    f"it off for config.model.channels={channels}"
+                )
         batch, parts = config[cls.name].batch_size, config.encoder_microbatches
         sharding.check_batch(f"config.{cls.name}.batch_size", batch, devices)
         crops = batch * cls.views // devices
@@ -186,7 +197,7 @@ class Stage(Saved, abc.ABC):
         """What makes the training examples of the stage from its images."""
         return make(
             source=images,
-            channels=config.model.channels,
+            decoding=sources.decoding(config),
             size=config.model.image_size,
             scales=(config[cls.name].crop_scale,) * cls.views,
             seed=(config.seed, cls.number),

@@ -30,6 +30,11 @@ def with_position(shape, dtype=np.float32):
 ROWS, WIDTH = CT.grid[0] * CT.grid[1], CT.meta["width"]
 # What is wrong with a file, by what the error says.
 WRONG = {
+    "the classifier's tensor 'head.0.running_var' is missing": broken(
+        lambda t: t.update({"head.1.weight": np.zeros((3, WIDTH), np.float32),
+                            "head.1.bias": np.zeros(3, np.float32),
+                            "head.0.running_mean": np.zeros(WIDTH, np.float32)})
+    ),
     "the encoder's tensor 'blocks.1.attn.qkv.bias' is missing": broken(
         lambda t: t.pop("blocks.1.attn.qkv.bias")
     ),
@@ -49,7 +54,7 @@ WRONG = {
         lambda t: t.update({"blocks.0.ls1.gamma": np.zeros(3, np.float32)})
     ),
     "none of the kinds that can be read": {"conv1.weight": np.zeros((3, 3), np.float32)},
-    "holds a contrastive head of MAE-CT's authors, and no encoder; name the encoder with it": (
+    "holds a contrastive head of MAE-CT's authors, and no encoder; name the file of its encoder": (
         CT.under("init/head/")
     ),
     "the encoder's tensor 'patch_embed.proj.weight' is missing": broken(
@@ -71,14 +76,14 @@ def test_what_a_file_does_not_tell_is_asked_for(file, tmp_path):
     path = file(CT.under("init/encoder/"))
     with pytest.raises(UserError, match=r"none of \[192, .* with --heads and --ln_eps"):
         importing.recognised([path])
-    with pytest.raises(UserError, match=r"image_size=\(17, 17\): .* patch size"):
+    with pytest.raises(UserError, match=r"safetensors: image_size=\(17, 17\): .* patch size"):
         importing.recognised([path], stated(CT, image_size=(17, 17)))
     with pytest.raises(UserError, match="another encoder; one file of each"):
         importing.recognised([path, path], stated(CT))
     with pytest.raises(UserError, match="there is no such file"):
         importing.recognised([tmp_path / "absent.safetensors"])
     (tmp_path / "notes.txt").write_text("weights")
-    with pytest.raises(UserError, match="not a file of tensors by its name"):
+    with pytest.raises(UserError, match="no file of PyTorch or safetensors: it starts with b'w"):
         importing.recognised([tmp_path / "notes.txt"])
 
 

@@ -4,6 +4,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -96,11 +97,15 @@ def test_load_encoder_takes_pixels_as_they_come(tmp_path, rng):
         encoder(np.zeros((3, *CT.image_size, 3), int))
     with pytest.raises(ValueError, match="floats from 0 to 1"):
         encoder(200 * np.ones((3, *CT.image_size, 3), np.float32))
+    with pytest.raises(ValueError, match=r"from 0 to 200: .* floats from 0 to 1"):
+        encoder(jnp.zeros((3, *CT.image_size, 3)).at[0, 0].set(200))
+    with pytest.raises(ValueError, match="images of uint16: must be uint8"):
+        encoder(np.zeros((3, *CT.image_size, 3), np.uint16))
     for settings, message in (
         (dict(pool="max"), "pool='max': must be one of cls, mean, fc_norm"),
         (dict(dtype="int8"), "dtype='int8': must be one of float32, bfloat16"),
         (dict(image_size=7), r"image_size=\(7,\): must be \(height, width\)"),
-        (dict(heads=-2), "num_attention_heads is -2, must be a number above 0"),
+        (dict(heads=-2), "heads is -2, must be a number above 0"),
         (dict(mean=(0.5,)), "give the mean and std of its 3 channels"),
     ):
         with pytest.raises(UserError, match=message):

@@ -85,13 +85,14 @@ def test_an_authors_encoder_and_head_go_in_and_out_bit_equal(file, tmp_path, mon
     ("change", "pool"),
     [
         (lambda t: None, "mean"),
+        (lambda t: t.update({name: x.astype(np.float16) for name, x in t.items()}), "mean"),
         (lambda t: t.update({"pos_embed": t["pos_embed"] + np.float32(0.1)}), "cls"),
         (lambda t: t.update({"head.weight": np.zeros((3, 768), np.float32),
                              "head.bias": np.zeros(3, np.float32)}), "cls"),
         (lambda t: t.update({f"fc_norm.{k}": t.pop(f"norm.{k}") for k in ("weight", "bias")}),
          "fc_norm"),
     ],
-    ids=["MAE", "learned positions", "classifier", "fc_norm"],
+    ids=["MAE", "half precision", "learned positions", "classifier", "fc_norm"],
 )  # fmt: skip
 def test_the_feature_of_a_vit_b_is_the_papers_for_an_mae_alone(file, change, pool):
     module = vit.ViT(width=768, depth=1, heads=12, patch_size=2)

@@ -1,15 +1,23 @@
 """PyTorch's own files (extra `[peers]`): old and new, odd, cut short, and malicious."""
 
 import argparse
+import datetime
+import json
 import os
+import pathlib
 import pickle
+import re
+from functools import partial
 
+import numpy as np
 import pytest
 
 from maect_jax import load_encoder
 from maect_jax.convert import importing
 from maect_jax.convert.importing import Overrides
 from maect_jax.errors import UserError
+from maect_jax.evals.classifier import fold_batch_norm
+from maect_jax.models import vit
 from tests.helpers.foreign_files import assert_peak_of_import_below, run_convert
 from tests.helpers.golden_figures import FORWARD, assert_close
 from tests.helpers.peers import features, images_for, pixels, timm, timm_model, torch
@@ -67,6 +75,137 @@ def test_a_malicious_pickle_runs_nothing(tmp_path, monkeypatch, how):
         assert trap.exists()
 
 
+@pytest.mark.parametrize(
+    "entries",
+    ["state_dict_ema state_dict", "model_ema model", "model state_dict", "ema model",
+     "model_ema state_dict_ema", "state_dict ema_model module"],
+)  # fmt: skip
+def test_of_several_models_that_is_taken_which_timm_loads(tmp_path, entries):
+    path, tensors = tmp_path / "several.pth", timm_model(num_classes=0).state_dict()
+    saved = {
+        name: tensors | {"norm.bias": torch.full((24,), float(i))}
+        for i, name in enumerate(entries.split())
+    }
+    torch.save(saved, path)
+    found = importing.recognised([path], Overrides(heads=3, ln_eps=1e-6))
+    want = timm.models.load_state_dict(path)["norm.bias"].numpy()
+    np.testing.assert_array_equal(found.parts["encoder"]["norm.bias"], want)
+    assert "also there" in found.notes[0]
+
+
+class Config(dict):
+    """As OmegaConf's nodes: a class that only its library can build."""
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["new", "old"])
+def test_plain_values_of_other_classes_are_let_be_and_others_named(tmp_path, zipped):
+    path, tensors = tmp_path / "state.pth.tar", timm_model(num_classes=0).state_dict()
+    beside = {
+        "best": np.float64(0.8),
+        "rng": np.random.RandomState(0).get_state(),
+        "args": argparse.Namespace(path=pathlib.Path("/data"), size=np.int64(3)),
+    }
+    save = partial(torch.save, f=path, _use_new_zipfile_serialization=zipped)
+    save({"model": tensors, **beside})
+    found = importing.recognised([path], Overrides(heads=3, ln_eps=1e-6)).read()
+    weight = found["params"]["encoder"]["norm"]["scale"]
+    np.testing.assert_array_equal(weight, tensors["norm.weight"].numpy())
+    for value, name in (
+        (Config(lr=1), f"{__name__}.Config"),
+        (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
+        (datetime.date(2020, 1, 1), "datetime.date"),
+    ):
+        save({"model": tensors, "extra": value})
+        with pytest.raises(UserError, match=f"holds {re.escape(name)}, ") as error:
+            importing.recognised([path])
+        assert "weights_only=False)['model'], 'weights.pth')" in str(error.value)
+    save({"model": tensors}, pickle_protocol=4)
+    with pytest.raises(UserError, match="a pickle of protocol 4 or later"):
+        importing.recognised([path])
+
+
+def probe_of_authors(width, classes, pooling):
+    """As their code writes it: the normalisation is registered under two names."""
+    probe = torch.nn.Module()
+    probe.norm = torch.nn.BatchNorm1d(width, affine=False)
+    probe.layer = torch.nn.Sequential(
+        torch.nn.Flatten(1), probe.norm, torch.nn.Linear(width, classes)
+    )
+    probe.norm.running_mean.normal_()
+    probe.norm.running_var.uniform_(0.5, 2)
+    kwargs = {"pooling": {"kind": pooling}, "nonaffine_batchnorm": True, "kind": "heads.linear"}
+    return probe.eval(), {"state_dict": probe.state_dict(), "ctor_kwargs": kwargs}
+
+
+ENCODER_KWARGS = {
+    "patch_size": (4, 4), "embedding_dim": 24, "depth": 2, "attention_heads": 3,
+    "drop_path_rate": 0.2, "kind": "vit.masked_encoder", "optim_ctor": {"lr": 1e-3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("pooling", "pool"), [("class_token", "cls"), ("mean_patch", "mean")])
+def test_an_authors_probe_classifies_as_in_pytorch(tmp_path, rng, pooling, pool):
+    peer = timm_model(num_classes=0, no_embed_class=True)
+    probe, saved = probe_of_authors(24, 5, pooling)
+    paths = tmp_path / "encoder cp=last model.th", tmp_path / "probe.th"
+    torch.save({"state_dict": peer.state_dict(), "ctor_kwargs": ENCODER_KWARGS}, paths[0])
+    torch.save(saved, paths[1])
+    found = importing.recognised(paths)  # asks for nothing
+    model = found.config.model
+    assert (found.kind, model.pool, model.ln_eps, vit.size_of(model).heads) == (
+        "probe", pool, 1e-6, 3)  # fmt: skip
+    images, parts = images_for(peer, rng), found.read()
+    with torch.no_grad():
+        tokens = peer.forward_features(pixels(images))
+        want = probe.layer(tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(1)).numpy()
+    own = {key: parts[key]["classifier"] for key in ("params", "batch_stats")}
+    kernel, bias = fold_batch_norm(own, found.config.probe.bn_eps)
+    assert_close("an authors' probe", features(found, images) @ kernel + bias, want, FORWARD)
+
+
+def test_what_an_authors_probe_contradicts_is_one_clear_line(tmp_path):
+    peer = timm_model(num_classes=0, no_embed_class=True)
+    encoder, path = tmp_path / "encoder.th", tmp_path / "probe.th"
+
+    def refused(message, probe, kwargs=ENCODER_KWARGS, **given):
+        torch.save({"state_dict": peer.state_dict(), "ctor_kwargs": kwargs}, encoder)
+        torch.save(probe, path)
+        with pytest.raises(UserError, match=message):
+            importing.recognised([encoder, path], Overrides(**given))
+
+    saved = probe_of_authors(24, 5, "mean_patch")[1]
+    refused(r"probe\.th: ctor_kwargs\.pooling\.kind .*'mean'; --pool is 'cls'", saved, pool="cls")
+    refused(
+        "kind is 'mean_all', must be one of class_token", probe_of_authors(24, 5, "mean_all")[1]
+    )
+    stats = {name: x.clone() for name, x in saved["state_dict"].items()}
+    stats["norm.running_var"] += 1
+    refused(
+        r"probe\.th: 'norm\.running_var' and 'layer\.1\.running_var' must be equal",
+        saved | {"state_dict": stats},
+    )
+    for key, value in (("attention_heads", "many"), ("depth", 5), ("patch_size", [4, 8])):
+        refused(
+            rf"encoder\.th: ctor_kwargs\.{key} is .* must be", saved, ENCODER_KWARGS | {key: value}
+        )
+
+
+def test_weights_of_a_folder_in_parts_may_be_pickles(tmp_path):
+    folder, own = tmp_path / "hf", timm_model(num_classes=0).state_dict()
+    folder.mkdir()
+    parts = [dict(list(own.items())[i::2]) for i in (0, 1)]
+    places = {name: f"pytorch_model-{i}.bin" for i, part in enumerate(parts) for name in part}
+    for i, part in enumerate(parts):
+        torch.save(part, folder / f"pytorch_model-{i}.bin")
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    found = importing.recognised([folder], Overrides(heads=3, ln_eps=1e-6))
+    assert found.read()["params"]["encoder"]["norm"]["scale"].shape == (24,)
+    assert "PyTorch, in parts" in found.described[0]
+    before = found.origin()[0]["sha256"]
+    torch.save({name: x + 1 for name, x in parts[1].items()}, folder / "pytorch_model-1.bin")
+    assert found.origin()[0]["sha256"] != before
+
+
 def test_a_pickle_cut_short_is_one_clear_line(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save({"model": timm_model().state_dict()}, path)
@@ -85,8 +224,10 @@ def test_odd_pickles_are_one_clear_line(tmp_path):
     itself["model"] = itself
     eighth = tensors | {"norm.bias": torch.zeros(24, dtype=torch.float8_e4m3fn)}
     for content, message in (
-        (itself, "is not a tensor"),
-        ({"model": [1, 2]}, "is not a tensor"),
+        (itself, "holds no tensors of PyTorch by name"),
+        ({"model": [1, 2]}, "holds no tensors of PyTorch by name"),
+        ({"model": {"norm.bias": np.zeros(24)}}, "holds no tensors of PyTorch by name"),
+        (tensors | {"norm.bias": torch.zeros(24, device="meta")}, "'norm.bias' must hold floats"),
         ([1, 2], "holds list, not tensors by name"),
         (eighth, "'norm.bias' must hold floats of 16, 32 or 64 bits"),
     ):

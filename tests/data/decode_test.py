@@ -10,10 +10,12 @@ from PIL import Image
 
 from maect_jax import sharding
 from maect_jax.data import bad_images, decode, loader
+from maect_jax.data.decode import Decoding
 from maect_jax.data.folder import Folder
 from maect_jax.errors import BadImageError, RunFailedError
 from tests.helpers.fuzz import only
 
+RGB = Decoding(3)
 RAMP = np.tile(np.linspace(0, 255, 40, dtype=np.uint8), (30, 1))
 
 
@@ -49,7 +51,7 @@ KINDS = {
 @pytest.mark.parametrize("content", KINDS.values(), ids=KINDS.keys())
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_kind_of_image_has_the_same_pixels(content, channels):
-    pixels = decode.pixels(content, channels)
+    pixels = decode.pixels(content, Decoding(channels))
     assert (pixels.shape, pixels.dtype) == ((30, 40, channels), np.uint8)
     # JPEG, and gray as a colour of CMYK, lose a little.
     assert np.abs(pixels - RAMP[..., None].astype(int)).max() <= 4
@@ -61,16 +63,16 @@ def test_jpegs_have_pillows_pixels(rng):
         for options in (dict(), dict(progressive=True), dict(subsampling=0, quality=95)):
             content = saved(noise.convert(mode), "JPEG", **options)
             expected = np.asarray(Image.open(io.BytesIO(content))).reshape(61, 97, channels)
-            np.testing.assert_array_equal(decode.pixels(content, channels), expected)
+            np.testing.assert_array_equal(decode.pixels(content, Decoding(channels)), expected)
             # Some cameras leave bytes before the end, which libjpeg only warns of.
             odd = content[:-2] + bytes(4) + content[-2:]
-            np.testing.assert_array_equal(decode.pixels(odd, channels), expected)
+            np.testing.assert_array_equal(decode.pixels(odd, Decoding(channels)), expected)
 
 
 @pytest.mark.parametrize("content", KINDS.values(), ids=KINDS.keys())
 def test_a_file_tells_its_shape_before_it_is_decoded(content):
-    assert decode.shape(content) == (30, 40)
-    assert decode.pixels(content, 3, min_scale=0.4).shape[0] in (15, 30)  # half of it, or whole
+    assert decode.shape(content, RGB) == (30, 40)
+    assert decode.pixels(content, RGB, min_scale=0.4).shape[0] in (15, 30)  # half of it, or whole
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
@@ -88,7 +90,9 @@ def test_crops_of_a_jpeg_that_is_decoded_smaller(rng, mode, channels, monkeypatc
     monkeypatch.setattr(decode, "pixels", spied)
     for epoch in range(20):
         sides = (
-            loader.TrainRecord(source, channels, (60, 50), ((0.08, 1.0),) * 2, (0,), scaled)
+            loader.TrainRecord(
+                source, Decoding(channels), (60, 50), ((0.08, 1.0),) * 2, (0,), scaled
+            )
             for scaled in (True, False)
         )
         small, whole = (side((epoch, 0)) for side in sides)
@@ -104,8 +108,8 @@ def test_crops_of_a_jpeg_that_is_decoded_smaller(rng, mode, channels, monkeypatc
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 3), (3, 20_000)])
 def test_images_of_odd_sizes_have_views(size):
     source = only(saved(Image.new("RGB", size, (9, 8, 7)), "JPEG"))
-    view = loader.TrainRecord(source, 3, (16, 16), ((0.08, 1.0),) * 2, (0,))((0, 0))
-    crop = loader.EvalRecord(source, 3, (16, 16), 18)(0)
+    view = loader.TrainRecord(source, RGB, (16, 16), ((0.08, 1.0),) * 2, (0,))((0, 0))
+    crop = loader.EvalRecord(source, RGB, (16, 16), 18)(0)
     for image in (*view["image"], crop["image"]):
         assert image.shape == (16, 16, 3)
         np.testing.assert_allclose(image, np.full((16, 16, 3), (9, 8, 7)), atol=2)
@@ -115,7 +119,7 @@ def test_what_is_no_image_has_a_reason():
     whole = KINDS["gray jpeg"]
     for content in (b"", b"no image", whole[: len(whole) // 2], KINDS["rgb"][:60], whole[:3]):
         with pytest.raises(BadImageError, match=r"\w"):
-            decode.pixels(content, 3)
+            decode.pixels(content, RGB)
 
 
 @pytest.fixture
@@ -128,7 +132,7 @@ def damaged(images):
 
 
 def test_the_next_image_stands_for_one_that_cannot_be_read(damaged):
-    make = loader.TrainRecord(damaged, 3, (8, 8), ((0.2, 1.0),) * 2, (0, 2))
+    make = loader.TrainRecord(damaged, RGB, (8, 8), ((0.2, 1.0),) * 2, (0, 2))
     whole, second, third = make((0, 1)), make((0, 2)), make((0, 3))
     assert [x["bad"] for x in (whole, second, third)] == [-1, 2, 3]
     assert [x["index"] for x in (whole, second, third)] == [1, 4, 4]
@@ -138,7 +142,7 @@ def test_the_next_image_stands_for_one_that_cannot_be_read(damaged):
 
 
 def test_bad_images_are_named_once_and_too_many_end_the_run(damaged, caplog):
-    some = bad_images.BadImages(damaged, 3, allowed=0.1)
+    some = bad_images.BadImages(damaged, RGB, allowed=0.1)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             batch = some.collect({"x": np.arange(3), "bad": np.array([-1, 2, 3])})
@@ -146,7 +150,7 @@ def test_bad_images_are_named_once_and_too_many_end_the_run(damaged, caplog):
     assert list(batch) == ["x"]
     named = [record.getMessage() for record in caplog.records]
     assert [name.split(": ")[1][-6:] for name in named] == ["02.png", "03.png"]
-    few = bad_images.BadImages(damaged, 3, allowed=0.05)
+    few = bad_images.BadImages(damaged, RGB, allowed=0.05)
     few.collect({"bad": np.array([2])})
     few.check()
     few.collect({"bad": np.array([3, 2])})
@@ -165,14 +169,14 @@ def test_bad_images_of_all_hosts_are_counted(damaged, monkeypatch):
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(sharding.multihost_utils, "process_allgather", gathered)
-    found = bad_images.BadImages(damaged, 3, allowed=0.05)
+    found = bad_images.BadImages(damaged, RGB, allowed=0.05)
     found.collect({"bad": np.array([2])})
     with pytest.raises(RunFailedError, match=r"2 of 21 images .*02\.png.*03\.png"):
         found.check()
 
 
 def test_an_evaluation_leaves_bad_images_out(damaged):
-    example = loader.EvalRecord(damaged, 3, (8, 8), 8)
+    example = loader.EvalRecord(damaged, RGB, (8, 8), 8)
     batches = list(loader.eval_batches(example, 8, 0, range(8)))
     rows = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
     assert rows["index"][rows["valid"]].tolist() == [0, 1, *range(4, 21)]
@@ -182,6 +186,6 @@ def test_an_evaluation_leaves_bad_images_out(damaged):
 def test_a_source_without_any_image_ends_the_run(images):
     for path in (images / "train").rglob("*.*"):
         path.write_bytes(b"")
-    make = loader.TrainRecord(Folder(str(images / "train")), 3, (8, 8), ((0.2, 1.0),), (0,))
+    make = loader.TrainRecord(Folder(str(images / "train")), RGB, (8, 8), ((0.2, 1.0),), (0,))
     with pytest.raises(RunFailedError, match=r"100 images in a row .* one .*99\.JPG: cannot"):
         make((0, 5))

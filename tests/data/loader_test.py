@@ -1,7 +1,12 @@
 """Sources, geometry on the host, and the loader's order."""
 
+import dataclasses
 import io
+import itertools
 import json
+import math
+import os
+import shutil
 import sys
 
 import numpy as np
@@ -10,6 +15,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from maect_jax.data import arrays, decode, loader, sources, transforms
+from maect_jax.data.base import NEW_TIMES
 from maect_jax.data.folder import Folder
 from maect_jax.data.loader import EvalRecord, Order, TrainRecord
 from maect_jax.errors import UserError
@@ -58,18 +64,32 @@ def prepared_tfds(tmp_path):
 
 def data_section(**changes):
     base = dict(source="tfds", path="", name="tiny", train_split="train", val_split="train")
-    return ConfigDict(base | changes)
+    return ConfigDict(base | dict(labels="auto", range=(), max_pixels=10**6) | changes)
 
 
 def test_tfds_is_read_without_tensorflow(prepared_tfds):
     source = sources.make(data_section(path=str(prepared_tfds)), "train", channels=3)
     assert len(source) == 5
     image, label = source[4]
-    pixels = decode.pixels(image, 3)
+    pixels = decode.pixels(image, decode.Decoding(3))
     assert (pixels.shape, pixels[0, 0, 0], label) == ((8, 6, 3), 40, 1)
     assert sources.make(data_section(path=str(prepared_tfds)), "val", 1)[0][1] == 0
     assert "tensorflow" not in sys.modules
     assert source.classes == ["0", "1", "2"]
+    unlabelled = sources.make(data_section(path=str(prepared_tfds), labels="none"), "train", 3)
+    assert (unlabelled[4][1], unlabelled.labelled, unlabelled.classes) == (-1, False, [])
+    shutil.copytree(prepared_tfds, prepared_tfds / "copied")
+    copied = sources.make(data_section(path=str(prepared_tfds / "copied")), "train", 3)
+    assert copied.identity == source.identity  # with the times of its files
+    section = data_section(path=str(prepared_tfds / "copied"), train_split="train[:3]")
+    assert sources.make(section, "train", 3).identity.content != source.identity.content
+    (shard,) = prepared_tfds.glob("tiny/*/*.array_record*")
+    os.utime(shard, (0, 0))
+    again = sources.make(data_section(path=str(prepared_tfds)), "train", 3).identity
+    assert again.difference(source.identity._asdict()) == NEW_TIMES
+    shard.write_bytes(shard.read_bytes() + b"0")
+    again = sources.make(data_section(path=str(prepared_tfds)), "train", 3).identity
+    assert again.content != source.identity.content
     with pytest.raises(UserError, match=r"config.data.name='absent'.*tfds build"):
         sources.make(data_section(path=str(prepared_tfds), name="absent"), "train", 3)
 
@@ -84,7 +104,7 @@ def test_the_sets_of_the_configs_are_read_as_tfds_lays_them_out(tmp_path, name, 
     source = sources.make(data_section(path=str(tmp_path), name=name), "train", channels=3)
     assert (len(source), source.shape) == (3, shape)
     assert len(source.classes) == info.features["label"].num_classes
-    example = TrainRecord(source, 3, (8, 8), ((0.2, 1.0),) * 2, (0,))((0, 2))
+    example = TrainRecord(source, decode.Decoding(3), (8, 8), ((0.2, 1.0),) * 2, (0,))((0, 2))
     assert example["image"].shape == ((32, 32, 3) if shape else (2, 8, 8, 3))
     assert (example["label"], example["image"].max()) == (2, 20)
 
@@ -124,6 +144,63 @@ def test_centre_crop():
     assert transforms.centre_crop(image[:5, :2], 256, (224, 224)).shape == (224, 224, 3)
 
 
+def positions_of(shape):
+    """An image of a shape whose pixels say where they are."""
+    rows, cols = np.indices(shape)
+    return np.stack([rows % 256, cols % 256, rows // 256 * 16 + cols // 256], -1).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("side", "short_side"), [(28, 28), (7, 28), (14, 18), (13, 20)])
+def test_a_square_crop_is_torchvisions_to_the_pixel(side, short_side):
+    """Its rule: `Resize` gives the longer side int(short_side * longer / shorter), `CenterCrop`
+    starts at round(difference / 2)."""
+    for shape in itertools.product((1, 2, 13, 20, 28, 29, 31, 57), (3, 20, 28, 33, 51, 58)):
+        image = positions_of(shape)
+        rows, cols = (int(short_side * length / min(shape)) for length in shape)
+        resized = transforms.crop_resize(image, (0, 0, *shape), (rows, cols))
+        top, left = round((rows - side) / 2.0), round((cols - side) / 2.0)
+        want = resized[top : top + side, left : left + side]
+        got = transforms.centre_crop(image, short_side, (side, side))
+        np.testing.assert_array_equal(got, want, err_msg=str(shape))
+
+
+@pytest.mark.parametrize("size", [(32, 64), (64, 32), (30, 100), (96, 34)])
+def test_a_crop_that_is_not_square_loses_only_what_its_aspect_excludes(size):
+    height, width = size
+    for factor in (1, 2, 3):  # of the model's aspect: all of the image
+        image = positions_of((factor * height, factor * width))
+        want = transforms.crop_resize(image, (0, 0, *image.shape[:2]), size)
+        np.testing.assert_array_equal(transforms.centre_crop(image, min(size), size), want)
+    tall, wide = positions_of((2 * height, width)), positions_of((height, 2 * width))
+    for image, axis in ((tall, 0), (wide, 1)):  # all of one side, the centre of the other
+        got = transforms.centre_crop(image, min(size), size)
+        start = size[axis] // 2
+        np.testing.assert_array_equal(got, np.take(image, range(start, start + size[axis]), axis))
+    # A box twice as large: the centre of an image that is twice as large.
+    image = positions_of((2 * height, 2 * width))
+    got = transforms.centre_crop(image, 2 * min(size), size)
+    top, left = height // 2, width // 2
+    np.testing.assert_array_equal(got, image[top : top + height, left : left + width])
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 64), (64, 32), (30, 100)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 10_000), (20_000, 2), (2, 3000), (31, 17), (70, 65)])
+def test_a_crop_of_an_image_of_any_shape_has_its_size(shape, size, monkeypatch):
+    pixels, resize = [], transforms._resize
+
+    def counted(image, target):
+        pixels.append(math.prod(target))
+        return resize(image, target)
+
+    monkeypatch.setattr(transforms, "_resize", counted)
+    image = np.full((*shape, 3), 77, np.uint8)
+    for short_side in (min(size), min(size) + 5):
+        got = transforms.centre_crop(image, short_side, size)
+        assert got.shape == (*size, 3)
+        assert (got == 77).all()
+    assert max(pixels) < 10**6  # a line of 10,000 pixels does not become one of 10 million
+
+
 def test_every_epoch_is_a_permutation_cut_to_whole_batches():
     order = Order(records=23, batch_size=5, steps=8, seed=(0, 1), rows=range(5))
     where = [order[i] for i in range(len(order))]
@@ -147,7 +224,7 @@ def test_processes_read_their_rows_of_the_same_global_batches():
 
 def example_of(images):
     source = Folder(str(images / "train"))
-    return TrainRecord(source, 3, (8, 8), ((0.2, 1.0),) * 2, (0, 2))
+    return TrainRecord(source, decode.Decoding(3), (8, 8), ((0.2, 1.0),) * 2, (0, 2))
 
 
 def assert_batches_equal(a, b):
@@ -159,25 +236,20 @@ def assert_batches_equal(a, b):
 @pytest.mark.parametrize("workers", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_same_views_with_worker_processes_and_after_a_restart(images, workers):
     order = Order(records=21, batch_size=4, steps=10, seed=(0, 2), rows=range(4))
-    threads = loader.train_batches(order, example_of(images), workers=0)
-    batches = [next(threads) for _ in range(4)]
-    state = json.loads(json.dumps(threads.get_state()))
-    batches += list(threads)
+    batches = list(loader.train_batches(order, example_of(images), workers=0))
     assert len(batches) == 10
     assert batches[0]["image"].shape == (4, 2, 8, 8, 3)
-    processes = loader.train_batches(order, example_of(images), workers=workers)
-    for batch in batches:
-        assert_batches_equal(batch, next(processes))
-    again = loader.train_batches(order, example_of(images), workers=0)
-    again.set_state(state)
-    for batch in batches[4:]:
-        assert_batches_equal(batch, next(again))
+    later = dataclasses.replace(order, done=6)
+    for again, number in ((later, workers), (later, 0)):
+        rest = list(loader.train_batches(again, example_of(images), workers=number))
+        for batch, expected in zip(rest, batches[6:], strict=True):
+            assert_batches_equal(batch, expected)
 
 
 def test_a_batch_of_arrays_is_what_its_records_are(rng):
     pixels = rng.integers(0, 256, (23, 5, 4, 3), dtype=np.uint8)
     source = arrays.Arrays(pixels, rng.integers(0, 9, 23), [])
-    make = TrainRecord(source, 3, (8, 8), ((0.2, 1.0),) * 2, (7, 2))
+    make = TrainRecord(source, decode.Decoding(3), (8, 8), ((0.2, 1.0),) * 2, (7, 2))
     order = Order(records=23, batch_size=6, steps=8, seed=(7, 2), rows=(1, 2, 5))
     batches = list(loader.train_batches(order, make, workers=2))
     assert len(batches) == 8
@@ -202,7 +274,7 @@ def test_views_differ_between_epochs_and_follow_the_record(images):
 
 def test_evaluation_sees_every_image_once(images):
     source = Folder(str(images / "train"))
-    example = EvalRecord(source, 3, (8, 8), 8)
+    example = EvalRecord(source, decode.Decoding(3), (8, 8), 8)
     for processes in (1, 2):
         shares = np.arange(8).reshape(processes, -1)
         streams = [loader.eval_batches(example, 8, 0, share) for share in shares]

@@ -1,26 +1,89 @@
-"""Where images come from: folders and their index, files of arrays, the packaged set."""
+"""Where images come from: folders, buckets, files of arrays, the packaged set."""
 
-import errno
 import io
 import os
 import pickle
+import shutil
 
+import fsspec
 import numpy as np
 import pytest
 from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from maect_jax import files
-from maect_jax.data import arrays, decode, folder, sources
+from maect_jax.data import arrays, decode, sources, subsets
+from maect_jax.data.base import NEW_TIMES
 from maect_jax.data.folder import Folder
 from maect_jax.errors import UserError
 from tests.helpers.common import save
 
+RGB = decode.Decoding(3)
+
 
 def data_section(**changes):
     base = dict(source="folder", path="", name="", train_split="train", val_split="val")
-    return ConfigDict(base | changes)
+    return ConfigDict(base | dict(labels="auto", range=(), max_pixels=10**6) | changes)
+
+
+def folder_of(root, **splits):
+    """A folder with an image for each name of a class, by split."""
+    for split, classes in splits.items():
+        for i, name in enumerate(classes):
+            save(root / split / name / f"{i}.png")
+    return data_section(path=str(root))
+
+
+def npz_of(root, **splits):
+    """The same as arrays, a class being the number of a letter."""
+    labels = [ord(name) - ord("a") for names in splits.values() for name in names]
+    is_test = np.repeat([split == "val" for split in splits], list(map(len, splits.values())))
+    images = np.zeros((len(labels), 2, 2, 3), np.uint8)
+    names = np.array(list("abcd"))
+    np.savez(root / "all.npz", image=images, label=np.array(labels), names=names, is_test=is_test)
+    return data_section(path=str(root / "all.npz"))
+
+
+@pytest.mark.parametrize("made", [folder_of, npz_of])
+@pytest.mark.parametrize("held_out", ["b", "ab"])
+def test_one_class_is_no_labels(tmp_path, caplog, made, held_out):
+    """Else every protocol gives 100 %. The held-out images follow, even if they have classes."""
+    section = made(tmp_path, train="bbb", val=held_out)
+    found = sources.splits(section, sources.SPLITS, 3)
+    for source in found.values():
+        assert (source.labelled, source.classes, source[0][1]) == (False, [], -1)
+        assert source.no_labels == "no labels (train has one class, 'b')"
+    assert [record.getMessage() for record in caplog.records] == [
+        "the images have no labels (train has one class, 'b')"
+    ]
+
+
+@pytest.mark.parametrize("made", [folder_of, npz_of])
+def test_labels_none(tmp_path, caplog, made):
+    """Folders that mean something else, such as dates: the splits need not have the same."""
+    section = made(tmp_path, train="aab", val="cd")
+    section.labels = "none"
+    found = sources.splits(section, sources.SPLITS, 3)
+    for source in found.values():
+        assert (source.labelled, source.classes, source[1][1]) == (False, [], -1)
+        assert source.no_labels == "no labels (config.data.labels='none')"
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("made", [folder_of, npz_of])
+def test_a_split_with_fewer_classes_is_named(tmp_path, caplog, made):
+    sources.splits(made(tmp_path, train="aabc", val="bb"), sources.SPLITS, 3)
+    assert [record.getMessage() for record in caplog.records] == [
+        "val has no image of 2 of the 3 classes of train: a, c"
+    ]
+
+
+def test_arrays_with_a_class_that_train_lacks_are_named(tmp_path, caplog):
+    """Of a folder it is an error."""
+    sources.splits(npz_of(tmp_path, train="ab", val="abd"), sources.SPLITS, 3)
+    assert [record.getMessage() for record in caplog.records] == [
+        "train has no image of 1 of the 3 classes of val: d"
+    ]
 
 
 def test_packaged_images_are_split_without_overlap():
@@ -45,7 +108,7 @@ def test_folder_reads_nested_files_by_class(images):
     assert source.classes == ["ant", "bee"]
     assert len(source) == 21
     image, label = source[3]
-    pixels = decode.pixels(image, 3)
+    pixels = decode.pixels(image, RGB)
     assert (pixels.shape, pixels[0, 0, 0], label) == ((12, 7, 3), 30, 0)
     assert source[20][1] == 1
     assert source.name(20) == str(images / "train" / "bee" / "deep" / "er" / "99.JPG")
@@ -57,6 +120,24 @@ def test_images_without_classes_have_no_label(images):
     assert (len(source), source.classes, source[3][1]) == (10, [], -1)
     section = data_section(path=str(images / "train" / "ant"), train_split=".")
     assert len(sources.make(section, "train", 3)) == 10
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    root = os.fsencode(tmp_path / "train")
+    for path in (b"caf\xe9/1.png", b"b/\xe9.png"):
+        os.makedirs(os.path.join(root, os.path.dirname(path)))
+        Image.new("RGB", (2, 2)).save(os.fsdecode(os.path.join(root, path)))
+    source = sources.make(data_section(path=str(tmp_path)), "train", 3)
+    assert [os.fsencode(source.name(i)) for i in (0, 1)] == [
+        root + b"/b/\xe9.png",
+        root + b"/caf\xe9/1.png",
+    ]
+    assert os.fsencode(source.classes[1]) == b"caf\xe9"
+    assert (
+        sources.class_name(source.classes, 1) == r"caf\udce9"
+    )  # as fonts and terminals can show it
+    assert sources.class_name(["l" * 99], 0) == "l" * 40 + "..."  # as a figure has room for it
+    assert sources.labels_digest(source)
 
 
 WRONG = {
@@ -102,104 +183,131 @@ def test_held_out_images_are_numbered_by_the_classes_of_training(images):
         sources.splits(data_section(path=str(images)), sources.SPLITS, 3)
 
 
-@pytest.fixture
-def listed(monkeypatch):
-    """The folders that were listed; every index is large enough to be saved."""
-    roots, make = [], folder._make_index
-    monkeypatch.setattr(folder, "_LARGE", 1)
-    monkeypatch.setattr(
-        folder, "_make_index", lambda root, given: roots.append(root) or make(root, given)
+def test_images_are_what_their_names_sizes_and_times_are(images):
+    """Wherever they are, and however their path is spelled."""
+    root, path = images / "train", images / "train" / "ant" / "00.png"
+    first = Folder(str(root)).identity
+    os.symlink(images, images / "other")
+    for spelled in (f"{root}/", f"{images}/./train", f"{images}/other/train"):
+        assert Folder(spelled).identity == first
+    shutil.copytree(root, images / "copied")
+    assert Folder(str(images / "copied")).identity == first  # with its times
+    os.utime(path, ns=(0, 0))
+    touched = Folder(str(root)).identity
+    assert touched.difference(first._asdict()) == NEW_TIMES
+    assert (touched.images, touched.content) == (first.images, first.content)
+    changes = (
+        lambda: path.write_bytes(path.read_bytes() + b"0"),
+        lambda: path.rename(path.with_name("000.png")),
+        lambda: (root / "ant").rename(root / "art"),
     )
-    return roots
+    before = touched
+    for change in changes:
+        change()
+        now = Folder(str(root)).identity
+        assert now.difference(before._asdict()) == "21 images as before, but not the same"
+        before = now
+    save(root / "bee" / "new.jfif.jpe")
+    assert Folder(str(root)).identity.difference(before._asdict()) == "21 images before, 22 now"
 
 
-def opened(path):
-    """A folder whose index is saved."""
-    source = Folder(str(path))
-    source.save_index()
-    return source
+def test_images_in_memory_are_what_is_in_them(rng):
+    pixels, labels = rng.integers(0, 256, (4, 3, 2, 1), dtype=np.uint8), np.arange(4)
+    same = arrays.Arrays(pixels.copy(), labels, ["a"]).identity
+    assert arrays.Arrays(pixels, labels, ["a"]).identity == same
+    others = [
+        arrays.Arrays(pixels[::-1], labels, ["a"]),
+        arrays.Arrays(pixels.reshape(4, 2, 3, 1), labels, ["a"]),
+        arrays.Arrays(pixels, labels[::-1], ["a"]),
+        arrays.Arrays(pixels, labels, ["b"]),
+        subsets.Subset(arrays.Arrays(pixels, labels, ["a"]), [3, 2, 1, 0]),
+        sources.Blank(4, 1, (3, 2, 1)),
+    ]
+    assert len({same, *(source.identity for source in others)}) == 7
 
 
-def test_an_index_is_made_once_and_again_when_a_file_comes(images, listed):
-    first, again = opened(images / "train"), opened(images / "train")
-    assert len(listed) == 1
-    assert [again.name(i) for i in range(21)] == [first.name(i) for i in range(21)]
-    assert (again.classes, again.labels.tolist()) == (first.classes, first.labels.tolist())
-    save(images / "train" / "ant" / "aa.png")
-    assert [len(opened(images / "train")) for _ in range(2)] == [22, 22]
-    assert len(listed) == 2
-    index = images / ".train.index.npz"
-    whole = index.read_bytes()
-    for torn in (b"torn", whole[: len(whole) // 2], whole[:100] + b"torn" + whole[104:]):
-        index.write_bytes(torn)
-        assert len(Folder(str(images / "train"))) == 22
-    assert len(listed) == 5
+ENDINGS = "ppm pgm pbm jfif jpe jp2 avif tga bmp gif webp TIFF ico pcx"
 
 
-def test_what_comes_while_an_index_is_made_makes_it_anew(images, listed, monkeypatch):
-    list_folder = folder._listed
+def test_all_endings_of_pillows_formats_count(tmp_path):
+    """Each is read as well."""
+    for ending in ENDINGS.split():
+        save(tmp_path / f"x.{ending}", (16, 16))
+    source = Folder(str(tmp_path))
+    assert [source.name(i).rpartition(".")[2] for i in range(len(source))] == sorted(
+        ENDINGS.split()
+    )
+    for record in range(len(source)):
+        assert decode.pixels(source[record][0], RGB).shape == (16, 16, 3)
 
-    def slow(where):
-        found = list_folder(where)
-        if where.name == "ant":
-            save(images / "train" / "ant" / "late.png")
-        return found
 
-    with monkeypatch.context() as patch:
-        patch.setattr(folder, "_listed", slow)
-        assert len(opened(images / "train")) == 21
-    assert len(Folder(str(images / "train"))) == 22
+def test_what_is_left_out_is_counted_by_its_ending(tmp_path, caplog, monkeypatch):
+    for name in ("a/0.png", "a/1.txt", "b/0.png", "b/deep/2.TXT", "b/README", "b/3.eps", "b/3.h5"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for hidden in ("a/._0.png", ".cache/x.png", "b/.DS_Store"):
+        (tmp_path / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / hidden).touch()
+    assert len(Folder(str(tmp_path))) == 2
+    (warning,) = caplog.messages
+    assert warning == f"{tmp_path}: left out 5 files: 2 .txt, 1 without an ending, 1 .eps, 1 .h5"
+    monkeypatch.setattr(decode, "endings", lambda: {".png"})
+    (tmp_path / "b" / "4.heic").touch()
+    assert len(Folder(str(tmp_path))) == 2
+    assert "left out 6 files: 1 .heic (needs the extra [heif]), 2 .txt, " in caplog.messages[-1]
+    with pytest.raises(UserError, match=r"no images below .*deep' \(left out 1 file: 1 \.txt\);"):
+        Folder(str(tmp_path / "b" / "deep"))
+    (tmp_path / "a" / "0.png").unlink()
+    os.mkfifo(tmp_path / "a" / "x.png")  # which would be read for ever
+    with pytest.raises(UserError, match=r"no images in these classes of .*: a \(left out 7 files"):
+        Folder(str(tmp_path))
+
+
+def test_heic_is_read_with_its_extra(tmp_path):
+    pytest.importorskip("pillow_heif")
+    save(tmp_path / "x.heic", (16, 16), 200)
+    assert decode.pixels(Folder(str(tmp_path))[0][0], RGB)[..., 0].mean() > 150
+
+
+def test_links_that_lead_nowhere_are_listed_and_named_when_they_are_read(images):
+    os.symlink(images / "gone", images / "train" / "ant" / "0.png")
+    os.symlink("self.png", images / "train" / "ant" / "self.png")
+    source = Folder(str(images / "train"))
+    assert len(source) == 23
+    with pytest.raises(OSError, match="No such file"):
+        source[0]
 
 
 def test_the_working_folder_itself_may_hold_the_images(images, monkeypatch):
     monkeypatch.chdir(images / "train" / "ant")
     source = sources.make(data_section(path=".", train_split="."), "train", 3)
     assert source.name(0) == str(images / "train" / "ant" / "00.png")
-    assert decode.pixels(source[3][0], 3)[0, 0, 0] == 30
+    assert decode.pixels(source[3][0], RGB)[0, 0, 0] == 30
 
 
-def test_where_images_can_only_be_read_the_run_keeps_the_index(images, listed, monkeypatch):
-    write, beside = files.write_arrays, images / ".train.index.npz"
-
-    def refused(path, **arrays):
-        if path == beside:
-            raise OSError(errno.EROFS, "read-only file system")
-        write(path, **arrays)
-
-    monkeypatch.setattr(files, "write_arrays", refused)
-    run = images / "run"
-    for _ in range(2):
-        found = sources.splits(data_section(path=str(images)), ("train",), 3, run)
-        found["train"].save_index()
-    assert len(listed) == 1
-    assert [path.name for path in run.iterdir()] == ["train.index.npz"]
-    assert not beside.exists()
-
-
-def test_a_bucket_is_read_through_etils(images, listed, monkeypatch):
-    kind, asked = type(epath.Path("gs://bucket/x")), []
-
-    def local(path):
-        asked.append(path)
-        return images / os.fspath(path).removeprefix("gs://bucket/")
-
-    monkeypatch.setattr(kind, "is_dir", lambda self: local(self).is_dir())
-    monkeypatch.setattr(kind, "read_bytes", lambda self: local(self).read_bytes())
+def test_a_bucket_is_listed_at_once_and_read_through_etils(images, monkeypatch):
+    kind, root = type(epath.Path("gs://bucket/x")), images / "train"
+    storage = fsspec.filesystem("memory", skip_instance_cache=True)
+    monkeypatch.setattr(type(storage), "store", {})
+    storage.put(str(root), "/bucket/train", recursive=True)
+    storage.pipe("/bucket/train/.hidden/x.png", b"")
     monkeypatch.setattr(
-        kind, "iterdir", lambda self: (self / path.name for path in local(self).iterdir())
+        fsspec.core, "url_to_fs", lambda url: (storage, url.removeprefix("gs:/").rstrip("/"))
     )
-    run = images / "run"
-    run.mkdir()
-    found = sources.splits(data_section(path="gs://bucket"), ("train",), 3, run)
-    source = found["train"]
+    monkeypatch.setattr(
+        kind, "read_bytes", lambda self: storage.cat(os.fspath(self).removeprefix("gs:/"))
+    )
+    source = sources.splits(data_section(path="gs://bucket"), ("train",), 3)["train"]
+    local = Folder(str(root))
     assert (source.classes, len(source)) == (["ant", "bee"], 21)
-    assert source.name(0) == "gs://bucket/train/ant/00.png"
-    assert decode.pixels(source[3][0], 3).shape == (12, 7, 3)
-    source.save_index()
-    asked.clear()
-    again = sources.splits(data_section(path="gs://bucket"), ("train",), 3, run)["train"]
-    assert [again.name(i) for i in range(21)] == [source.name(i) for i in range(21)]
-    assert (len(listed), asked) == (1, [])
+    assert source.labels.tolist() == local.labels.tolist()
+    assert source.identity.content == local.identity.content
+    assert source.name(20) == "gs://bucket/train/bee/deep/er/99.JPG"
+    assert decode.pixels(source[3][0], RGB).shape == (12, 7, 3)
+    storage.pipe("/bucket/train/ant/00.png", b"other")
+    assert Folder("gs://bucket/train/").identity.content != source.identity.content
+    with pytest.raises(UserError, match="there is no folder 'gs://bucket/val'"):
+        Folder("gs://bucket/val")
 
 
 def encoded(pixels):
@@ -227,7 +335,7 @@ def test_arrays_of_pixels_and_of_files_are_the_same(tmp_path, rng):
         assert found["train"].shape == (5, 4, 3)
         assert found["train"].classes == ["a", "b", "c"]
     np.savez(tmp_path / "gray.npz", image=pixels[..., 0])
-    gray = arrays.npz(str(tmp_path / "gray.npz"), "train", 1)
+    gray = arrays.npz(str(tmp_path / "gray.npz"), "train", decode.Decoding(1))
     assert (gray.shape, gray.classes, gray[0][1]) == ((5, 4, 1), [], -1)
 
 
@@ -261,6 +369,6 @@ def test_a_wrong_file_of_arrays_is_one_clear_error(tmp_path, content, message):
     else:
         np.savez(path, **content)
     with pytest.raises(UserError, match=r"config\.data\.path=") as error:
-        arrays.npz(str(path), "val", 3)
+        arrays.npz(str(path), "val", RGB)
     assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 1

@@ -13,10 +13,13 @@ from PIL import Image
 from maect_jax import config as configs
 from maect_jax import files, pipeline
 from maect_jax.data import arrays, sources
+from maect_jax.data.bad_images import BadImages
+from maect_jax.data.base import NEW_TIMES
 from maect_jax.errors import RunFailedError, UserError
 from maect_jax.evals import ON_REQUEST, PROTOCOLS, cluster, features, runner
 from maect_jax.report import build
 from maect_jax.run import jsonl
+from maect_jax.run.folder import Run
 from tests.helpers import CONFIGS, SMALL
 from tests.helpers.common import mesh_of, run_on
 from tests.helpers.rows import row_of
@@ -172,11 +175,11 @@ def test_features_are_exported_with_names(evaluated, tmp_path):
         np.testing.assert_array_equal(saved["features"], found.x)
         np.testing.assert_array_equal(saved["label"], found.labels)
         assert saved["name"][7] == "image 7"
-    names = [f"{i}.jpg" for i in range(len(found.x))]
+    names = [*(f"{i}.jpg" for i in range(len(found.x) - 1)), "\udce9.jpg"]  # one is no UTF-8
     features.export(tmp_path / "mae.parquet", found, names)
     table = pq.read_table(tmp_path / "mae.parquet")
     np.testing.assert_array_equal(np.stack(table["features"].to_numpy()), found.x)
-    assert table["name"].to_pylist() == names
+    assert table["name"].to_pylist() == [*names[:-1], r"\udce9.jpg"]
     np.testing.assert_array_equal(table["label"], found.labels)
 
 
@@ -245,6 +248,89 @@ def test_images_without_labels_are_clustered_and_the_rest_is_said_to_be_skipped(
         run_on(monkeypatch, (1, 1), strict, workdir, report=False)
 
 
+def test_features_follow_the_range_of_the_values(tmp_path):
+    """16-bit images of half the brightness: another range gives other features, also after a run
+    with this folder."""
+    (tmp_path / "train").mkdir()
+    for i in range(8):
+        Image.fromarray(np.full((28, 28), 4000 * i, np.uint16)).save(tmp_path / f"train/{i}.png")
+    mesh, brightest = mesh_of(1, 1), {}
+    for white in (28_000, 56_000):
+        settings = f"data.path={tmp_path}", "data.source=folder", f"data.range=(0,{white})"
+        run = Run(configs.load(QUICK, settings), tmp_path / "run", mesh)
+        images = {"train": sources.make(run.config.data, "train", 1)}
+        bad = {"train": BadImages(images["train"], sources.decoding(run.config), 0.0)}
+        with jax.set_mesh(mesh):
+            row = runner._row(run, "pixels", None, images=images, bad_images=bad)
+        brightest[white] = float(row.features["train"].x.max())
+    assert brightest == pytest.approx({28_000: 1, 56_000: 0.5}, abs=2e-3)
+
+
+def test_features_do_not_outlive_their_images(photos, monkeypatch, caplog):
+    """Two photographs change places, with their sizes and times, or are written again."""
+    workdir, folder = photos / "run", photos / "photos"
+    settings = ("eval.cluster.clusters=2", "eval.export=npz", "mae.epochs=1")
+
+    def run(*changes):
+        """Runs; returns what was said of images that have changed."""
+        caplog.clear()
+        config = of_photos(photos, *settings, *changes)
+        run_on(monkeypatch, (1, 1), config, workdir, report=False)
+        return [
+            text
+            for text in caplog.messages
+            if "images" in text and "skipped" not in text and "unreadable" not in text
+        ]
+
+    def of_pixels():
+        """Of the first four photographs, in the files of the row: the cluster, and the red."""
+        with (workdir / "clusters.csv").open() as file:
+            clusters = [line["pixels"] for line in csv.DictReader(file)][:4]
+        with np.load(workdir / "export" / "pixels_train.npz") as saved:
+            assert [name[-6:] for name in saved["name"][:2]] == ["00.jpg", "01.jpg"]
+            return clusters, saved["features"][:4, 0] > 0.5
+
+    assert run() == []
+    (a, b, *rest), red = of_pixels()
+    assert (a != b, rest, red.tolist()) == (True, [a, b], [True, False] * 2)
+    # Under another path they are the same, and the files of the run have it.
+    (photos / "moved").symlink_to(photos)
+    settings += (f"data.path={photos}/moved",)
+    assert run() == []
+    with np.load(workdir / "export" / "mae_train.npz") as saved:
+        assert saved["name"][7] == str(photos / "moved" / "photos" / "07.jpg")
+    assert f"{photos}/moved/photos/07.jpg" in (workdir / "clusters.csv").read_text()
+    for old, new in (("00", "x"), ("01", "00"), ("x", "01")):
+        (folder / f"{old}.jpg").rename(folder / f"{new}.jpg")
+    # A report alone shows none of them beside other images.
+    caplog.clear()
+    build.report(workdir, pipeline.open_images(of_photos(photos, *settings)))
+    assert not {"clusters", "map_mae", "reconstructions"} & pictures_of(workdir)
+    assert "row mae is left out, as it was measured on other train images" in caplog.text
+    assert "snapshots of other images are left out: mae 3" in caplog.text
+    other = "(60 images as before, but not the same)"
+    anew = "computed anew; changed: images"
+    assert run() == [
+        f"{workdir}/checkpoints/mae: the images have changed since {other}",
+        f"{workdir}/features/pixels/train: {anew} {other}",
+        f"{workdir}/features/mae/train: {anew} {other}",
+    ]
+    (a, b, *rest), red = of_pixels()
+    assert (a != b, rest, red.tolist()) == (True, [b, a], [False, True, True, False])
+    # Written again with the same size; and a row that is not measured again.
+    (folder / "05.jpg").write_bytes((folder / "05.jpg").read_bytes())
+    assert run("eval.pixels=False")[1:] == [
+        f"{workdir}: row pixels is left out, as it was measured on other train images "
+        f"({NEW_TIMES})",
+        f"{workdir}/features/mae/train: {anew} ({NEW_TIMES})",
+    ]
+    assert list(results_of(workdir)) == ["mae"]
+
+
+def pictures_of(workdir):
+    return {path.stem for path in (workdir / "pictures").iterdir()}
+
+
 def test_a_page_of_an_evaluation_that_was_stopped_has_what_is_whole(evaluated, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(evaluated[0], workdir)
@@ -252,7 +338,7 @@ def test_a_page_of_an_evaluation_that_was_stopped_has_what_is_whole(evaluated, t
     files.write_json(path, json.loads(path.read_text()) | {"done": 256})
     runner.folder_of(workdir, "pixels").joinpath("cluster.npz").unlink()
     config = build.read_config(workdir)
-    build.report(workdir, pipeline.open_images(config, workdir))
+    build.report(workdir, pipeline.open_images(config))
     pictures = {path.stem for path in (workdir / "pictures").iterdir()}
     assert "map_mae" not in pictures
     assert {"clusters", "knn_accuracy"} <= pictures
@@ -262,10 +348,22 @@ def test_images_without_labels_want_a_number_of_clusters(photos):
     with pytest.raises(
         UserError, match=r"eval\.cluster\.clusters=0: .* train images have no labels"
     ):
-        pipeline.open_images(of_photos(photos), photos / "run")
+        pipeline.open_images(of_photos(photos))
     with pytest.raises(UserError, match=r"eval\.cluster\.clusters=99: must be at most .*60"):
-        pipeline.open_images(of_photos(photos, "eval.cluster.clusters=99"), photos / "run")
-    pipeline.open_images(of_photos(photos, "eval.protocols=('knn',)"), photos / "run")
+        pipeline.open_images(of_photos(photos, "eval.cluster.clusters=99"))
+    pipeline.open_images(of_photos(photos, "eval.protocols=('knn',)"))
+
+
+def test_lists_are_read_before_anything_runs(photos):
+    path = photos / "list.txt"
+    path.write_bytes(b"caf\xe9.jpg\n")
+    lists = ("eval.protocols=('lowshot',)", f"eval.lowshot.lists=('{path}',)")
+    config = of_photos(photos, *lists)
+    with pytest.raises(UserError, match=r"1 of its 1 names are not among the 60 training images"):
+        pipeline.open_images(config)
+    (photos / "photos" / "00.jpg").rename(photos / "photos" / "caf\udce9.jpg")
+    pipeline.open_images(config)
+    assert PROTOCOLS["lowshot"].settings(config)["texts"] == ["caf\udce9.jpg\n"]
 
 
 def test_well_known_subsets_are_clustered_by_their_wordnet_ids(rng, monkeypatch):

@@ -45,7 +45,7 @@ def parsed(source):
 def built(run):
     """The report of a run, built again."""
     config = build.read_config(run)
-    return Report(build.report(run, pipeline.open_images(config, run)).read_text())
+    return Report(build.report(run, pipeline.open_images(config)).read_text())
 
 
 def pictures_of(run):

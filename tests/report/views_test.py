@@ -8,7 +8,7 @@ from PIL import Image
 
 from maect_jax import errors
 from maect_jax.data import arrays
-from maect_jax.report import views
+from maect_jax.report import style, views
 from tests.helpers import CONFIGS
 
 
@@ -49,3 +49,10 @@ def test_what_cannot_be_shown_is_one_line(tmp_path, monkeypatch, capsys, config,
     line = capsys.readouterr().err
     assert line.startswith(f"error: {message.format(out=out)}")
     assert line.count("\n") == 1
+
+
+def test_a_picture_of_any_channels_shows_the_first_ones(rng):
+    pixels = rng.integers(0, 256, (4, 3, 5), dtype=np.uint8)
+    for channels, shown in ((1, [0] * 3), (2, [0] * 3), (3, [0, 1, 2]), (5, [0, 1, 2])):
+        rgb = style.to_rgb_image(pixels[..., :channels])
+        np.testing.assert_array_equal(rgb, pixels[..., shown])

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,22 +14,23 @@ from pathlib import Path
 import pytest
 
 from maect_jax import config
+from maect_jax.data.base import NEW_TIMES, Identity
 from maect_jax.errors import RunFailedError, UserError
 from maect_jax.run import folder, jsonl, lock, logger
 from tests.helpers import CONFIGS
-from tests.helpers.common import logger_at, run_on, save
+from tests.helpers.common import logger_at, mae_config, run_on
 
 
 def config_with(*overrides):
     return config.load(str(CONFIGS / "quickstart.py:test"), overrides)
 
 
-def opened(path, *overrides):
-    return folder.opened(folder.Run(config_with(*overrides), path, None), None)
+def opened(path, *overrides, images=None):
+    return folder.opened(folder.Run(config_with(*overrides), path, None), None, images or {})
 
 
-def claim(path, *overrides):
-    with opened(path, *overrides):
+def claim(path, *overrides, images=None):
+    with opened(path, *overrides, images=images):
         pass
 
 
@@ -48,7 +50,7 @@ def test_a_second_run_is_refused_and_the_holder_named(tmp_path):
         assert (run / "config.json").read_text() == before
         current.check_lock()
     assert {path.name for path in run.iterdir()} == {
-        "config.json", "environment.json", "origin.json",
+        "config.json", "environment.json", "images.json", "origin.json",
     }  # fmt: skip
     claim(run)
 
@@ -130,7 +132,8 @@ def test_a_harmless_change_is_logged_and_another_refused(tmp_path, caplog):
     assert not caplog.text
     harmless = (
         "log_every=3", "checkpoint.keep=5", "monitor.every=2", "nan_policy=skip", "remat=dots",
-        "mesh.fsdp=1", "data.workers=1", "debug_nans=True", "profile=(1,2)", "eval.pool=mean",
+        "mesh.fsdp=1", "data.workers=1", "data.max_pixels=9", "debug_nans=True",
+        "profile=(1,2)", "eval.pool=mean",
     )  # fmt: skip
     claim(tmp_path, *harmless)
     text = caplog.text
@@ -143,14 +146,22 @@ def test_a_harmless_change_is_logged_and_another_refused(tmp_path, caplog):
     claim(tmp_path, *harmless)
     assert "resuming with changes: jax: '0.1' -> " in caplog.text
     before = (tmp_path / "config.json").read_text()
-    for change in ("seed=1", "model.depth=2", "mae.base_lr=1.0", "mae.epochs=3", "name=other"):
+    changes = (
+        "seed=1",
+        "model.depth=2",
+        "mae.base_lr=1.0",
+        "mae.epochs=3",
+        "name=other",
+        "data.range=(0, 9)",
+    )
+    for change in (*changes, "data.path=other"):
         with pytest.raises(UserError) as refused:
             claim(tmp_path, *harmless, change)
         key, value = change.split("=")
         reason = re.fullmatch(
             r".*: holds another run \((.*)\)\. Use another .*", str(refused.value)
         )
-        assert re.fullmatch(rf"{key}: .* -> '?{value}'?", reason[1])
+        assert re.fullmatch(rf"{key}: .* -> '?{re.escape(value)}'?", reason[1])
     assert (tmp_path / "config.json").read_text() == before
     # Without its config it is not known what the checkpoints are of.
     (tmp_path / "checkpoints").mkdir()
@@ -161,17 +172,57 @@ def test_a_harmless_change_is_logged_and_another_refused(tmp_path, caplog):
     assert not (tmp_path / "config.json").exists()
 
 
-def test_another_number_of_images_is_refused(tmp_path, monkeypatch):
-    for i in range(20):
-        save(tmp_path / "train" / f"{i:02}.png", (28, 28), i)
-    run, settings = tmp_path / "run", config_with(
-        "stages=('mae',)", "mae.batch_size=10", "monitor.every=0", "data.source=folder",
-        f"data.path={tmp_path}",
-    )  # fmt: skip
-    run_on(monkeypatch, (1, 1), settings, run, report=False)
-    (tmp_path / "train" / "00.png").unlink()
-    with pytest.raises(UserError, match="on 20 images to step 4, and now there are 19"):
-        run_on(monkeypatch, (1, 1), settings, run, report=False)
+def test_the_same_images_may_be_elsewhere(tmp_path, caplog):
+    images = {"train": Identity(9, "a", "b"), "val": Identity(2, "c", "d")}
+    places = ("data.source=folder", "data.path=x", "data.train_split=y", "data.val_split=z")
+    started = "init_from=/mnt/run"  # which may be spelled in another way as well
+    claim(tmp_path, *places, started, images=images)
+    # Also copied, which gives them other times, or without those that are held out.
+    copied = {"train": Identity(9, "a", "B")}
+    claim(tmp_path, "data.path=/mnt/x/", "data.train_split=.", f"{started}/", images=copied)
+    assert config.read(tmp_path / "config.json").data.path == "/mnt/x/"
+    assert not caplog.text
+    other = copied | {"train": Identity(9, "A", "b")}
+    claim(
+        tmp_path, "data.path=/mnt/./x", "data.train_split=.", f"{started}/", images=other
+    )  # the same place
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(UserError) as refused:
+        claim(tmp_path, "data.path=x", "data.train_split=.", f"{started}/", images=other)
+    reason = "(data.path: '/mnt/./x' -> 'x'; train: 9 images as before, but not the same)"
+    assert f"holds another run {reason}" in str(refused.value)
+    (tmp_path / "images.json").unlink()  # as version 0.1 left it
+    with pytest.raises(UserError, match=r"holds another run \(data\.path: '/mnt/./x' -> 'x'\)"):
+        claim(tmp_path, "data.path=x", "data.train_split=.", f"{started}/", images=images)
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_a_stage_goes_on_with_its_own_images_alone(tmp_path, monkeypatch, caplog):
+    load, run, root = mae_config(tmp_path, epochs=2), tmp_path / "run", tmp_path / "train"
+
+    def resumed(*settings):
+        caplog.clear()
+        run_on(monkeypatch, (1, 1), load(*settings), run, report=False)
+        return [text for text in caplog.messages if "stage mae" in text or "/mae: " in text]
+
+    assert resumed() == []
+    os.utime(root / "00.png", ns=(0, 0))
+    assert resumed() == [  # it has ended
+        f"{run}/checkpoints/mae: the images have changed since ({NEW_TIMES})"
+    ]
+    shutil.rmtree(run / "checkpoints" / "mae" / "8")
+    (line,) = resumed()  # from step 4
+    assert line.startswith(f"{run}: stage mae, at step 4 of 8, goes on: {NEW_TIMES}")
+    tmp_path.joinpath("moved").symlink_to(tmp_path)
+    moved = f"data.path={tmp_path}/moved/"
+    assert resumed(moved) == []
+    shutil.rmtree(run / "checkpoints" / "mae" / "8")
+    (root / "00.png").rename(root / "0.png")
+    with pytest.raises(UserError, match=r"at step 4 of 8, .* \(40 images as before, but not the"):
+        resumed(moved)
+    (root / "0.png").unlink()
+    with pytest.raises(UserError, match=r"at step 4 of 8, .* \(40 images before, 39 now\)"):
+        resumed(moved)
 
 
 @pytest.mark.parametrize("name", ["gs://bucket/run", "s3://bucket/run"])
@@ -235,3 +286,10 @@ def test_tensorboard_wants_a_package(monkeypatch):
     monkeypatch.setattr(logger.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs tensorboardX \(pip install 'maect_jax\[tensor"):
         logger.tensorboard_writer()
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.md").write_text("mine")
+    with pytest.raises(UserError, match=re.escape("thesis.md")):
+        claim(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"thesis.md"}

@@ -7,6 +7,7 @@ import pytest
 
 from maect_jax import sharding
 from maect_jax.data import arrays, loader
+from maect_jax.data.decode import Decoding
 from maect_jax.files import read_saved_arrays
 from maect_jax.models import vit
 from maect_jax.run import snapshots
@@ -107,7 +108,11 @@ def test_what_is_watched_is_written_and_read_by_step(tmp_path):
     source = arrays.Arrays(
         np.random.default_rng(0).integers(0, 256, (20, *SHAPE), dtype=np.uint8), np.arange(20), []
     )
-    images = snapshots.Examples(loader.EvalRecord(source, SHAPE[2], SHAPE[:2], 8), held_out=False)
+    images = snapshots.Examples(
+        loader.EvalRecord(source, Decoding(SHAPE[2]), SHAPE[:2], 8),
+        held_out=False,
+        images={"train": source},
+    )
     with jax.set_mesh(mesh):
         now = state.create_state(stage, jax.random.key(0), {}, mesh)
         write = snapshots.writer(stage, images, Run(None, tmp_path, mesh))
@@ -121,3 +126,7 @@ def test_what_is_watched_is_written_and_read_by_step(tmp_path):
     visible = ~seen["mask"]
     np.testing.assert_array_equal(seen["filled"][visible], source.images[seen["index"]][visible])
     assert snapshots.saved(tmp_path, "ct") == {}
+    other = arrays.Arrays(source.images[::-1], np.arange(20), [])
+    assert snapshots.is_of(seen, {"train": source, "val": other})
+    assert not snapshots.is_of(seen, {"train": other})
+    assert snapshots.is_of({"index": seen["index"]}, {"train": other})  # of version 0.1

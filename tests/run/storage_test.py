@@ -131,17 +131,17 @@ def test_a_file_that_cannot_be_written_keeps_its_old_content(tmp_path, monkeypat
     files.write_json(path, {"a": 1})
 
     def full(number):
-        def write_text(self, text):
+        def write_bytes(self, content):
             tries.append(number)
-            with self.open("w") as file:
-                file.write(text[:3])
+            with self.open("wb") as file:
+                file.write(content[:3])
             raise OSError(number, os.strerror(number))
 
-        return write_text
+        return write_bytes
 
     for number, count in ((errno.ENOSPC, 1), (errno.EIO, len(QUICK) + 1)):
         tries.clear()
-        monkeypatch.setattr(type(path), "write_text", full(number))
+        monkeypatch.setattr(type(path), "write_bytes", full(number))
         with pytest.raises(OSError, match=os.strerror(number)):
             files.write_json(path, {"a": 2})
         assert len(tries) == count

@@ -13,6 +13,7 @@ from maect_jax import config as configs
 from maect_jax import pipeline
 from maect_jax.data import arrays, augment, folder, loader, mix, subsets
 from maect_jax.data.augment import Photometric, Recipe
+from maect_jax.data.decode import Decoding
 from maect_jax.errors import UserError
 from maect_jax.evals.classifier import accuracies
 from maect_jax.models import vit
@@ -314,7 +315,7 @@ def test_accuracies_by_hand():
 
 def test_records_do_not_depend_on_workers(images):
     source = folder.Folder(str(images / "train"))
-    make = loader.FinetuneRecord(source, 3, (8, 8), ((0.3, 1.0),), (5, 3), False, MEAN)
+    make = loader.FinetuneRecord(source, Decoding(3), (8, 8), ((0.3, 1.0),), (5, 3), False, MEAN)
     order = loader.Order(len(source), 8, 4, make.seed, range(8))
     threads = list(loader.train_batches(order, make, workers=0))
     processes = list(loader.train_batches(order, make, workers=2))
@@ -343,7 +344,9 @@ def test_images_in_memory_are_cut_on_the_host_in_the_same_way(part):
     source = arrays.fashion_mnist("train[80%:]")
     if part:
         source = subsets.select(source, "10%", 0)
-    make = loader.FinetuneRecord(source, 1, (14, 14), ((0.3, 1.0),), (5, 3), False, (0.3,))
+    make = loader.FinetuneRecord(
+        source, Decoding(1), (14, 14), ((0.3, 1.0),), (5, 3), False, (0.3,)
+    )
     order = loader.Order(len(source), 16, 2, make.seed, range(4, 8))
     for step_, batch in enumerate(loader.train_batches(order, make, workers=8)):
         epoch, records = order.of_step(step_)
@@ -426,12 +429,12 @@ def test_what_cannot_start_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match=r"no section 'model', which it takes from a run"):
         pipeline.stages_to_show(configs.load(FILE))
     with pytest.raises(UserError, match=r"batch_size=256: must be at most the 80 training images"):
-        pipeline.open_images(tiny("finetune.images=1%"), tmp_path)
+        pipeline.open_images(tiny("finetune.images=1%"))
     for split in ("train", "val"):
         save(tmp_path / "bare" / split / "a.png")
     config = tiny("data.source=folder", f"data.path={tmp_path}/bare")
     with pytest.raises(UserError, match=r"train and val have no labels, which finetune needs"):
-        pipeline.open_images(config, tmp_path / "run")
+        pipeline.open_images(config)
 
 
 def test_plan_counts_the_chosen_images_and_one_view():
@@ -472,7 +475,7 @@ def test_a_chain_ends_with_the_accuracy_of_the_classifier(tmp_path, monkeypatch,
     config = configs.load(f"{file}:test", settings)
     run = tmp_path / "run"
     run_on(monkeypatch, (2, 1), config, run)
-    line, *rest = told = capsys.readouterr().out.splitlines()
+    _, _, line, *rest = told = capsys.readouterr().out.splitlines()
     assert rest == ["", str(run / "report.html")]
     assert "Fine-tuned: encoder and classifier on 1,280 labelled images" in (
         (run / "report.html").read_text()
@@ -498,3 +501,8 @@ def test_a_chain_ends_with_the_accuracy_of_the_classifier(tmp_path, monkeypatch,
     # Called again, it trains no more, and says the same.
     run_on(monkeypatch, (2, 1), config, run, report=False)
     assert capsys.readouterr().out.splitlines() == told
+    # Other images are classified anew.
+    monkeypatch.setitem(arrays.FASHION_MNIST, "val", slice(1000))
+    run_on(monkeypatch, (2, 1), config, run, report=False)
+    again = json.loads((run / "results.json").read_text())["finetune"]["finetune"]
+    assert (again["images"], again["top1"]) == (1000, pytest.approx(hits[:1000].mean(), abs=0.003))
