@@ -32,7 +32,7 @@ _MODEL_KEYS = (
     "variant", "width", "depth", "heads", "patch_size", "image_size", "channels", "ln_eps", "pool",
 )  # fmt: skip
 # Keys that runs of earlier versions lack, by section, with the values by which they ran.
-_ADDED = {
+_ADDED: dict[str, dict[str, Any]] = {
     "data": {"labels": "auto", "range": (), "max_pixels": 178_956_970},
     "model": {"attention": "auto"},
 }
