@@ -45,6 +45,7 @@ def config_of(stage: str, folder: str) -> ConfigDict:
     """The config of a stage at the sizes of this benchmark."""
     config = common.base("cpu_training", "Ti", patch_size=SIZES.patch)
     config.stages = (stage,)
+    config.remat = "none"  # as PyTorch
     config.model.update(
         width=SIZES.width,
         depth=SIZES.depth,

@@ -198,8 +198,8 @@ def scanned_blocks(module: nn.Module, depth: int, name: str, remat: str) -> nn.M
     policy = REMAT[remat]
     body = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
     # On a CPU a loop fills the stack of what its backward pass needs with zeros first, which takes
-    # an eighth of the time of a step.
-    unroll = depth if depth <= _UNROLLED and sharding.is_on_cpu() else 1
+    # an eighth of the time of a step. Without a loop the compiler would undo what `remat` asks for.
+    unroll = depth if not policy and depth <= _UNROLLED and sharding.is_on_cpu() else 1
     blocks = nn.scan(
         body,
         variable_axes={"params": 0},
