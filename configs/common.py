@@ -58,7 +58,7 @@ def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -
     data.std = IMAGENET_STD
     # Evaluation: the centre is cut from images that are resized so that they just cover a box of
     # its aspect, with this shorter side.
-    data.short_side = 256 if variant else placeholder(int)  # None: as the run to start from
+    data.short_side = placeholder(int)  # None: as the run to start from; else 256 for 224 pixels
     # Values that become 0 and 255 in images of more than 8 bits a channel; (): all that 16 bits
     # hold; 32 bits and floating point are then an error.
     data.range = ()

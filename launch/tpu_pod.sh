@@ -14,7 +14,7 @@ set -euo pipefail
 usage() { sed -n '2,5p' "$0" >&2; exit 2; }
 dry=false arguments=()
 for argument; do
-  case $argument in --dry-run | --dry_run) dry=true ;; *) arguments+=("$argument") ;; esac
+  case $argument in --dry-run) dry=true ;; *) arguments+=("$argument") ;; esac
 done
 set -- "${arguments[@]}"
 [[ $# -ge 3 && $2 != -* && $3 != -* ]] || usage

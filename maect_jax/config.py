@@ -160,8 +160,8 @@ def _override(config: ConfigDict, override: str) -> None:
 
 def _parse(text: str, kind: type, before):
     if kind is str:
-        if len(text) > _LONGEST or any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
-            raise ValueError("too long, control characters, or bytes that are no text")
+        if len(text) > _LONGEST or any(unicodedata.category(c) == "Cc" for c in text):
+            raise ValueError("too long, or control characters")
         return text
     value = ast.literal_eval(text.capitalize() if kind is bool else text)
     if kind is tuple and isinstance(value, tuple) and before:

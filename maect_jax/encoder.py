@@ -60,7 +60,8 @@ class Encoder:
           images: uint8 from 0 to 255, or floating point from 0 to 1; not normalised.
 
         Raises:
-          ValueError: there are none, or they have another shape, dtype or range.
+          ValueError: there are none, or they have another shape, dtype or range. To see the range
+            of floats that lie on a device it waits for them.
         """
         images = images if isinstance(images, jax.Array) else np.asarray(images)
         shape, dtype = (*self.image_size, self.channels), images.dtype

@@ -60,6 +60,8 @@ def say(error: Exception | str) -> None:
 class _Output(io.FileIO):
     """Where a command writes its text. What nobody takes any more is dropped."""
 
+    has_lost = False  # some of stdout, and not because its reader has enough
+
     def write(self, text) -> int:
         try:
             return super().write(text)
@@ -68,6 +70,7 @@ class _Output(io.FileIO):
             os.dup2(null, self.fileno())  # for what libraries write, too
             os.close(null)
             if error.errno != errno.EPIPE and self.fileno() == 1:
+                _Output.has_lost = True
                 say(f"stdout: {error.strerror}; what follows is not shown")
             return len(text)
 
@@ -103,7 +106,8 @@ def run_command(main: Callable[[], None]) -> int:
     os.environ["MPLBACKEND"] = "agg"
     try:
         main()
-        return 0
+        sys.stdout.flush()
+        return 1 if _Output.has_lost else 0
     except tuple(STATUS) as error:
         say(error)
         return next(status for kind, status in STATUS.items() if isinstance(error, kind))

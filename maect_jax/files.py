@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,8 @@ def expanded(text: str) -> str:
 
 def user_path(text: str) -> Path:
     """A type for argparse: `expanded` as a path."""
+    if not text:  # of an unset variable; as a path it would be the working folder
+        raise ArgumentTypeError("is empty")
     return Path(expanded(text))
 
 

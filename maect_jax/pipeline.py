@@ -229,17 +229,25 @@ def _find_origin(config: ConfigDict) -> lineage.Saved | None:
     if "model" not in config:
         with config.unlocked():
             config.model = origin.config.model
-    if config.data.short_side is None:  # as in training, else as 256 for 224 pixels
-        side = origin.config.get("data", {}).get("short_side")
-        config.data.short_side = side or 8 * min(config.model.image_size) // 7
     return origin
 
 
-def prepare(config: ConfigDict) -> lineage.Saved | None:
+def _set_short_side(config: ConfigDict, before: ConfigDict | None) -> None:
+    """Sets `data.short_side`, where it is None, as the config has it that was run before; else as
+    256 is for 224 pixels."""
+    if config.data.short_side is None:
+        side = before.get("data", {}).get("short_side") if before else None
+        config.data.short_side = side or 8 * min(config.model.image_size) // 7
+
+
+def prepare(config: ConfigDict, workdir: Path) -> lineage.Saved | None:
     """Checks a config against the machine and what it starts from, which it returns
     (`_find_origin`). Raises `UserError`."""
     check_stages(config)
     origin = _find_origin(config)
+    path = workdir / "config.json"
+    before = configs.read(path) if path.exists() else origin and origin.config
+    _set_short_side(config, before)
     check(config, jax.device_count())
     if config.tensorboard:
         logger.tensorboard_writer()
@@ -274,7 +282,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """
     with ExitStack() as stack:
         with _together():
-            origin = prepare(config)
+            origin = prepare(config, workdir)
             mesh = sharding.make_mesh(**config.mesh)
             images = open_images(config)
             values.check(images.values(), sources.decoding(config))
@@ -359,14 +367,14 @@ def dry_run(config: ConfigDict) -> None:
             print(f"{config.name}: its model is not known: {error}")
             return
         start = f"nothing yet: {error}"
+    _set_short_side(config, None if isinstance(start, str) else start.config)
     check(config, jax.device_count())
     mesh = sharding.make_mesh(**config.mesh)
     images, whose = images_to_plan(config)
     if isinstance(images, sources.Blank):
         check_enough(config, images)
     else:
-        open_images(config, images)
-    values.check([images], sources.decoding(config))
+        values.check(open_images(config, images).values(), sources.decoding(config))
     print(_title(config, images, whose, mesh))
     if config.stages[0] == EVAL or STAGES[config.stages[0]].takes:
         print(f"from {start}")

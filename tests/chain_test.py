@@ -160,13 +160,29 @@ def test_the_cifar_page_runs_on_a_file_of_arrays(tmp_path, rng):
     assert results["pixels"]["knn"][1]["accuracy"] > 0.9
 
 
-@pytest.mark.parametrize(("given", "side"), [((), 28), (("data.short_side=40",), 40)])
-def test_an_evaluation_cuts_images_as_the_run_did(finished, given, side):
+@pytest.mark.parametrize(
+    ("given", "noted", "side"),
+    [((), None, 28), (("data.short_side=40",), None, 40), ((), 256, 256)],
+)
+def test_an_evaluation_cuts_images_as_the_run_did(finished, tmp_path, given, noted, side):
+    """That which it starts from, or that in its own folder, of an earlier version."""
+    if noted:
+        before = json.loads((finished.workdir / "config.json").read_text())
+        before["data"]["short_side"] = noted
+        (tmp_path / "config.json").write_text(json.dumps(before))
     settings = (f"init_from={finished.workdir}", "data.mean=(0.5,)", "data.std=(0.5,)")
     evaluation = config.load(str(CONFIGS / "eval.py"), (*settings, *given))
     with pytest.raises(UserError, match="its encoder has mean"):  # the last check
-        pipeline.prepare(evaluation)
+        pipeline.prepare(evaluation, tmp_path)
     assert evaluation.data.short_side == side
+
+
+def test_images_are_cut_by_the_size_of_the_model(tmp_path):
+    for size, side in (("(224,224)", 256), ("(112,224)", 128), ("(56,56)", 64)):
+        model = config.load(str(CONFIGS / "mae_vitb16.py"), [f"model.image_size={size}",
+                            "model.patch_size=8"])  # fmt: skip
+        pipeline.prepare(model, tmp_path)
+        assert model.data.short_side == side
 
 
 def test_finished_run_is_not_run_again_and_another_is_refused(

@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 from maect_jax.convert import names
 from maect_jax.convert.tensors import Content, Stored
-from maect_jax.errors import UserError
+from maect_jax.errors import UserError, first_of
 
 # Where timm's loader looks, in this order.
 _TIMM = ("state_dict_ema", "model_ema", "state_dict", "model")
-_LISTED = 5
 _HOW = "maect import's --key=NAME, or load_encoder's key=NAME"
 # What PyTorch puts into the names of a module that it wraps.
 _WRAPPED = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
@@ -71,15 +70,20 @@ def _choose(content: Content, prefixes: list[str], key: str | None) -> Chosen:
     entry = first.removesuffix(own[first].names[0])
     stripped = prefix.removeprefix(entry)
     rest = _rest(content.tensors.keys() - own.keys(), prefix, others)
-    also = f"takes {_listed([prefix])}; also there: {_listed(others)}. Choose another by {_HOW}"
-    notes = {
-        also: others,
-        f"strips the prefix {stripped!r} of {len(own)} tensors": stripped,
-        f"strips {_listed(sorted(words))} inside the names of {len(wrapped)} tensors": words,
-        f"leaves out what is beside the model: {rest}": rest,
-    }
-    told = tuple(f"{content.path}: {note}" for note, why in notes.items() if why)
-    return Chosen(tensors, entry.rstrip("."), prefix.rstrip(".") if others else None, told)
+    notes = []
+    if others:
+        also = f"also there: {_listed(others)}. Choose another by {_HOW}"
+        notes.append(f"takes {_listed([prefix])}; {also}")
+    if stripped:
+        notes.append(f"strips the prefix {stripped!r} of {len(own)} tensors")
+    if words:
+        inside = f"inside the names of {len(wrapped)} tensors"
+        notes.append(f"strips {_listed(sorted(words))} {inside}")
+    if rest:
+        notes.append(f"leaves out what is beside the model: {rest}")
+    notes = [f"{content.path}: {note}" for note in notes]
+    key = prefix.rstrip(".") if others else None
+    return Chosen(tensors, entry.rstrip("."), key, tuple(notes))
 
 
 def _prefix(content: Content, prefixes: list[str], key: str | None) -> str:
@@ -114,6 +118,4 @@ def _rest(left: set[str], prefix: str, others: Sequence[str]) -> str:
         group = ".".join(own[: same + 1])
         if not any(f"{group}.".startswith(x) or x.startswith(f"{group}.") for x in others if x):
             counts[group] = counts.get(group, 0) + 1
-    listed = [f"{group} ({count})" for group, count in counts.items()]
-    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
-    return ", ".join(listed[:_LISTED]) + more
+    return first_of([f"{group} ({count})" for group, count in counts.items()])

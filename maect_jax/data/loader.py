@@ -318,16 +318,16 @@ def _that_fit(workers: int, batch_bytes: int) -> int:
     fitting = min(workers, free // needed)
     if fitting < workers:
         fitting = fitting if fitting > 1 else 0
-        _say_shared_memory(workers, fitting, free >> 20, -(-workers * needed >> 20))
+        _say_shared_memory(workers, fitting)
     return fitting
 
 
 @lru_cache(maxsize=1)  # an evaluation has a stream for each row and split
-def _say_shared_memory(workers: int, fitting: int, free: int, needed: int) -> None:
+def _say_shared_memory(workers: int, fitting: int) -> None:
     instead = f"{fitting} of them" if fitting else "threads"
     _LOGGER.warning(
-        "%s has %d MiB free, and %d workers need %d: %s read the images. In a container, "
-        "--shm-size gives it more.", _SHM, free, workers, needed, instead,
+        "%s has too little free for the batches of %d workers: %s read the images. In a container, "
+        "--shm-size gives it more.", _SHM, workers, instead,
     )  # fmt: skip
 
 

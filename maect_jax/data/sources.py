@@ -13,15 +13,14 @@ import numpy as np
 from etils import epath
 
 from maect_jax import config as configs
-from maect_jax.config import Rule, Rules, at_most, between, one_of, positive
+from maect_jax.config import Rule, Rules, between, one_of, positive
 from maect_jax.data import arrays
 from maect_jax.data.base import Identity, Source, digest
 from maect_jax.data.decode import Decoding
 from maect_jax.data.folder import Folder
-from maect_jax.errors import UserError, first_of, shown
+from maect_jax.errors import UserError, first_of
 
 SPLITS = ("train", "val")
-_LONGEST = 40  # characters of a class name that a figure has room for
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -204,11 +203,10 @@ def _compare_classes(split: str, source: Source, train: Source) -> None:
 
 
 def class_name(classes: Sequence[str], label: int) -> str:
-    """The name of a label for people, `errors.shown`: "unlabelled" for -1, its number where the
-    classes have no names."""
+    """The name of a label: "unlabelled" for -1, its number where the classes have no names."""
     if label < 0:
         return "unlabelled"
-    return shown(classes[label], _LONGEST) if label < len(classes) else str(label)
+    return classes[label] if label < len(classes) else str(label)
 
 
 def labels_digest(source: Source) -> str:
@@ -224,7 +222,7 @@ def labels_digest(source: Source) -> str:
 RULES: Rules = {
     "source": one_of(KINDS),
     "labels": one_of(("auto", "none")),
-    "short_side": at_most(2**14),
+    "short_side": Rule("above 0, and at most 16,384", lambda v, _: v is None or 0 < v <= 2**14),
     "workers": between(-1, 1024),
     "max_bad_fraction": between(0, 1),
     "max_pixels": positive,
@@ -245,7 +243,9 @@ def check(config) -> None:
     """Checks the `data` section of a config. Raises `UserError`."""
     channels, side = config.model.channels, min(config.model.image_size)
     per_channel = Rule(f"{channels} numbers, one per channel", lambda v, _: len(v) == channels)
-    large_enough = Rule(f"at least the shorter side of the image, {side}", lambda v, _: v >= side)
+    large_enough = Rule(
+        f"at least the shorter side of the image, {side}, or None", lambda v, _: not v or v >= side
+    )
     of_model = {"mean": per_channel, "std": per_channel, "short_side": large_enough}
     packaged = _PACKAGED if config.data.source == "fashion_mnist" else {}
     for rules in (RULES, packaged, of_model):

@@ -101,8 +101,9 @@ def _records_by_tail(listed: set[str], paths: Sequence[str]) -> dict[str, list[i
 def from_list(path: str, names: Sequence[str]) -> np.ndarray:
     """Record numbers of the images that the text file `path` lists, one name a line, in its order.
 
-    A line names the image whose path ends in it, with as many folders as the line has. If there is
-    none, its ending does not matter, and it may have none.
+    A line names the image with this path below the folder of all; else the one whose path ends in
+    it, with as many folders as the line has. If there is none, its ending does not matter, and it
+    may have none.
 
     Args:
       path: of the list.
@@ -122,6 +123,10 @@ def from_list(path: str, names: Sequence[str]) -> np.ndarray:
     if rest := {line: _without_ending(line) for line in listed if line not in found}:
         stems = _records_by_tail(set(rest.values()), [_without_ending(name) for name in names])
         found |= {line: stems[stem] for line, stem in rest.items() if stem in stems}
+    root = os.path.commonpath([os.path.dirname(name) for name in names])
+    for line, records in found.items():  # `a/0.jpg` is not `b/a/0.jpg`, where there is the first
+        exact = [record for record in records if names[record] == os.path.join(root, line)]
+        found[line] = exact or records
     problems = []
     if absent := [line for line in listed if line not in found]:
         problems.append(

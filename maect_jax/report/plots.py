@@ -7,7 +7,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from maect_jax.data import sources
 from maect_jax.report import style
 
 _FEW_POINTS = 10  # of a curve, which are marked: one point alone has no line
@@ -80,7 +79,7 @@ def single_points(found: Curves) -> dict[tuple[str, int], dict[str, float]]:
 def feature_map(points: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> Figure:
     """Draws points `[N, 2]` in the colours of their labels `[N]`; -1 is grey."""
     present = np.unique(labels)
-    names, count = [sources.class_name(classes, label) for label in present], len(present)
+    names, count = [style.class_name(classes, label) for label in present], len(present)
     colours = style.palette(count)
     figure = style.new_figure(4.7)
     axes = figure.subplots()
@@ -144,7 +143,7 @@ def confusion(labels: np.ndarray, clusters: np.ndarray, classes: Sequence[str]) 
         axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, color=colour, alpha=alpha))
         if count:
             axes.text(column, row, f"{count}", ha="center", va="center", fontsize=7.5)
-    names = [sources.class_name(classes, label) for label in present]
+    names = [style.class_name(classes, label) for label in present]
     unmatched = [f"cluster {row}" for row in range(len(names), len(counts))]
     axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(counts) - 0.5, -0.5))
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")

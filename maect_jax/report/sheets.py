@@ -7,7 +7,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from maect_jax.data import sources
 from maect_jax.report import style
 
 _COLUMNS = 4  # groups of neighbours in a figure
@@ -68,7 +67,7 @@ def neighbours(
     panels[0, 0].set_title("image", fontsize=8)
     for row, query in zip(panels, queries, strict=True):
         style.show(row[0], query["image"])
-        _row_title(row[0], sources.class_name(classes, query["label"]), fontsize=8)
+        _row_title(row[0], style.class_name(classes, query["label"]), fontsize=8)
     frame = partial(Rectangle, (0, 0), 1, 1, fill=False, ec=style.ORANGE, lw=2, clip_on=False)
     for group, (title, nearest) in enumerate(chosen):
         first = 2 + group * (k + 1)
@@ -113,7 +112,7 @@ def montage(found: Mapping[str, np.ndarray], records: Records, classes: Sequence
         title = f"cluster {cluster}"
         if cluster < len(present) and present[cluster] >= 0:
             fraction = (labels[members] == present[cluster]).mean()
-            title = f"{sources.class_name(classes, present[cluster])} {fraction:.0%}"
+            title = f"{style.class_name(classes, present[cluster])} {fraction:.0%}"
         title += f"\n{len(members)} image{'s' * (len(members) != 1)}"
         _row_title(row[0], title, fontsize=7.5)
     return figure

@@ -4,7 +4,7 @@ import io
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
+from maect_jax.data import sources
+from maect_jax.errors import shown
 from maect_jax.stages import STAGES
 
 SETTINGS = Path(__file__).with_name("report.mplstyle")  # for drawing and saving
@@ -29,6 +31,7 @@ SHADES = LinearSegmentedColormap.from_list("shades", [(*to_rgb(ORANGE), a) for a
 WIDTH = 4.4  # inches; narrow enough to be read on a phone
 MANY_CLASSES = 20  # more are not listed one by one
 _DPI = 200
+_LONGEST_NAME = 40  # characters
 _THUMBNAIL = 80  # pixels of an image's longer side, at most
 
 
@@ -36,6 +39,11 @@ def palette(count: int) -> list[str]:
     """So many colours, as different as can be."""
     few, many = color_sequences["tab10"], colormaps["turbo"](np.linspace(0.1, 0.9, count))
     return [to_hex(colour) for colour in (few if count <= len(few) else many)][:count]
+
+
+def class_name(classes: Sequence[str], label: int) -> str:
+    """The name of a label (`sources.class_name`) as a figure has room for it and fonts have it."""
+    return shown(sources.class_name(classes, label), _LONGEST_NAME)
 
 
 def new_figure(height: float) -> Figure:
@@ -52,8 +60,8 @@ def hide_axes(axes) -> None:
 
 def to_rgb_image(image: np.ndarray) -> np.ndarray:
     """uint8 `[H, W, C]` as `[H, W, 3]`: its first three channels, or the first as gray."""
-    shown = image[..., : 3 if image.shape[2] >= 3 else 1]
-    return np.broadcast_to(shown, (*image.shape[:2], 3))
+    drawn = image[..., : 3 if image.shape[2] >= 3 else 1]
+    return np.broadcast_to(drawn, (*image.shape[:2], 3))
 
 
 def show(axes, image: np.ndarray) -> None:

@@ -85,7 +85,7 @@ def main() -> None:
     )
     config, arguments = configs.from_command_line(parser)
     if not os.access(arguments.out.parent, os.W_OK):
-        raise UserError(f"--out={arguments.out}: cannot be written: there is no such folder")
+        raise UserError(f"--out={arguments.out}: its folder cannot be written, or does not exist")
     stages = pipeline.stages_to_show(config)
     pipeline.check(config, devices=1)
     images = sources.make(config.data, "train", config.model.channels)

@@ -200,9 +200,16 @@ def read_lineage(run: Path) -> list[dict]:
 def write_lineage(run: Path, lineage: list[dict]) -> None:
     """Notes in a run's folder where its weights are from. Raises `UserError` if that is noted
     already, and a file is no longer what it was."""
-    before = {e["file"]: e.get("sha256") for e in read_lineage(run) if "file" in e}
+    before = {entry["file"]: entry for entry in read_lineage(run) if "file" in entry}
     for entry in lineage:
-        file, sha = entry.get("file"), entry.get("sha256")
-        if before.get(file, sha) != sha:
-            raise UserError(f"{file}: is another file than {run} started from (by its SHA-256)")
+        noted = before.get(entry.get("file"), entry)
+        if noted.get("sha256") != entry.get("sha256"):
+            name = entry["file"]
+            raise UserError(f"{name}: is another file than {run} started from (by its SHA-256)")
+        if noted.get("key") != entry.get("key"):
+            raise UserError(
+                f"{entry['file']}: {run} started from {noted.get('key') or 'one'} of its models, "
+                f"now it would be {entry.get('key')}. Import that one by maect import's --key, and "
+                "start another run from it."
+            )
     files.write_json(run / _FILE, {"from": lineage})

@@ -187,3 +187,13 @@ def test_what_is_stated_has_the_name_of_its_place(tmp_path):
     assert "not pytorch_model.bin beside it" in found.described[0]
     with pytest.raises(UserError, match=r"heads is -2, must be"):
         importing.recognised([folder], stated(CT, heads=-2))
+
+
+def test_another_model_of_the_same_file_is_another_start(tmp_path):
+    """As of a version that took another one in silence."""
+    noted = {"file": "a.pth", "layout": "timm", "sha256": "x"}
+    lineage.write_lineage(tmp_path, [noted])
+    lineage.write_lineage(tmp_path, [noted])
+    with pytest.raises(UserError, match="now it would be teacher"):
+        lineage.write_lineage(tmp_path, [noted | {"key": "teacher"}])
+    assert lineage.read_lineage(tmp_path) == [noted]

@@ -16,6 +16,7 @@ from maect_jax.data import arrays, decode, sources, subsets
 from maect_jax.data.base import NEW_TIMES
 from maect_jax.data.folder import Folder
 from maect_jax.errors import UserError
+from maect_jax.report import style
 from tests.helpers.common import save
 
 RGB = decode.Decoding(3)
@@ -133,10 +134,8 @@ def test_names_that_are_no_utf8(tmp_path):
         root + b"/caf\xe9/1.png",
     ]
     assert os.fsencode(source.classes[1]) == b"caf\xe9"
-    assert (
-        sources.class_name(source.classes, 1) == r"caf\udce9"
-    )  # as fonts and terminals can show it
-    assert sources.class_name(["l" * 99], 0) == "l" * 40 + "..."  # as a figure has room for it
+    assert style.class_name(source.classes, 1) == r"caf\udce9"  # as fonts can show it
+    assert style.class_name(["l" * 99], 0) == "l" * 40 + "..."  # as a figure has room for it
     assert sources.labels_digest(source)
 
 

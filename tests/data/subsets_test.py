@@ -48,6 +48,16 @@ def test_listed_images_are_found_by_name(tmp_path):
         subsets.from_list(str(path), names)
 
 
+def test_a_path_below_the_folder_of_all_is_exact(tmp_path):
+    names = [f"/sets/train/{name}" for name in ("b/a/0.jpg", "a/0.jpg", "b/a/1.jpg", "c/b/a/1.jpg")]
+    path = tmp_path / "list.txt"
+    path.write_text("a/0.jpg\nb/a/0.jpg\nb/a/1.jpg")
+    assert subsets.from_list(str(path), names).tolist() == [1, 0, 2]
+    path.write_text("a/1.jpg")
+    with pytest.raises(UserError, match="of several images"):
+        subsets.from_list(str(path), names)
+
+
 # Three folders with equal names; one image in two formats; dots, and bytes that are not UTF-8.
 NAMES = [
     *(f"/sets/train/{c}/{i}.jpg" for c in "abc" for i in range(3)),

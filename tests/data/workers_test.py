@@ -97,4 +97,4 @@ def test_workers_whose_batches_do_not_fit_into_shared_memory(monkeypatch, caplog
         assert loader._that_fit(8, batch_bytes=32 * 224 * 224 * 3) == workers
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == (workers < 8)
-    assert all(f"{free >> 20} MiB" in line and "--shm-size" in line for line in said)
+    assert all("--shm-size" in line for line in said)

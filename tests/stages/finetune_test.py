@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -425,7 +426,7 @@ def test_setting_that_is_not_allowed_is_one_clear_line(override, message):
 
 def test_what_cannot_start_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match=r"must be the folder of a run or a file of weights$"):
-        pipeline.prepare(configs.load(f"{FILE}:test", ["init_from=random"]))
+        pipeline.prepare(configs.load(f"{FILE}:test", ["init_from=random"]), Path("none"))
     with pytest.raises(UserError, match=r"no section 'model', which it takes from a run"):
         pipeline.stages_to_show(configs.load(FILE))
     with pytest.raises(UserError, match=r"batch_size=256: must be at most the 80 training images"):
