@@ -124,9 +124,9 @@ def from_list(path: str, names: Sequence[str]) -> np.ndarray:
         stems = _records_by_tail(set(rest.values()), [_without_ending(name) for name in names])
         found |= {line: stems[stem] for line, stem in rest.items() if stem in stems}
     root = os.path.commonpath([os.path.dirname(name) for name in names])
-    for line, records in found.items():  # `a/0.jpg` is not `b/a/0.jpg`, where there is the first
-        exact = [record for record in records if names[record] == os.path.join(root, line)]
-        found[line] = exact or records
+    for line in found:  # `a/0.jpg` is not `b/a/0.jpg`, where there is the first
+        exact = [record for record in found[line] if names[record] == os.path.join(root, line)]
+        found[line] = exact or found[line]
     problems = []
     if absent := [line for line in listed if line not in found]:
         problems.append(
