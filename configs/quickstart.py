@@ -18,6 +18,7 @@ def get_config(argument=""):
     common.small_images(config)
     config.model.update(width=96, depth=6, heads=3)
     config.log_every = 20
+    config.remat = "none"  # faster on a CPU
     config.checkpoint.every = 1
 
     mae = common.add_mae(config, batch_size=32)

@@ -31,8 +31,11 @@ _LONGEST = 1000  # characters of a string: no name or path that people give has 
 _MODEL_KEYS = (
     "variant", "width", "depth", "heads", "patch_size", "image_size", "channels", "ln_eps", "pool",
 )  # fmt: skip
-# Keys of `data` that runs of earlier versions lack, with the values by which they ran.
-_ADDED = {"labels": "auto", "range": (), "max_pixels": 178_956_970}
+# Keys that runs of earlier versions lack, by section, with the values by which they ran.
+_ADDED: dict[str, dict[str, Any]] = {
+    "data": {"labels": "auto", "range": (), "max_pixels": 178_956_970},
+    "model": {"attention": "auto"},
+}
 # What names files, or may.
 _PATHS = ("init_from", "data.path", "finetune.images", "eval.lowshot.lists")
 _INT64 = 2**63 - 1
@@ -333,7 +336,8 @@ def read(path: Path) -> ConfigDict:
     content = files.read_json(path)
     require(path, content, "model", _MODEL_KEYS)
     require(path, content, "data")
-    content["data"] = _ADDED | content["data"]
+    for section, values in _ADDED.items():
+        content[section] = values | content[section]
     return ConfigDict(tuples(content))
 
 

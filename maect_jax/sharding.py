@@ -148,6 +148,12 @@ def constrain_batch(x: jax.Array, axis: int = 0) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*[None] * axis, AXES))
 
 
+def is_on_cpu() -> bool:
+    """Whether what is traced runs on CPUs: those of the current mesh, if there is one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device.device_kind if device else jax.default_backend()) == "cpu"
+
+
 def tree_shardings(tree, mesh: Mesh):
     """The `NamedSharding` that `RULES` give each leaf of a tree of (abstract) arrays."""
 

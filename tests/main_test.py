@@ -244,3 +244,31 @@ def test_programs_are_kept_in_a_private_folder_or_not_at_all(tmp_path):
     assert program.stat().st_mtime > 0  # made again
     assert old.exists()
     assert kept(XDG_CACHE_HOME="/proc/absent") == (False, "None")
+
+
+@pytest.mark.parametrize(
+    ("mode", "before", "after"),
+    [
+        ("always [madvise] never", "", "glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", "glibc.x=2", "glibc.x=2:glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", "glibc.malloc.hugetlb=0", None),  # as the user says
+        ("[always] madvise never", "", None),
+        (None, "", None),
+    ],
+)
+def test_a_run_starts_again_in_huge_pages_where_that_is_left_to_it(
+    monkeypatch, mode, before, after
+):
+    started = []
+    monkeypatch.setattr(main.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(main.os, "execv", lambda *_: started.append(os.environ["GLIBC_TUNABLES"]))
+    monkeypatch.setenv("GLIBC_TUNABLES", before)
+
+    def read_text(path):
+        if mode is None:
+            raise FileNotFoundError(path)
+        return mode
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    main._use_huge_pages()
+    assert started == ([after] if after else [])

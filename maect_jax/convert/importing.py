@@ -320,6 +320,7 @@ class _Builder:
             "pool": self.probe_pool() or self.overrides.pool or self.pool(grid, width),
             "ln_eps": ln_eps,
             "dtype": self.overrides.dtype or "bfloat16",
+            "attention": "auto",
         }
         config = ConfigDict({"model": section})
         try:

@@ -45,6 +45,7 @@ class Decoder(nn.Module):
     channels: int
     ln_eps: float = 1e-6
     dtype: Any = jnp.float32
+    attention: str = "auto"
     remat: str = "none"
 
     @nn.compact

@@ -8,7 +8,7 @@ Shapes: B images, H x W pixels, C channels, N patches, D width, L layers.
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -24,9 +24,13 @@ from maect_jax.models import positions
 
 DTYPES = ("float32", "bfloat16")  # of activations
 POOLS = ("cls", "mean", "fc_norm")  # of a model
+# Implementations of attention: XLA's, or cuDNN's flash kernels. "auto" is the one that was measured
+# to be faster (docs/performance.md).
+ATTENTIONS = ("auto", "xla", "cudnn")
 # Bounds far above what can be trained, within which a dry run is fast and takes little memory.
 MAX_UNITS = 2**16  # width, depth or heads
 MAX_PIXELS = 2**14  # side of an image
+_UNROLLED = 12  # blocks at most; compiling takes longer with each
 _MAX_POSITIONS = 2**25  # numbers in the position embedding
 
 
@@ -85,18 +89,50 @@ class Linear(nn.Module):
         return y.reshape(*x.shape[:-1], self.features)
 
 
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """`x P(X <= x)` of a standard normal X (Hendrycks & Gimpel, 2016), of the shape of `x`.
+
+    Its gradient is one pass over `x`, which is all that it keeps; JAX's own takes four times as
+    long on a CPU.
+    """
+    return nn.gelu(x, approximate=False)
+
+
+def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return gelu(x), x
+
+
+def _gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
+    wide = x.astype(jnp.float32)
+    below = 0.5 * jax.lax.erfc(-wide * math.sqrt(0.5))
+    density = jnp.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
+    return ((grad * (below + wide * density)).astype(x.dtype),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention `[B, N, D] -> [B, N, D]` with one qkv projection."""
+    """Multi-head self-attention `[B, N, D] -> [B, N, D]` with one qkv projection.
+
+    `kind` is one of `ATTENTIONS`; cuDNN's works in bf16 only, XLA's takes its place in fp32.
+    """
 
     heads: int
     dtype: Any = jnp.float32
+    kind: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, tokens, width = x.shape
         qkv = Linear(3 * width, self.dtype, name="qkv")(x)
         q, k, v = jnp.unstack(qkv.reshape(batch, tokens, 3, self.heads, -1), axis=2)
-        x = jax.nn.dot_product_attention(q, k, v).reshape(batch, tokens, width)
+        implementation: Literal["cudnn", "xla"] = "xla"
+        if self.kind == "cudnn" and q.dtype == jnp.bfloat16:
+            implementation = "cudnn"
+        x = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+        x = x.reshape(batch, tokens, width)
         return Linear(width, self.dtype, name="proj")(x)
 
 
@@ -130,15 +166,17 @@ class Block(nn.Module):
     heads: int
     ln_eps: float = 1e-6
     dtype: Any = jnp.float32
+    attention: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, paths: jax.Array | None = None) -> tuple[jax.Array, None]:
         width = x.shape[-1]
         attention, mlp = (None, None) if paths is None else paths
         y = layer_norm(self, "norm1")(x)
-        x = _residual(x, Attention(self.heads, self.dtype, name="attn")(y), attention)
+        y = Attention(self.heads, self.dtype, self.attention, name="attn")(y)
+        x = _residual(x, y, attention)
         y = layer_norm(self, "norm2")(x)
-        y = nn.gelu(Linear(4 * width, self.dtype, name="fc1")(y), approximate=False)
+        y = gelu(Linear(4 * width, self.dtype, name="fc1")(y))
         x = _residual(x, Linear(width, self.dtype, name="fc2")(y), mlp)
         # Without it the compiler may replace the batch sharding of the residual stream by that of
         # the weights, at several times the memory.
@@ -159,8 +197,17 @@ def scanned_blocks(module: nn.Module, depth: int, name: str, remat: str) -> nn.M
     """`depth` blocks of a module, with their parameters stacked along a leading layer axis."""
     policy = REMAT[remat]
     body = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
-    blocks = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth)
-    return blocks(module.heads, module.ln_eps, module.dtype, name=name)
+    # On a CPU a loop fills the stack of what its backward pass needs with zeros first, which takes
+    # an eighth of the time of a step. Without a loop the compiler would undo what `remat` asks for.
+    unroll = depth if not policy and depth <= _UNROLLED and sharding.is_on_cpu() else 1
+    blocks = nn.scan(
+        body,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=depth,
+        unroll=unroll,
+    )
+    return blocks(module.heads, module.ln_eps, module.dtype, module.attention, name=name)
 
 
 def position_embedding(module: nn.Module, grid: tuple[int, int]) -> jax.Array | np.ndarray:
@@ -186,6 +233,7 @@ class ViT(nn.Module):
     frozen_blocks: int = 0
     ln_eps: float = 1e-6
     dtype: Any = jnp.float32
+    attention: str = "auto"
     remat: str = "none"
     final_norm: bool = True
 
@@ -279,6 +327,7 @@ def size_of(model) -> Size:
 def from_config(model, frozen_blocks: int = 0, remat: str = "none") -> ViT:
     """The encoder that a `model` section describes."""
     settings = dict(patch_size=model.patch_size, ln_eps=model.ln_eps, dtype=model.dtype)
+    settings["attention"] = model.attention
     return ViT(*size_of(model), frozen_blocks=frozen_blocks, remat=remat, **settings)
 
 
@@ -297,6 +346,13 @@ RULES: Rules = {
     **dict.fromkeys(("patch_size", "channels", "ln_eps"), positive),
     "pool": one_of(POOLS),
     "dtype": one_of(DTYPES),
+    "attention": Rule(
+        f"one of {ATTENTIONS}; cudnn needs an NVIDIA GPU, and model.dtype='bfloat16'",
+        lambda v, model: (
+            v in ATTENTIONS
+            and (v != "cudnn" or (jax.default_backend() == "gpu" and model.dtype == "bfloat16"))
+        ),
+    ),
     "image_size": Rule(f"{_SIDES}{MAX_PIXELS:,}", _are_sides),
 }
 

@@ -53,6 +53,7 @@ class MAE(Stage):
             channels=model.channels,
             ln_eps=model.ln_eps,
             dtype=model.dtype,
+            attention=model.attention,
             remat=config.remat,
         )
         return {"decoder": decoder, "groups": {"encoder": group, "decoder": group}}

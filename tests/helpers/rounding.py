@@ -47,7 +47,7 @@ def rounded(tree, scale):
 def emulated(f, scale):
     """`f()`, which calls fp32 modules, with their results and the attention weights rounded."""
 
-    def attention(q, k, v):
+    def attention(q, k, v, implementation):
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
         weights = _round_both_ways(jax.nn.softmax(scores), scale)
         return _round_both_ways(jnp.einsum("bhqk,bkhd->bqhd", weights, v), scale)

@@ -80,6 +80,37 @@ def test_encoder_equals_numpy(rng, shape, patch, eps):
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-6), ("bfloat16", 2**-7)])
+def test_gelu_and_its_gradient(rng, dtype, error):
+    x = jnp.asarray(np.concatenate([rng.normal(0, 2, 500), [-30, -6, 0, 6, 30]]), dtype)
+    cotangent = jnp.asarray(rng.normal(size=len(x)), dtype)
+    value, gradient = jax.vjp(vit.gelu, x)
+    wide = np.asarray(x, np.float64)
+    below = 0.5 * (1 + erf(wide / np.sqrt(2)))
+    slope = below + wide * np.exp(-(wide**2) / 2) / np.sqrt(2 * np.pi)
+    np.testing.assert_allclose(np.asarray(value, float), wide * below, error, error)
+    got = np.asarray(gradient(cotangent)[0], float)
+    np.testing.assert_allclose(got, np.asarray(cotangent, float) * slope, error, error)
+    assert gradient(cotangent)[0].dtype == value.dtype == x.dtype
+
+
+def test_the_attention_of_a_gpu_is_asked_for(rng, monkeypatch):
+    """cuDNN's in bf16; in fp32, which it lacks, XLA's."""
+    asked = []
+    attention = jax.nn.dot_product_attention
+
+    def noted(q, k, v, implementation):
+        asked.append((str(q.dtype), implementation))
+        return attention(q, k, v)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", noted)
+    x = jnp.asarray(rng.normal(size=(2, 5, 16)), jnp.float32)
+    for dtype in (jnp.bfloat16, jnp.float32):
+        vit.Attention(2, dtype, "cudnn").init(jax.random.key(0), x)
+    vit.Attention(2, jnp.bfloat16).init(jax.random.key(0), x)
+    assert asked == [("bfloat16", "cudnn"), ("float32", "xla"), ("bfloat16", "xla")]
+
+
 def test_position_embedding_by_hand():
     table = positions.sincos((2, 3), 8)
     row, col = 1, 2
