@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -245,9 +246,20 @@ def _stream(
     # Python's resource tracker frees the shared memory of unread batches at the end, with a warning
     # on the terminal.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
+    _start_resource_tracker()
     options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=1)
     ahead = dataset.to_iter_dataset(grain.ReadOptions(1, 1))
     return _closing(ahead.mp_prefetch(options, _init_worker))
+
+
+def _start_resource_tracker() -> None:
+    """Starts Python's process that frees shared memory deaf to SIGHUP, as it is to SIGINT and
+    SIGTERM: a terminal sends it to all processes, and batches are still to be made."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may set signals
+        return
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    resource_tracker.ensure_running()
+    signal.signal(signal.SIGHUP, handler)
 
 
 def _closing(dataset) -> Batches:
