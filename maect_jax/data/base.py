@@ -23,6 +23,11 @@ def digest(*parts: bytes | np.ndarray) -> str:
     return found.hexdigest()[:16]
 
 
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """At most `most` of `count` positions, the first and the last included."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
+
+
 class Difference(NamedTuple):
     """What has changed of the images of a source.
 

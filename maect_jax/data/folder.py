@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from maect_jax.data import decode
-from maect_jax.data.base import AbsentError, Identity, Source, digest
+from maect_jax.data.base import AbsentError, Identity, Source, digest, evenly_spaced
 from maect_jax.errors import UserError, first_of
 
 _LOGGER = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Folder(Source):
     def identity(self) -> Identity:
         """Of the names, sizes and times of all files, and of what is in some of them: without
         compression other images have the same size."""
-        some = np.linspace(0, len(self) - 1, min(len(self), _SAMPLED)).astype(int).tolist()
+        some = evenly_spaced(len(self), _SAMPLED)
         with ThreadPoolExecutor(_THREADS) as pool:
             contents = list(pool.map(self._digest, some))
         names, times = self._digests

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from maect_jax.data import decode
-from maect_jax.data.base import Source
+from maect_jax.data.base import Source, evenly_spaced
 from maect_jax.data.decode import Decoding, Values
 from maect_jax.errors import BadImageError, UserError, shown
 
@@ -35,11 +35,11 @@ def check(sources: Iterable[Source], decoding: Decoding) -> None:
     others: list[tuple[Source, int]] = []
     for source in sources:
         _say_if_colour_is_lost(source, decoding)
-        records = _spaced(range(len(source)), _SAMPLED)
+        records = evenly_spaced(len(source), _SAMPLED)
         with ThreadPoolExecutor() as pool:
             sample = list(pool.map(partial(_values, source, decoding), records))
         rest = [record for record, seen in zip(records, sample, strict=True) if not seen]
-        others += [(source, record) for record in _spaced(rest, _DECODED)]
+        others += [(source, rest[i]) for i in evenly_spaced(len(rest), _DECODED)]
         for record, seen in zip(records, sample, strict=True):
             if seen:
                 deep[seen.mode, seen.possible].append((source.name(record), seen))
@@ -47,12 +47,6 @@ def check(sources: Iterable[Source], decoding: Decoding) -> None:
     for (mode, _), found in deep.items():
         name = next((name for name, seen in found if _is_weak(seen)), found[0][0])
         _check(f"{shown(name)}: mode {mode}", [seen for _, seen in found], decoding.range)
-
-
-def _spaced(items: Sequence[int], most: int) -> list[int]:
-    """Up to `most` of the items, evenly spaced."""
-    places = np.linspace(0, len(items) - 1, min(len(items), most)).astype(int)
-    return [items[i] for i in places]
 
 
 def _say_if_colour_is_lost(source: Source, decoding: Decoding) -> None:
@@ -85,7 +79,7 @@ def to_uint8(what: str, array: np.ndarray, bounds: tuple[float, ...]) -> np.ndar
     if array.dtype == np.uint8:
         _check_8_bits(what, *found)
         return array
-    sample = _spaced(range(len(array)), _SAMPLED)
+    sample = evenly_spaced(len(array), _SAMPLED)
     seen = [decode.summary(str(array.dtype), possible, array[i]) for i in sample]
     _check(what, seen, bounds, found)
     return decode.to_8_bits(array, bounds or (0, possible))

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from maect_jax import config as configs
 from maect_jax import files
+from maect_jax.data.base import evenly_spaced
 from maect_jax.data.sources import Source
 from maect_jax.errors import UserError, first_of
 from maect_jax.evals import cluster, features, maps, paper, runner, table
@@ -300,7 +301,7 @@ class _RunFigures:
     def _map(self, row: str, found: features.Features) -> Figure:
         """A map in the colours of the labels; without labels, in those of the clusters."""
         # Spread over all images, because those of a folder are sorted by class.
-        chosen = sheets.evenly_spaced(len(found.x), MAP_IMAGES)
+        chosen = evenly_spaced(len(found.x), MAP_IMAGES)
         points = maps.points(found.x[chosen], self.config.eval.map)
         labels, classes = found.labels[chosen], self.images[self._split].classes
         clusters = runner.read_clusters(self.folder, row).get("clusters")

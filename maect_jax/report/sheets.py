@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from maect_jax.data.base import evenly_spaced
 from maect_jax.report import style
 
 _COLUMNS = 4  # groups of neighbours in a figure
@@ -14,11 +15,6 @@ _MONTAGE = 12  # images of a cluster
 
 # From a record number to `image`, uint8 [H, W, C], and `label` (-1: unknown).
 Records = Callable[[int], dict]
-
-
-def evenly_spaced(count: int, most: int) -> list[int]:
-    """At most `most` of `count` positions, the first and the last included."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
 
 
 def reconstructions(images: np.ndarray, mask: np.ndarray, filled: np.ndarray) -> Figure:

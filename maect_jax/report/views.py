@@ -23,7 +23,8 @@ with epy.lazy_imports():  # with JAX, which takes a second: `--help` and mistake
 
     from maect_jax import pipeline
     from maect_jax.data import augment, decode, sources, values
-    from maect_jax.report import sheets, style
+    from maect_jax.data import base as data_base
+    from maect_jax.report import style
     from maect_jax.stages import base
 
 _IMAGES, _EPOCHS = 8, 3
@@ -36,7 +37,7 @@ def views_of(config: ConfigDict, stage: "type[base.Stage]", images: "sources.Sou
     recipe = stage.for_images(config, images).recipe
     make_views = jax.jit(lambda batch: augment.views(batch, recipe))
     make_example = stage.example_maker(config, images)
-    chosen, epochs = sheets.evenly_spaced(len(images), _IMAGES), []
+    chosen, epochs = data_base.evenly_spaced(len(images), _IMAGES), []
     for epoch in range(_EPOCHS):
         examples = [make_example((epoch, record)) for record in chosen]
         batch = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
