@@ -27,6 +27,7 @@ from torchvision.transforms import v2
 
 from benchmarks import torch_training
 from configs import common
+from maect_jax import main as command
 from maect_jax import sharding, train
 from maect_jax.data import arrays, sources
 from maect_jax.stages import STAGES
@@ -151,6 +152,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     flags.FLAGS.mark_as_parsed()  # grain has some
+    command.keep_memory()
     with tempfile.TemporaryDirectory() as name:
         write_images(Path(name))
         for stage in arguments.stages:

@@ -89,6 +89,12 @@ class Linear(nn.Module):
         return y.reshape(*x.shape[:-1], self.features)
 
 
+def _below(x: jax.Array) -> jax.Array:
+    """`P(X <= x)` of a standard normal X, fp32. By `erf`, as in PyTorch: it takes half the time of
+    `erfc`, and is less exact only where this is close to 0."""
+    return 0.5 + 0.5 * jax.lax.erf(x.astype(jnp.float32) * math.sqrt(0.5))
+
+
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
     """`x P(X <= x)` of a standard normal X (Hendrycks & Gimpel, 2016), of the shape of `x`.
@@ -96,7 +102,7 @@ def gelu(x: jax.Array) -> jax.Array:
     Its gradient is one pass over `x`, which is all that it keeps; JAX's own takes four times as
     long on a CPU.
     """
-    return nn.gelu(x, approximate=False)
+    return (x * _below(x)).astype(x.dtype)
 
 
 def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -105,9 +111,8 @@ def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
     wide = x.astype(jnp.float32)
-    below = 0.5 * jax.lax.erfc(-wide * math.sqrt(0.5))
     density = jnp.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
-    return ((grad * (below + wide * density)).astype(x.dtype),)
+    return ((grad * (_below(x) + wide * density)).astype(x.dtype),)
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)
