@@ -1,6 +1,6 @@
 """Training on a CPU against plain PyTorch: crops a second of each stage, both sides in one run.
 
-    python -m benchmarks.cpu_training [mae head ct] [--steps=20] [--rounds=5]
+    python -m benchmarks.cpu_training [mae head ct] [--steps=20] [--rounds=5] [--dtype=bfloat16]
 
 Needs torch and torchvision. Both read the same folder of small PNG files (the packaged images, 28
 pixels, RGB), make two random crops of each, and do the same work a step in fp32: masks, heads, the
@@ -27,6 +27,7 @@ from torchvision.transforms import v2
 
 from benchmarks import torch_training
 from configs import common
+from maect_jax import main as command
 from maect_jax import sharding, train
 from maect_jax.data import arrays, sources
 from maect_jax.stages import STAGES
@@ -41,7 +42,7 @@ SIZES = torch_training.Sizes(
 BEFORE = 5  # steps before the first measured one
 
 
-def config_of(stage: str, folder: str) -> ConfigDict:
+def config_of(stage: str, folder: str, dtype: str = "float32") -> ConfigDict:
     """The config of a stage at the sizes of this benchmark."""
     config = common.base("cpu_training", "Ti", patch_size=SIZES.patch)
     config.stages = (stage,)
@@ -51,7 +52,7 @@ def config_of(stage: str, folder: str) -> ConfigDict:
         depth=SIZES.depth,
         heads=SIZES.heads,
         image_size=(SIZES.image,) * 2,
-        dtype="float32",
+        dtype=dtype,
     )
     config.data.update(source="folder", path=folder, short_side=SIZES.image, workers=os.cpu_count())
     head = dict(
@@ -72,9 +73,9 @@ def config_of(stage: str, folder: str) -> ConfigDict:
     return config.lock()
 
 
-def ours(name: str, folder: str) -> Iterator[None]:
+def ours(name: str, folder: str, dtype: str = "float32") -> Iterator[None]:
     """Steps of this package, from files to the new state."""
-    config = config_of(name, folder)
+    config = config_of(name, folder, dtype)
     images, kind = sources.make(config.data, "train", 3), STAGES[name]
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
@@ -149,12 +150,17 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", default=[*torch_training.STEPS])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="float32", help="of our activations; the peer's is fp32")
     arguments = parser.parse_args()
     flags.FLAGS.mark_as_parsed()  # grain has some
+    command.keep_memory()
     with tempfile.TemporaryDirectory() as name:
         write_images(Path(name))
         for stage in arguments.stages:
-            streams = {"maect_jax": ours(stage, name), "PyTorch": peer(stage, name)}
+            streams = {
+                "maect_jax": ours(stage, name, arguments.dtype),
+                "PyTorch": peer(stage, name),
+            }
             rates: dict[str, list[float]] = {side: [] for side in streams}
             for stream in streams.values():
                 rate(stream, BEFORE)

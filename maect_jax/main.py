@@ -5,6 +5,7 @@
 Every key, with its default, is in configs/common.py.
 """
 
+import ctypes
 import faulthandler
 import gc
 import hashlib
@@ -30,7 +31,7 @@ _KEPT = 90 * 24 * 3600.0  # seconds that a compiled program is kept
 # New objects between two searches for garbage. Importing and tracing make many that stay; searched
 # through as often as by default, they take an eighth of the time to the first step.
 _GARBAGE = 100_000
-_HUGE_PAGES = "glibc.malloc.hugetlb"
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _ADDRESS = "JAX_COORDINATOR_ADDRESS"
 _PATIENCE = 20.0  # seconds in which all hosts end together
 
@@ -129,6 +130,22 @@ def _processor() -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def keep_memory() -> None:
+    """Keeps the memory of large arrays from step to step, where JAX runs on CPUs.
+
+    Otherwise the C library returns it after each step, and the kernel clears as much for the next,
+    which takes a quarter of the time (docs/performance.md). It keeps only what the thread asks for
+    that has started the program: JAX must run its programs there. To be called before JAX is used.
+    """
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_MAX, 0)
+        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def _run() -> None:
     config, arguments = configs.from_command_line(_parser())
     from maect_jax import pipeline  # with JAX, which takes a second: help and mistakes do not wait
@@ -138,6 +155,7 @@ def _run() -> None:
     if arguments.dry_run:
         pipeline.dry_run(config)
         return
+    keep_memory()
     with preemption.handled():
         pipeline.run(config, arguments.workdir or Path(f"runs/{config.name}"))
 
@@ -156,26 +174,6 @@ def main() -> None:
         timer.daemon = True
         timer.start()
     sys.exit(status)
-
-
-def _use_huge_pages() -> None:
-    """Starts this program again so that its large arrays lie in huge pages, where the system leaves
-    that to programs.
-
-    On a CPU the kernel clears hundreds of megabytes at each step, page by page; in huge pages a
-    step takes an eighth less (docs/performance.md). The C library reads the setting when a program
-    starts, and only then.
-    """
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if platform.libc_ver()[0] != "glibc" or _HUGE_PAGES in tunables:
-        return
-    try:
-        mode = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
-    except OSError:
-        return
-    if "[madvise]" in mode:
-        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{_HUGE_PAGES}=1")))
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 # The commands of `maect`: the module of each, which is a command as well, and what it does.
@@ -205,7 +203,6 @@ def maect() -> None:
     # A module of several commands, `import` and `export`, reads the name of the command as well.
     sys.argv[:2] = ["maect", command] if modules.count(module) > 1 else [f"maect {command}"]
     if command == "run":
-        _use_huge_pages()
         sys.modules["__main__"] = sys.modules[__name__]  # what worker processes import
         faulthandler.enable()  # a crash of a library shows where Python was
         main()
@@ -218,7 +215,6 @@ if __name__ == "__mp_main__":  # a worker process of the loader imports what was
     absl_logging.set_verbosity(absl_logging.ERROR)
 
 if __name__ == "__main__":
-    _use_huge_pages()
     errors.settle_streams()
     faulthandler.enable()
     main()

@@ -1,6 +1,7 @@
 """The command line: help, dry run, and bad input, each through the real `main`."""
 
 import os
+import platform
 import re
 import stat
 import subprocess
@@ -246,29 +247,29 @@ def test_programs_are_kept_in_a_private_folder_or_not_at_all(tmp_path):
     assert kept(XDG_CACHE_HOME="/proc/absent") == (False, "None")
 
 
-@pytest.mark.parametrize(
-    ("mode", "before", "after"),
-    [
-        ("always [madvise] never", "", "glibc.malloc.hugetlb=1"),
-        ("always [madvise] never", "glibc.x=2", "glibc.x=2:glibc.malloc.hugetlb=1"),
-        ("always [madvise] never", "glibc.malloc.hugetlb=0", None),  # as the user says
-        ("[always] madvise never", "", None),
-        (None, "", None),
-    ],
-)
-def test_a_run_starts_again_in_huge_pages_where_that_is_left_to_it(
-    monkeypatch, mode, before, after
-):
-    started = []
-    monkeypatch.setattr(main.platform, "libc_ver", lambda: ("glibc", "2.36"))
-    monkeypatch.setattr(main.os, "execv", lambda *_: started.append(os.environ["GLIBC_TUNABLES"]))
-    monkeypatch.setenv("GLIBC_TUNABLES", before)
+NEW_PAGES = """
+import resource, sys
+import jax
+from maect_jax import main
 
-    def read_text(path):
-        if mode is None:
-            raise FileNotFoundError(path)
-        return mode
+if "keep" in sys.argv:
+    main.keep_memory()
+product = jax.jit(lambda x: (x @ x.T) @ x)  # by way of 64 MB
+x = jax.numpy.ones((4096, 8))
+pages = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(6):
+    before = pages()
+    product(x).block_until_ready()
+    print(pages() - before)
+"""
 
-    monkeypatch.setattr(Path, "read_text", read_text)
-    main._use_huge_pages()
-    assert started == ([after] if after else [])
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries keep what they like")
+def test_the_memory_of_a_program_is_kept_for_its_next_run():
+    def new_pages(*arguments: str) -> int:
+        env = os.environ | {"XLA_FLAGS": ""}  # one device
+        command = [sys.executable, "-c", NEW_PAGES, *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        return min(map(int, done.stdout.split()[3:]))
+
+    assert new_pages("keep") < 500 < new_pages()

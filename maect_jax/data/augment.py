@@ -45,6 +45,11 @@ class Photometric:
     solarize: float = 0.0
     solarize_threshold: float = 128
 
+    @property
+    def changes(self) -> bool:
+        """Whether it changes any image."""
+        return any((self.jitter, self.blur, self.grayscale, self.solarize))
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -247,6 +252,8 @@ def views(batch: dict, recipe: Recipe) -> jax.Array:
 
 def _views(recipe: Recipe, images: jax.Array, seeds: jax.Array) -> jax.Array:
     whole = images.ndim == 4
+    if not whole and not any(colours.changes for colours in recipe.photometric):
+        return normalise_pixels(images, recipe.mean, recipe.std)
     images = jnp.moveaxis(images, -1, -3)
     keys = jax.random.wrap_key_data(seeds)
     crop = jax.vmap(partial(random_crop, recipe=recipe))

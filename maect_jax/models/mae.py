@@ -61,6 +61,6 @@ class Decoder(nn.Module):
         patches = patches + jnp.asarray(vit.position_embedding(self, grid), self.dtype)
         x = jnp.concatenate([x[:, :1], patches], axis=1)
         x, _ = vit.scanned_blocks(self, self.depth, "blocks", self.remat)(x)
-        x = vit.layer_norm(self, "norm")(x)[:, 1:]
+        x = vit.LayerNorm(self.ln_eps, name="norm")(x)[:, 1:]
         pixels = self.patch_size**2 * self.channels
         return vit.Linear(pixels, self.dtype, name="pred")(x).astype(jnp.float32)

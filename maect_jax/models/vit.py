@@ -8,6 +8,7 @@ Shapes: B images, H x W pixels, C channels, N patches, D width, L layers.
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -89,6 +90,12 @@ class Linear(nn.Module):
         return y.reshape(*x.shape[:-1], self.features)
 
 
+def _below(x: jax.Array) -> jax.Array:
+    """`P(X <= x)` of a standard normal X, fp32. By `erf`, as in PyTorch: it takes half the time of
+    `erfc`, and is less exact only where this is close to 0."""
+    return 0.5 + 0.5 * jax.lax.erf(x.astype(jnp.float32) * math.sqrt(0.5))
+
+
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
     """`x P(X <= x)` of a standard normal X (Hendrycks & Gimpel, 2016), of the shape of `x`.
@@ -96,7 +103,7 @@ def gelu(x: jax.Array) -> jax.Array:
     Its gradient is one pass over `x`, which is all that it keeps; JAX's own takes four times as
     long on a CPU.
     """
-    return nn.gelu(x, approximate=False)
+    return (x * _below(x)).astype(x.dtype)
 
 
 def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -105,9 +112,8 @@ def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
     wide = x.astype(jnp.float32)
-    below = 0.5 * jax.lax.erfc(-wide * math.sqrt(0.5))
     density = jnp.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
-    return ((grad * (below + wide * density)).astype(x.dtype),)
+    return ((grad * (_below(x) + wide * density)).astype(x.dtype),)
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)
@@ -147,9 +153,47 @@ def drop_paths(key: jax.Array, rate: float, batch: int, depth: int) -> jax.Array
     return jax.random.bernoulli(key, kept, (batch, depth, 2)) / kept
 
 
-def layer_norm(module: nn.Module, name: str) -> nn.LayerNorm:
-    """A norm over the width, with a module's `ln_eps` and `dtype`."""
-    return nn.LayerNorm(module.ln_eps, dtype=module.dtype, use_fast_variance=False, name=name)
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    return _layer_norm_forward(x, scale, bias, eps)[0]
+
+
+def _layer_norm_forward(x, scale, bias, eps):
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(-1, keepdims=True)
+    factor = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + eps)
+    y = (wide - mean) * (factor * scale) + bias
+    return y.astype(x.dtype), (x, mean, factor, scale)
+
+
+def _layer_norm_backward(eps, kept, grad):
+    x, mean, factor, scale = kept
+    grad = grad.astype(jnp.float32)
+    normalised = (x.astype(jnp.float32) - mean) * factor
+    scaled = grad * scale
+    along = (scaled * normalised).mean(-1, keepdims=True)
+    of_x = factor * (scaled - scaled.mean(-1, keepdims=True) - normalised * along)
+    rows = (*range(x.ndim - 1),)
+    return of_x.astype(x.dtype), (grad * normalised).sum(rows), grad.sum(rows)
+
+
+_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis (Ba et al., 2016): computed in fp32, of the dtype and
+    shape of its input.
+
+    Its gradient is written out: on a CPU JAX's own makes a block take 5 % longer.
+    """
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return _layer_norm(x, scale, bias, self.epsilon)
 
 
 def _residual(x: jax.Array, y: jax.Array, factor: jax.Array | None) -> jax.Array:
@@ -172,10 +216,10 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, paths: jax.Array | None = None) -> tuple[jax.Array, None]:
         width = x.shape[-1]
         attention, mlp = (None, None) if paths is None else paths
-        y = layer_norm(self, "norm1")(x)
+        y = LayerNorm(self.ln_eps, name="norm1")(x)
         y = Attention(self.heads, self.dtype, self.attention, name="attn")(y)
         x = _residual(x, y, attention)
-        y = layer_norm(self, "norm2")(x)
+        y = LayerNorm(self.ln_eps, name="norm2")(x)
         y = gelu(Linear(4 * width, self.dtype, name="fc1")(y))
         x = _residual(x, Linear(width, self.dtype, name="fc2")(y), mlp)
         # Without it the compiler may replace the batch sharding of the residual stream by that of
@@ -262,7 +306,7 @@ class ViT(nn.Module):
         if (rest := self.depth - self.frozen_blocks) > 0:
             layers = None if paths is None else jnp.moveaxis(paths, 0, -1)
             x, _ = scanned_blocks(self, rest, "blocks", self.remat)(x, layers)
-        return layer_norm(self, "norm")(x) if self.final_norm else x
+        return LayerNorm(self.ln_eps, name="norm")(x) if self.final_norm else x
 
 
 def split_blocks(params: dict, frozen_blocks: int) -> tuple[dict, dict]:
@@ -311,8 +355,7 @@ def features(model: ViT, params: dict, images: jax.Array, how: str, **inputs) ->
     if how != "fc_norm":
         return pool(apply(model, {"params": params}, images, **inputs), how)
     x = pool(apply(model.clone(final_norm=False), {"params": params}, images, **inputs), "mean")
-    norm = nn.LayerNorm(model.ln_eps, use_fast_variance=False)
-    return apply(norm, {"params": params["norm"]}, x) if model.final_norm else x
+    return apply(LayerNorm(model.ln_eps), {"params": params["norm"]}, x) if model.final_norm else x
 
 
 # From the `model` section of a config

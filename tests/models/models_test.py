@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,6 +93,30 @@ def test_gelu_and_its_gradient(rng, dtype, error):
     got = np.asarray(gradient(cotangent)[0], float)
     np.testing.assert_allclose(got, np.asarray(cotangent, float) * slope, error, error)
     assert gradient(cotangent)[0].dtype == value.dtype == x.dtype
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 2e-6), ("bfloat16", 2**-7)])
+def test_layer_norm_and_its_gradients(rng, dtype, error):
+    x, cotangent = (jnp.asarray(rng.normal(3, 2, size=(5, 7, 16)), dtype) for _ in range(2))
+    params = {key: jnp.asarray(rng.normal(size=16), "float32") for key in ("scale", "bias")}
+
+    def norm(module):
+        return lambda params, x: module.apply({"params": params}, x)
+
+    value, gradients = jax.vjp(norm(vit.LayerNorm(1e-2)), params, x)
+    flax = norm(nn.LayerNorm(1e-2, use_fast_variance=False))
+    expected, plain_gradients = jax.vjp(flax, params, x.astype("float32"))
+    assert value.dtype == x.dtype
+    of_params, of_x = gradients(cotangent)
+    assert of_x.dtype == x.dtype
+    assert of_params["scale"].dtype == jnp.float32
+    wide = plain_gradients(cotangent.astype("float32"))
+    pairs = zip(
+        jax.tree.leaves((value, of_params, of_x)), jax.tree.leaves((expected, wide)), strict=True
+    )
+    for got, want in pairs:
+        scale = np.abs(want).max()
+        np.testing.assert_allclose(np.asarray(got, float) / scale, want / scale, atol=error)
 
 
 def test_the_attention_of_a_gpu_is_asked_for(rng, monkeypatch):
