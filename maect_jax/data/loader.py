@@ -141,7 +141,8 @@ class TrainRecord:
         flips = rng.random(len(boxes)) < 0.5
         image = decode.pixels(image, self.decoding, transforms.min_scale(boxes, self.size))
         views = [transforms.crop_resize(image, box, self.size, shape) for box in boxes]
-        return np.stack([v[:, ::-1] if flip else v for v, flip in zip(views, flips, strict=True)])
+        mirrored = transforms.mirrored
+        return np.stack([mirrored(v) if flip else v for v, flip in zip(views, flips, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -296,11 +297,11 @@ def num_workers(images: int) -> int:
     One core is left to the main process. A single worker is no faster than threads, since decoding
     and resizing leave Python to other threads.
     """
-    workers = min(_cores() - 1, images // _IMAGES_PER_WORKER)
+    workers = min(cores() - 1, images // _IMAGES_PER_WORKER)
     return workers if workers > 1 else 0
 
 
-def _cores() -> int:
+def cores() -> int:
     """The cores that this process may use: by its affinity, and by the quota of its container."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
