@@ -10,6 +10,7 @@ reduced one, and is another one there.
 """
 
 import argparse
+import gc
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from absl import flags
 
 from benchmarks import turns
 from maect_jax import config as configs
+from maect_jax import main as main_command
 from maect_jax.data import loader, sources
 from maect_jax.data.cache import Reduced
 from maect_jax.evals import runner
@@ -63,6 +65,7 @@ def main(config, sides: list[int]) -> None:
 
 if __name__ == "__main__":
     flags.FLAGS.mark_as_parsed()  # grain's worker processes read them
+    gc.set_threshold(main_command._GARBAGE)  # as `maect run`
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("--config", default="quickstart:photos")

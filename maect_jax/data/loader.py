@@ -14,9 +14,9 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -231,11 +231,20 @@ def eval_batches(
     return _stream(records.ravel(), make_example, len(rows), workers)
 
 
+def _batch(
+    keys: Order | np.ndarray, make: Callable[..., dict], rows: int, number: int
+) -> dict[str, np.ndarray]:
+    """The examples of the keys of a batch, `rows` of them, stacked by field."""
+    examples = [make(keys[i]) for i in range(number * rows, (number + 1) * rows)]
+    return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+
+
 def _stream(
     keys: Order | np.ndarray, make: TrainRecord | EvalRecord, rows: int, workers: int
 ) -> Batches:
     """Yields the examples of some keys, in batches of `rows`, made ahead."""
-    dataset = grain.MapDataset.source(keys).map(make).batch(rows)
+    # A batch at a time: grain's own work for each image would take a fifth of that of small ones.
+    dataset = grain.MapDataset.range(len(keys) // rows).map(partial(_batch, keys, make, rows))
     if make.source.in_memory:
         workers = 0
     if workers == AUTO:
