@@ -6,7 +6,8 @@ FOLDER contains `train/<class>/*.jpg`; needs torch and torchvision. All sides re
 the same number of worker processes and give batches of uint8 views (`turns`).
 With a width the first 64 photographs are enlarged to it, and noise replaces the missing detail.
 `scaled` is this package's loader with `config.data.scaled_jpeg`; its error is the mean difference
-of its pixels from those of the whole JPEG.
+of its pixels from those of the whole JPEG. `one_view` and `evaluation`, one random crop and the
+centre of an image, are this loader's, too.
 """
 
 import argparse
@@ -21,18 +22,18 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from benchmarks import turns
-from maect_jax.data import loader
+from maect_jax.data import loader, subsets
 from maect_jax.data.decode import Decoding
 from maect_jax.data.folder import Folder
 
-SIZE, SCALE = (224, 224), (0.08, 1.0)
+SIZE, SHORT_SIDE, SCALE = (224, 224), 256, (0.08, 1.0)
 ENLARGED, NOISE = 64, 8.0
 
 
-def ours(folder: str, workers: int, batch_size: int, scaled_jpeg: bool = False):
+def ours(folder: str, workers: int, batch_size: int, views: int = 2, scaled_jpeg: bool = False):
     """This package's loader."""
     source = Folder(f"{folder}/train")
-    make = loader.TrainRecord(source, Decoding(3), SIZE, (SCALE,) * 2, (0, 0), scaled_jpeg)
+    make = loader.TrainRecord(source, Decoding(3), SIZE, (SCALE,) * views, (0, 0), scaled_jpeg)
     order = loader.Order(len(source), batch_size, 10**6, (0, 0), range(batch_size))
     return loader.train_batches(order, make, workers)
 
@@ -40,6 +41,19 @@ def ours(folder: str, workers: int, batch_size: int, scaled_jpeg: bool = False):
 def scaled(folder: str, workers: int, batch_size: int):
     """The same, with JPEGs decoded at a smaller scale."""
     return ours(folder, workers, batch_size, scaled_jpeg=True)
+
+
+def one_view(folder: str, workers: int, batch_size: int):
+    """The same, with one view of each image."""
+    return ours(folder, workers, batch_size, views=1)
+
+
+def evaluation(folder: str, workers: int, batch_size: int):
+    """The centre of each image, again and again."""
+    source = Folder(f"{folder}/train")
+    source = subsets.Subset(source, np.resize(np.arange(len(source)), 10**6))
+    make = loader.EvalRecord(source, Decoding(3), SIZE, SHORT_SIDE)
+    return loader.eval_batches(make, batch_size, workers, np.arange(batch_size))
 
 
 def _views(folder: str, workers: int, batch_size: int, transform):
@@ -99,7 +113,7 @@ def error(folder: str) -> float:
 
 
 def main(folder: str, workers: int, batch_size: int, batches: int) -> None:
-    makers = (ours, scaled, one_decode, decode_a_view)
+    makers = (ours, scaled, one_view, evaluation, one_decode, decode_a_view)
     sides = {make.__name__: make(folder, workers, batch_size) for make in makers}
     print(f"{workers} worker processes, numpy {np.__version__}, torch {torch.__version__}")
     turns.compare(sides, batch_size, batches)

@@ -63,6 +63,9 @@ def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -
     # hold; 32 bits and floating point are then an error.
     data.range = ()
     data.max_pixels = 178_956_970  # larger images are not read
+    # Decode each image once, and keep it with at most so many pixels on its shorter side, in the
+    # run's folder: for small models. Crops are cut from it. 0: decode it each time.
+    data.cache = 0
     # Processes that read and cut images; 0: threads; -1: as the cores and the work warrant.
     data.workers = -1
     # Training only: decode large JPEGs at a smaller scale if the crops still have enough pixels.

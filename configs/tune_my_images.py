@@ -21,6 +21,7 @@ def get_config(argument=""):
     config.init_from = "runs/mae"
     config.data.path = "my_images"
     # Photographs are large: JPEGs are decoded only at the scale that the crops need.
+    # They are not kept (data.cache): crops down to 8 % of an image need more pixels than fit.
     config.data.scaled_jpeg = True
     # The encoder sees a quarter of the batch at a time, which saves memory and does not change the
     # gradient. The head sees the whole batch, for its negatives and its statistics.

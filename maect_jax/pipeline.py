@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -17,10 +17,10 @@ from ml_collections import ConfigDict
 from maect_jax import config as configs
 from maect_jax import sharding, train
 from maect_jax.config import Rule, Rules, between, not_negative, one_of, positive
-from maect_jax.data import sources, values
+from maect_jax.data import cache, sources, values
 from maect_jax.data.bad_images import BadImages
 from maect_jax.data.base import AbsentError, Identity
-from maect_jax.errors import OTHER_HOST, RunFailedError, UserError
+from maect_jax.errors import RunFailedError, UserError
 from maect_jax.evals import finetuned, monitor, runner, table
 from maect_jax.models import vit
 from maect_jax.run import checkpoints, folder, lineage, logger, snapshots
@@ -165,11 +165,11 @@ def _identities(config: ConfigDict, images: Mapping[str, sources.Source]) -> dic
 def _share_identities(config: ConfigDict, images: Mapping[str, sources.Source]) -> None:
     """Gives all hosts the first one's times of the files: copies on their own disks have others.
     Raises `UserError` on all hosts where the images of one are not the first's."""
-    with _together():  # the files of a prepared set are looked at here
+    with sharding.together():  # the files of a prepared set are looked at here
         own = {split: (x.identity.content, x.identity.times) for split, x in images.items()}
     # In one question, whatever splits a host has: all ask as often.
     first = json.loads(sharding.of_first_host(json.dumps(own).ljust(_IDENTITIES)))
-    with _together():
+    with sharding.together():
         for split in sorted(own.keys() | first.keys()):
             if split not in own or own[split][0] != first.get(split, [""])[0]:
                 raise UserError(
@@ -263,18 +263,6 @@ def prepare(config: ConfigDict, workdir: Path) -> lineage.Saved | None:
     return origin
 
 
-@contextmanager
-def _together():
-    """A user's error on one host ends all of them, each with a line: none waits for another."""
-    failed = None
-    try:
-        yield
-    except UserError as error:
-        failed = error
-    if not sharding.all_hosts(failed is None):
-        raise failed or UserError(OTHER_HOST)
-
-
 def run(config: ConfigDict, workdir: Path) -> None:
     """Runs all stages; resumes where an earlier call was stopped.
 
@@ -288,7 +276,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
       RunFailedError: it cannot go on; the text names the last good checkpoint.
     """
     with ExitStack() as stack:
-        with _together():
+        with sharding.together():
             origin = prepare(config, workdir)
             mesh = sharding.make_mesh(**config.mesh)
             images = open_images(config)
@@ -299,10 +287,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
                     "images, and all images must have labels"
                 )
         _share_identities(config, images)
-        with _together():
+        with sharding.together():
             claimed = folder.opened(Run(config, workdir, mesh), origin, _identities(config, images))
             opened = stack.enter_context(claimed)
-        with _together():
+        with sharding.together():
             if not (workdir / "config.json").exists():
                 raise UserError(
                     f"--workdir={workdir}: all hosts must see this folder, on storage that they "
@@ -318,11 +306,26 @@ def run(config: ConfigDict, workdir: Path) -> None:
             raise RunFailedError(f"{str(error).rstrip('.')}{good}") from error
 
 
+def _kept(run: Run, images: Mapping[str, sources.Source]) -> Mapping[str, sources.Source]:
+    """Images as `config.data.cache` keeps them, by split."""
+    config, kept = run.config, {}
+    if not config.data.cache:
+        return images
+    for split, source in images.items():
+        reduced = cache.Reduced(source, sources.decoding(config), config.data.cache)
+        kept[split] = reduced
+        reduced.keep(run.folder / "cache", split)
+        if jax.process_index() == 0:
+            print(f"{split}: {reduced.where}", flush=True)
+    return kept
+
+
 def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None:
     config, is_main = run.config, jax.process_index() == 0
     if is_main:
         data = config.data
         print(_title(config, images["train"], data.path or data.source, run.mesh), flush=True)
+    originals, images = images, _kept(run, images)
     held_out = images.get("val", images["train"])
     record = runner.record(config, held_out)
     examples = snapshots.Examples(record, held_out="val" in images, images=images)
@@ -360,7 +363,7 @@ def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None
             if is_main:
                 print(finetuned.text(result), flush=True)
     if is_main:
-        print(f"\n{build.report(run.folder, images)}")
+        print(f"\n{build.report(run.folder, originals)}")
 
 
 def dry_run(config: ConfigDict) -> None:

@@ -5,7 +5,8 @@ Two axes: `data` replicates the parameters, `fsdp` shards them; the batch is spl
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 
 import jax
@@ -15,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from maect_jax.errors import UserError
+from maect_jax.errors import OTHER_HOST, UserError
 
 AXES = ("data", "fsdp")
 BATCH = P(AXES)
@@ -73,6 +74,18 @@ def all_hosts(holds: bool) -> bool:
     if jax.process_count() == 1:
         return holds
     return bool(multihost_utils.process_allgather(np.asarray(holds)).all())
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A user's error on one host ends all of them, each with a line: none waits for another."""
+    failed = None
+    try:
+        yield
+    except UserError as error:
+        failed = error
+    if not all_hosts(failed is None):
+        raise failed or UserError(OTHER_HOST)
 
 
 @lru_cache

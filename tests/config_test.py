@@ -56,8 +56,22 @@ def test_long_is_the_quickstart_on_more_epochs():
     changed = {line.partition(":")[0] for line in configs.differences(quick, long)}
     assert changed == {"name", "checkpoint.every", "mae.epochs", "head.epochs", "ct.epochs"}
     assert all(long[stage].epochs > 3 * quick[stage].epochs for stage in ("mae", "head", "ct"))
-    with pytest.raises(UserError, match="no argument or 'test' or 'long', not 'lung'"):
+    with pytest.raises(UserError, match="no argument or 'test' or 'long' or 'photos', not 'lung'"):
         load("quickstart:lung")
+
+
+def test_only_small_models_cut_from_images_that_are_kept():
+    assert {name for name in NAMES if load(name).data.cache} == set()
+    assert load("quickstart:photos").data.cache == 128
+    for cache in (1, 63, 2**14 + 1):
+        config = load("quickstart:photos", f"data.cache={cache}")
+        with pytest.raises(UserError, match=f"data.cache={cache}: must be 0, or from 64,"):
+            pipeline.check(config, devices=1)
+    wide = load("quickstart:photos", "model.image_size=(56,112)")
+    pipeline.check(wide, devices=1)
+    wide.data.cache = 127
+    with pytest.raises(UserError, match=r"data.cache=127: must be 0, or from 128,"):
+        pipeline.check(wide, devices=1)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in (*OF_A_RUN, *PIPELINES)])
@@ -225,6 +239,7 @@ def test_a_config_with_a_misspelt_key_is_one_clear_line(tmp_path):
         ("data.range=('a','b')", "data.range=.*BLACK"),
         ("data.max_pixels=0", "data.max_pixels=0: must be above 0"),
         ("data.short_side=27", "data.short_side=27: must be at least the shorter side .*28"),
+        ("data.cache=64", "data.cache=64: must be 0, as images in memory"),
         ("ct.crop_scale=(1.0,0.2)", "crop_scale"),
         ("model.heads=5", "model.width=96: must be a multiple of 4 and of the 5 heads"),
         ("ct.projector_out=32", "ct.projector_out=32: must be 64"),

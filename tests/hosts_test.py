@@ -63,7 +63,7 @@ def test_bad_images_of_all_hosts_together_end_all_of_them(tmp_path):
         (tmp_path / "train" / f"{i:02}.png").write_bytes(b"torn")
     settings = (
         "stages=('mae',)", "mae.batch_size=20", "log_every=2", *data,
-        "data.max_bad_fraction=0.19",
+        "data.max_bad_fraction=0.19", "data.cache=28",
     )  # fmt: skip
     with pod(tmp_path / "run", tmp_path / "output", settings) as process:
         assert process.wait(200) != 0

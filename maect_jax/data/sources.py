@@ -21,6 +21,7 @@ from maect_jax.data.folder import Folder
 from maect_jax.errors import UserError, first_of
 
 SPLITS = ("train", "val")
+_LARGEST = 2**14  # pixels of a side that images are resized to
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -229,7 +230,7 @@ def labels_digest(source: Source) -> str:
 RULES: Rules = {
     "source": one_of(KINDS),
     "labels": one_of(("auto", "none")),
-    "short_side": Rule("above 0, and at most 16,384", lambda v, _: v is None or 0 < v <= 2**14),
+    "short_side": Rule("above 0, and at most 16,384", lambda v, _: v is None or 0 < v <= _LARGEST),
     "workers": between(-1, 1024),
     "max_bad_fraction": between(0, 1),
     "max_pixels": positive,
@@ -255,5 +256,14 @@ def check(config) -> None:
     )
     of_model = {"mean": per_channel, "std": per_channel, "short_side": large_enough}
     packaged = _PACKAGED if config.data.source == "fashion_mnist" else {}
+    if packaged or config.data.path.endswith(".npz"):
+        of_model["cache"] = Rule("0, as images in memory need none", lambda v, _: not v)
+    else:
+        # An evaluation cuts from images that cover a box, whose longer side that is.
+        least = math.ceil((config.data.short_side or side) * max(config.model.image_size) / side)
+        of_model["cache"] = Rule(
+            f"0, or from {least}, the side of what an evaluation cuts, to {_LARGEST:,}",
+            lambda v, _: v == 0 or least <= v <= _LARGEST,
+        )
     for rules in (RULES, packaged, of_model):
         configs.check(config, "data", rules)

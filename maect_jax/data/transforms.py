@@ -54,6 +54,25 @@ def _resize(image: np.ndarray, size: Shape) -> np.ndarray:
     return np.stack([*map(np.asarray, resized)], axis=-1)
 
 
+def reduced_shape(shape: Sequence[int], side: int) -> Shape:
+    """The shape of an image whose shorter side becomes `side`, unless it is no longer than that."""
+    height, width = shape
+    scale = min(1.0, side / min(shape))
+    return round(scale * height), round(scale * width)
+
+
+def reduced(image: np.ndarray, side: int) -> np.ndarray:
+    """An image of `reduced_shape`."""
+    return _resize(image, reduced_shape(image.shape[:2], side))
+
+
+def mirrored(image: np.ndarray) -> np.ndarray:
+    """An image with its left and right exchanged."""
+    if image.shape[2] == 3:  # a tenth of NumPy's time, which goes pixel by pixel
+        return np.asarray(imgproc.horizontal_flip(np.ascontiguousarray(image)))
+    return image[:, ::-1]
+
+
 def min_scale(boxes: list[Box], size: Shape) -> float:
     """The scale, at most 1, of an image at which each of its boxes has at least `size` pixels."""
     return min(1.0, max(s / side for box in boxes for s, side in zip(size, box[2:], strict=True)))

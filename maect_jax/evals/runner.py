@@ -143,6 +143,8 @@ def _encoder(config: ConfigDict, saved: lineage.Saved | None, mesh):
 def described(config: ConfigDict, images: sources.Source) -> dict:
     """What the examples of an evaluation are made of (`record`), plain JSON."""
     data = {key: x for key, x in config.data.to_dict().items() if key not in _NOT_IN_EXAMPLES}
+    if not config.data.cache:  # runs of earlier versions have no such key
+        del data["cache"]
     return {
         "data": data,
         "size": list(config.model.image_size),

@@ -22,7 +22,7 @@ with epy.lazy_imports():  # with JAX, which takes a second: `--help` and mistake
     import jax
 
     from maect_jax import pipeline
-    from maect_jax.data import augment, decode, sources, values
+    from maect_jax.data import augment, cache, decode, sources, values
     from maect_jax.data import base as data_base
     from maect_jax.report import style
     from maect_jax.stages import base
@@ -91,6 +91,8 @@ def main() -> None:
     pipeline.check(config, devices=1)
     images = sources.make(config.data, "train", config.model.channels)
     values.check([images], sources.decoding(config))
+    if config.data.cache:
+        images = cache.Reduced(images, sources.decoding(config), config.data.cache)
     drawn = sheet({stage: views_of(config, stage, images) for stage in stages})
     try:
         drawn.save(arguments.out)

@@ -12,6 +12,7 @@ import pytest
 from maect_jax import main
 from maect_jax.data import loader
 from maect_jax.data.base import Identity, Source
+from maect_jax.data.cache import Reduced
 from maect_jax.data.decode import Decoding
 from maect_jax.data.loader import EvalRecord
 from maect_jax.errors import RunFailedError
@@ -53,7 +54,8 @@ def batches(source, workers):
 def test_a_worker_of_a_run_imports_no_jax(monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "__main__", main)  # as `python -m maect_jax.main` and `maect`
     assert "jax" in sys.modules
-    pixels = [batch["image"].max() for batch in batches(Imports(), workers=1)]
+    source = Reduced(Imports(), Decoding(3), 8)
+    pixels = [batch["image"].max() for batch in batches(source, workers=1)]
     assert pixels == [0, 0]
     assert capfd.readouterr().err == ""
 

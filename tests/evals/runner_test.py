@@ -221,7 +221,9 @@ def test_images_without_labels_are_clustered_and_the_rest_is_said_to_be_skipped(
     photos, monkeypatch
 ):
     workdir = photos / "run"
-    run_on(monkeypatch, (1, 1), of_photos(photos, "eval.cluster.clusters=2"), workdir)
+    settings = ("eval.cluster.clusters=2", "data.cache=32")  # decoded once
+    run_on(monkeypatch, (1, 1), of_photos(photos, *settings), workdir)
+    assert len(list((workdir / "cache").iterdir())) == 1
     result = results_of(workdir)["pixels"]
     assert result["knn"] == result["probe"] == {"skipped": "the images have no labels"}
     assert "acc" not in result["cluster"]["best"]
@@ -241,7 +243,7 @@ def test_images_without_labels_are_clustered_and_the_rest_is_said_to_be_skipped(
     assert not (near["index"] == near["neighbours"].T).any()
 
     # A new call knows of the torn one, which it does not read again.
-    strict = of_photos(photos, "eval.cluster.clusters=2", "data.max_bad_fraction=0.01")
+    strict = of_photos(photos, *settings, "data.max_bad_fraction=0.01")
     files.write_json(workdir / "config.json", strict.to_dict())
     with pytest.raises(RunFailedError, match=r"1 of 60 images cannot be read"):
         run_on(monkeypatch, (1, 1), strict, workdir, report=False)
