@@ -8,7 +8,7 @@
 # follows the logs, which end with its status. The run goes on when this is interrupted; `logs`
 # follows it again. FOLDER, the images and the run to start from must be absolute paths on storage
 # that is mounted on all hosts (NFS, gcsfuse). RUNTIME names another image of the slice. --dry-run,
-# at any place, prints the commands and runs none.
+# at any place, prints the commands and runs none. There is no TPU7x: docs/guide_tpu.md says why.
 set -euo pipefail
 
 usage() { sed -n '2,5p' "$0" >&2; exit 2; }

@@ -2,7 +2,7 @@
 
     maect compile --config=ct_vith16 --topology=v5e:4x4
 
-Reports whether a step fits into the memory of a chip, what it sends between chips, and lower bounds
+Reports whether a step fits into the memory of a device, what it sends to others, and lower bounds
 on its time. The program is the one that `train` runs; no image is read and no weight is created.
 """
 
@@ -38,8 +38,8 @@ _EVERYTHING = re.compile(r"Used ([\d.]+)G of ([\d.]+)G hbm")
 
 
 def devices_of(topology: str) -> list[jax.Device]:
-    """One device for each chip of a slice, to compile for but not to run on. Raises `UserError` if
-    the slice is unknown or libtpu is not installed."""
+    """The devices of a slice, to compile for but not to run on. Raises `UserError` if the slice is
+    unknown or libtpu is not installed."""
     chip = chips.find(topology)
     os.environ.update(_LIBTPU | os.environ)
     if not importlib.util.find_spec("libtpu"):
@@ -78,8 +78,9 @@ def compiled(step: Lowered, arguments: int, capacity: int) -> tuple[str | None, 
 
 
 def lower_bounds(chip: chips.Chip, flops: float, arguments: int, sent: float) -> dict[str, float]:
-    """Lower bounds on the seconds of a step, and so an upper bound on its MFU: a chip computes its
-    FLOPs of matrix products, reads the bytes of its arguments, and sends bytes over all links."""
+    """Lower bounds on the seconds of a step, and so an upper bound on its MFU: a chip, or a
+    device's share of one, computes its FLOPs of matrix products, reads the bytes of its arguments,
+    and sends bytes over all links."""
     seconds = {
         "compute": flops / chip.flops,
         "memory": arguments / chip.hbm_bandwidth,
@@ -114,7 +115,7 @@ def report(config: ConfigDict, stage_type: type[Stage], topology: str, mesh) -> 
     Raises:
       RunFailedError: the compiler failed, and not because of the memory.
     """
-    chip, start = chips.find(topology), time.monotonic()
+    share, start = chips.find(topology).device(), time.monotonic()
     images = stage_type.training_images(config, pipeline.images_to_plan(config)[0])
     stage = stage_type.for_images(config, images)
     state = abstract_state(stage, jax.random.key(config.seed), {}, mesh)
@@ -123,7 +124,7 @@ def report(config: ConfigDict, stage_type: type[Stage], topology: str, mesh) -> 
     arguments = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
     with jax.set_mesh(mesh):
         step = jitted_step(stage, state_shardings(state)).lower(state, batch)
-    program, memory = compiled(step, arguments, chip.hbm)
+    program, memory = compiled(step, arguments, share.hbm)
     batch_size = config[stage.name].batch_size
     values = {
         "config": config.name,
@@ -143,7 +144,7 @@ def report(config: ConfigDict, stage_type: type[Stage], topology: str, mesh) -> 
         return values | {"to_save_memory": _memory_savers(config, stage_type, mesh)}
     exchanged = collectives.by_kind(collectives.read(program, mesh.size))
     sent = sum(kind["sent_bytes"] for kind in exchanged.values())
-    bound = lower_bounds(chip, values["flops"] / mesh.size, arguments, sent)
+    bound = lower_bounds(share, values["flops"] / mesh.size, arguments, sent)
     return values | {"collectives": exchanged, "bound": bound}
 
 
@@ -167,14 +168,14 @@ def text(values: dict) -> str:
         ("devices", f"{count} ({mesh}), {batch // count} images each"),
         ("compiled in", f"{values['compile_seconds']:.0f} s"),
         ("FLOPs per step", f"{values['flops']:.3g}"),
-        ("memory per chip", f"{peak} of {_size(memory['capacity'])}"),
+        ("memory per device", f"{peak} of {_size(memory['capacity'])}"),
         *((f"  {p}", _size(memory[p])) for p in ("arguments", "temporaries") if p in memory),
     ]
     if not memory["fits"]:
         rows.append(("to save memory", ", ".join(values["to_save_memory"]) or "a larger slice"))
     for kind, total in values.get("collectives", {}).items():
         operands, sent = _size(total["operand_bytes"]), _size(total["sent_bytes"])
-        rows.append((kind, f"{total['times']:,}, operands {operands}, a chip sends {sent}"))
+        rows.append((kind, f"{total['times']:,}, operands {operands}, a device sends {sent}"))
     if bound := values.get("bound"):
         rows += [
             ("step", f"at least {_time(bound['step'])}"),

@@ -31,6 +31,8 @@ ATTENTIONS = ("auto", "xla", "cudnn")
 # Bounds far above what can be trained, within which a dry run is fast and takes little memory.
 MAX_UNITS = 2**16  # width, depth or heads
 MAX_PIXELS = 2**14  # side of an image
+# Names for checkpointing policies: of what linear layers give, and of the frozen blocks' output.
+PRODUCT, FROZEN = "product", "frozen"
 _UNROLLED = 12  # blocks at most; compiling takes longer with each
 _MAX_POSITIONS = 2**25  # numbers in the position embedding
 
@@ -73,9 +75,9 @@ def unpatchify(patches: jax.Array, patch_size: int, grid: tuple[int, int]) -> ja
 class Linear(nn.Module):
     """Linear layer `[..., D] -> [..., features]` in `dtype`; parameters are fp32.
 
-    The leading axes are merged: with two of them XLA's gradient on CPU contracts over both and
-    takes up to three times as long. The bias is added in fp32, so that its gradient, a sum over all
-    tokens of the batch, is summed in fp32: a sum in bf16 stops growing at 2^8 times its addends.
+    The bias is added in fp32, so that its gradient, a sum over all tokens of the batch, is summed
+    in fp32: a sum in bf16 stops growing at 2^8 times its addends. Policies know the output as
+    `PRODUCT`.
     """
 
     features: int
@@ -85,9 +87,12 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", xavier, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel.astype(self.dtype)
+        # With two leading axes XLA's gradient on a CPU contracts over both, and takes up to three
+        # times as long; on a TPU merging them copies, unless the tokens are a multiple of 8.
+        rows = x.reshape(-1, x.shape[-1]) if sharding.is_on_cpu() else x
+        y = rows.astype(self.dtype) @ kernel.astype(self.dtype)
         y = (y.astype(jnp.float32) + bias).astype(self.dtype)
-        return y.reshape(*x.shape[:-1], self.features)
+        return checkpoint_name(y.reshape(*x.shape[:-1], self.features), PRODUCT)
 
 
 def _below(x: jax.Array) -> jax.Array:
@@ -133,7 +138,9 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, tokens, width = x.shape
         qkv = Linear(3 * width, self.dtype, name="qkv")(x)
-        q, k, v = jnp.unstack(qkv.reshape(batch, tokens, 3, self.heads, -1), axis=2)
+        # Kept as three: on a TPU each has a layout of its own, which taking them apart copies into.
+        parts = (checkpoint_name(part, PRODUCT) for part in jnp.split(qkv, 3, axis=-1))
+        q, k, v = (part.reshape(batch, tokens, self.heads, -1) for part in parts)
         implementation: Literal["cudnn", "xla"] = "xla"
         if self.kind == "cudnn" and q.dtype == jnp.bfloat16:
             implementation = "cudnn"
@@ -228,13 +235,13 @@ class Block(nn.Module):
 
 
 # What a backward pass recomputes instead of storing it: nothing, everything within a block except
-# its matrix products, or everything within a block.
+# its linear layers (with their biases: without them it would add each again), or everything within
+# a block.
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "blocks": jax.checkpoint_policies.nothing_saveable,
 }
-FROZEN = "frozen"  # name of the frozen blocks' output, for checkpointing policies
 
 
 def scanned_blocks(module: nn.Module, depth: int, name: str, remat: str) -> nn.Module:

@@ -99,6 +99,15 @@ def test_bounds_follow_from_the_published_figures():
     assert bounds == {"compute": 3.0, "memory": 1.0, "interconnect": 5.0, "step": 5.0, "mfu": 0.6}
 
 
+def test_a_device_has_its_share_of_a_chip():
+    """Half of what a chip computes and keeps, but all of its links."""
+    chip = chips.find("tpu7x:2x2x1")
+    share = chip.device()
+    assert (2 * share.flops, 2 * share.hbm, share.link_bandwidth) == (2307e12, 192 * 2**30, 600e9)
+    assert share.device() == share
+    assert chips.find("v5e:2x2").device() == chips.find("v5e:2x2")
+
+
 class Refused:
     """A step that the compiler refuses with a message."""
 
@@ -132,7 +141,7 @@ def test_the_text_has_the_verdict_and_the_bounds():
     title, *rows = command.text(values).splitlines()
     assert title == "x, stage ct, on v5e:2x2: fits"
     rows = [row.split(maxsplit=1) for row in rows]
-    assert ["all-gather", "3, operands 64 B, a chip sends 192 B"] in rows
+    assert ["all-gather", "3, operands 64 B, a device sends 192 B"] in rows
     assert ["MFU", "at most 25%"] in rows
     assert ["images/s", "at most 4"] in rows
     small = {"arguments": 2**20, "peak": 2**35, "capacity": 2**34, "fits": False}
@@ -206,6 +215,7 @@ PROMISED = {
     ),
     "ct on v4-16, whole batch": ("ct_vith16.py", "v4:2x2x2"),
     "mae on 16 small chips": ("mae_vith16.py", "v5e:4x4"),
+    "ct on 4 chips of two devices": ("ct_vith16.py", "tpu7x:2x2x1"),
 }  # fmt: skip
 
 
@@ -218,6 +228,16 @@ def test_the_papers_sizes_fit_and_compile_in_time(tmp_path, arguments):
         assert stage["batch_size"] == 512
         assert stage["memory"]["fits"]
         assert stage["compile_seconds"] < 120
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "most"), [("ct_vith16.py", 8.7), ("mae_vith16.py", 8.3)])
+def test_no_product_is_copied_into_another_layout(tmp_path, config, most):
+    """With merged rows, or q, k and v kept as one array, it is up to a tenth more."""
+    found, _ = found_for(tmp_path, config, "v5e:4x4")
+    for stage in found.values():
+        assert stage["memory"]["temporaries"] < most * chips.GIB
 
 
 @needs_libtpu

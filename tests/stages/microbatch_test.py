@@ -4,6 +4,7 @@ Marked slow: either alone for stages that have both below.
 """
 
 import dataclasses
+import re
 from functools import cache
 
 import jax
@@ -84,6 +85,17 @@ def test_each_takes_less_memory():
     assert parts < 0.5 * whole
     assert blocks < dots < whole
     assert blocks < 0.5 * whole
+
+
+def test_dots_adds_no_bias_again():
+    """Only the bias of qkv has three times the encoder's width."""
+
+    def adds(remat):
+        stage, batch = stage_with(remat=remat), batch_of(0)
+        traced = jax.make_jaxpr(lambda now, batch: gradients(stage, now, batch)[1])
+        return len(re.findall(r"f32\[\d+,192\] = add ", str(traced(started(stage), batch))))
+
+    assert adds("none") == adds("dots") < adds("blocks")
 
 
 def scans_with_products(jaxpr):
