@@ -9,7 +9,6 @@ and cuDNN's attention is XLA's.
 import json
 import subprocess
 import sys
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ import pytest
 
 from maect_jax.data import augment
 from maect_jax.data.augment import Photometric, Recipe
+from maect_jax.models import vit
 from tests import bf16_test, parity_test
 from tests.helpers import ROOT
 from tests.helpers import golden_figures as figures
@@ -101,12 +101,13 @@ def test_cudnn_equals_xla(rng, tokens, width):
     """Forward and backward, within bf16's rounding."""
     q, k, v, cotangent = jnp.asarray(rng.normal(size=(4, 8, tokens, 4, width)), jnp.bfloat16)
 
-    def both(implementation):
-        attend = partial(jax.nn.dot_product_attention, implementation=implementation)
-        out, back = jax.vjp(attend, q, k, v)
+    def both(attend):
+        out, back = jax.vjp(jax.jit(attend), q, k, v)
         return out, *back(cotangent)
 
-    for got, want in zip(both("cudnn"), both("xla"), strict=True):
+    for got, want in zip(
+        both(vit.cudnn_attention), both(jax.nn.dot_product_attention), strict=True
+    ):
         got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
         assert np.linalg.norm(got - want) < 4 * 2**-8 * np.linalg.norm(want)
 

@@ -8,7 +8,8 @@ Shapes: B images, H x W pixels, C channels, N patches, D width, L layers.
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -113,6 +114,22 @@ def _gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
 gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
+def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention of bf16 queries, keys and values `[B, N, heads, D / heads]` by cuDNN's kernels.
+
+    JAX differentiates these for an even number of tokens alone (up to 0.12 at least): an odd number
+    gets another token, which is masked.
+    """
+    attend = partial(jax.nn.dot_product_attention, implementation="cudnn")
+    batch, tokens = q.shape[:2]
+    if tokens % 2 == 0:
+        return attend(q, k, v)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+    lengths = jnp.full(batch, tokens, jnp.int32)
+    x = attend(q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
+    return x[:, :tokens]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention `[B, N, D] -> [B, N, D]` with one qkv projection.
 
@@ -128,10 +145,10 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         qkv = Linear(3 * width, self.dtype, name="qkv")(x)
         q, k, v = jnp.unstack(qkv.reshape(batch, tokens, 3, self.heads, -1), axis=2)
-        implementation: Literal["cudnn", "xla"] = "xla"
         if self.kind == "cudnn" and q.dtype == jnp.bfloat16:
-            implementation = "cudnn"
-        x = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+            x = cudnn_attention(q, k, v)
+        else:
+            x = jax.nn.dot_product_attention(q, k, v, implementation="xla")
         x = x.reshape(batch, tokens, width)
         return Linear(width, self.dtype, name="proj")(x)
 
@@ -369,6 +386,11 @@ def check_width(model, key: str, width: int, heads: int) -> None:
     position embedding (a row a patch) that is too large to compute."""
     if width % 4 or width % heads:
         raise UserError(f"config.{key}={width}: must be a multiple of 4 and of the {heads} heads")
+    if model.attention == "cudnn" and width // heads % 8:
+        raise UserError(
+            f"config.model.attention='cudnn': config.{key}={width} must give each of the {heads} "
+            f"heads a multiple of 8, not {width // heads}; or set config.model.attention=xla"
+        )
     patches = math.prod(positions.grid(model.image_size, model.patch_size))
     if patches * width > _MAX_POSITIONS:
         raise UserError(
