@@ -121,7 +121,7 @@ def test_the_benchmark_runs_anywhere(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text())
-    assert [(r["config"], r["attention"]) for r in results] == [
+    assert [(r["config"], r["side"]) for r in results] == [
         (config, kind) for config in ("mae_vitb16:test", "ct_vitb16:test")
         for kind in ("xla", "cudnn")
     ]  # fmt: skip
