@@ -31,7 +31,8 @@ ATTENTIONS = ("auto", "xla", "cudnn")
 # Bounds far above what can be trained, within which a dry run is fast and takes little memory.
 MAX_UNITS = 2**16  # width, depth or heads
 MAX_PIXELS = 2**14  # side of an image
-_UNROLLED = 12  # blocks at most; compiling takes longer with each
+# Blocks at most that are compiled one by one, not as a loop; compiling takes longer with each.
+_UNROLLED = {"cpu": 12, "gpu": 32}
 _MAX_POSITIONS = 2**25  # numbers in the position embedding
 
 
@@ -212,17 +213,18 @@ FROZEN = "frozen"  # name of the frozen blocks' output, for checkpointing polici
 
 def scanned_blocks(module: nn.Module, depth: int, name: str, remat: str) -> nn.Module:
     """`depth` blocks of a module, with their parameters stacked along a leading layer axis."""
-    policy = REMAT[remat]
-    body = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
-    # On a CPU a loop fills the stack of what its backward pass needs with zeros first, which takes
-    # an eighth of the time of a step. Without a loop the compiler would undo what `remat` asks for.
-    unroll = depth if not policy and depth <= _UNROLLED and sharding.is_on_cpu() else 1
+    policy, platform = REMAT[remat], sharding.platform()
+    # A loop copies what its backward pass needs into a stack and out of it, which takes an eighth
+    # of the time of a step on a CPU, where it fills the stack with zeros, too, and on a GPU.
+    unrolled = depth <= _UNROLLED.get(platform, 0) and (not policy or platform == "gpu")
+    # In a loop the compiler cannot undo what `remat` asks for.
+    body = nn.remat(Block, policy=policy, prevent_cse=unrolled) if policy else Block
     blocks = nn.scan(
         body,
         variable_axes={"params": 0},
         split_rngs={"params": True},
         length=depth,
-        unroll=unroll,
+        unroll=depth if unrolled else 1,
     )
     return blocks(module.heads, module.ln_eps, module.dtype, module.attention, name=name)
 
