@@ -1,6 +1,6 @@
 """On an accelerator, and what measures it, tried on a CPU.
 
-    MAECT_ACCELERATOR=1 pytest -m accelerator
+    MAECT_ACCELERATOR=1 pytest tests/accelerator_test.py -m accelerator -W default
 
 There the reference figures hold in fp32 and in bf16, the queue and the views are those of a CPU,
 and cuDNN's attention is XLA's.
@@ -60,13 +60,13 @@ def test_ct(exact, case, given):
 
 @marked
 @pytest.mark.parametrize("case", figures.cases("mae"), ids=str)
-def test_mae_in_bf16(case):
+def test_mae_in_bf16(exact, case):
     bf16_test.test_mae(case)
 
 
 @marked
 @pytest.mark.parametrize("case", figures.cases("ct")[:1], ids=str)
-def test_ct_in_bf16(case):
+def test_ct_in_bf16(exact, case):
     bf16_test.test_ct_forward_and_gradients(case)
 
 
