@@ -215,7 +215,8 @@ def events_of(trace: Any, module: str) -> list[Event]:
             for event in line.events:
                 stats = dict(event.stats)
                 # On a CPU there is much else; on a GPU, kernels that do not say whose they are.
-                if stats.get("hlo_module", module if devices else "") == module:
+                of = str(stats.get("hlo_module", module if devices else ""))
+                if of.partition("(")[0] == module:  # without the program's number
                     end = event.start_ns + event.duration_ns
                     events.append(Event(name_of(event, stats), event.start_ns, end))
     return events
