@@ -1,6 +1,7 @@
 """The profile of a step: kinds of operations, time that counts once, a program that one knows."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,32 @@ def test_a_program_is_read():
     # The line of this project that called the library.
     assert (fusion.scope, fusion.source) == ("fc1/dot", "models/vit.py:12")
     assert copy.source == "models/vit.py:12"
+
+
+def event(name, start, took, **stats):
+    return SimpleNamespace(name=name, start_ns=start, duration_ns=took, stats=stats.items())
+
+
+def plane(name, **lines):
+    lines = [SimpleNamespace(name=line, events=events) for line, events in lines.items()]
+    return SimpleNamespace(name=name, lines=lines)
+
+
+def test_events_of_each_device():
+    """Of the first one, and of the program; a kernel of a GPU may not say whose it is."""
+    own, other = dict(hlo_op="gemm.1", hlo_module="jit_step(12)"), dict(hlo_module="jit_other")
+    kernels = [event("nvjet", 0, 9, **own), event("Memcpy", 9, 5), event("x", 20, 5, **other)]
+    gpus = [plane(f"/device:GPU:{i}", Stream=kernels, Steps=[event("1", 0, 99)]) for i in (0, 1)]
+    work = [event("dot.1", 0, 9, hlo_op="dot.1", hlo_module="jit_step")]
+    host = plane("/host:CPU", python=[event("foo", 0, 9)], tf_XLAPjRt=work)
+    tpu = plane("/device:TPU:0", **{"XLA Ops": [event("%fusion.3 = bf16[8] fusion(%x)", 0, 7)]})
+
+    def found(*planes):
+        return profile_step.events_of(SimpleNamespace(planes=planes), "jit_step")
+
+    assert found(host, *gpus) == [("gemm.1", 0, 9), ("Memcpy", 9, 14)]
+    assert found(host) == [("dot.1", 0, 9)]
+    assert found(host, tpu) == [("fusion.3", 0, 7)]
 
 
 def test_kernels_that_name_no_operation_are_told_by_their_name():
