@@ -161,10 +161,16 @@ def constrain_batch(x: jax.Array, axis: int = 0) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*[None] * axis, AXES))
 
 
-def is_on_cpu() -> bool:
-    """Whether what is traced runs on CPUs: those of the current mesh, if there is one."""
+def platform() -> str:
+    """What runs that which is traced, "cpu", "gpu" or "tpu": the devices of the current mesh, if
+    there is one."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return (device.device_kind if device else jax.default_backend()) == "cpu"
+    return device.platform if device else jax.default_backend()
+
+
+def is_on_cpu() -> bool:
+    """Whether what is traced runs on CPUs."""
+    return platform() == "cpu"
 
 
 def tree_shardings(tree, mesh: Mesh):

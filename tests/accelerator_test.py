@@ -1,6 +1,6 @@
 """On an accelerator, and what measures it, tried on a CPU.
 
-    MAECT_ACCELERATOR=1 pytest -m accelerator
+    MAECT_ACCELERATOR=1 pytest tests/accelerator_test.py -m accelerator -W default
 
 There the reference figures hold in fp32 and in bf16, the queue and the views are those of a CPU,
 and cuDNN's attention is XLA's.
@@ -9,7 +9,6 @@ and cuDNN's attention is XLA's.
 import json
 import subprocess
 import sys
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ import pytest
 
 from maect_jax.data import augment
 from maect_jax.data.augment import Photometric, Recipe
+from maect_jax.models import vit
 from tests import bf16_test, parity_test
 from tests.helpers import ROOT
 from tests.helpers import golden_figures as figures
@@ -60,13 +60,13 @@ def test_ct(exact, case, given):
 
 @marked
 @pytest.mark.parametrize("case", figures.cases("mae"), ids=str)
-def test_mae_in_bf16(case):
+def test_mae_in_bf16(exact, case):
     bf16_test.test_mae(case)
 
 
 @marked
 @pytest.mark.parametrize("case", figures.cases("ct")[:1], ids=str)
-def test_ct_in_bf16(case):
+def test_ct_in_bf16(exact, case):
     bf16_test.test_ct_forward_and_gradients(case)
 
 
@@ -101,12 +101,13 @@ def test_cudnn_equals_xla(rng, tokens, width):
     """Forward and backward, within bf16's rounding."""
     q, k, v, cotangent = jnp.asarray(rng.normal(size=(4, 8, tokens, 4, width)), jnp.bfloat16)
 
-    def both(implementation):
-        attend = partial(jax.nn.dot_product_attention, implementation=implementation)
-        out, back = jax.vjp(attend, q, k, v)
+    def both(attend):
+        out, back = jax.vjp(jax.jit(attend), q, k, v)
         return out, *back(cotangent)
 
-    for got, want in zip(both("cudnn"), both("xla"), strict=True):
+    for got, want in zip(
+        both(vit.cudnn_attention), both(jax.nn.dot_product_attention), strict=True
+    ):
         got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
         assert np.linalg.norm(got - want) < 4 * 2**-8 * np.linalg.norm(want)
 
@@ -120,7 +121,7 @@ def test_the_benchmark_runs_anywhere(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text())
-    assert [(r["config"], r["attention"]) for r in results] == [
+    assert [(r["config"], r["side"]) for r in results] == [
         (config, kind) for config in ("mae_vitb16:test", "ct_vitb16:test")
         for kind in ("xla", "cudnn")
     ]  # fmt: skip

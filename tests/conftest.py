@@ -8,9 +8,9 @@ import tempfile
 
 from tests.helpers import FAST_COMPILE, ROOT
 
-if "MAECT_ACCELERATOR" not in os.environ:  # set for `-m accelerator`
+if "MAECT_ACCELERATOR" not in os.environ:  # set for `-m accelerator`, which means real kernels
     os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {FAST_COMPILE}"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {FAST_COMPILE}"
 # Programs are compiled once for all tests, their workers and the runs that they start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="maect_jax_compiled_")

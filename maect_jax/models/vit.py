@@ -9,7 +9,7 @@ Shapes: B images, H x W pixels, C channels, N patches, D width, L layers.
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -33,7 +33,8 @@ MAX_UNITS = 2**16  # width, depth or heads
 MAX_PIXELS = 2**14  # side of an image
 # Names for checkpointing policies: of what linear layers give, and of the frozen blocks' output.
 PRODUCT, FROZEN = "product", "frozen"
-_UNROLLED = 12  # blocks at most; compiling takes longer with each
+# Blocks at most that are compiled one by one, not as a loop; compiling takes longer with each.
+_UNROLLED = {"cpu": 12, "gpu": 32}
 _MAX_POSITIONS = 2**25  # numbers in the position embedding
 
 
@@ -124,6 +125,22 @@ def _gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
 gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
+def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention of bf16 queries, keys and values `[B, N, heads, D / heads]` by cuDNN's kernels.
+
+    JAX differentiates these for an even number of tokens alone (up to 0.12 at least): an odd number
+    gets another token, which is masked.
+    """
+    attend = partial(jax.nn.dot_product_attention, implementation="cudnn")
+    batch, tokens = q.shape[:2]
+    if tokens % 2 == 0:
+        return attend(q, k, v)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+    lengths = jnp.full(batch, tokens, jnp.int32)
+    x = attend(q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
+    return x[:, :tokens]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention `[B, N, D] -> [B, N, D]` with one qkv projection.
 
@@ -141,10 +158,10 @@ class Attention(nn.Module):
         # Kept as three: on a TPU each has a layout of its own, which taking them apart copies into.
         parts = (checkpoint_name(part, PRODUCT) for part in jnp.split(qkv, 3, axis=-1))
         q, k, v = (part.reshape(batch, tokens, self.heads, -1) for part in parts)
-        implementation: Literal["cudnn", "xla"] = "xla"
         if self.kind == "cudnn" and q.dtype == jnp.bfloat16:
-            implementation = "cudnn"
-        x = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+            x = cudnn_attention(q, k, v)
+        else:
+            x = jax.nn.dot_product_attention(q, k, v, implementation="xla")
         x = x.reshape(batch, tokens, width)
         return Linear(width, self.dtype, name="proj")(x)
 
@@ -246,17 +263,18 @@ REMAT = {
 
 def scanned_blocks(module: nn.Module, depth: int, name: str, remat: str) -> nn.Module:
     """`depth` blocks of a module, with their parameters stacked along a leading layer axis."""
-    policy = REMAT[remat]
-    body = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
-    # On a CPU a loop fills the stack of what its backward pass needs with zeros first, which takes
-    # an eighth of the time of a step. Without a loop the compiler would undo what `remat` asks for.
-    unroll = depth if not policy and depth <= _UNROLLED and sharding.is_on_cpu() else 1
+    policy, platform = REMAT[remat], sharding.platform()
+    # A loop copies what its backward pass needs into a stack and out of it, which takes an eighth
+    # of the time of a step on a CPU, where it fills the stack with zeros, too, and on a GPU.
+    unrolled = depth <= _UNROLLED.get(platform, 0) and (not policy or platform == "gpu")
+    # In a loop the compiler cannot undo what `remat` asks for.
+    body = nn.remat(Block, policy=policy, prevent_cse=unrolled) if policy else Block
     blocks = nn.scan(
         body,
         variable_axes={"params": 0},
         split_rngs={"params": True},
         length=depth,
-        unroll=unroll,
+        unroll=depth if unrolled else 1,
     )
     return blocks(module.heads, module.ln_eps, module.dtype, module.attention, name=name)
 
@@ -419,6 +437,11 @@ def check_width(model, key: str, width: int, heads: int) -> None:
     position embedding (a row a patch) that is too large to compute."""
     if width % 4 or width % heads:
         raise UserError(f"config.{key}={width}: must be a multiple of 4 and of the {heads} heads")
+    if model.attention == "cudnn" and width // heads % 8:
+        raise UserError(
+            f"config.model.attention='cudnn': config.{key}={width} must give each of the {heads} "
+            f"heads a multiple of 8, not {width // heads}; or set config.model.attention=xla"
+        )
     patches = math.prod(positions.grid(model.image_size, model.patch_size))
     if patches * width > _MAX_POSITIONS:
         raise UserError(

@@ -133,9 +133,11 @@ class NNCLR(Stage):
         features = self.features(params, state.frozen, views, self.microbatches)
         projected, predicted, stats = self.head(params, state.batch_stats, state.target, features)
         queries, ids = projected.reshape(-1, projected.shape[-1]), jnp.repeat(batch["index"], 2)
-        found = support_queue.nearest(state.queue, queries, ids, size=self.queue_size, k=self.top_k)
-        positions = support_queue.choose(found, key)
-        rows, labels = support_queue.take(state.queue, positions)
+        with jax.named_scope("queue"):
+            sizes = dict(size=self.queue_size, k=self.top_k)
+            found = support_queue.nearest(state.queue, queries, ids, **sizes)
+            positions = support_queue.choose(found, key)
+            rows, labels = support_queue.take(state.queue, positions)
         rows, labels = rows.reshape(projected.shape), labels.reshape(-1, 2)
         loss = (
             losses.nearest_neighbour(rows[:, 0], predicted[:, 1], self.temperature)
@@ -157,9 +159,9 @@ class NNCLR(Stage):
     def update_buffers(self, state: TrainState, aux: dict, finite: jax.Array) -> TrainState:
         """Running statistics; view 0 enters the queue."""
         assert state.queue is not None
-        queue = support_queue.push(
-            state.queue, aux["projected"][:, 0], aux["ids"], aux["labels"], keep=finite
-        )
+        with jax.named_scope("queue"):
+            new = aux["projected"][:, 0], aux["ids"], aux["labels"]
+            queue = support_queue.push(state.queue, *new, keep=finite)
         return state.replace(batch_stats=aux["batch_stats"], queue=queue)
 
     def snapshot(self, state: TrainState, images: jax.Array, ids: jax.Array) -> dict:

@@ -1,4 +1,7 @@
-"""One update, the same for every training stage."""
+"""One update, the same for every training stage.
+
+Parts of it that a profile should tell apart have a `jax.named_scope`: views, queue, optimizer.
+"""
 
 from functools import partial
 
@@ -17,7 +20,8 @@ from maect_jax.stages.state import TrainState
 def gradients(stage: Stage, state: TrainState, batch: dict):
     """`((loss, (metrics, aux)), grads)` of a step: `stage.loss` and its gradient."""
     key = jax.random.fold_in(state.rng, state.step)
-    views = augment.views(batch, stage.recipe)
+    with jax.named_scope("views"):
+        views = augment.views(batch, stage.recipe)
     return jax.value_and_grad(stage.loss, has_aux=True)(state.params, state, views, batch, key)
 
 
@@ -28,17 +32,19 @@ def step(stage: Stage, state: TrainState, batch: dict) -> tuple[TrainState, dict
     the parameters, moments, averages, statistics, nor the queue.
     """
     (loss, (metrics, aux)), grads = gradients(stage, state, batch)
-    grad_norm = optax.tree.norm(grads)
-    # The norm of the gradients is finite only if each of them is.
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updates, opt_state = stage.optimizer(state.params).update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    new = stage.update_buffers(state.replace(params=params, opt_state=opt_state), aux, finite)
-    # The queue guards itself: selecting it whole would copy it at every step.
-    queue, new = new.queue, new.replace(queue=None)
-    old = state.replace(queue=None)
-    new = jax.tree.map(lambda n, o: n if n is o else jnp.where(finite, n, o), new, old)
-    new = new.replace(queue=queue, step=state.step + 1)
+    with jax.named_scope("optimizer"):
+        grad_norm = optax.tree.norm(grads)
+        # The norm of the gradients is finite only if each of them is.
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        optimizer = stage.optimizer(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        new = stage.update_buffers(state.replace(params=params, opt_state=opt_state), aux, finite)
+        # The queue guards itself: selecting it whole would copy it at every step.
+        queue, new = new.queue, new.replace(queue=None)
+        old = state.replace(queue=None)
+        new = jax.tree.map(lambda n, o: n if n is o else jnp.where(finite, n, o), new, old)
+        new = new.replace(queue=queue, step=state.step + 1)
     factor = optim.schedule(stage.steps, stage.warmup)(state.step)
     lr = max(group.lr for group in stage.groups.values()) * factor
     return new, dict(loss=loss, learning_rate=lr, grad_norm=grad_norm, finite=finite, **metrics)

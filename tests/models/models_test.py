@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from scipy.special import erf
 
+from maect_jax import config as configs
+from maect_jax.errors import UserError
 from maect_jax.models import mae, nnclr, positions, vit
 from maect_jax.stages import losses
 from tests.helpers.common import assert_trees_equal
@@ -124,9 +127,9 @@ def test_the_attention_of_a_gpu_is_asked_for(rng, monkeypatch):
     asked = []
     attention = jax.nn.dot_product_attention
 
-    def noted(q, k, v, implementation):
+    def noted(q, k, v, implementation, **lengths):
         asked.append((str(q.dtype), implementation))
-        return attention(q, k, v)
+        return attention(q, k, v, **lengths)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", noted)
     x = jnp.asarray(rng.normal(size=(2, 5, 16)), jnp.float32)
@@ -134,6 +137,42 @@ def test_the_attention_of_a_gpu_is_asked_for(rng, monkeypatch):
         vit.Attention(2, dtype, "cudnn").init(jax.random.key(0), x)
     vit.Attention(2, jnp.bfloat16).init(jax.random.key(0), x)
     assert asked == [("bfloat16", "cudnn"), ("float32", "xla"), ("bfloat16", "xla")]
+
+
+@pytest.mark.parametrize("tokens", [4, 5])
+def test_the_token_that_cudnn_wants_changes_nothing(rng, monkeypatch, tokens):
+    """XLA's attention in its place, which takes any number: values and gradients are its own."""
+    attention, seen = jax.nn.dot_product_attention, set()
+
+    def even_only(q, k, v, implementation, **lengths):
+        seen.add((implementation, q.shape[1]))
+        return attention(q, k, v, **lengths)
+
+    q, k, v, cotangent = jnp.asarray(rng.normal(size=(4, 2, tokens, 3, 8)), jnp.float32)
+    want, want_back = jax.vjp(attention, q, k, v)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", even_only)
+    got, back = jax.vjp(vit.cudnn_attention, q, k, v)
+    assert seen == {("cudnn", tokens + tokens % 2)}
+    for x, y in zip((got, *back(cotangent)), (want, *want_back(cotangent)), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [50, 197, 257])
+@pytest.mark.parametrize("width", [64, 80])
+def test_jax_differentiates_cudnn_attention(monkeypatch, tokens, width):
+    """As far as JAX checks sizes without a GPU."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_000)
+    q, k, v = 3 * (jax.ShapeDtypeStruct((2, tokens, 16, width), jnp.bfloat16),)
+    gradient = jax.grad(lambda *qkv: vit.cudnn_attention(*qkv).astype(jnp.float32).sum())
+    assert jax.eval_shape(gradient, q, k, v).shape == q.shape
+
+
+def test_cudnn_refuses_heads_that_are_no_multiple_of_8(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    sizes = ["model.attention=cudnn", "model.heads=8"]
+    vit.check(configs.load("ct_vitb16", [*sizes, "model.width=192"]))
+    with pytest.raises(UserError, match=r"model.width=200 must give each of the 8 heads a mult"):
+        vit.check(configs.load("ct_vitb16", [*sizes, "model.width=200"]))
 
 
 def test_position_embedding_by_hand():

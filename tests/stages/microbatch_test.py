@@ -4,8 +4,8 @@ Marked slow: either alone for stages that have both below.
 """
 
 import dataclasses
-import re
 from functools import cache
+from unittest import mock
 
 import jax
 import numpy as np
@@ -24,14 +24,14 @@ ENCODER = vit.ViT(64, 8, 4, 2, frozen_blocks=3)
 
 
 @cache
-def gradients_of(name, shape=(1, 1), microbatches=1, remat="none"):
-    """The loss and all gradients of the first step."""
+def gradients_of(name, shape=(1, 1), microbatches=1, remat="none", platform="cpu"):
+    """The loss and all gradients of the first step, as a platform compiles it."""
     stage = TINY_STAGES[name]
     stage = dataclasses.replace(
         stage, encoder=stage.encoder.clone(remat=remat), microbatches=microbatches
     )
     mesh = mesh_of(*shape)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), mock.patch.object(sharding, "platform", return_value=platform):
         now = state.create_state(stage, jax.random.key(0), {}, mesh)
         batch = sharding.put_batch(batch_of(0), mesh)
         run = jax.jit(lambda now, batch: gradients(stage, now, batch))
@@ -42,7 +42,8 @@ def gradients_of(name, shape=(1, 1), microbatches=1, remat="none"):
 BOTH = dict(microbatches=2, remat="blocks")
 SPREAD = dict(microbatches=4, shape=(2, 2))
 DOTS = dict(remat="dots")
-BY_DEFAULT = [("mae", BOTH), ("ct", BOTH), ("ct", SPREAD), ("ct", DOTS)]
+NO_LOOP = dict(remat="dots", platform="gpu")
+BY_DEFAULT = [("mae", BOTH), ("ct", BOTH), ("ct", SPREAD), ("ct", DOTS), ("ct", NO_LOOP)]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ BY_DEFAULT = [("mae", BOTH), ("ct", BOTH), ("ct", SPREAD), ("ct", DOTS)]
     [
         pytest.param(name, how, marks=[] if (name, how) in BY_DEFAULT else pytest.mark.slow)
         for name in TINY_STAGES
-        for how in (BOTH, SPREAD, DOTS)
+        for how in (BOTH, SPREAD, DOTS, NO_LOOP)
     ],
     ids=str,
 )
@@ -87,32 +88,53 @@ def test_each_takes_less_memory():
     assert blocks < 0.5 * whole
 
 
+def equations(jaxpr):
+    """All equations of a program, each with the equations below it."""
+    for equation in jaxpr.eqns:
+        bodies = [getattr(v, "jaxpr", v) for v in jax.tree.leaves(list(equation.params.values()))]
+        below = [e for body in bodies if hasattr(body, "eqns") for e in equations(body)]
+        yield equation, below
+        yield from below
+
+
+def traced(stage):
+    """The equations of the gradients of a stage's first step."""
+    run = jax.make_jaxpr(lambda now, batch: gradients(stage, now, batch)[1])
+    return list(equations(run(started(stage), batch_of(0)).jaxpr))
+
+
+def scans_with_products(found):
+    """`(length, unroll)` of all innermost scans with a matrix product in them."""
+    for equation, below in found:
+        inner = any(e.primitive.name == "scan" for e, _ in below)
+        if equation.primitive.name == "scan" and not inner and "dot_general" in str(equation):
+            yield equation.params["length"], equation.params["unroll"]
+
+
 def test_dots_adds_no_bias_again():
     """Only the bias of qkv has three times the encoder's width."""
 
     def adds(remat):
-        stage, batch = stage_with(remat=remat), batch_of(0)
-        traced = jax.make_jaxpr(lambda now, batch: gradients(stage, now, batch)[1])
-        return len(re.findall(r"f32\[\d+,192\] = add ", str(traced(started(stage), batch))))
+        found = traced(stage_with(remat=remat))
+        shapes = [e.outvars[0].aval.shape for e, _ in found if e.primitive.name == "add"]
+        return sum(shape[-1:] == (192,) for shape in shapes)
 
     assert adds("none") == adds("dots") < adds("blocks")
 
 
-def scans_with_products(jaxpr):
-    """The lengths of all innermost scans with a matrix product in them."""
-    for equation in jaxpr.eqns:
-        below = [getattr(v, "jaxpr", v) for v in jax.tree.leaves(list(equation.params.values()))]
-        below = [v for v in below if hasattr(v, "eqns")]
-        inner = [length for body in below for length in scans_with_products(body)]
-        yield from inner
-        if equation.primitive.name == "scan" and not inner and "dot_general" in str(equation):
-            yield equation.params["length"]
-
-
 def test_frozen_blocks_are_not_computed_again():
-    stage, batch = stage_with(microbatches=4), batch_of(0)
-    now = started(stage)
-    traced = jax.make_jaxpr(lambda now, batch: gradients(stage, now, batch)[1])(now, batch)
+    lengths, _ = zip(*scans_with_products(traced(stage_with(microbatches=4))), strict=True)
     # 3 layers are frozen, and run forward; 5 are trained: forward, forward again, and back. The
     # search of the queue is a scan of length 1.
-    assert sorted(scans_with_products(traced.jaxpr)) == [1, 3, 5, 5, 5]
+    assert sorted(lengths) == [1, 3, 5, 5, 5]
+
+
+@pytest.mark.parametrize(("platform", "unrolled"), [("gpu", True), ("tpu", False)])
+def test_blocks_are_no_loop_on_a_gpu(monkeypatch, platform, unrolled):
+    """There the compiler is kept from undoing what `remat` asks for; within a loop it cannot."""
+    monkeypatch.setattr(sharding, "platform", lambda: platform)
+    found = traced(stage_with(remat="dots"))
+    scans = [(1, 1), *((n, n if unrolled else 1) for n in (3, 5, 5))]
+    assert sorted(scans_with_products(found)) == scans
+    kept = {e.params["prevent_cse"] for e, _ in found if "prevent_cse" in e.params}
+    assert kept == {unrolled}
