@@ -271,7 +271,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
       workdir: the run's folder, which may be new.
 
     Raises:
-      UserError: bad input, before anything is written.
+      UserError: bad input, before anything is written; or what `data.cache` keeps cannot be.
       PreemptedError: a signal has asked for the end.
       RunFailedError: it cannot go on; the text names the last good checkpoint.
     """

@@ -248,10 +248,11 @@ def test_programs_are_kept_in_a_private_folder_or_not_at_all(tmp_path):
 
 
 NEW_PAGES = """
-import resource, sys
+import ctypes, resource, sys
 import jax
 from maect_jax import main
 
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # no huge pages, of which there are few
 if "keep" in sys.argv:
     main.keep_memory()
 product = jax.jit(lambda x: (x @ x.T) @ x)  # by way of 64 MB

@@ -168,6 +168,8 @@ class Reduced(Source):
         self._starts *= self.decoding.channels
         if self._starts[-1] != size:
             raise UserError(f"{path}: is damaged. Remove it, and run the same command.")
+        if not self.reads_labels:  # numbered by the classes of the training images, now others
+            self._index[:, 2] = self.source.labels
         self._path, self.in_memory = path, size <= _IN_MEMORY
         if self.in_memory:
             self._pixels = np.fromfile(path, np.uint8, size)

@@ -105,6 +105,22 @@ def test_labels_that_are_in_the_records_are_kept(tmp_path):
     assert small[3][1] == 8
 
 
+def test_labels_are_numbered_by_the_classes_of_today(tmp_path):
+    """The training images may have got another class, or none, since the file was written."""
+    root, folder = str(tmp_path / "val"), tmp_path / "cache"
+    photos(tmp_path / "val")
+    Reduced(Folder(root, ["a", "b"]), RGB, 16).keep(folder, "val")
+    for classes, labels in ((["a", "b"], [-1] * 7), (["0", "a", "b"], [1, 1, 1, 2, 2, 2, 2])):
+        source = Folder(root, classes)
+        if max(labels) < 0:
+            source.drop_labels("none")
+        small = Reduced(source, RGB, 16)
+        small.keep(folder, "val")
+        assert [small[i][1] for i in range(6)] == labels[:6]
+        assert small.labels.tolist() == labels
+    assert len(list(folder.iterdir())) == 1
+
+
 def test_other_images_or_settings_make_another_file(tmp_path):
     source = photos(tmp_path / "train")
 
