@@ -65,7 +65,7 @@ def main(config, sides: list[int]) -> None:
 
 if __name__ == "__main__":
     flags.FLAGS.mark_as_parsed()  # grain's worker processes read them
-    gc.set_threshold(main_command._GARBAGE)  # as `maect run`
+    gc.set_threshold(main_command.GARBAGE)  # as `maect run`
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("--config", default="quickstart:photos")

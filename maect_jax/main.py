@@ -30,7 +30,7 @@ _LOGGER = logging.getLogger(__name__)
 _KEPT = 90 * 24 * 3600.0  # seconds that a compiled program is kept
 # New objects between two searches for garbage. Importing and tracing make many that stay; searched
 # through as often as by default, they take an eighth of the time to the first step.
-_GARBAGE = 100_000
+GARBAGE = 100_000
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _ADDRESS = "JAX_COORDINATOR_ADDRESS"
 _PATIENCE = 20.0  # seconds in which all hosts end together
@@ -162,7 +162,7 @@ def _run() -> None:
 
 def main() -> None:
     """Runs the command and ends the program."""
-    gc.set_threshold(_GARBAGE)
+    gc.set_threshold(GARBAGE)
     try:
         status = errors.run_command(_run)
     except KeyboardInterrupt:

@@ -312,11 +312,10 @@ def _kept(run: Run, images: Mapping[str, sources.Source]) -> Mapping[str, source
     if not config.data.cache:
         return images
     for split, source in images.items():
-        reduced = cache.Reduced(source, sources.decoding(config), config.data.cache)
-        kept[split] = reduced
-        reduced.keep(run.folder / "cache", split)
+        kept[split] = small = cache.Reduced(source, sources.decoding(config), config.data.cache)
+        small.keep(run.folder / "cache", split)
         if jax.process_index() == 0:
-            print(f"{split}: {reduced.where}", flush=True)
+            print(f"{split}: {small.where}", flush=True)
     return kept
 
 

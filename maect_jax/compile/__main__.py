@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from maect_jax import config as configs
 from maect_jax import errors, files, pipeline, sharding
 from maect_jax.compile import chips, collectives
+from maect_jax.data import cache
 from maect_jax.errors import RunFailedError, UserError
 from maect_jax.stages.base import Stage
 from maect_jax.stages.state import abstract_state, state_shardings
@@ -116,7 +117,8 @@ def report(config: ConfigDict, stage_type: type[Stage], topology: str, mesh) -> 
       RunFailedError: the compiler failed, and not because of the memory.
     """
     share, start = chips.find(topology).device(), time.monotonic()
-    images = stage_type.training_images(config, pipeline.images_to_plan(config)[0])
+    images = cache.reduced(config, pipeline.images_to_plan(config)[0])
+    images = stage_type.training_images(config, images)
     stage = stage_type.for_images(config, images)
     state = abstract_state(stage, jax.random.key(config.seed), {}, mesh)
     batch = abstract_batch(stage_type, config, images, mesh)

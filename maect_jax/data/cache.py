@@ -19,7 +19,7 @@ from etils import epy
 from tqdm import tqdm
 
 from maect_jax import __version__, files
-from maect_jax.data import decode, loader, transforms
+from maect_jax.data import decode, loader, sources, transforms
 from maect_jax.data.base import Identity, Source, digest
 from maect_jax.data.decode import Decoding
 from maect_jax.errors import BadImageError, UserError
@@ -31,6 +31,13 @@ with epy.lazy_imports():  # in `keep`: worker processes do without JAX
 
 _IN_MEMORY = 2**30  # bytes of a split's pixels; of larger ones each image is read when it is used
 _PART = 256  # images between two questions whether all processes go on
+
+
+def reduced(config, source: Source) -> Source:
+    """The images of a source as a config sees them: reduced, if it has them kept (`Reduced`)."""
+    if not config.data.cache:
+        return source
+    return Reduced(source, sources.decoding(config), config.data.cache)
 
 
 class Reduced(Source):
@@ -121,6 +128,7 @@ class Reduced(Source):
                 ThreadPoolExecutor(loader.cores()) as pool,
                 tqdm(**progress, disable=not sys.stderr.isatty()) as bar,
             ):
+                print(f"{split}: each of {count:,} images is decoded once", flush=True)
                 for start in range(0, count, _PART):
                     records = range(start, min(start + _PART, count))
                     for pixels, label in pool.map(self._read, records):

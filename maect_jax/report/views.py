@@ -91,8 +91,7 @@ def main() -> None:
     pipeline.check(config, devices=1)
     images = sources.make(config.data, "train", config.model.channels)
     values.check([images], sources.decoding(config))
-    if config.data.cache:
-        images = cache.Reduced(images, sources.decoding(config), config.data.cache)
+    images = cache.reduced(config, images)
     drawn = sheet({stage: views_of(config, stage, images) for stage in stages})
     try:
         drawn.save(arguments.out)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.cudnn import fused_attention_stablehlo
 from scipy.special import erf
 
 from maect_jax import config as configs
@@ -161,7 +160,8 @@ def test_the_token_that_cudnn_wants_changes_nothing(rng, monkeypatch, tokens):
 @pytest.mark.parametrize("width", [64, 80])
 def test_jax_differentiates_cudnn_attention(monkeypatch, tokens, width):
     """As far as JAX checks sizes without a GPU."""
-    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_000)
+    checks = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{checks}.check_cudnn_version", lambda: 91_000)
     q, k, v = 3 * (jax.ShapeDtypeStruct((2, tokens, 16, width), jnp.bfloat16),)
     gradient = jax.grad(lambda *qkv: vit.cudnn_attention(*qkv).astype(jnp.float32).sum())
     assert jax.eval_shape(gradient, q, k, v).shape == q.shape

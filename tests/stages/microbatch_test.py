@@ -42,7 +42,7 @@ def gradients_of(name, shape=(1, 1), microbatches=1, remat="none", platform="cpu
 BOTH = dict(microbatches=2, remat="blocks")
 SPREAD = dict(microbatches=4, shape=(2, 2))
 DOTS = dict(remat="dots")
-NO_LOOP = dict(remat="dots", platform="gpu")
+NO_LOOP = dict(remat="dots", platform="gpu", shape=(2, 2))
 BY_DEFAULT = [("mae", BOTH), ("ct", BOTH), ("ct", SPREAD), ("ct", DOTS), ("ct", NO_LOOP)]
 
 
