@@ -9,7 +9,7 @@ pixels. The run's folder, `runs/quickstart`, gets a report with pictures, `repor
 Hardware: two CPU cores and 1.4 GiB. Duration: 6 minutes; `long`, with six times the epochs, 40.
 Expected: tuning raises the accuracy of k-means clusters from 53 to 62 %, in `long` from 55 to 61 %;
 `docs/quickstart.md` has all figures, for three seeds, and what else was tried.
-`photos` is the same model at 56 pixels, in colour, for some hundred photographs of your own
+`photos` is the same model at 56 pixels, in colour, for a few hundred photographs of your own
 (`docs/guide_laptop.md`).
 """
 
@@ -60,7 +60,7 @@ def _photos(config):
         source="folder", path="my_images", short_side=64, cache=128,
         mean=common.IMAGENET_MEAN, std=common.IMAGENET_STD,
     )  # fmt: skip
-    # For some hundred images: with ten times as many a tenth of the epochs will do, and a queue of
+    # For a few hundred images: with ten times as many a tenth of the epochs will do, and a queue of
     # 1,024. A queue that is longer than an epoch contains images twice.
     config.mae.epochs, config.head.epochs, config.ct.epochs = 100, 20, 100
     config.head.queue_size = config.ct.queue_size = 256

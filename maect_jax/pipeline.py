@@ -193,8 +193,8 @@ def check_enough(config: ConfigDict, images: sources.Source) -> None:
             )
         if (queue := section.get("queue_size", 0)) > count:
             _LOGGER.warning(
-                "%squeue_size=%d: an epoch has %d images, so that the queue holds each of them "
-                "several times; a smaller one is better", where, queue, count,
+                "%squeue_size=%d: an epoch has %d images, so that the queue holds images more than "
+                "once; a smaller one is better", where, queue, count,
             )  # fmt: skip
         most = _MOST_STEPS // stage.updates_per_epoch(config, count)
         if epochs > most:

@@ -6,6 +6,7 @@ what makes their pixels.
 """
 
 import dataclasses
+import errno
 import json
 import shutil
 import sys
@@ -121,8 +122,8 @@ class Reduced(Source):
         progress = dict(desc=f"decoding {split}", total=count, unit="image", leave=False)
         try:
             path.parent.mkdir(exist_ok=True)
-            for other in path.parent.glob(f"{split}_*"):  # of other images, or cut off
-                other.unlink()
+            for cut_off in path.parent.glob(f"{split}_*.tmp"):
+                cut_off.unlink()
             with (
                 draft.open("wb") as file,
                 ThreadPoolExecutor(loader.cores()) as pool,
@@ -136,13 +137,16 @@ class Reduced(Source):
                         index.append((*pixels.shape[:2], label))
                         bar.update()
                     if not start:
-                        self._check_room(path, split, file.tell() / len(records) * count)
+                        left = file.tell() / len(records) * (count - len(records))
+                        self._check_room(path, split, left)
                     yield
                 file.write(np.array(index, np.int32).data)
                 files.fsync(file)
             draft.replace(path)
         except OSError as error:
-            raise UserError(f"{path}: cannot be written: {error}") from error
+            if error.errno != errno.ENOSPC:
+                raise UserError(f"{path}: cannot be written: {error}") from error
+            raise UserError(f"{path}: the disk is full. {self._advice}") from error
         finally:
             with suppress(OSError):  # it was renamed; or this must not hide why it was not
                 draft.unlink()
@@ -156,13 +160,19 @@ class Reduced(Source):
         except (BadImageError, OSError):
             return np.zeros((0, 0, self.decoding.channels), np.uint8), label
 
+    @property
+    def _advice(self) -> str:
+        return (
+            f"Make room, or use another --workdir, with fewer than the {self.side} pixels of "
+            "config.data.cache, or 0 for none."
+        )
+
     def _check_room(self, path: Path, split: str, needed: float) -> None:
         free = shutil.disk_usage(path.parent).free
         if needed > free:
             raise UserError(
-                f"config.data.cache={self.side}: the {split} images take about "
-                f"{needed / 2**30:.1f} GiB, and {path.parent} has {free / 2**30:.1f} GiB free. "
-                "Make room, or use another --workdir with a smaller side, or 0 for none."
+                f"{path}: the other {split} images take about {needed / 2**20:,.0f} MiB, and "
+                f"{free / 2**20:,.0f} MiB are free. {self._advice}"
             )
 
     def _open(self, path: Path) -> None:
