@@ -21,6 +21,7 @@ from benchmarks import turns
 from maect_jax import config as configs
 from maect_jax import main as main_command
 from maect_jax.data import loader, sources
+from maect_jax.data.base import evenly_spaced
 from maect_jax.data.cache import Reduced
 from maect_jax.evals import runner
 from maect_jax.pipeline import training_stages
@@ -41,7 +42,7 @@ def differences(config, source, side: int) -> list[str]:
     small, found = Reduced(source, sources.decoding(config), side), []
     makers = {s.name: lambda x, s=s: s.example_maker(config, x) for s in training_stages(config)}
     makers["eval"] = lambda x: runner.record(config, x)
-    records = np.linspace(0, len(source) - 1, COMPARED).astype(int).tolist()
+    records = evenly_spaced(len(source), COMPARED)
     for name, maker in makers.items():
         keys = records if name == "eval" else [(0, record) for record in records]
         pairs = [(maker(x)(key)["image"].astype(int) for x in (source, small)) for key in keys]

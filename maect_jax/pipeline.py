@@ -308,14 +308,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 def _kept(run: Run, images: Mapping[str, sources.Source]) -> Mapping[str, sources.Source]:
     """Images as `config.data.cache` keeps them, by split."""
-    config, kept = run.config, {}
-    if not config.data.cache:
-        return images
-    for split, source in images.items():
-        kept[split] = small = cache.Reduced(source, sources.decoding(config), config.data.cache)
-        small.keep(run.folder / "cache", split)
-        if jax.process_index() == 0:
-            print(f"{split}: {small.where}", flush=True)
+    kept = {split: cache.reduced(run.config, source) for split, source in images.items()}
+    for split, source in kept.items():
+        if isinstance(source, cache.Reduced):
+            source.keep(run.folder / "cache", split)
+            if jax.process_index() == 0:
+                print(f"{split}: {source.where}", flush=True)
     return kept
 
 

@@ -168,11 +168,6 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def is_on_cpu() -> bool:
-    """Whether what is traced runs on CPUs."""
-    return platform() == "cpu"
-
-
 def tree_shardings(tree, mesh: Mesh):
     """The `NamedSharding` that `RULES` give each leaf of a tree of (abstract) arrays."""
 

@@ -90,7 +90,7 @@ class Linear(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         # With two leading axes XLA's gradient on a CPU contracts over both, and takes up to three
         # times as long; on a TPU merging them copies, unless the tokens are a multiple of 8.
-        rows = x.reshape(-1, x.shape[-1]) if sharding.is_on_cpu() else x
+        rows = x.reshape(-1, x.shape[-1]) if sharding.platform() == "cpu" else x
         y = rows.astype(self.dtype) @ kernel.astype(self.dtype)
         y = (y.astype(jnp.float32) + bias).astype(self.dtype)
         return checkpoint_name(y.reshape(*x.shape[:-1], self.features), PRODUCT)
