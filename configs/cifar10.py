@@ -4,10 +4,12 @@
 
 A ViT with patches of 4 pixels is trained by mae, head and ct and evaluated against raw pixels.
 Images: TensorFlow Datasets' cifar10, prepared as array_record; or a file of arrays,
-`--config.data.path=FILE.npz` (`maect_jax/data/arrays.py` explains its keys).
+`--config.data.path=FILE.npz --config.data.val_split=val` (`maect_jax/data/arrays.py` explains its
+keys).
 Hardware: a GPU or a TPU host; `--dry_run` prints the steps, the memory of the state and the FLOPs.
 Duration: 100 + 10 + 40 epochs of 50,000 images, about 10 minutes on an H100.
-Expected: the paper has no figures for it; the tests run `:test` on a small file of arrays.
+Expected: `ct` gains 11 points of k-NN, 8 of the probe and 18 of k-means over its `mae`
+(`docs/results.md`); the paper has no figures for it.
 """
 
 from configs import common
