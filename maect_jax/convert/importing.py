@@ -317,6 +317,8 @@ class _Builder:
             "patch_size": patch,
             "image_size": self.overrides.image_size or (grid[0] * patch, grid[1] * patch),
             "channels": channels,
+            "cls_tokens": 1,
+            "registers": 0,
             "pool": self.probe_pool() or self.overrides.pool or self.pool(grid, width),
             "ln_eps": ln_eps,
             "dtype": self.overrides.dtype or "bfloat16",
@@ -409,7 +411,7 @@ class _Builder:
             wrong = f"its decoder's width {width} must be a multiple of 4 and {heads}"
             raise self.error(wrong, DECODER)
         size = vit.Size(width, names.depth(self.parts[DECODER]), heads)
-        module = mae.Decoder(*size, model.patch_size, model.channels, model.ln_eps)
+        module = mae.Decoder(*size, model.patch_size, model.channels)
         latent = np.zeros((1, 1, vit.size_of(model).width))
         params = _zeros(module, latent, np.zeros((1, math.prod(grid)), int), grid=grid)["params"]
         shapes = _shapes(names.decoder_to_torch(params))
