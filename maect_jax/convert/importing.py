@@ -311,14 +311,15 @@ class _Builder:
                 raise self.error(f"{label} is {stated!r}, must be {value} as in the tensors")
         variant, grid = variant or "B", self.grid(patch)
         usual = vit.VARIANTS[variant]._asdict()
+        cls_tokens, registers = self.tokens()
         section = {
             "variant": variant,
             **{key: None if x == usual[key] else x for key, x in size._asdict().items()},
             "patch_size": patch,
             "image_size": self.overrides.image_size or (grid[0] * patch, grid[1] * patch),
             "channels": channels,
-            "cls_tokens": 1,
-            "registers": 0,
+            "cls_tokens": cls_tokens,
+            "registers": registers,
             "pool": self.probe_pool() or self.overrides.pool or self.pool(grid, width),
             "ln_eps": ln_eps,
             "dtype": self.overrides.dtype or "bfloat16",
@@ -331,20 +332,39 @@ class _Builder:
             raise self.error(str(error).removeprefix("config.model.")) from error
         return config.model, grid
 
+    def tokens(self) -> tuple[int, int]:
+        """The numbers of class tokens and of registers."""
+        own = self.parts[ENCODER]
+        cls_tokens, registers = (
+            self.tensor(ENCODER, name, axes=3).shape[1] if name in own else 0
+            for name in ("cls_token", "register_tokens")
+        )
+        return cls_tokens, registers
+
+    def extra_rows(self) -> tuple[int, ...]:
+        """How many rows of a position embedding may come before those of the patches: for class
+        tokens, as in most models, for registers, too, or none."""
+        cls_tokens, registers = self.tokens()
+        return cls_tokens, cls_tokens + registers, 0
+
     def grid(self, patch: int) -> tuple[int, int]:
         """The patch grid (rows, columns) of the position embedding in the file."""
         position = self.tensor(ENCODER, "pos_embed", axes=3)
-        counts = (position.shape[1] - 1, position.shape[1])  # the class token may have a row
-        squares = [(math.isqrt(count),) * 2 for count in counts]
+        counts = [position.shape[1] - extra for extra in self.extra_rows()]
+        first, *squares = [(math.isqrt(max(count, 0)),) * 2 for count in counts]
         sizes = self.stated["image_size"], self.overrides.image_size
         stated, asked = (size and positions.grid(size, patch) for size in sizes)
-        # Of several, MAE's embedding decides; most others have a row for the class token.
+        own = self.sources[ENCODER].sorted.grid
+        # Of several, MAE's embedding decides.
         possible = [
             grid
-            for grid in (stated, squares[0], asked, squares[1])
+            for grid in ((own,) if own else (stated, first, asked, *squares))
             if grid and math.prod(grid) in counts and min(grid) > 0
         ]
         if not possible:
+            rows = position.shape[1] - 1
+            if not self.tokens()[0] and math.isqrt(rows) ** 2 == rows:
+                raise self.missing(ENCODER, "cls_token")
             wrong = f"{position.names[0]!r} has shape {position.shape}, not that of a square image"
             raise self.error(f"{wrong}; import it with the --image_size that it was made for")
         fixed = (g for g in possible if _is_fixed(self.parts[ENCODER], g, atol=_HALF))
@@ -373,14 +393,18 @@ class _Builder:
 
     def has_fc_norm(self) -> bool:
         theirs = [name for x in self.parts[ENCODER].values() for name in x.names]
-        return any(name.endswith("fc_norm.weight") for name in theirs)
+        return any(re.search(r"\b(fc_norm|pooler\.layernorm)\.weight$", name) for name in theirs)
 
     def pool(self, grid: tuple[int, int], width: int) -> str:
         """The feature, where the user does not name one."""
         if self.has_fc_norm():
             return "fc_norm"
-        if CLASSIFIER in self.parts or self.stated["global_pool"]:
-            return self.stated["global_pool"] or "cls"
+        if self.stated["global_pool"]:
+            return self.stated["global_pool"]
+        if CLASSIFIER in self.parts and self.tokens()[0]:
+            return "cls"
+        if not self.tokens()[0]:
+            return "mean"
         # Of an MAE of ViT-B the paper takes the patches' mean, of the others the class token.
         is_base = width == vit.VARIANTS["B"].width
         return "mean" if is_base and _is_fixed(self.parts[ENCODER], grid, atol=_HALF) else "cls"
@@ -417,7 +441,7 @@ class _Builder:
         shapes = _shapes(names.decoder_to_torch(params))
         shapes["pos_embed"] = self.position_shape(DECODER, grid, width)
         position = self.parts[DECODER]["pos_embed"]
-        if position.shape[1] > math.prod(grid) and np.asarray(position)[:, 0].any():
+        if np.asarray(position)[:, : -math.prod(grid)].any():
             name = position.names[0]
             raise self.error(f"{name!r} has a row for the class token that is not zero", DECODER)
         return "mae", {"decoder": size._asdict()}, shapes
@@ -449,7 +473,8 @@ class _Builder:
 
     def position_shape(self, part: str, grid: tuple[int, int], width: int) -> tuple[int, ...]:
         rows, patches = self.tensor(part, "pos_embed", axes=3).shape[1], math.prod(grid)
-        return (1, min(max(rows, patches), patches + 1), width)  # the class token may have a row
+        allowed = [patches + extra for extra in self.extra_rows()]
+        return (1, rows if rows in allowed else allowed[0], width)
 
     def compare(self, shapes: Mapping[str, Shapes]) -> None:
         """Raises `UserError` for a tensor that is missing or unexpected, or of a wrong shape."""
@@ -515,6 +540,7 @@ def _described(sources: Sequence[_Source], config: ConfigDict, grid) -> Iterator
 kind       {config.stages[0]}: {" + ".join(sorted(parts, key=ENCODER.__ne__))}
 encoder    width {size.width}, depth {size.depth}, heads {size.heads}, patch {model.patch_size}, \
 LayerNorm eps {model.ln_eps:g}, feature {model.pool}
+tokens     class {model.cls_tokens}, registers {model.registers}, patches {math.prod(grid)}
 images     {model.image_size[0]} x {model.image_size[1]} x {model.channels}
 positions  {fixed}{how}
 mean, std  {known}

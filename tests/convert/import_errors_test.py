@@ -50,8 +50,11 @@ WRONG = {
     "'norm.bias' must hold floats of 16, 32 or 64 bits": broken(
         lambda t: t.update({"norm.bias": np.zeros(WIDTH, np.int8)})
     ),
-    "a plain Vision Transformer has no tensor like 'blocks.0.ls1.gamma'": broken(
+    "'blocks.0.ls1.gamma' has shape (3,), must be": broken(
         lambda t: t.update({"blocks.0.ls1.gamma": np.zeros(3, np.float32)})
+    ),
+    "the Vision Transformer here has no tensor like 'blocks.0.attn.lora'; such": broken(
+        lambda t: t.update({"blocks.0.attn.lora": np.zeros(3, np.float32)})
     ),
     "none of the kinds that can be read": {"conv1.weight": np.zeros((3, 3), np.float32)},
     "holds a contrastive head of MAE-CT's authors, and no encoder; name the file of its encoder": (
