@@ -295,6 +295,10 @@ class _Builder:
         width, channels, patch, across = weight.shape
         if patch != across:
             raise self.error(f"{weight.names[0]!r} has shape {weight.shape}: not a square patch")
+        mlp = self.parts[ENCODER].get("blocks.0.mlp.fc1.weight")
+        if mlp is not None and mlp.shape[:1] != (4 * width,):
+            wrong = f"{mlp.names[0]!r} has shape {mlp.shape}, a SwiGLU or an MLP of another width"
+            raise self.error(f"{wrong}; only GELU MLPs of 4 times the width {width} can be read")
         variant = next((name for name, size in vit.VARIANTS.items() if size.width == width), None)
         heads, ln_eps = self.stated["num_attention_heads"], self.stated["layer_norm_eps"]
         if variant:
@@ -530,9 +534,10 @@ def _described(sources: Sequence[_Source], config: ConfigDict, grid) -> Iterator
     model, size = config.model, vit.size_of(config.model)
     fixed = "the fixed sine-cosine ones" if _is_fixed(parts[ENCODER], grid) else "learned, frozen"
     resized = positions.grid(model.image_size, model.patch_size) != grid
-    how = f", resized (bicubic) from {grid[0]} x {grid[1]} patches" if resized else ""
+    smooth = ", antialiased" if model.registers else ""
+    how = f", resized (bicubic{smooth}) from {grid[0]} x {grid[1]} patches" if resized else ""
     if parts[ENCODER]["pos_embed"].shape[1] > math.prod(grid):
-        how += "; the class token's is added to it"
+        how += "; those of class tokens are added to these"
     known = "from the folder" if config.data else "unknown; config.data.mean and .std apply"
     used = [(part, name, x) for part, named in parts.items() for name, x in named.items()]
     total = len(ignored) + len({name for *_, x in used for name in x.names})

@@ -285,7 +285,7 @@ _LAYOUTS = {
     _PROBE: "a linear probe of MAE-CT's authors",
     r"decoder_embed\.weight": "MAE's (with decoder)",
     r"cls_tokens\.tokens": "MIM-Refiner's",
-    _PYTORCH: "MAE's, timm's or MAE-CT's",
+    _PYTORCH: "MAE's, DINOv2's, timm's or MAE-CT's",
 }
 _ENCODERS = {_HF, _PYTORCH}
 _TWO = "is of two classifiers, of the class token and of the distillation token; neither is used"
