@@ -267,16 +267,17 @@ _FILES = {
     for name in (*row["pytorch"].split("|"), row["hf"])
     if name != "-"
 } | {row["name"]: (row["part"], row["tensor"]) for row in _KINDS}
-# Parts of names that say nothing, and what stands in their place: the model behind which
-# HuggingFace puts a classifier, a name of transformers 5 that its code has never had, and chunks of
-# blocks in DINOv2.
+# The model in HuggingFace's names, where a classifier on its feature is beside it.
+_MODEL = r"(?:vit|deit|ijepa|beit)\."
+# Parts of names that say nothing, and what stands in their place: this model, a name of
+# transformers 5 that its code has never had, and chunks of blocks in DINOv2.
 _RESPELLED = {
-    r"^(vit|deit|ijepa|beit)\.": "",
+    f"^{_MODEL}": "",
     r"^decoder\.decoder_encoder\.layer\.": "decoder.decoder_layers.",
     r"^blocks\.\d+\.(\d+)\.": r"blocks.\1.",
 }
 # A name that only such files have, and whose names they are; the first that fits is used.
-_HF = r"(?:(?:vit|deit|ijepa|beit)\.)?embeddings\.patch_embeddings\..*"
+_HF = rf"(?:{_MODEL})?embeddings\.patch_embeddings\..*"
 _PYTORCH = r"patch_embed\.proj\.weight"
 _PROBE = r"layer\.[23]\.weight"
 _LAYOUTS = {
@@ -311,7 +312,7 @@ _REFUSED = {
     r"\brope\b|\bfreqs|rope_embed": "rotary positions",
     r"\bmlp\.(w\d|weights_|gate_proj|up_proj|down_proj|fc\d_)": "a SwiGLU MLP",
     r"\b[qk]_norm\b": "norms of queries and keys",
-    r"\bnorm_pre\b|\bpre_layrnorm\b|\bln_pre\b": "a norm before the blocks",
+    r"\bnorm_pre\b": "a norm before the blocks",
     r"\battn_pool\b": "pooling by attention",
 }
 _NO_DECODER = {"mask_token", "pos_embed"}  # what is left of a decoder that was taken out
@@ -436,7 +437,7 @@ def sort(tensors: Mapping[str, Stored], where: str) -> Sorted:
         if {"cls_token", "dist_token"} <= own.keys():
             two = [own.pop("cls_token"), own.pop("dist_token")]
             own["cls_token"] = _joined(two, where, axis=1)
-        _fold_layer_scale(own, where)
+        _fold_layer_scale(own, part, sorted_file, where)
     return sorted_file
 
 
@@ -452,10 +453,14 @@ def _join_attention(tensors: dict[str, Stored], part: str, file: Sorted, where: 
             query = tensors[names[0]]
             zeros = partial(np.zeros, query.shape, np.float32)
             tensors[missing.pop()] = dataclasses.replace(query, names=(), read=zeros)
-        if missing:
-            absent = file.in_file(part, missing[0])
-            raise UserError(f"{where}: the {part}'s tensor {absent!r} is missing")
+        _require(missing, part, file, where)
         tensors[joined] = _joined([tensors.pop(name) for name in names], where)
+
+
+def _require(missing: Sequence[str], part: str, file: Sorted, where: str) -> None:
+    if missing:
+        absent = file.in_file(part, missing[0])
+        raise UserError(f"{where}: the {part}'s tensor {absent!r} is missing")
 
 
 def _joined(parts: Sequence[Stored], where: str, axis: int = 0) -> Stored:
@@ -473,9 +478,14 @@ def _joined(parts: Sequence[Stored], where: str, axis: int = 0) -> Stored:
     )
 
 
-def _fold_layer_scale(tensors: dict[str, Stored], where: str) -> None:
-    """Multiplies the last layer of a branch by the branch's LayerScale (Touvron et al., 2021)."""
-    for name in [name for name in tensors if re.search(r"\.ls[12]$", name)]:
+def _fold_layer_scale(tensors: dict[str, Stored], part: str, file: Sorted, where: str) -> None:
+    """Multiplies the last layer of a branch by the branch's LayerScale (Touvron et al., 2021). All
+    blocks have one, or none."""
+    scales = [f"blocks.{i}.ls{branch}" for i in range(depth(tensors)) for branch in (1, 2)]
+    if tensors.keys().isdisjoint(scales):
+        return
+    _require([name for name in scales if name not in tensors], part, file, where)
+    for name in scales:
         scale = tensors.pop(name)
         layer = name.replace("ls1", "attn.proj").replace("ls2", "mlp.fc2")
         for leaf in (".weight", ".bias"):

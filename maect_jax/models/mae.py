@@ -58,11 +58,10 @@ class Decoder(nn.Module):
         removed = restore.shape[1] + self.extra_tokens - x.shape[1]
         # Broadcast before the cast, so that its gradient is summed over all patches in fp32.
         filler = jnp.broadcast_to(mask_token, (len(x), removed, self.width)).astype(self.dtype)
-        extra, patches = jnp.split(x, [self.extra_tokens], axis=1)
-        patches = jnp.concatenate([patches, filler], axis=1)
+        patches = jnp.concatenate([x[:, self.extra_tokens :], filler], axis=1)
         patches = jnp.take_along_axis(patches, restore[..., None], axis=1)
         patches = patches + jnp.asarray(vit.position_embedding(self, grid), self.dtype)
-        x = jnp.concatenate([extra, patches], axis=1)
+        x = jnp.concatenate([x[:, : self.extra_tokens], patches], axis=1)
         x, _ = vit.scanned_blocks(self, self.depth, "blocks", self.remat)(x)
         x = vit.LayerNorm(self.ln_eps, name="norm")(x)[:, self.extra_tokens :]
         pixels = self.patch_size**2 * self.channels
