@@ -83,6 +83,8 @@ def _model(variant: str, patch_size: int, pool: str) -> ConfigDict:
     model.patch_size = patch_size
     model.image_size = (224, 224)  # height, width
     model.channels = 3
+    model.cls_tokens = 1  # learned tokens whose mean is a feature (Pixio has 8, I-JEPA none)
+    model.registers = 0  # learned tokens that are no part of a feature
     # Feature: the class token (cls), the mean of the patch tokens (mean), or the final norm of the
     # mean of the unnormalised patch tokens (fc_norm).
     model.pool = pool

@@ -135,6 +135,7 @@ def load_encoder(
     size = image_size or model.image_size
     if any(side < 1 or side % model.patch_size for side in size):
         raise UserError(f"image_size={size}: must be multiples of the patch, {model.patch_size}")
+    vit.check_pool(model, "pool", pool or model.pool)
     mean, std = (
         tuple(float(x) for x in np.ravel(data.get(key, _IMAGENET[key]) if given is None else given))
         for key, given in (("mean", mean), ("std", std))

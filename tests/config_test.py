@@ -230,6 +230,10 @@ def test_a_config_with_a_misspelt_key_is_one_clear_line(tmp_path):
         ("stages=('ct','mae')", r"stages=\('ct', 'mae'\): must be some of"),
         ("stages=('mae','ct')", "ct needs head before it"),
         ("mae.mask_ratio=1.0", "mask_ratio=1.0: must be from 0 to below 1"),
+        ("model.cls_tokens=-1", "cls_tokens=-1: must be from 0 to 1024"),
+        ("model.cls_tokens=0", "config.model.pool='cls': the encoder has no class token"),
+        ("model.cls_tokens=0 model.pool=mean eval.pool=cls+mean", r"'cls\+mean': the encoder has"),
+        ("model.cls_tokens=0 model.pool=mean mae.mask_ratio=0.99", "0.99: leaves none of the 16"),
         ("ct.head_weight_decay=-1", "head_weight_decay=-1.0: must be 0 or more"),
         ("ct.base_lr=1e999", "base_lr=inf: must be above 0"),
         ("ct.photometric.blur_sigma=(0,0)", "blur_sigma=.*must be .low, high"),
@@ -247,7 +251,7 @@ def test_a_config_with_a_misspelt_key_is_one_clear_line(tmp_path):
     ],
 )
 def test_value_that_is_not_allowed_is_one_clear_line(override, message):
-    config = load("quickstart", override)
+    config = load("quickstart", *override.split())
 
     def check():
         pipeline.check_stages(config)
@@ -296,6 +300,7 @@ def test_flops_formula_equals_the_compilers_count(name):
         "quickstart", "model.depth=2", "mae.decoder.depth=1", "ct.frozen_blocks=1",
         "model.width=256", "model.heads=4", "mae.decoder.width=128", "mae.batch_size=64",
         "ct.batch_size=64", "ct.queue_size=64", "head.queue_size=64", "mae.mask_ratio=0.5",
+        "model.cls_tokens=4", "model.registers=3",
     )  # fmt: skip
     if name == "mae":
         with config.unlocked():

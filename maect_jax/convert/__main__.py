@@ -21,10 +21,11 @@ from maect_jax.run import checkpoints, lineage
 from maect_jax.stages import SAVED
 
 _IMPORT = """
-Makes a run of files from elsewhere, for --config.init_from=OUT_RUN. FILE is MAE's .pth, an encoder
-of MAE-CT's authors (.th), a HuggingFace folder (ViTMAE*, ViT*), or a timm ViT (.safetensors, .pth);
-a second one may be what the authors trained on their encoder, a contrastive head or a linear probe.
-Prints what it recognised and how every tensor is used.
+Makes a run of files from elsewhere, for --config.init_from=OUT_RUN. FILE is MAE's .pth (also
+Pixio's, DINOv2's, I-JEPA's, MIM-Refiner's), an encoder of MAE-CT's authors (.th), a HuggingFace
+folder (ViTMAE*, ViT*, DINOv2, Pixio, ...), or a timm ViT (.safetensors, .pth); a second one may be
+what MAE-CT's authors trained on their encoder, a contrastive head or a linear probe. Prints what it
+recognised and how every tensor is used.
 """
 _EXPORT = """
 Writes the encoder of a run for others, with a model card beside it. timm: for
@@ -57,8 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--ln_eps", type=number, help="epsilon of LayerNorm, likewise")
     resized = "of the images to come; the position grid is resized (bicubic) where it differs"
     add("--image_size", type=_size, metavar="H,W", help=resized)
-    pooled = """the feature: the class token, or the patches' mean (the default for an MAE of ViT-B,
-        as in the paper), or that mean before the final norm"""
+    pooled = """the feature: the class token (the mean of several), or the patches' mean (the
+        default for an MAE of ViT-B, as in the paper, and without class tokens), or that mean before
+        the final norm"""
     add("--pool", choices=vit.POOLS, help=pooled)
     add("--dtype", choices=vit.DTYPES, help="of activations (bfloat16)")
     add("--key", help="which model of a file with several, such as teacher or state_dict_ema")

@@ -5,6 +5,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jinja2
 import numpy as np
@@ -24,6 +25,23 @@ _ENDINGS = {
     "mae": (".safetensors", ".pth"),
 }
 FORMATS = tuple(_ENDINGS)
+
+
+class _HFKind(NamedTuple):
+    """A model of HuggingFace's transformers."""
+
+    name: str  # of its classes
+    names: str = ""  # of its tensors, the kind of `names.to_files`
+    classifies: str = ""  # the feature that its classifier reads; "": none that a run has
+    pooled: str = ""  # what its `pooler_output` is; "": it has none
+
+
+_HF_KINDS = {
+    "vit": _HFKind("ViT", classifies="cls", pooled="the class token"),
+    "ijepa": _HFKind("IJepa", classifies="mean"),
+    "pixio": _HFKind("Pixio", "pixio", pooled="the mean of the class tokens"),
+    "dinov2_with_registers": _HFKind("Dinov2WithRegisters", "dinov2", pooled="the class token"),
+}
 _TIMM_VARIANTS = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
 
 
@@ -61,8 +79,26 @@ class Model:
 
     @property
     def hf_classifier(self) -> bool:
-        """Whether HuggingFace's model has the classifier, which there reads the class token."""
-        return bool(self.classes) and self.config.model.pool == "cls"
+        """Whether HuggingFace's model has the classifier, which there reads a certain feature."""
+        kind = _HF_KINDS.get(self.hf_kind, _HFKind(""))
+        return bool(self.classes) and self.config.model.pool == kind.classifies
+
+    @property
+    def hf_kind(self) -> str:
+        """HuggingFace's type of model with such tokens, "" for none. Those with several take square
+        images only."""
+        model = self.config.model
+        height, width = model.image_size
+        if model.cls_tokens < 2 and not model.registers:
+            return "vit" if model.cls_tokens else "ijepa"
+        if height == width and model.cls_tokens and not model.registers:
+            return "pixio"
+        return "dinov2_with_registers" if height == width and model.cls_tokens == 1 else ""
+
+    @property
+    def distilled(self) -> bool:
+        """Whether it is timm's DeiT with a distillation token, the second class token."""
+        return self.config.model.cls_tokens == 2
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -81,8 +117,7 @@ def export(model: Model, file: Path, format: str) -> list[str]:
         written.
     """
     check_file(file, format)
-    if model.config.model.pool == "fc_norm" and format in ("hf", "maect"):
-        raise UserError(f"{format}: has no norm behind the pooling (fc_norm); use timm or mae")
+    _check_has_place(model, format)
     parent, card_name = file.absolute().parent, f"{file.name}.md"
     complete = {"timm": bool(model.classes), "hf": model.hf_classifier}.get(format, True)
     left_out = [f"The run's classifier is left out: {format} has no place for it"]
@@ -105,6 +140,21 @@ def export(model: Model, file: Path, format: str) -> list[str]:
     except OSError as error:
         raise UserError(f"{file}: cannot write there: {error}") from error
     return [*map(str, written.values()), *left_out]
+
+
+def _check_has_place(model: Model, format: str) -> None:
+    """Raises `UserError` where a format has no model of this kind."""
+    section = model.config.model
+    tokens = f"{section.cls_tokens} class tokens and {section.registers} registers"
+    if section.pool == "fc_norm" and format in ("hf", "maect"):
+        raise UserError(f"{format}: has no norm behind the pooling (fc_norm); use timm or mae")
+    if format == "maect" and (section.cls_tokens, section.registers) != (1, 0):
+        raise UserError(f"maect: the authors' code has one class token, not {tokens}; use mae")
+    distilled = model.distilled and not section.registers and section.pool == "cls"
+    if format == "timm" and section.cls_tokens > 1 and not distilled:
+        raise UserError(f"timm: has no model with {tokens}, feature {section.pool}; use mae")
+    if format == "hf" and not model.hf_kind:
+        raise UserError(f"hf: has no model with {tokens}, images {section.image_size}; use mae")
 
 
 def check_file(file: Path, format: str) -> None:
@@ -134,19 +184,18 @@ def _metadata(model: Model) -> dict[str, str]:
     return {key: str(value) for key, value in values.items()}
 
 
-def _encoder(model: Model) -> dict[str, np.ndarray]:
-    """The encoder as all but the authors have it: with a position of the class token, zero."""
+def _encoder(model: Model, extra_rows: int) -> dict[str, np.ndarray]:
+    """The encoder as all but the authors have it: with positions of tokens that are no patches,
+    zeros."""
     encoder = names.encoder_to_torch(model.encoder, model.config.model.patch_size, model.grid)
-    encoder = _with_class_row(encoder)
+    encoder = _with_rows(encoder, extra_rows)
     if model.config.model.pool != "fc_norm":
         return encoder
     return {f"fc_{name}" if name.startswith("norm.") else name: x for name, x in encoder.items()}
 
 
-def _with_class_row(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    position = tensors["pos_embed"]
-    row = np.zeros_like(position[:, :1])
-    return tensors | {"pos_embed": np.concatenate([row, position], axis=1)}
+def _with_rows(tensors: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    return tensors | {"pos_embed": np.pad(tensors["pos_embed"], ((0, 0), (count, 0), (0, 0)))}
 
 
 def _classifier(model: Model, linear: str, norm: str = "") -> dict[str, np.ndarray]:
@@ -160,16 +209,25 @@ def _classifier(model: Model, linear: str, norm: str = "") -> dict[str, np.ndarr
 
 
 def _timm(model: Model, file: Path) -> None:
-    # timm's models have no batch normalisation before the classifier.
-    classifier = _classifier(model, "head") if model.classes else {}
-    tensors.write(file, _encoder(model) | classifier, metadata=_metadata(model))
+    section = model.config.model
+    weights = _encoder(model, section.cls_tokens + section.registers)
+    if section.registers:
+        weights["reg_token"] = weights.pop("register_tokens")
+    heads = ["head"]
+    if model.distilled:  # the mean of both heads' scores is the score of the mean of their tokens
+        weights["cls_token"], weights["dist_token"] = np.split(weights["cls_token"], 2, axis=1)
+        heads.append("head_dist")
+    for head in heads if model.classes else ():  # after batch normalisation timm has none
+        weights |= _classifier(model, head)
+    tensors.write(file, weights, metadata=_metadata(model))
 
 
 def _mae(model: Model, file: Path) -> None:
     linear = "head" if model.classes else "head.1"
-    weights = _encoder(model) | _classifier(model, linear, "head.0")
+    rows = model.config.model.cls_tokens
+    weights = _encoder(model, rows) | _classifier(model, linear, "head.0")
     if decoder := model.parts["params"].get("decoder"):
-        decoder = _with_class_row(names.decoder_to_torch(decoder, model.grid))
+        decoder = _with_rows(names.decoder_to_torch(decoder, model.grid), rows)
         weights |= names.to_files(decoder, part="decoder", column="pytorch")
     tensors.write(file, weights, wrapper="model", metadata=_metadata(model))
 
@@ -188,11 +246,12 @@ def _maect(model: Model, file: Path) -> None:
 
 def _hf(model: Model, folder: Path) -> None:
     section, size = model.config.model, vit.size_of(model.config.model)
-    weights = names.to_files(_encoder(model), part="encoder", column="hf")
+    kind, weights = _HF_KINDS[model.hf_kind], _encoder(model, section.cls_tokens)
     height, width = section.image_size
+    purpose = "ForImageClassification" if model.hf_classifier else "Model"
     config = {
-        "architectures": ["ViTForImageClassification" if model.hf_classifier else "ViTModel"],
-        "model_type": "vit",
+        "architectures": [kind.name + purpose],
+        "model_type": model.hf_kind,
         "hidden_size": size.width,
         "num_hidden_layers": size.depth,
         "num_attention_heads": size.heads,
@@ -206,12 +265,21 @@ def _hf(model: Model, folder: Path) -> None:
         "num_channels": section.channels,
         "qkv_bias": True,
     }
+    if model.hf_kind == "pixio":
+        config["n_cls_tokens"] = section.cls_tokens
+    if section.registers:
+        config["num_register_tokens"] = section.registers
+        ones = np.ones(size.width, np.float32)
+        weights |= {f"blocks.{i}.ls{j}": ones for i in range(size.depth) for j in (1, 2)}
+    weights = names.to_files(weights, part="encoder", column="hf", kind=kind.names)
+    if section.registers:
+        weights["embeddings.mask_token"] = np.zeros((1, size.width), np.float32)
     if model.hf_classifier:
-        weights = {f"vit.{name}": x for name, x in weights.items()}
+        weights = {f"{model.hf_kind}.{name}": x for name, x in weights.items()}
         weights |= _classifier(model, "classifier")
         classes = {str(i): f"class {i}" for i in range(model.classes)}
         config |= {"id2label": classes, "label2id": {c: int(i) for i, c in classes.items()}}
-    else:
+    elif model.hf_kind == "vit":
         # ViTModel has a pooler: one that hands on the class token as it is.
         weights["pooler.dense.weight"] = np.eye(size.width, dtype=np.float32)
         weights["pooler.dense.bias"] = np.zeros(size.width, np.float32)
@@ -250,6 +318,7 @@ def _card(model: Model, file: Path, format: str, left_out: Sequence[str]) -> str
         model=model,
         config=model.config,
         data=model.config.get("data", {}),
+        pooled=_HF_KINDS[model.hf_kind].pooled if model.hf_kind else "",
         title=kind.title.replace("{} ", ""),
         size=size,
         file=repr(file.name),
@@ -265,13 +334,19 @@ def _card(model: Model, file: Path, format: str, left_out: Sequence[str]) -> str
 def _timm_call(model: Model, file: Path) -> str:
     """The call that builds the model with its weights in timm."""
     section, size = model.config.model, vit.size_of(model.config.model)
-    known, patch = vit.VARIANTS[section.variant], 14 if section.variant == "H" else 16
-    name = f"vit_{_TIMM_VARIANTS[section.variant]}_patch{patch}_224"
+    variant = section.variant
+    if model.distilled and variant not in ("Ti", "S"):
+        variant = "B"  # the largest DeiT
+    known, patch = vit.VARIANTS[variant], 14 if variant == "H" else 16
+    kind = "deit_{}_distilled" if model.distilled else "vit_{}"
+    name = f"{kind.format(_TIMM_VARIANTS[variant])}_patch{patch}_224"
     arguments: dict[str, object] = {
         "num_classes": model.classes,
         "global_pool": "token" if section.pool == "cls" else "avg",
     }
     for key, value, default in (
+        ("class_token", section.cls_tokens > 0, True),
+        ("reg_tokens", section.registers, 0),
         ("fc_norm", section.pool != "mean", True),
         ("img_size", tuple(section.image_size), (224, 224)),
         ("patch_size", section.patch_size, patch),

@@ -295,6 +295,10 @@ class _Builder:
         width, channels, patch, across = weight.shape
         if patch != across:
             raise self.error(f"{weight.names[0]!r} has shape {weight.shape}: not a square patch")
+        mlp = self.parts[ENCODER].get("blocks.0.mlp.fc1.weight")
+        if mlp is not None and mlp.shape[:1] != (4 * width,):
+            wrong = f"{mlp.names[0]!r} has shape {mlp.shape}, a SwiGLU or an MLP of another width"
+            raise self.error(f"{wrong}; only GELU MLPs of 4 times the width {width} can be read")
         variant = next((name for name, size in vit.VARIANTS.items() if size.width == width), None)
         heads, ln_eps = self.stated["num_attention_heads"], self.stated["layer_norm_eps"]
         if variant:
@@ -311,12 +315,15 @@ class _Builder:
                 raise self.error(f"{label} is {stated!r}, must be {value} as in the tensors")
         variant, grid = variant or "B", self.grid(patch)
         usual = vit.VARIANTS[variant]._asdict()
+        cls_tokens, registers = self.tokens()
         section = {
             "variant": variant,
             **{key: None if x == usual[key] else x for key, x in size._asdict().items()},
             "patch_size": patch,
             "image_size": self.overrides.image_size or (grid[0] * patch, grid[1] * patch),
             "channels": channels,
+            "cls_tokens": cls_tokens,
+            "registers": registers,
             "pool": self.probe_pool() or self.overrides.pool or self.pool(grid, width),
             "ln_eps": ln_eps,
             "dtype": self.overrides.dtype or "bfloat16",
@@ -329,20 +336,39 @@ class _Builder:
             raise self.error(str(error).removeprefix("config.model.")) from error
         return config.model, grid
 
+    def tokens(self) -> tuple[int, int]:
+        """The numbers of class tokens and of registers."""
+        own = self.parts[ENCODER]
+        cls_tokens, registers = (
+            self.tensor(ENCODER, name, axes=3).shape[1] if name in own else 0
+            for name in ("cls_token", "register_tokens")
+        )
+        return cls_tokens, registers
+
+    def extra_rows(self) -> tuple[int, ...]:
+        """How many rows of a position embedding may come before those of the patches: for class
+        tokens, as in most models, for registers, too, or none."""
+        cls_tokens, registers = self.tokens()
+        return cls_tokens, cls_tokens + registers, 0
+
     def grid(self, patch: int) -> tuple[int, int]:
         """The patch grid (rows, columns) of the position embedding in the file."""
         position = self.tensor(ENCODER, "pos_embed", axes=3)
-        counts = (position.shape[1] - 1, position.shape[1])  # the class token may have a row
-        squares = [(math.isqrt(count),) * 2 for count in counts]
+        counts = [position.shape[1] - extra for extra in self.extra_rows()]
+        first, *squares = [(math.isqrt(max(count, 0)),) * 2 for count in counts]
         sizes = self.stated["image_size"], self.overrides.image_size
         stated, asked = (size and positions.grid(size, patch) for size in sizes)
-        # Of several, MAE's embedding decides; most others have a row for the class token.
+        own = self.sources[ENCODER].sorted.grid
+        # Of several, MAE's embedding decides.
         possible = [
             grid
-            for grid in (stated, squares[0], asked, squares[1])
+            for grid in ((own,) if own else (stated, first, asked, *squares))
             if grid and math.prod(grid) in counts and min(grid) > 0
         ]
         if not possible:
+            rows = position.shape[1] - 1
+            if not self.tokens()[0] and math.isqrt(rows) ** 2 == rows:
+                raise self.missing(ENCODER, "cls_token")
             wrong = f"{position.names[0]!r} has shape {position.shape}, not that of a square image"
             raise self.error(f"{wrong}; import it with the --image_size that it was made for")
         fixed = (g for g in possible if _is_fixed(self.parts[ENCODER], g, atol=_HALF))
@@ -371,14 +397,18 @@ class _Builder:
 
     def has_fc_norm(self) -> bool:
         theirs = [name for x in self.parts[ENCODER].values() for name in x.names]
-        return any(name.endswith("fc_norm.weight") for name in theirs)
+        return any(re.search(r"\b(fc_norm|pooler\.layernorm)\.weight$", name) for name in theirs)
 
     def pool(self, grid: tuple[int, int], width: int) -> str:
         """The feature, where the user does not name one."""
         if self.has_fc_norm():
             return "fc_norm"
-        if CLASSIFIER in self.parts or self.stated["global_pool"]:
-            return self.stated["global_pool"] or "cls"
+        if self.stated["global_pool"]:
+            return self.stated["global_pool"]
+        if CLASSIFIER in self.parts and self.tokens()[0]:
+            return "cls"
+        if not self.tokens()[0]:
+            return "mean"
         # Of an MAE of ViT-B the paper takes the patches' mean, of the others the class token.
         is_base = width == vit.VARIANTS["B"].width
         return "mean" if is_base and _is_fixed(self.parts[ENCODER], grid, atol=_HALF) else "cls"
@@ -409,13 +439,13 @@ class _Builder:
             wrong = f"its decoder's width {width} must be a multiple of 4 and {heads}"
             raise self.error(wrong, DECODER)
         size = vit.Size(width, names.depth(self.parts[DECODER]), heads)
-        module = mae.Decoder(*size, model.patch_size, model.channels, model.ln_eps)
+        module = mae.Decoder(*size, model.patch_size, model.channels)
         latent = np.zeros((1, 1, vit.size_of(model).width))
         params = _zeros(module, latent, np.zeros((1, math.prod(grid)), int), grid=grid)["params"]
         shapes = _shapes(names.decoder_to_torch(params))
         shapes["pos_embed"] = self.position_shape(DECODER, grid, width)
         position = self.parts[DECODER]["pos_embed"]
-        if position.shape[1] > math.prod(grid) and np.asarray(position)[:, 0].any():
+        if np.asarray(position)[:, : -math.prod(grid)].any():
             name = position.names[0]
             raise self.error(f"{name!r} has a row for the class token that is not zero", DECODER)
         return "mae", {"decoder": size._asdict()}, shapes
@@ -447,7 +477,8 @@ class _Builder:
 
     def position_shape(self, part: str, grid: tuple[int, int], width: int) -> tuple[int, ...]:
         rows, patches = self.tensor(part, "pos_embed", axes=3).shape[1], math.prod(grid)
-        return (1, min(max(rows, patches), patches + 1), width)  # the class token may have a row
+        allowed = [patches + extra for extra in self.extra_rows()]
+        return (1, rows if rows in allowed else allowed[0], width)
 
     def compare(self, shapes: Mapping[str, Shapes]) -> None:
         """Raises `UserError` for a tensor that is missing or unexpected, or of a wrong shape."""
@@ -503,9 +534,10 @@ def _described(sources: Sequence[_Source], config: ConfigDict, grid) -> Iterator
     model, size = config.model, vit.size_of(config.model)
     fixed = "the fixed sine-cosine ones" if _is_fixed(parts[ENCODER], grid) else "learned, frozen"
     resized = positions.grid(model.image_size, model.patch_size) != grid
-    how = f", resized (bicubic) from {grid[0]} x {grid[1]} patches" if resized else ""
+    smooth = ", antialiased" if model.registers else ""
+    how = f", resized (bicubic{smooth}) from {grid[0]} x {grid[1]} patches" if resized else ""
     if parts[ENCODER]["pos_embed"].shape[1] > math.prod(grid):
-        how += "; the class token's is added to it"
+        how += "; those of class tokens are added to these"
     known = "from the folder" if config.data else "unknown; config.data.mean and .std apply"
     used = [(part, name, x) for part, named in parts.items() for name, x in named.items()]
     total = len(ignored) + len({name for *_, x in used for name in x.names})
@@ -513,6 +545,7 @@ def _described(sources: Sequence[_Source], config: ConfigDict, grid) -> Iterator
 kind       {config.stages[0]}: {" + ".join(sorted(parts, key=ENCODER.__ne__))}
 encoder    width {size.width}, depth {size.depth}, heads {size.heads}, patch {model.patch_size}, \
 LayerNorm eps {model.ln_eps:g}, feature {model.pool}
+tokens     class {model.cls_tokens}, registers {model.registers}, patches {math.prod(grid)}
 images     {model.image_size[0]} x {model.image_size[1]} x {model.channels}
 positions  {fixed}{how}
 mean, std  {known}

@@ -3,16 +3,19 @@
 *Variables* are nested dicts: kernels `[in, out]`, the blocks of a stack along a leading layer axis.
 *Tensors* are flat dicts with the names and shapes of MAE's and MAE-CT's state dicts:
 `blocks.3.mlp.fc1.weight`, Linear weights `[out, in]`, the patch embedding a convolution
-`[D, C, P, P]`. *Files* may have other names for the same tensors. `names.txt` is the table of all.
+`[D, C, P, P]`. *Files* may have other names for the same tensors: `names.txt` and `kinds.txt` are
+the tables of all.
 
 No number is changed on the way, so there and back is bit-equal, except for fixed position
-embeddings, which the networks compute and the variables do not hold.
+embeddings, which the networks compute and the variables do not hold, and for what is folded into
+other tensors: LayerScale into the layer before it, positions of class tokens into these.
 """
 
+import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,9 +33,15 @@ Parts = dict[str, dict[str, Stored]]  # of a model: its tensors by name
 ENCODER, DECODER, HEAD, CLASSIFIER = "encoder", "decoder", "head", "classifier"
 _PARTS = (ENCODER, DECODER, HEAD, CLASSIFIER)
 
-_TABLE = Path(__file__).with_name("names.txt").read_text(encoding="utf-8")
-_HEADER, *_LINES = (line.split() for line in _TABLE.splitlines() if not line.startswith("#"))
-_ROWS = [dict(zip(_HEADER, line, strict=True)) for line in _LINES]
+
+def _table(name: str) -> list[dict[str, str]]:
+    """The rows of a table beside this module, by column."""
+    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    header, *lines = (line.split() for line in text.splitlines() if not line.startswith("#"))
+    return [dict(zip(header, line, strict=True)) for line in lines]
+
+
+_ROWS, _KINDS = _table("names.txt"), _table("kinds.txt")
 _TENSOR = {
     part: {r["variable"]: r["tensor"] for r in _ROWS if r["part"] == part} for part in _PARTS
 }
@@ -120,11 +129,11 @@ def _network_from_torch(part: str, tensors: Tensors, grid: tuple[int, int]) -> d
 
     Args:
       part: `ENCODER` or `DECODER`.
-      tensors: of an encoder `cls_token`, `patch_embed.proj.*`, `blocks.<i>.*` and `norm.*`, of a
-        decoder `mask_token`, `embed.*`, `blocks.<i>.*`, `norm.*` and `pred.*`; optionally
-        `pos_embed [1, N, D]`, which is kept only where it differs from the fixed sine-cosine
-        embedding. A first row for the class token is added to that token; in a decoder, which has
-        no such token of its own, it is zero.
+      tensors: of an encoder `patch_embed.proj.*`, `blocks.<i>.*`, `norm.*` and, if it has any,
+        `cls_token` and `register_tokens`, of a decoder `mask_token`, `embed.*`, `blocks.<i>.*`,
+        `norm.*` and `pred.*`; optionally `pos_embed [1, N, D]`, which is kept only where it differs
+        from the fixed sine-cosine embedding. First rows for class tokens, and then for registers,
+        are added to these; in a decoder, which has no such tokens of its own, they are zero.
       grid: patches in (rows, columns).
 
     Raises:
@@ -134,11 +143,15 @@ def _network_from_torch(part: str, tensors: Tensors, grid: tuple[int, int]) -> d
     if "pos_embed" not in params:
         return params
     position, rows = params.pop("pos_embed")[0], math.prod(grid)
-    class_row, position = position[:-rows], position[-rows:]
-    if len(position) != rows or len(class_row) > 1:
-        raise UserError(f"{part}: pos_embed has {len(class_row) + len(position)} rows, not {rows}")
-    if len(class_row) and "cls_token" in params:
-        params["cls_token"] = params["cls_token"] + class_row
+    extra, position = position[:-rows], position[-rows:]
+    if len(position) != rows:
+        raise UserError(f"{part}: pos_embed has {len(position)} rows, not {rows}")
+    for name in ("cls_token", "register_token"):
+        if name in params and len(extra):
+            count = params[name].shape[1]
+            params[name], extra = params[name] + extra[:count], extra[count:]
+    if len(extra) and part == ENCODER:
+        raise UserError(f"{part}: pos_embed has {len(extra)} rows that belong to no token")
     fixed = np.array_equal(position, positions.sincos(grid, position.shape[1]))
     return params if fixed else params | {"pos_embed": position}
 
@@ -152,8 +165,8 @@ def _network_to_torch(
     tensors = _to_torch({"params": params}, part, first_block)
     if grid is None:
         return tensors
-    token = params["cls_token"] if "cls_token" in params else params["mask_token"]
-    position = positions.sincos(grid, token.shape[-1]) if position is None else position
+    width = len(params["norm"]["scale"])
+    position = positions.sincos(grid, width) if position is None else position
     return tensors | {"pos_embed": np.asarray(position)[None]}
 
 
@@ -251,30 +264,57 @@ def head_to_torch(state: Mapping, queue_size: int | None = None) -> dict[str, np
 _FILES = {
     name: (row["part"], row["tensor"])
     for row in _ROWS
-    for name in (*row["pytorch"].split("|"), row["hf"], row["hf_today"])
+    for name in (*row["pytorch"].split("|"), row["hf"])
     if name != "-"
+} | {row["name"]: (row["part"], row["tensor"]) for row in _KINDS}
+# The model in HuggingFace's names, where a classifier on its feature is beside it.
+_MODEL = r"(?:vit|deit|ijepa|beit)\."
+# Parts of names that say nothing, and what stands in their place: this model, a name of
+# transformers 5 that its code has never had, and chunks of blocks in DINOv2.
+_RESPELLED = {
+    f"^{_MODEL}": "",
+    r"^decoder\.decoder_encoder\.layer\.": "decoder.decoder_layers.",
+    r"^blocks\.\d+\.(\d+)\.": r"blocks.\1.",
 }
 # A name that only such files have, and whose names they are; the first that fits is used.
-_HF, _PYTORCH = r"(?:vit\.)?embeddings\.patch_embeddings\..*", r"patch_embed\.proj\.weight"
+_HF = rf"(?:{_MODEL})?embeddings\.patch_embeddings\..*"
+_PYTORCH = r"patch_embed\.proj\.weight"
 _PROBE = r"layer\.[23]\.weight"
 _LAYOUTS = {
     _HF: "HuggingFace's",
     r"projector\.0\.weight": "a contrastive head of MAE-CT's authors",
     _PROBE: "a linear probe of MAE-CT's authors",
     r"decoder_embed\.weight": "MAE's (with decoder)",
-    _PYTORCH: "MAE's, timm's or MAE-CT's",
+    r"cls_tokens\.tokens": "MIM-Refiner's",
+    _PYTORCH: "MAE's, DINOv2's, timm's or MAE-CT's",
 }
 _ENCODERS = {_HF, _PYTORCH}
+_TWO = "is of two classifiers, of the class token and of the distillation token; neither is used"
 # The probe's batch normalisation once more, as the authors' code registers it.
 _PROBE_NORM = {"norm.running_mean", "norm.running_var"}
 _SELF = r"((?:.*?\.)??)"  # what comes before a model's own names
 _IGNORED = {
     r".*\.num_batches_tracked": "counts batches, which nothing reads",
-    r"(vit\.)?pooler\..*": "is HuggingFace's pooler, which comes after the features",
-    r"(vit\.)?embeddings\.mask_token": "hides patches in SimMIM, which is not used here",
+    r"(\w+\.)?pooler\.dense\..*": "is HuggingFace's pooler, which comes after the features",
+    r"(\w+\.)?embeddings\.mask_token": "hides patches in pre-training, which is not used here",
+    r"(cls|distillation)_classifier\..*": _TWO,
 }
-# Where a file has such a tensor, as DINO's and MoCo's do, its head is no classifier.
-_PROJECTION = re.compile(r"head\.([3-9]|mlp\.\d+|last_layer)\..*")
+# Where a file has such a tensor, its head is no classifier of the feature (DINO, MoCo; DeiT).
+_NO_CLASSIFIER = {
+    r"head\.([3-9]|mlp\.\d+|last_layer)\..*": (
+        "is of a projection head, which only pre-training uses"
+    ),
+    r"head_dist\..*": _TWO,
+}
+# What no module here computes, by a tensor of it.
+_REFUSED = {
+    r"relative_position|rel_pos": "relative position biases",
+    r"\brope\b|\bfreqs|rope_embed": "rotary positions",
+    r"\bmlp\.(w\d|weights_|gate_proj|up_proj|down_proj|fc\d_)": "a SwiGLU MLP",
+    r"\b[qk]_norm\b": "norms of queries and keys",
+    r"\bnorm_pre\b": "a norm before the blocks",
+    r"\battn_pool\b": "pooling by attention",
+}
 _NO_DECODER = {"mask_token", "pos_embed"}  # what is left of a decoder that was taken out
 
 
@@ -285,11 +325,13 @@ class Sorted(NamedTuple):
       layout: whose names they had, for people.
       parts: under the names of this module.
       ignored: those that are not used, by name, with the reason.
+      grid: (rows, columns) of patches, where the position embedding has these as axes.
     """
 
     layout: str
     parts: Parts
     ignored: dict[str, str]
+    grid: tuple[int, int] | None = None
 
     def in_file(self, part: str, tensor: str) -> str:
         """What the file would call a tensor that it lacks, by the names of its others."""
@@ -297,13 +339,14 @@ class Sorted(NamedTuple):
         pair = _PAIRS.get(leaf, "")
         if beside := self.parts[part].get(tensor.removesuffix(leaf) + pair):
             return beside.names[0].removesuffix(pair) + leaf
-        columns = ("hf", "hf_today", "pytorch") if self.layout == _LAYOUTS[_HF] else ("pytorch",)
+        columns = ("hf", "name", "pytorch") if self.layout == _LAYOUTS[_HF] else ("pytorch", "name")
         present = [name for x in self.parts[part].values() for name in x.names]
 
         def spellings(*modules):
-            rows = [r for r in _ROWS if r["part"] == part]
+            rows = [r for r in (*_ROWS, *_KINDS) if r["part"] == part]
             rows = [r for r in rows if not modules or r["tensor"] in modules]
-            return [x for c in columns for r in rows for x in r[c].split("|") if x != "-"]
+            listed = (x for c in columns for r in rows for x in r.get(c, "-").split("|"))
+            return [x for x in listed if x != "-"]
 
         def before(spelling):
             """What stands in the file before such a name, if it has one."""
@@ -339,29 +382,33 @@ def sort(tensors: Mapping[str, Stored], where: str) -> Sorted:
     layouts = [_LAYOUTS[x] for x in _LAYOUTS if any(re.fullmatch(x, name) for name in tensors)]
     if not layouts:
         raise UserError(
-            f"{where}: none of the kinds that can be read (MAE, MAE-CT's encoder, head or probe, "
-            f"HuggingFace's ViTMAE or ViT, timm's ViT); its first tensor is {min(tensors)!r}"
+            f"{where}: none of the kinds that can be read (Vision Transformers of MAE, timm, "
+            "HuggingFace, DINOv2, I-JEPA, Pixio or MIM-Refiner; MAE-CT's encoder, head or probe); "
+            f"its first tensor is {min(tensors)!r}"
         )
     parts: Parts = {}
     unused = dict(_IGNORED)
-    if any(map(_PROJECTION.fullmatch, tensors)):
-        unused[r"head\..*"] = "is of a projection head, which only pre-training uses"
+    for mark, why in _NO_CLASSIFIER.items():
+        if any(re.fullmatch(mark, name) for name in tensors):
+            unused |= {r"head\..*": why, mark: why}
     pairs = itertools.product(tensors, unused.items())
     ignored = {name: why for name, (what, why) in pairs if re.fullmatch(what, name)}
     probe = _PROBE_NORM if layouts[0] == _LAYOUTS[_PROBE] else set()
     for name, x in sorted(tensors.items(), key=lambda item: item[0] in probe):
         if name in ignored:
             continue
-        # transformers 5 writes the decoder's layers under a name that its code has never had.
-        name_5 = name.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers.")
-        module, block, leaf = split(name_5.removeprefix("vit."))
+        plain = name
+        for text, ours in _RESPELLED.items():
+            plain = re.sub(text, ours, plain)
+        module, block, leaf = split(plain)
         part, tensor = _FILES.get(module, ("", ""))
         if name in probe:
             part, tensor = CLASSIFIER, "classifier"
         if not part:
+            what = next((what for mark, what in _REFUSED.items() if re.search(mark, name)), "")
+            wrong = f"has no tensor like {x.names[0]!r}{what and f', of {what}'}"
             raise UserError(
-                f"{where}: a plain Vision Transformer has no tensor like {x.names[0]!r}; such a "
-                "model cannot be read"
+                f"{where}: the Vision Transformer here {wrong}; such a model cannot be read"
             )
         same = parts.setdefault(part, {}).setdefault(f"{tensor.format(block)}{leaf}", x)
         if same is x:
@@ -375,37 +422,99 @@ def sort(tensors: Mapping[str, Stored], where: str) -> Sorted:
         ignored[name] = f"is the same as {same.names[0]}"
     if parts.get(DECODER) and parts[DECODER].keys() <= _NO_DECODER:
         for x in parts.pop(DECODER).values():
-            ignored[x.names[0]] = "is of a decoder, whose other tensors are not in the file"
-    sorted_file = Sorted(layouts[0], parts, ignored)
+            ignored[x.names[0]] = "is of pre-training, whose decoder is not in the file"
+    grid = None
+    position = parts.get(ENCODER, {}).get("pos_embed")
+    if position is not None and len(position.shape) == 4:
+        _, rows, columns, width = position.shape
+        grid = rows, columns
+        flat = partial(np.reshape, position, (1, -1, width))
+        shape = (1, rows * columns, width)
+        parts[ENCODER]["pos_embed"] = dataclasses.replace(position, shape=shape, read=flat)
+    sorted_file = Sorted(layouts[0], parts, ignored, grid)
     for part, own in parts.items():
         _join_attention(own, part, sorted_file, where)
+        if {"cls_token", "dist_token"} <= own.keys():
+            two = [own.pop("cls_token"), own.pop("dist_token")]
+            own["cls_token"] = _joined(two, where, axis=1)
+        _fold_layer_scale(own, part, sorted_file, where)
     return sorted_file
 
 
 def _join_attention(tensors: dict[str, Stored], part: str, file: Sorted, where: str) -> None:
-    """Joins the projections of queries, keys and values, which HuggingFace's files keep apart."""
+    """Joins the projections of queries, keys and values, which some files keep apart. A bias of the
+    keys, which changes no attention, may be missing in all blocks."""
     found = [name for name in tensors if re.search(r"\.attn\.(query|key|value)\.", name)]
+    key_biases = [name for name in found if name.endswith(".key.bias")]
     for joined in dict.fromkeys(re.sub(r"\.(query|key|value)\.", ".qkv.", x) for x in found):
         names = [joined.replace("qkv", which) for which in _ATTENTION]
-        if missing := [name for name in names if name not in tensors]:
-            absent = file.in_file(part, missing[0])
-            raise UserError(f"{where}: the {part}'s tensor {absent!r} is missing")
-        three = [tensors.pop(name) for name in names]
-        if len({x.shape for x in three}) > 1:
-            raise UserError(f"{where}: {three[0].names[0]!r} and its key and value differ in shape")
-        rows, *rest = three[0].shape or (0,)
-        tensors[joined] = Stored(
-            names=tuple(name for x in three for name in x.names),
-            shape=(3 * rows, *rest),
-            read=partial(np.concatenate, three),
-            where=three[0].where,
-            floating=all(x.floating for x in three),
-        )
+        missing = [name for name in names if name not in tensors]
+        if missing == [names[1]] and joined.endswith(".bias") and not key_biases:
+            query = tensors[names[0]]
+            zeros = partial(np.zeros, query.shape, np.float32)
+            tensors[missing.pop()] = dataclasses.replace(query, names=(), read=zeros)
+        _require(missing, part, file, where)
+        tensors[joined] = _joined([tensors.pop(name) for name in names], where)
 
 
-def to_files(tensors: Mapping[str, np.ndarray], part: str, column: str) -> dict[str, np.ndarray]:
-    """The tensors of a part under their names in files, a column of `names.txt`."""
+def _require(missing: Sequence[str], part: str, file: Sorted, where: str) -> None:
+    if missing:
+        absent = file.in_file(part, missing[0])
+        raise UserError(f"{where}: the {part}'s tensor {absent!r} is missing")
+
+
+def _joined(parts: Sequence[Stored], where: str, axis: int = 0) -> Stored:
+    """Tensors of the same shape as one, along an axis."""
+    first = parts[0]
+    if len({x.shape for x in parts}) > 1:
+        raise UserError(f"{where}: {first.names[0]!r} and {parts[-1].names[0]!r} differ in shape")
+    length = first.shape[axis : axis + 1] or (0,)
+    return dataclasses.replace(
+        first,
+        names=tuple(name for x in parts for name in x.names),
+        shape=(*first.shape[:axis], len(parts) * length[0], *first.shape[axis + 1 :]),
+        read=partial(np.concatenate, parts, axis),
+        floating=all(x.floating for x in parts),
+    )
+
+
+def _fold_layer_scale(tensors: dict[str, Stored], part: str, file: Sorted, where: str) -> None:
+    """Multiplies the last layer of a branch by the branch's LayerScale (Touvron et al., 2021). All
+    blocks have one, or none."""
+    scales = [f"blocks.{i}.ls{branch}" for i in range(depth(tensors)) for branch in (1, 2)]
+    if tensors.keys().isdisjoint(scales):
+        return
+    _require([name for name in scales if name not in tensors], part, file, where)
+    for name in scales:
+        scale = tensors.pop(name)
+        layer = name.replace("ls1", "attn.proj").replace("ls2", "mlp.fc2")
+        for leaf in (".weight", ".bias"):
+            if (x := tensors.get(layer + leaf)) is None:
+                continue  # is reported as missing
+            if scale.shape != x.shape[:1]:
+                wrong = f"{scale.names[0]!r} has shape {scale.shape}, must be {x.shape[:1]}"
+                raise UserError(f"{where}: {wrong}")
+            tensors[layer + leaf] = dataclasses.replace(
+                x,
+                names=(*x.names, *scale.names),
+                read=partial(_scaled, x, scale),
+                floating=x.floating and scale.floating,
+            )
+
+
+def _scaled(x: Stored, scale: Stored) -> np.ndarray:
+    """Each row of `x [D, ...]` times its number in `scale [D]`, fp32."""
+    return np.asarray(x) * np.asarray(scale).reshape(-1, *[1] * (len(x.shape) - 1))
+
+
+def to_files(
+    tensors: Mapping[str, np.ndarray], part: str, column: str, kind: str = ""
+) -> dict[str, np.ndarray]:
+    """The tensors of a part under their names in files: a column of `names.txt`, and what a kind of
+    `kinds.txt` calls otherwise."""
     names = {row["tensor"]: row[column].split("|")[0] for row in _ROWS if row["part"] == part}
+    own = [row for row in _KINDS if (row["part"], row["kind"]) == (part, kind)]
+    names |= {row["tensor"]: row["name"] for row in own}
     renamed = {}
     for name, x in tensors.items():
         module, block, leaf = split(name)

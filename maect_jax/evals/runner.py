@@ -61,6 +61,7 @@ read_clusters = PROTOCOLS["cluster"].read_arrays
 def check(config: ConfigDict, devices: int) -> None:
     """Checks the `eval` section of a config for a number of devices. Raises `UserError`."""
     configs.check(config, "eval", RULES)
+    vit.check_pool(config.model, "config.eval.pool", config.eval.pool)
     sharding.check_batch("config.eval.batch_size", config.eval.batch_size, devices)
     if config.eval.map == "umap" and not importlib.util.find_spec("umap"):
         raise UserError("config.eval.map='umap': needs the extra: pip install -e '.[umap]'")

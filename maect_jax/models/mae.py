@@ -11,7 +11,7 @@ from maect_jax.models import vit
 
 def kept_patches(patches: int, mask_ratio: float) -> int:
     """Number of `patches` that the encoder sees: all at ratio 0; none close to 1, where it encodes
-    only the class token."""
+    only the class tokens and registers."""
     return int(patches * (1 - mask_ratio))
 
 
@@ -33,7 +33,8 @@ def random_mask(noise: jax.Array, mask_ratio: float) -> tuple[jax.Array, jax.Arr
 
 
 class Decoder(nn.Module):
-    """Predicts the pixels of all patches from the encoded visible ones.
+    """Predicts the pixels of all patches from the encoded visible ones, and from the encoder's
+    `extra_tokens` T before them.
 
     An optional parameter `pos_embed [N, D]` replaces the fixed position embedding.
     """
@@ -43,6 +44,7 @@ class Decoder(nn.Module):
     heads: int
     patch_size: int
     channels: int
+    extra_tokens: int = 1
     ln_eps: float = 1e-6
     dtype: Any = jnp.float32
     attention: str = "auto"
@@ -50,17 +52,17 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, latent: jax.Array, restore: jax.Array, grid: tuple[int, int]) -> jax.Array:
-        """`latent [B, 1 + K, D]`, `restore [B, N]` -> fp32 `[B, N, P*P*C]` for a patch `grid`."""
+        """`latent [B, T + K, D]`, `restore [B, N]` -> fp32 `[B, N, P*P*C]` for a patch `grid`."""
         x = vit.Linear(self.width, self.dtype, name="embed")(latent)
         mask_token = self.param("mask_token", vit.token_init, (1, 1, self.width))
-        removed = restore.shape[1] + 1 - x.shape[1]
+        removed = restore.shape[1] + self.extra_tokens - x.shape[1]
         # Broadcast before the cast, so that its gradient is summed over all patches in fp32.
         filler = jnp.broadcast_to(mask_token, (len(x), removed, self.width)).astype(self.dtype)
-        patches = jnp.concatenate([x[:, 1:], filler], axis=1)
+        patches = jnp.concatenate([x[:, self.extra_tokens :], filler], axis=1)
         patches = jnp.take_along_axis(patches, restore[..., None], axis=1)
         patches = patches + jnp.asarray(vit.position_embedding(self, grid), self.dtype)
-        x = jnp.concatenate([x[:, :1], patches], axis=1)
+        x = jnp.concatenate([x[:, : self.extra_tokens], patches], axis=1)
         x, _ = vit.scanned_blocks(self, self.depth, "blocks", self.remat)(x)
-        x = vit.LayerNorm(self.ln_eps, name="norm")(x)[:, 1:]
+        x = vit.LayerNorm(self.ln_eps, name="norm")(x)[:, self.extra_tokens :]
         pixels = self.patch_size**2 * self.channels
         return vit.Linear(pixels, self.dtype, name="pred")(x).astype(jnp.float32)

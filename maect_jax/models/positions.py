@@ -4,9 +4,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-# PyTorch's parameter of the cubic kernel (Keys, 1981), as in MAE's and the authors' code.
-_A = -0.75
-
 
 def grid(image_size: Sequence[int], patch_size: int) -> tuple[int, int]:
     """(rows, columns) of patches."""
@@ -25,24 +22,35 @@ def sincos(grid: tuple[int, int], width: int) -> np.ndarray:
     return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], 1).astype(np.float32)
 
 
-def _cubic(old: int, new: int) -> np.ndarray:
+def _kernel(distance: np.ndarray, a: float) -> np.ndarray:
+    """The cubic kernel (Keys, 1981)."""
+    t = np.abs(distance)
+    near = ((a + 2) * t - (a + 3)) * t**2 + 1
+    return np.where(t <= 1, near, np.where(t < 2, a * (((t - 5) * t + 8) * t - 4), 0))
+
+
+def _cubic(old: int, new: int, smooth: bool) -> np.ndarray:
     """Matrix `[new, old]` that resizes an axis, as PyTorch's bicubic interpolation does with
-    `align_corners=False` and no antialiasing; `jax.image.resize` has another kernel (a = -0.5)."""
+    `align_corners=False`: `smooth` is its antialiasing, which has another kernel, too, and treats
+    the borders otherwise."""
     x = (np.arange(new) + 0.5) * old / new - 0.5
-    first = np.floor(x)
+    if smooth:
+        matrix = _kernel((x[:, None] - np.arange(old)) / max(old / new, 1), a=-0.5)
+        return matrix / matrix.sum(1, keepdims=True)
     matrix = np.zeros((new, old))
     for tap in (-1, 0, 1, 2):
-        t = np.abs(x - first - tap)
-        near = ((_A + 2) * t - (_A + 3)) * t**2 + 1
-        far = _A * (((t - 5) * t + 8) * t - 4)
-        column = np.clip(first + tap, 0, old - 1).astype(int)
-        np.add.at(matrix, (np.arange(new), column), np.where(t <= 1, near, far))
+        pixel = np.floor(x) + tap
+        column = np.clip(pixel, 0, old - 1).astype(int)
+        np.add.at(matrix, (np.arange(new), column), _kernel(x - pixel, a=-0.75))
     return matrix
 
 
-def resize(table: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
-    """Resizes a position embedding fp32 `[N, D]` from patch grid `old` to `new`, bicubic."""
-    rows, cols = (_cubic(a, b) for a, b in zip(old, new, strict=True))
+def resize(
+    table: np.ndarray, old: tuple[int, int], new: tuple[int, int], smooth: bool = False
+) -> np.ndarray:
+    """Resizes a position embedding fp32 `[N, D]` from patch grid `old` to `new`, bicubic, with or
+    without antialiasing (`smooth`)."""
+    rows, cols = (_cubic(a, b, smooth) for a, b in zip(old, new, strict=True))
     grid = np.asarray(table, np.float64).reshape(*old, -1)
     out = np.einsum("ar,bc,rcd->abd", rows, cols, grid, optimize=True)
     return out.reshape(new[0] * new[1], -1).astype(np.float32)
@@ -51,10 +59,11 @@ def resize(table: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.
 def fitted(params: Mapping, old: tuple[int, int], new: tuple[int, int]) -> dict:
     """Parameters of an encoder or a decoder, trained on patch grid `old`, for the grid `new`.
 
-    Where the grids differ, the position embedding, learned or fixed, is resized.
+    Where the grids differ, the position embedding, learned or fixed, is resized: as in MAE's code,
+    or, with registers, as in DINOv2's with registers, smoothly.
     """
     if old == new:
         return dict(params)
     if (table := params.get("pos_embed")) is None:
         table = sincos(old, len(params["norm"]["scale"]))
-    return {**params, "pos_embed": resize(table, old, new)}
+    return {**params, "pos_embed": resize(table, old, new, smooth="register_token" in params)}

@@ -3,7 +3,8 @@
 Sizes follow "An Image is Worth 16x16 Words" (Dosovitskiy et al., 2021); position
 embedding, initialisation and block order follow MAE (He et al., 2022).
 
-Shapes: B images, H x W pixels, C channels, N patches, D width, L layers.
+Shapes: B images, H x W pixels, C channels, N patches, T class tokens and registers, D width, L
+layers.
 """
 
 import math
@@ -19,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maect_jax import config as configs
 from maect_jax import sharding
-from maect_jax.config import Rule, Rules, one_of, positive
+from maect_jax.config import Rule, Rules, between, one_of, positive
 from maect_jax.errors import UserError
 from maect_jax.models import positions
 
@@ -31,6 +32,7 @@ ATTENTIONS = ("auto", "xla", "cudnn")
 # Bounds far above what can be trained, within which a dry run is fast and takes little memory.
 MAX_UNITS = 2**16  # width, depth or heads
 MAX_PIXELS = 2**14  # side of an image
+_MAX_TOKENS = 2**10  # class tokens, and registers
 # Names for checkpointing policies: of what linear layers give, and of the frozen blocks' output.
 PRODUCT, FROZEN = "product", "frozen"
 # Blocks at most that are compiled one by one, not as a loop; compiling takes longer with each.
@@ -286,25 +288,44 @@ def position_embedding(module: nn.Module, grid: tuple[int, int]) -> jax.Array | 
 
 
 class ViT(nn.Module):
-    """Encoder `[B, H, W, C] -> [B, 1 + N, D]`: class token and patch tokens after the final norm
-    (before it without `final_norm`).
+    """Encoder `[B, H, W, C] -> [B, T + N, D]`: class tokens, registers and patch tokens after the
+    final norm (before it without `final_norm`).
 
-    Parameters: `patch_embed`, `cls_token`, `frozen_blocks` (the first `frozen_blocks` layers, if
-    any), `blocks` (the other layers), `norm`. Both stacks have a leading layer axis: trained and
-    frozen layers are separate leaves (`split_blocks`). A parameter `pos_embed [N, D]`, if there is
-    one, is a learned position embedding and replaces the fixed one. `remat` is a key of `REMAT`.
+    Class tokens are learned, and their mean is a feature; registers are learned, and are no part of
+    any (Darcet et al., 2024).
+
+    Parameters: `patch_embed`, `cls_token [1, cls_tokens, D]` and `register_token [1, registers, D]`
+    (if there are any), `frozen_blocks` (the first `frozen_blocks` layers, if any), `blocks` (the
+    other layers), `norm`. Both stacks have a leading layer axis: trained and frozen layers are
+    separate leaves (`split_blocks`). A parameter `pos_embed [N, D]`, if there is one, is a learned
+    position embedding and replaces the fixed one. `remat` is a key of `REMAT`.
     """
 
     width: int
     depth: int
     heads: int
     patch_size: int
+    cls_tokens: int = 1
+    registers: int = 0
     frozen_blocks: int = 0
     ln_eps: float = 1e-6
     dtype: Any = jnp.float32
     attention: str = "auto"
     remat: str = "none"
     final_norm: bool = True
+
+    @property
+    def extra_tokens(self) -> int:
+        """T: those before the patches."""
+        return self.cls_tokens + self.registers
+
+    def _tokens(self, name: str, count: int, batch: int) -> list[jax.Array]:
+        """The parameter `[1, count, D]`, if there are any, for each image of a batch."""
+        if not count:
+            return []
+        tokens = self.param(name, token_init, (1, count, self.width))
+        # Broadcast before the cast, so that its gradient is summed over the batch in fp32.
+        return [jnp.broadcast_to(tokens, (batch, count, self.width)).astype(self.dtype)]
 
     @nn.compact
     def __call__(
@@ -321,10 +342,9 @@ class ViT(nn.Module):
             position = position[0][keep]
         x = Linear(self.width, self.dtype, name="patch_embed")(patches)
         x = x + position.astype(self.dtype)
-        cls_token = self.param("cls_token", token_init, (1, 1, self.width))
-        # Broadcast before the cast, so that its gradient is summed over the batch in fp32.
-        cls_token = jnp.broadcast_to(cls_token, (len(x), 1, self.width)).astype(self.dtype)
-        x = sharding.constrain_batch(jnp.concatenate([cls_token, x], axis=1))
+        cls_tokens = self._tokens("cls_token", self.cls_tokens, len(x))
+        registers = self._tokens("register_token", self.registers, len(x))
+        x = sharding.constrain_batch(jnp.concatenate([*cls_tokens, *registers, x], axis=1))
         if self.frozen_blocks:
             x, _ = scanned_blocks(self, self.frozen_blocks, "frozen_blocks", "none")(x)
             x = checkpoint_name(x, FROZEN)
@@ -338,7 +358,7 @@ def split_blocks(params: dict, frozen_blocks: int) -> tuple[dict, dict]:
     """Splits parameters of a whole encoder into `(trained, frozen)`.
 
     Frozen are a learned position embedding and, if any blocks are frozen, the patch embedding, the
-    class token and these first blocks.
+    class tokens, the registers and these first blocks.
     """
     if not frozen_blocks:
         frozen = {k: v for k, v in params.items() if k == "pos_embed"}
@@ -365,12 +385,12 @@ def apply(module: nn.Module, variables: Mapping, *inputs, **settings) -> jax.Arr
     return module.apply(variables, *inputs, **settings)  # type: ignore[return-value]
 
 
-def pool(tokens: jax.Array, how: str) -> jax.Array:
-    """`[B, 1 + N, D]` -> fp32 `[B, D]`: the class token ("cls") or the mean of the patches
-    ("mean"); or `[B, 2 * D]`, both concatenated ("cls+mean")."""
+def pool(model: ViT, tokens: jax.Array, how: str) -> jax.Array:
+    """`[B, T + N, D]` -> fp32 `[B, D]`: the class token, of several their mean ("cls"), or the mean
+    of the patches ("mean"); or `[B, 2 * D]`, both concatenated ("cls+mean")."""
     tokens = tokens.astype(jnp.float32)
-    parts = {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(1)}
-    return jnp.concatenate([parts[part] for part in how.split("+")], axis=1)
+    parts = {"cls": slice(model.cls_tokens), "mean": slice(model.extra_tokens, None)}
+    return jnp.concatenate([tokens[:, parts[part]].mean(1) for part in how.split("+")], axis=1)
 
 
 def features(model: ViT, params: dict, images: jax.Array, how: str, **inputs) -> jax.Array:
@@ -378,8 +398,9 @@ def features(model: ViT, params: dict, images: jax.Array, how: str, **inputs) ->
     final norm of the mean of the patches, as in MAE's fine-tuning. `inputs` are the model's others.
     """
     if how != "fc_norm":
-        return pool(apply(model, {"params": params}, images, **inputs), how)
-    x = pool(apply(model.clone(final_norm=False), {"params": params}, images, **inputs), "mean")
+        return pool(model, apply(model, {"params": params}, images, **inputs), how)
+    tokens = apply(model.clone(final_norm=False), {"params": params}, images, **inputs)
+    x = pool(model, tokens, "mean")
     return apply(LayerNorm(model.ln_eps), {"params": params["norm"]}, x) if model.final_norm else x
 
 
@@ -395,7 +416,7 @@ def size_of(model) -> Size:
 def from_config(model, frozen_blocks: int = 0, remat: str = "none") -> ViT:
     """The encoder that a `model` section describes."""
     settings = dict(patch_size=model.patch_size, ln_eps=model.ln_eps, dtype=model.dtype)
-    settings["attention"] = model.attention
+    settings |= {key: model[key] for key in ("attention", "cls_tokens", "registers")}
     return ViT(*size_of(model), frozen_blocks=frozen_blocks, remat=remat, **settings)
 
 
@@ -412,6 +433,7 @@ RULES: Rules = {
     "variant": one_of(VARIANTS),
     **dict.fromkeys(Size._fields, _UNITS),
     **dict.fromkeys(("patch_size", "channels", "ln_eps"), positive),
+    **dict.fromkeys(("cls_tokens", "registers"), between(0, _MAX_TOKENS)),
     "pool": one_of(POOLS),
     "dtype": one_of(DTYPES),
     "attention": Rule(
@@ -430,6 +452,13 @@ def check(config) -> None:
     configs.check(config, "model", RULES)
     size = size_of(config.model)
     check_width(config.model, "model.width", size.width, size.heads)
+    check_pool(config.model, "config.model.pool", config.model.pool)
+
+
+def check_pool(model, key: str, how: str) -> None:
+    """Raises `UserError` where a feature, of this key, needs a class token and there is none."""
+    if "cls" in how.split("+") and not model.cls_tokens:
+        raise UserError(f"{key}={how!r}: the encoder has no class token; use mean or fc_norm")
 
 
 def check_width(model, key: str, width: int, heads: int) -> None:

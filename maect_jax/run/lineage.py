@@ -99,7 +99,7 @@ def check_fits(saved: Saved, config: ConfigDict) -> None:
     where, old, first = f"config.init_from={config.init_from!r}", saved.config, config.stages[0]
 
     def encoder_of(model):
-        keys = ("patch_size", "channels", "ln_eps")
+        keys = ("patch_size", "channels", "ln_eps", "cls_tokens", "registers")
         return vit.size_of(model)._asdict() | {key: model[key] for key in keys}
 
     before, now = encoder_of(old.model), encoder_of(config.model)

@@ -276,7 +276,7 @@ class Stage(Saved, abc.ABC):
     def _encoder_flops(self, patches: int) -> int:
         """Forward pass over `patches` patches of a view: their embedding, and all blocks."""
         encoder = self.encoder
-        blocks = block_flops(encoder.depth, encoder.width, patches + 1)
+        blocks = block_flops(encoder.depth, encoder.width, patches + encoder.extra_tokens)
         return 2 * patches * self._patch_pixels * encoder.width + blocks
 
 

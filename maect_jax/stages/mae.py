@@ -1,6 +1,7 @@
 """Stage 1: the masked autoencoder (He et al., 2022)."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from maect_jax.config import at_most, fraction
 from maect_jax.data import augment
 from maect_jax.errors import UserError
-from maect_jax.models import mae, vit
+from maect_jax.models import mae, positions, vit
 from maect_jax.stages import base, losses
 from maect_jax.stages.base import Stage, over_microbatches
 from maect_jax.stages.state import TrainState
@@ -38,6 +39,13 @@ class MAE(Stage):
         super().check(config, devices)
         decoder = config.mae.decoder
         vit.check_width(config.model, "mae.decoder.width", decoder.width, decoder.heads)
+        patches = math.prod(positions.grid(config.model.image_size, config.model.patch_size))
+        kept = mae.kept_patches(patches, config.mae.mask_ratio)
+        if not kept + vit.from_config(config.model).extra_tokens:
+            raise UserError(
+                f"config.mae.mask_ratio={config.mae.mask_ratio}: leaves none of the {patches} "
+                "patches to an encoder without class tokens or registers"
+            )
         if config.init_from:
             raise UserError(
                 f"config.init_from={config.init_from!r}: stage mae starts from random weights; "
@@ -51,6 +59,7 @@ class MAE(Stage):
             **config.mae.decoder,
             patch_size=model.patch_size,
             channels=model.channels,
+            extra_tokens=vit.from_config(model).extra_tokens,
             ln_eps=model.ln_eps,
             dtype=model.dtype,
             attention=model.attention,
@@ -63,7 +72,7 @@ class MAE(Stage):
         images = jnp.zeros((1, *self.image_shape))
         restore = jnp.arange(self._patches)[None]
         encoder = self.encoder.init(encoder_key, images)["params"]
-        latent = jnp.zeros((1, 1, self.encoder.width))
+        latent = jnp.zeros((1, self.encoder.extra_tokens, self.encoder.width))
         decoder = self.decoder.init(decoder_key, latent, restore, self.grid)["params"]
         return self._init_state(rng, {"encoder": encoder, "decoder": decoder})
 
@@ -104,12 +113,12 @@ class MAE(Stage):
         }
 
     def flops_per_step(self, batch_size: int) -> int:
-        decoder, patches = self.decoder, self._patches
+        decoder, patches, extra = self.decoder, self._patches, self.encoder.extra_tokens
         kept = mae.kept_patches(patches, self.mask_ratio)
         forward = (
             self._encoder_flops(kept)
-            + 2 * (kept + 1) * self.encoder.width * decoder.width
-            + base.block_flops(decoder.depth, decoder.width, patches + 1)
+            + 2 * (kept + extra) * self.encoder.width * decoder.width
+            + base.block_flops(decoder.depth, decoder.width, patches + extra)
             + 2 * patches * decoder.width * self._patch_pixels
         )
         return batch_size * self.views * 3 * forward

@@ -305,7 +305,8 @@ class ContrastiveTuning(NNCLR):
         """Also the backward pass of the tuned blocks, and the target projector."""
         encoder = self.encoder
         tuned = encoder.depth - encoder.frozen_blocks
-        backward = 2 * base.block_flops(tuned, encoder.width, self._patches + 1)
+        tokens = self._patches + encoder.extra_tokens
+        backward = 2 * base.block_flops(tuned, encoder.width, tokens)
         more = batch_size * self.views * (backward + self._projector_flops())
         return super().flops_per_step(batch_size) + more
 

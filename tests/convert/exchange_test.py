@@ -151,13 +151,16 @@ def test_transformers_there_and_back(tmp_path, monkeypatch, rng, kind, config, b
     assert_same({n: after[n] for n in rest}, {n: before[n] for n in rest})
 
 
+@pytest.mark.parametrize("smooth", [False, True])
 @pytest.mark.parametrize(("old", "new"), [((14, 14), (24, 24)), ((7, 5), (4, 9)), ((3, 3), (1, 2))])
-def test_positions_are_resized_as_pytorch_does(rng, old, new):
+def test_positions_are_resized_as_pytorch_does(rng, old, new, smooth):
     table = rng.normal(size=(old[0] * old[1], 8)).astype(np.float32)
     grid = torch.tensor(table.reshape(1, *old, 8).transpose(0, 3, 1, 2))
-    want = torch.nn.functional.interpolate(grid, new, mode="bicubic", align_corners=False)
+    want = torch.nn.functional.interpolate(
+        grid, new, mode="bicubic", align_corners=False, antialias=smooth
+    )
     want = want.numpy().transpose(0, 2, 3, 1).reshape(-1, 8)
-    assert_close("resized positions", positions.resize(table, old, new), want, 1e-6)
+    assert_close("resized positions", positions.resize(table, old, new, smooth), want, 1e-6)
 
 
 @pytest.mark.slow

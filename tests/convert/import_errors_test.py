@@ -27,6 +27,11 @@ def with_position(shape, dtype=np.float32):
     return broken(lambda t: t.update({"pos_embed": np.zeros(shape, dtype)}))
 
 
+def with_scales(width, blocks):
+    scales = [f"blocks.{i}.ls{branch}.gamma" for i in blocks for branch in (1, 2)]
+    return broken(lambda t: t.update(dict.fromkeys(scales, np.ones(width, np.float32))))
+
+
 ROWS, WIDTH = CT.grid[0] * CT.grid[1], CT.meta["width"]
 # What is wrong with a file, by what the error says.
 WRONG = {
@@ -50,8 +55,10 @@ WRONG = {
     "'norm.bias' must hold floats of 16, 32 or 64 bits": broken(
         lambda t: t.update({"norm.bias": np.zeros(WIDTH, np.int8)})
     ),
-    "a plain Vision Transformer has no tensor like 'blocks.0.ls1.gamma'": broken(
-        lambda t: t.update({"blocks.0.ls1.gamma": np.zeros(3, np.float32)})
+    "'blocks.0.ls1.gamma' has shape (3,), must be": with_scales(3, range(CT.meta["depth"])),
+    "the encoder's tensor 'blocks.1.ls1.gamma' is missing": with_scales(WIDTH, [0]),
+    "the Vision Transformer here has no tensor like 'blocks.0.attn.lora'; such": broken(
+        lambda t: t.update({"blocks.0.attn.lora": np.zeros(3, np.float32)})
     ),
     "none of the kinds that can be read": {"conv1.weight": np.zeros((3, 3), np.float32)},
     "holds a contrastive head of MAE-CT's authors, and no encoder; name the file of its encoder": (

@@ -89,7 +89,7 @@ def test_load_encoder_takes_pixels_as_they_come(tmp_path, rng):
     params = importing.recognised([path], stated(CT)).read()["params"]["encoder"]
     module = vit.ViT(CT.meta["width"], CT.meta["depth"], CT.meta["heads"], CT.meta["patch_size"])
     x = (pixels / 255 - np.array(encoder.mean)) / np.array(encoder.std)
-    want = vit.pool(module.apply({"params": params}, x.astype(np.float32)), "mean")
+    want = vit.pool(module, module.apply({"params": params}, x.astype(np.float32)), "mean")
     figures.assert_close("load_encoder", got, want, figures.FORWARD)
     with pytest.raises(ValueError, match=r"images of shape \(3, 5, 5, 3\): must be \(B, "):
         encoder(np.zeros((3, 5, 5, 3), np.uint8))

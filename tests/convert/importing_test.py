@@ -45,6 +45,19 @@ def test_an_mae_goes_in_and_out_bit_equal(file, tmp_path, monkeypatch, capsys):
     assert found.config.mae.decoder.heads == MAE.meta["dec_heads"]
 
 
+def test_an_mae_with_several_tokens_goes_in_and_out_bit_equal(file, tmp_path, monkeypatch):
+    want, run, out = mae_file(MAE), tmp_path / "run", tmp_path / "again.safetensors"
+    want["cls_token"] = np.concatenate([want["cls_token"], 2 * want["cls_token"]], axis=1)
+    want["register_tokens"] = 3 * want["cls_token"]
+    for name in ("pos_embed", "decoder_pos_embed"):  # a row a class token, none for registers
+        want[name] = with_class_row(want[name])
+    run_convert(monkeypatch, "import", file(want), run, *flags(MAE))
+    run_convert(monkeypatch, "export", run, out, "--format=mae")
+    assert_same(load_file(out), want)
+    model = importing.recognised([out]).config.model
+    assert (model.cls_tokens, model.registers) == (2, 2)
+
+
 def build_size(found):
     model = found.config.model
     variant = vit.VARIANTS[model.variant]

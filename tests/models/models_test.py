@@ -44,6 +44,11 @@ def np_blocks(x, params, eps):
     return x
 
 
+def np_tokens(params, batch):
+    names = [name for name in ("cls_token", "register_token") if name in params]
+    return [np.repeat(params[name], batch, 0) for name in names]
+
+
 def np_vit(params, images, patch, eps, position):
     batch, height, width, _ = images.shape
     patches = np.stack(
@@ -55,7 +60,7 @@ def np_vit(params, images, patch, eps, position):
         axis=1,
     )
     x = np_linear(patches, params["patch_embed"]) + position
-    x = np.concatenate([np.repeat(params["cls_token"], batch, 0), x], 1)
+    x = np.concatenate([*np_tokens(params, batch), x], 1)
     return np_layer_norm(np_blocks(x, params, eps), params["norm"], eps)
 
 
@@ -64,10 +69,11 @@ def float64(tree):
 
 
 @pytest.mark.parametrize(
-    ("shape", "patch", "eps"), [((8, 12, 3), 4, 1e-6), ((9, 6, 1), 3, 1e-2), ((4, 4, 5), 2, 1e-6)]
+    ("shape", "patch", "eps", "tokens"),
+    [((8, 12, 3), 4, 1e-6, (1, 0)), ((9, 6, 1), 3, 1e-2, (3, 2)), ((4, 4, 5), 2, 1e-6, (0, 0))],
 )
-def test_encoder_equals_numpy(rng, shape, patch, eps):
-    model = vit.ViT(16, 3, 2, patch, ln_eps=eps)
+def test_encoder_equals_numpy(rng, shape, patch, eps, tokens):
+    model = vit.ViT(16, 3, 2, patch, *tokens, ln_eps=eps)
     images = rng.normal(size=(2, *shape)).astype(np.float32)
     params = jax.jit(model.init)(jax.random.key(0), images)["params"]
     # Random norms and biases, so that a forgotten one shows.
@@ -204,13 +210,20 @@ def test_split_encoder_is_the_same_function_and_merges_back(rng, frozen):
 
 
 def test_pool(rng):
-    tokens = rng.normal(size=(2, 5, 3)).astype(np.float32)
-    np.testing.assert_array_equal(vit.pool(tokens, "cls"), tokens[:, 0])
-    np.testing.assert_allclose(vit.pool(tokens, "mean"), tokens[:, 1:].mean(1), rtol=1e-5)
+    tokens, model = rng.normal(size=(2, 5, 3)).astype(np.float32), vit.ViT(3, 1, 1, 1)
+    np.testing.assert_array_equal(vit.pool(model, tokens, "cls"), tokens[:, 0])
+    several = model.clone(cls_tokens=2, registers=1)
+    for part, how, first, last in (
+        (model, "mean", 1, 5), (several, "cls", 0, 2), (several, "mean", 3, 5),
+        (model.clone(cls_tokens=0), "mean", 0, 5),
+    ):  # fmt: skip
+        got = vit.pool(part, tokens, how)
+        np.testing.assert_allclose(got, tokens[:, first:last].mean(1), rtol=1e-5)
     half = jnp.asarray(tokens, jnp.bfloat16)  # pooled in fp32 all the same
     for how in ("cls", "mean"):
-        np.testing.assert_array_equal(vit.pool(half, how), vit.pool(half.astype(jnp.float32), how))
-        assert vit.pool(half, how).dtype == jnp.float32
+        got = vit.pool(model, half, how)
+        np.testing.assert_array_equal(got, vit.pool(model, half.astype(jnp.float32), how))
+        assert got.dtype == jnp.float32
 
 
 def test_patches_round_trip(rng):
@@ -244,11 +257,13 @@ def test_encoder_sees_only_the_kept_patches(rng):
     np.testing.assert_array_equal(apply({"params": params}, images, keep), seen)
 
 
-def test_mae_forward_equals_numpy(rng):
+@pytest.mark.parametrize("tokens", [(1, 0), (3, 2)])
+def test_mae_forward_equals_numpy(rng, tokens):
     """Masking, encoder, decoder and loss together, for a grid that is not square."""
+    count = sum(tokens)
     images = rng.normal(size=(2, 6, 8, 3)).astype(np.float32)
     noise = rng.random((2, 12))
-    encoder, decoder = vit.ViT(16, 2, 2, 2), mae.Decoder(8, 2, 2, 2, 3)
+    encoder, decoder = vit.ViT(16, 2, 2, 2, *tokens), mae.Decoder(8, 2, 2, 2, 3, count)
     stage = mae_stage_of(encoder, decoder, (6, 8, 3), 0.75)
     params = jax.jit(stage.init)(jax.random.key(0), {}).params
     params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
@@ -258,17 +273,17 @@ def test_mae_forward_equals_numpy(rng):
     patches = np.asarray(vit.patchify(images, 2), np.float64)
     x = np_linear(patches, p["encoder"]["patch_embed"]) + positions.sincos((3, 4), 16)
     x = np.stack([row[keep] for row, keep in zip(x, kept, strict=True)])
-    latent = np.concatenate([np.repeat(p["encoder"]["cls_token"], 2, 0), x], 1)
+    latent = np.concatenate([*np_tokens(p["encoder"], 2), x], 1)
     latent = np_layer_norm(np_blocks(latent, p["encoder"], 1e-6), p["encoder"]["norm"], 1e-6)
     np.testing.assert_allclose(got["latent"], latent, atol=2e-5)
     d = p["decoder"]
     y = np_linear(latent, d["embed"])
     full = np.repeat(d["mask_token"], 2, 0).repeat(12, 1)
     for i, keep in enumerate(kept):
-        full[i, keep] = y[i, 1:]
-    full = np.concatenate([y[:, :1], full + positions.sincos((3, 4), 8)], 1)
+        full[i, keep] = y[i, count:]
+    full = np.concatenate([y[:, :count], full + positions.sincos((3, 4), 8)], 1)
     full = np_layer_norm(np_blocks(full, d, 1e-6), d["norm"], 1e-6)
-    prediction = np_linear(full[:, 1:], d["pred"])
+    prediction = np_linear(full[:, count:], d["pred"])
     np.testing.assert_allclose(got["prediction"], prediction, atol=5e-5)
     mean, var = patches.mean(-1, keepdims=True), patches.var(-1, keepdims=True, ddof=1)
     errors = ((prediction - (patches - mean) / np.sqrt(var + 1e-6)) ** 2).mean(-1)
