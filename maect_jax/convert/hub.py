@@ -42,6 +42,17 @@ class Fetched(NamedTuple):
     id: str
     named: str
 
+    def read(self) -> tensors.Content:
+        """Its tensors (`tensors.read`)."""
+        try:
+            return tensors.read(self.path)
+        except tensors.DamagedError as error:
+            repo, _, rest = self.id.removeprefix("hf://").partition("@")
+            commit, _, file = rest.partition("/")
+            file = str(PurePosixPath(file).with_name(error.file))
+            again = f"hf download {repo} {file} --revision {commit} --force-download"
+            raise UserError(f"{error}. To get it again: {again}") from error
+
 
 def is_id(text: str) -> bool:
     """Whether a text means something on the hub, and not a path."""

@@ -169,7 +169,10 @@ def recognised(
     """
     overrides = overrides or Overrides()
     fetched = [fetch(file) if isinstance(file, str) else None for file in files]
-    contents = [tensors.read(x.path if x else Path(y)) for x, y in zip(fetched, files, strict=True)]
+    contents = [
+        one.read() if one else tensors.read(Path(file))
+        for one, file in zip(fetched, files, strict=True)
+    ]
     chosen = choice.choose(contents, overrides.key)
     sources: dict[str, _Source] = {}
     all_sources = []

@@ -57,6 +57,14 @@ _UNREAD = [
 ]
 
 
+class DamagedError(UserError):
+    """A file that is not whole; `file` is its name."""
+
+    def __init__(self, path: Path, why: str):
+        super().__init__(f"{path}: {why}")
+        self.file = path.name
+
+
 class _Unread:
     """A value of a pickle that is not read."""
 
@@ -199,7 +207,8 @@ def _archive(path: Path) -> _Read:
         with zipfile.ZipFile(path) as archive:
             inside = archive.namelist()
     except zipfile.BadZipFile as error:
-        raise UserError(f"{path}: not a whole PyTorch file: it is cut short or damaged") from error
+        why = "not a whole PyTorch file: it is cut short or damaged"
+        raise DamagedError(path, why) from error
     kinds = {
         "/constants.pkl": "TorchScript's archive",
         "/data.pkl": "",
@@ -230,7 +239,7 @@ def _safetensors(path: Path) -> _Read:
                 tensors[name] = Stored((name,), shape, partial(read, name), path, floats)
             return "safetensors", tensors, file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file: {error}") from error
+        raise DamagedError(path, f"not a whole safetensors file: {error}") from error
 
 
 def parts_of(index: Path) -> dict[str, str]:
@@ -303,7 +312,7 @@ def _pickle(path: Path, mapped: bool) -> _Read:
     # PyTorch has one for each way in which a file can be wrong.
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: not a whole PyTorch file: {first}") from error
+        raise DamagedError(path, f"not a whole PyTorch file: {first}") from error
     if not isinstance(saved, Mapping):
         raise UserError(f"{path}: holds {type(saved).__name__}, not tensors by name")
 

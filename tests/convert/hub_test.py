@@ -158,6 +158,19 @@ def test_parts_and_a_download_that_breaks_off(server):
         hub.fetch("hf://org/large")
 
 
+@pytest.mark.parametrize("name", [WEIGHTS, "model-1-of-1.safetensors"])
+def test_a_file_that_the_cache_has_in_part_is_said_to_be(server, name):
+    commit = server.commit("org/vit", {
+        name: model()[WEIGHTS],
+        f"{WEIGHTS}.index.json": json.dumps({"weight_map": {"x": name}}).encode(),
+    })  # fmt: skip
+    path = hub.fetch("hf://org/vit").path.with_name(name)
+    path.resolve().write_bytes(path.read_bytes()[:-1])
+    again = f"hf download org/vit {name} --revision {commit} --force-download"
+    with pytest.raises(UserError, match=f"{name}: not a whole safetensors file: .*{again}$"):
+        load_encoder("hf://org/vit")
+
+
 def test_of_those_that_share_a_cache_one_downloads(server):
     """As the processes of a machine do, and machines whose HF_HOME is on shared storage."""
     server.commit("org/vit", model())
