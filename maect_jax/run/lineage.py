@@ -114,7 +114,10 @@ def check_fits(saved: Saved, config: ConfigDict) -> None:
         before[key], now[key] = old.data.get(key, config.data[key]), config.data[key]
     for key, value in before.items():
         if value != now[key]:
-            raise UserError(f"{where}: its encoder has {key} {value!r}, config has {now[key]!r}")
+            ours = f"config.{'data' if key in ('mean', 'std') else 'model'}.{key}"
+            raise UserError(
+                f"{where}: its encoder has {key} {value!r}; set {ours}, which is {now[key]!r}"
+            )
     if old.model.pool == "fc_norm" != config.model.pool:
         raise UserError(f"{where}: was trained with pool='fc_norm'; set config.model.pool=fc_norm")
     takes = set(STAGES[first].takes) if first in STAGES else set()

@@ -1,7 +1,4 @@
-"""Ids of HuggingFace's hub, by its own client and a server that speaks its protocol.
-
-Marked slow: the documents' commands, in processes of their own.
-"""
+"""Ids of HuggingFace's hub, by its own client and a server that speaks its protocol."""
 
 import json
 import logging
