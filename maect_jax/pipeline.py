@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from maect_jax import config as configs
 from maect_jax import sharding, train
 from maect_jax.config import Rule, Rules, between, not_negative, one_of, positive
-from maect_jax.convert import hub
+from maect_jax.convert import hub, importing
 from maect_jax.data import cache, sources, values
 from maect_jax.data.bad_images import BadImages
 from maect_jax.data.base import AbsentError, Identity
@@ -270,8 +270,7 @@ def prepare(config: ConfigDict, workdir: Path) -> lineage.Saved | None:
     """Checks a config against the machine and what it starts from, which it returns
     (`_find_origin`). Raises `UserError`."""
     check_stages(config)
-    # A run that resumes stays with what it started from, whatever is on the hub by now.
-    origin = _find_origin(config, partial(hub.fetch, noted=lineage.hub_ids(workdir)))
+    origin = _find_origin(config, _fetch(workdir))
     path = workdir / "config.json"
     before = configs.read(path) if path.exists() else origin and origin.config
     _set_short_side(config, before)
@@ -281,6 +280,21 @@ def prepare(config: ConfigDict, workdir: Path) -> lineage.Saved | None:
     if origin:
         lineage.check_fits(origin, config)
     return origin
+
+
+def _fetch(workdir: Path) -> Callable[[str], hub.Fetched]:
+    """How a run gets what an id of the hub names: one that resumes stays with what it started from,
+    whatever is on the hub by now."""
+    return partial(hub.fetch, noted=lineage.hub_ids(workdir))
+
+
+def fetch_weights(config: ConfigDict, workdir: Path) -> None:
+    """Fetches what is on the hub, for a host that has not joined the others. Joined hosts must not
+    wait for a download: after a minute JAX ends them. What fails here fails again in `run`."""
+    with suppress(UserError):
+        for path in importing.paths_of(config.init_from):
+            if isinstance(path, str):
+                _fetch(workdir)(path)
 
 
 def run(config: ConfigDict, workdir: Path) -> None:

@@ -5,6 +5,7 @@ import logging
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from safetensors.numpy import save
 
 from maect_jax import config as configs
-from maect_jax import load_encoder, pipeline
+from maect_jax import load_encoder, main, pipeline
 from maect_jax.convert import hub, names
 from maect_jax.errors import UserError
 from maect_jax.models import vit
@@ -176,6 +177,27 @@ def test_of_those_that_share_a_cache_one_downloads(server):
         found = set(pool.map(hub.fetch, ["hf://org/vit"] * 3))
     assert len(found) == 1
     assert sorted(server.sent) == [CONFIG, WEIGHTS, PROCESSOR]
+
+
+def test_hosts_download_before_they_join(server, monkeypatch, tmp_path):
+    """Once they have joined, JAX ends those that wait for another for a minute."""
+    server.commit("org/vit", model())
+    config = configs.load(str(CONFIGS / "eval.py:test"), ["init_from=hf://org/vit,hf://org/absent"])
+    seen = []
+
+    def join(_):
+        seen.extend(server.sent)
+        raise UserError("joined")
+
+    monkeypatch.setattr(configs, "from_command_line", lambda _: (config, arguments))
+    monkeypatch.setattr(main, "_keep_programs", lambda: None)
+    monkeypatch.setattr(main, "_join_hosts", join)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    for dry_run, want in ((True, []), (False, [CONFIG, WEIGHTS, PROCESSOR])):
+        arguments = SimpleNamespace(workdir=tmp_path, host_timeout=1, dry_run=dry_run)
+        with pytest.raises(UserError, match="joined"):
+            main._run()
+        assert sorted(seen) == want
 
 
 def test_each_failure_is_a_line_that_names_what_to_do(server, monkeypatch):
