@@ -208,8 +208,6 @@ class _Repository(NamedTuple):
         at = constants.ENDPOINT
         try:
             yield
-        except UserError:
-            raise
         except Exception as error:
             cause = error.__cause__ or error
             elsewhere = f"or get it where there is a network: hf download {self.id}"

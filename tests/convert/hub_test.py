@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import save
 
 from maect_jax import config as configs
@@ -85,6 +86,9 @@ def test_an_id_is_the_folder_that_it_names(server, tmp_path, monkeypatch, rng):
     assert configs.read(run / CONFIG).name == "vit.tiny"
     run_convert(monkeypatch, "export", run, out, "--format=timm")
     assert f"`{exact}`" in out.with_name("out.safetensors.md").read_text()
+    run_convert(monkeypatch, "export", run, tmp_path / "hf", "--format=hf")
+    head = (tmp_path / "hf/README.md").read_text().split("---")[1]
+    assert yaml.safe_load(head)["base_model"] == ["org/vit.tiny"]
     # What the card says gets the same, without a question to the hub.
     before = server.asked
     np.testing.assert_array_equal(load_encoder(exact)(images), want(images))
