@@ -1,6 +1,6 @@
 """In and out of the PyTorch world.
 
-maect import FILE [FILE] OUT_RUN (FILE may be on the hub: hf://ORG/NAME)
+maect import FILE [FILE] OUT_RUN
 maect export RUN FILE --format={timm,hf,maect,mae}
 """
 
@@ -22,8 +22,7 @@ from maect_jax.stages import SAVED
 
 _IMPORT = """
 Makes a run of files from elsewhere, for --config.init_from=OUT_RUN. FILE is MAE's .pth, an encoder
-of MAE-CT's authors (.th), a HuggingFace folder (ViTMAE*, ViT*), or a timm ViT (.safetensors, .pth),
-or one of these on HuggingFace's hub, hf://ORG/NAME[@REVISION][/FILE];
+of MAE-CT's authors (.th), a HuggingFace folder (ViTMAE*, ViT*), or a timm ViT (.safetensors, .pth);
 a second one may be what the authors trained on their encoder, a contrastive head or a linear probe.
 Prints what it recognised and how every tensor is used.
 """
@@ -55,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = errors.OneLineParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("import", description=_IMPORT).add_argument
-    add("file", nargs="+", type=_file, metavar="FILE", help="of weights")
+    weights = "of weights, here or on HuggingFace's hub: hf://ORG/NAME[@REVISION][/FILE]"
+    add("file", nargs="+", type=_file, metavar="FILE", help=weights)
     add("run", type=files.user_path, metavar="OUT_RUN", help="a new folder")
     add("--heads", type=whole, help="attention heads, where the file does not say")
     add("--decoder_heads", type=whole, help="of MAE's decoder, likewise")
