@@ -20,7 +20,7 @@ def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -
     config.name = name  # the run's folder is runs/<name>, or --workdir
     config.stages = ()
     config.seed = 0
-    config.init_from = ""  # a run to start from; "random" for seeded random weights
+    config.init_from = ""  # a run, file or hf:// id to start from; "random": seeded random weights
     config.log_level = "info"  # debug: parameters, saves, and messages of the libraries
     config.log_every = 50  # steps between two lines of metrics.jsonl
     config.tensorboard = False  # write them for TensorBoard, too (extra [tensorboard])

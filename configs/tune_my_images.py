@@ -5,7 +5,8 @@ maect run --config=tune_my_images --config.data.path=my_images \\
 
 `my_images` contains `train/` with the images, in class folders or without: no labels are needed. It
 may contain `val/`, of the same layout, for the evaluation. The encoder's sizes come from the file,
-which may also be a run made of it by `maect import FILE OUT_RUN`.
+which may also be one on HuggingFace's hub (hf://ORG/NAME), or a run made of it by
+`maect import FILE OUT_RUN`.
 Hardware: one GPU, or one TPU host. Half of the blocks are frozen, the others see a batch in parts.
 Duration: 20 epochs of forward passes for the head, 20 of tuning.
 Expected: features whose clusters are the objects in your images; the report shows them.

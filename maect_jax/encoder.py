@@ -101,7 +101,7 @@ def load_encoder(
     safetensors or HuggingFace file, onto the first device.
 
     Args:
-      where: the folder of a run, or what `maect import` takes.
+      where: the folder of a run, or what `maect import` takes, such as "hf://ORG/NAME".
       image_size: (H, W) of the images, by default those it was trained for; for another size its
         position embedding is resized.
       mean, std: of each channel of pixels from 0 to 1; by default the run's, the file's, or
@@ -129,7 +129,7 @@ def load_encoder(
     elif heads or ln_eps or key:
         raise UserError(f"{where}: heads, ln_eps and key are for files; a run has its own")
     else:
-        allowed = "the folder of a run or a file of weights"
+        allowed = "the folder of a run, a file of weights, or hf://ORG/NAME"
         saved = lineage.trained_stage(Path(where), (), where=where, allowed=allowed)
     model, data = saved.config.model, saved.config.get("data", {})
     size = image_size or model.image_size

@@ -150,14 +150,17 @@ def _run() -> None:
     config, arguments = configs.from_command_line(_parser())
     from maect_jax import pipeline  # with JAX, which takes a second: help and mistakes do not wait
 
+    workdir = arguments.workdir or Path(f"runs/{config.name}")
     _keep_programs()
+    if _ADDRESS in os.environ and not arguments.dry_run:
+        pipeline.fetch_weights(config, workdir)
     _join_hosts(arguments.host_timeout)
     if arguments.dry_run:
         pipeline.dry_run(config)
         return
     keep_memory()
     with preemption.handled():
-        pipeline.run(config, arguments.workdir or Path(f"runs/{config.name}"))
+        pipeline.run(config, workdir)
 
 
 def main() -> None:

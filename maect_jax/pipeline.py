@@ -1,12 +1,13 @@
 """Checks a config, opens its images, claims the run's folder, and runs the stages in order."""
 
+import hashlib
 import itertools
 import json
 import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 from maect_jax import config as configs
 from maect_jax import sharding, train
 from maect_jax.config import Rule, Rules, between, not_negative, one_of, positive
+from maect_jax.convert import hub, importing
 from maect_jax.data import cache, sources, values
 from maect_jax.data.bad_images import BadImages
 from maect_jax.data.base import AbsentError, Identity
@@ -181,6 +183,22 @@ def _share_identities(config: ConfigDict, images: Mapping[str, sources.Source]) 
         source.identity = source.identity._replace(times=first[split][1])
 
 
+def _check_same_start(config: ConfigDict, origin: lineage.Saved | None) -> None:
+    """Raises `UserError` on all hosts where one starts from other weights than the first: its file
+    is another, or the hub had a newer commit when it asked."""
+    if origin is None or jax.process_count() == 1:  # the weights are large
+        return
+    with sharding.together():
+        own = hashlib.sha256(json.dumps(origin.lineage()).encode()).hexdigest()
+    first = sharding.of_first_host(own)
+    with sharding.together():
+        if own != first:
+            raise UserError(
+                f"config.init_from={config.init_from!r}: the weights of this host ({origin}) are "
+                "not those of the first host; all must have the same. Of the hub name the commit."
+            )
+
+
 def check_enough(config: ConfigDict, images: sources.Source) -> None:
     """Raises `UserError` where a stage needs more training images, or has too many steps."""
     for stage in training_stages(config):
@@ -225,14 +243,15 @@ def images_to_plan(config: ConfigDict) -> tuple[sources.Source, str]:
     return sources.Blank(known[0], channels, *known[1:]), f"{name}'s, as {why}"
 
 
-def _find_origin(config: ConfigDict) -> lineage.Saved | None:
+def _find_origin(config: ConfigDict, fetch: Callable[[str], hub.Fetched]) -> lineage.Saved | None:
     """Where the first stage starts, None for random weights; a config without a model gets that of
-    the run. Raises `UserError` if there is nothing to start from."""
+    the run. `fetch` gets what an id of the hub names. Raises `UserError` if there is nothing to
+    start from."""
     first = config.stages[0]
     needs_run = first == EVAL or "model" not in config
     if not needs_run and (config.init_from == lineage.RANDOM or not STAGES[first].takes):
         return None
-    origin = lineage.find(config.init_from, first, needs_run)
+    origin = lineage.find(config.init_from, first, needs_run, fetch)
     if "model" not in config:
         with config.unlocked():
             config.model = origin.config.model
@@ -251,7 +270,7 @@ def prepare(config: ConfigDict, workdir: Path) -> lineage.Saved | None:
     """Checks a config against the machine and what it starts from, which it returns
     (`_find_origin`). Raises `UserError`."""
     check_stages(config)
-    origin = _find_origin(config)
+    origin = _find_origin(config, _fetch(workdir))
     path = workdir / "config.json"
     before = configs.read(path) if path.exists() else origin and origin.config
     _set_short_side(config, before)
@@ -261,6 +280,21 @@ def prepare(config: ConfigDict, workdir: Path) -> lineage.Saved | None:
     if origin:
         lineage.check_fits(origin, config)
     return origin
+
+
+def _fetch(workdir: Path) -> Callable[[str], hub.Fetched]:
+    """How a run gets what an id of the hub names: one that resumes stays with what it started from,
+    whatever is on the hub by now."""
+    return partial(hub.fetch, noted=lineage.hub_ids(workdir))
+
+
+def fetch_weights(config: ConfigDict, workdir: Path) -> None:
+    """Fetches what is on the hub, for a host that has not joined the others. Joined hosts must not
+    wait for a download: after a minute JAX ends them. What fails here fails again in `run`."""
+    with suppress(UserError):
+        for path in importing.paths_of(config.init_from):
+            if isinstance(path, str):
+                _fetch(workdir)(path)
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -286,6 +320,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
                     f"config.checkpoint.best={config.checkpoint.best!r}: is measured on held-out "
                     "images, and all images must have labels"
                 )
+        _check_same_start(config, origin)
         _share_identities(config, images)
         with sharding.together():
             claimed = folder.opened(Run(config, workdir, mesh), origin, _identities(config, images))
@@ -364,10 +399,11 @@ def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None
 
 
 def dry_run(config: ConfigDict) -> None:
-    """Prints what `run` would do. The images and the run to start from need not be there."""
+    """Prints what `run` would do. The images and the run to start from need not be there; nothing
+    is downloaded."""
     check_stages(config)
     try:
-        start = _find_origin(config) or "random weights"
+        start = _find_origin(config, partial(hub.fetch, download=False)) or "random weights"
     except UserError as error:
         if "model" not in config:
             print(f"{config.name}: its model is not known: {error}")

@@ -9,6 +9,8 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 from ml_collections import ConfigDict
@@ -184,3 +186,17 @@ def test_hosts_see_the_same_images_and_take_the_times_of_the_first(monkeypatch):
             share(mine, of_first)
     assert len(asked) == 4
     assert len({len(text) for text in asked}) == 1
+
+
+def test_hosts_start_from_the_same_weights(monkeypatch):
+    """What the first host has is of another commit, or of another file under the name."""
+    origin = SimpleNamespace(lineage=lambda: [{"file": "x.pth", "sha256": "0123"}])
+    config, theirs = ConfigDict({"init_from": "x.pth"}), []
+    monkeypatch.setattr(pipeline.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(pipeline.sharding, "together", nullcontext)
+    monkeypatch.setattr(pipeline.sharding, "of_first_host", lambda own: theirs.append(own) or own)
+    pipeline._check_same_start(config, origin)
+    monkeypatch.setattr(pipeline.sharding, "of_first_host", lambda own: theirs[0])
+    origin.lineage = lambda: [{"file": "x.pth", "sha256": "4567"}]
+    with pytest.raises(UserError, match=r"config.init_from='x.pth': the weights of this host"):
+        pipeline._check_same_start(config, origin)

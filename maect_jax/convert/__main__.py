@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 
 from maect_jax import errors, files, sharding
-from maect_jax.convert import exporting, importing
+from maect_jax.convert import exporting, hub, importing
 from maect_jax.errors import UserError
 from maect_jax.evals import runner, table
 from maect_jax.models import vit
@@ -46,12 +46,17 @@ def _size(text: str) -> tuple[int, int]:
 _size.__name__ = "HEIGHT,WIDTH (such as 224,224)"  # the name in argparse's errors
 
 
+def _file(text: str) -> Path | str:
+    return text if hub.is_id(text) else files.user_path(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     number, whole = errors.positive(float), errors.positive(int)
     parser = errors.OneLineParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("import", description=_IMPORT).add_argument
-    add("file", nargs="+", type=files.user_path, metavar="FILE", help="of weights")
+    weights = "of weights, here or on HuggingFace's hub: hf://ORG/NAME[@REVISION][/FILE]"
+    add("file", nargs="+", type=_file, metavar="FILE", help=weights)
     add("run", type=files.user_path, metavar="OUT_RUN", help="a new folder")
     add("--heads", type=whole, help="attention heads, where the file does not say")
     add("--decoder_heads", type=whole, help="of MAE's decoder, likewise")

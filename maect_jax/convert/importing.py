@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from maect_jax import errors
-from maect_jax.convert import choice, names, tensors
+from maect_jax.convert import choice, hub, names, tensors
 from maect_jax.convert.names import CLASSIFIER, DECODER, ENCODER, HEAD, Parts
 from maect_jax.convert.tensors import Content, Stored
 from maect_jax.errors import UserError
@@ -92,8 +92,9 @@ class Imported:
     """Files of weights, recognised and checked but not yet read.
 
     Attributes:
-      files: by their paths, whose names each has (`layout`), and which of its models is taken
-        (`key`) where it has several.
+      files: by their paths, what a lineage says of each: its name or the id by which the hub has
+        it (`file`), where the user gave another (`named`); whose names it has (`layout`); which of
+        its models is taken (`key`) where it has several.
       kind: the stage that a run with such variables has saved, a key of `SAVED`.
       config: of such a run: `model`, `data` where the normalisation is known, the sizes of a head.
       described: for people, a line each.
@@ -102,7 +103,7 @@ class Imported:
       grid: (rows, columns) of patches that their positions are for.
     """
 
-    files: Mapping[Path, Mapping[str, str]]
+    files: Mapping[Path, dict[str, str]]
     kind: str
     config: ConfigDict
     described: tuple[str, ...]
@@ -128,47 +129,55 @@ class Imported:
         return fields | more | both
 
     def origin(self) -> list[dict]:
-        """Where the weights are from: each file with its layout and its SHA-256."""
-        return [
-            {"file": path.name, **about, "sha256": tensors.sha256(path)}
-            for path, about in self.files.items()
-        ]
+        """Where the weights are from: `files`, each with its SHA-256."""
+        return [about | {"sha256": tensors.sha256(x)} for x, about in self.files.items()]
 
 
 def is_file(init_from: str) -> bool:
-    """Whether `init_from` names files of weights, and not a run."""
+    """Whether `init_from` names files of weights, or ids of the hub, and not a run."""
     paths = paths_of(init_from)
-    if len(paths) == 1 and paths[0].is_dir():
+    if len(paths) != 1 or isinstance(paths[0], str):
+        return bool(paths)
+    if paths[0].is_dir():
         return not (paths[0] / "checkpoints").exists() and bool(tensors.weights_in(paths[0]))
-    return len(paths) > 1 or any(path.is_file() for path in paths)
+    return paths[0].is_file()
 
 
-def paths_of(text: str) -> tuple[Path, ...]:
-    """The paths in `ENCODER` or `ENCODER,HEAD`."""
+def paths_of(text: str) -> tuple[Path | str, ...]:
+    """The paths in `ENCODER` or `ENCODER,HEAD`; ids of the hub as they are."""
     if Path(text).exists():
         return (Path(text),)
-    return tuple(Path(part) for part in text.split(",") if part)
+    return tuple(part if hub.is_id(part) else Path(part) for part in text.split(",") if part)
 
 
-def recognised(files: Sequence[Path], overrides: Overrides | None = None) -> Imported:
+def recognised(
+    files: Sequence[Path | str],
+    overrides: Overrides | None = None,
+    fetch: Callable[[str], hub.Fetched] = hub.fetch,
+) -> Imported:
     """Recognises a model by the names and shapes of the tensors in its files.
 
     Args:
       files: one with an encoder, and optionally one with what was trained on it: a contrastive
-        head or a linear probe.
+        head or a linear probe. Each is a path, or an id of the hub.
       overrides: what the user says about the model.
+      fetch: gets what an id names.
 
     Raises:
       UserError: a file does not exist, is damaged or of no kind that can be read; a tensor is
         missing, unexpected or of a wrong shape; or the files do not say what a model needs.
     """
     overrides = overrides or Overrides()
-    contents = [tensors.read(path) for path in files]
+    fetched = [fetch(file) if isinstance(file, str) else None for file in files]
+    contents = [
+        one.read() if one else tensors.read(Path(file))
+        for one, file in zip(fetched, files, strict=True)
+    ]
     chosen = choice.choose(contents, overrides.key)
     sources: dict[str, _Source] = {}
     all_sources = []
-    for content, model in zip(contents, chosen, strict=True):
-        source = _Source(content, model, names.sort(model.tensors, str(content.path)))
+    for content, model, one in zip(contents, chosen, fetched, strict=True):
+        source = _Source(content, model, names.sort(model.tensors, str(content.path)), one)
         if twice := sources.keys() & source.sorted.parts.keys():
             raise UserError(f"{content.path}: another {min(twice)}; one file of each is allowed")
         sources |= dict.fromkeys(source.sorted.parts, source)
@@ -196,11 +205,19 @@ class _Source(NamedTuple):
     content: Content
     model: choice.Chosen
     sorted: names.Sorted
+    fetched: hub.Fetched | None  # where it is from, if not from here
+
+    @property
+    def name(self) -> str:
+        return self.fetched.name if self.fetched else self.content.path.stem
 
     def about(self) -> dict[str, str]:
         """What a lineage says of the file."""
         key = {} if self.model.key is None else {"key": self.model.key}
-        return {"layout": self.sorted.layout, **key}
+        file = {"file": self.content.path.name}
+        if self.fetched:
+            file = {"file": self.fetched.id, "named": self.fetched.named}
+        return {**file, "layout": self.sorted.layout, **key}
 
 
 def _authors(content: Content) -> Mapping:
@@ -281,7 +298,7 @@ class _Builder:
             kind, section, shapes[CLASSIFIER] = self.classifier(width)
         self.compare(shapes)
         config = {
-            "name": self.content.path.stem,
+            "name": self.sources[ENCODER].name,
             "stages": (kind,),
             "model": model,
             "data": self.normalisation(model.channels),
@@ -525,9 +542,10 @@ def _described(sources: Sequence[_Source], config: ConfigDict, grid) -> Iterator
 
     Weight and bias, and those of all blocks, share a line.
     """
-    for content, chosen, one in sources:
+    for content, chosen, one, fetched in sources:
         entry = f", entry {chosen.entry!r}" if chosen.entry else ""
-        yield f"{content.path}: {one.layout} names, {content.container}{entry}"
+        label = fetched.id if fetched else content.path
+        yield f"{label}: {one.layout} names, {content.container}{entry}"
         yield from chosen.notes
     parts = {part: x for source in sources for part, x in source.sorted.parts.items()}
     ignored = {name: why for source in sources for name, why in source.sorted.ignored.items()}

@@ -25,8 +25,10 @@ from safetensors.numpy import save_file
 from maect_jax import files
 from maect_jax.errors import UserError
 
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_WEIGHTS = ("model.safetensors", _INDEXES[0], "pytorch_model.bin", _INDEXES[1])
+# Of a HuggingFace folder: lists of parts; weights, the preferred ones first; what is read beside.
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+WEIGHTS = ("model.safetensors", INDEXES[0], "pytorch_model.bin", INDEXES[1])
+BESIDE = ("config.json", "preprocessor_config.json")
 _PICKLE_LOAD, _TORCH_LOAD = "pickle.load({})", "torch.load({}, weights_only=False)"
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _DEPTH = 8  # of dicts and lists in each other
@@ -53,6 +55,14 @@ _UNREAD = [
     for module in modules.split()
     for name in names.split()
 ]
+
+
+class DamagedError(UserError):
+    """A file that is not whole; `file` is its name."""
+
+    def __init__(self, path: Path, why: str):
+        super().__init__(f"{path}: {why}")
+        self.file = path.name
 
 
 class _Unread:
@@ -126,35 +136,35 @@ def read(path: Path) -> Content:
         run = "; a run need not be imported" if (path / "checkpoints").is_dir() else ""
         inside = ", ".join(sorted(x.name for x in path.iterdir() if x.is_file())[:3]) or "no file"
         raise UserError(
-            f"{path}: the folder holds none of {', '.join(_WEIGHTS)}; it has {inside}{run}"
+            f"{path}: the folder holds none of {', '.join(WEIGHTS)}; it has {inside}{run}"
         )
     if not file.is_file():
         raise UserError(f"{path}: there is no such file")
     preprocessor: dict = {}
-    if file.name in _INDEXES:
+    if file.name in INDEXES:
         container, tensors, config = _parts(file)
     else:
         container, tensors, config = _read_file(file)
     if not tensors:
         raise UserError(f"{path}: holds no tensors by name")
-    if file.name in _WEIGHTS:  # what lies beside a file of another name may be of another model
-        config |= files.read_json(file.with_name("config.json"))
-        preprocessor = files.read_json(file.with_name("preprocessor_config.json"))
-        beside = [x for x in _WEIGHTS if file.with_name(x).is_file() and x != file.name]
+    if file.name in WEIGHTS:  # what lies beside a file of another name may be of another model
+        own, preprocessor = (files.read_json(file.with_name(name)) for name in BESIDE)
+        config |= own
+        beside = [x for x in WEIGHTS if file.with_name(x).is_file() and x != file.name]
         container += f" ({file.name}, not {' or '.join(beside)} beside it)" if beside else ""
     return Content(path, container, tensors, config, preprocessor)
 
 
 def weights_in(folder: Path) -> Path | None:
     """The file with a HuggingFace folder's weights, or with the list of those; else nothing."""
-    return next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
 
 
 def sha256(path: Path) -> str:
     """The hash of a file, or of the files with a folder's weights, one after the other."""
     found = weights_in(path) or path
     parts = {found}
-    if found.name in _INDEXES:
+    if found.name in INDEXES:
         parts = {x.where for x in _parts(found)[1].values()}
     digest = hashlib.sha256()
     for part in sorted(parts):
@@ -197,7 +207,8 @@ def _archive(path: Path) -> _Read:
         with zipfile.ZipFile(path) as archive:
             inside = archive.namelist()
     except zipfile.BadZipFile as error:
-        raise UserError(f"{path}: not a whole PyTorch file: it is cut short or damaged") from error
+        why = "not a whole PyTorch file: it is cut short or damaged"
+        raise DamagedError(path, why) from error
     kinds = {
         "/constants.pkl": "TorchScript's archive",
         "/data.pkl": "",
@@ -228,16 +239,25 @@ def _safetensors(path: Path) -> _Read:
                 tensors[name] = Stored((name,), shape, partial(read, name), path, floats)
             return "safetensors", tensors, file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file: {error}") from error
+        raise DamagedError(path, f"not a whole safetensors file: {error}") from error
 
 
-def _parts(index: Path) -> _Read:
+def parts_of(index: Path) -> dict[str, str]:
+    """The names of the files with the tensors of a list of parts, by tensor. Raises `UserError` if
+    it is damaged."""
     places = files.read_json(index).get("weight_map")
     if not isinstance(places, dict) or any(type(name) is not str for name in places.values()):
         raise UserError(f"{index}: has no weight_map from names to files")
+    if elsewhere := [name for name in places.values() if not name or Path(name).name != name]:
+        raise UserError(f"{index}: its part {elsewhere[0]!r} is not beside it")
+    return places
+
+
+def _parts(index: Path) -> _Read:
+    places = parts_of(index)
     container, tensors = "", dict[str, Stored]()
     for name in sorted(set(places.values())):
-        if Path(name).name != name or not (index.parent / name).is_file():
+        if not (index.parent / name).is_file():
             raise UserError(f"{index}: its part {name!r} is not beside it")
         container, part, _ = _read_file(index.parent / name)
         tensors |= part
@@ -292,7 +312,7 @@ def _pickle(path: Path, mapped: bool) -> _Read:
     # PyTorch has one for each way in which a file can be wrong.
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: not a whole PyTorch file: {first}") from error
+        raise DamagedError(path, f"not a whole PyTorch file: {first}") from error
     if not isinstance(saved, Mapping):
         raise UserError(f"{path}: holds {type(saved).__name__}, not tensors by name")
 

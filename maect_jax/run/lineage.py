@@ -2,14 +2,14 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from maect_jax import config as configs
 from maect_jax import files, sharding
-from maect_jax.convert import importing
+from maect_jax.convert import hub, importing
 from maect_jax.errors import UserError
 from maect_jax.models import positions, vit
 from maect_jax.run import checkpoints
@@ -64,16 +64,23 @@ class SavedStage:
 
 
 class SavedFiles:
-    """Files from elsewhere, with what `SavedStage` has; `config` is what is known of it."""
+    """Files from elsewhere, with what `SavedStage` has; `config` is what is known of it. `fetch`
+    gets what an id of the hub names."""
 
-    def __init__(self, path: str, overrides: importing.Overrides | None = None):
-        self._imported = imported = importing.recognised(importing.paths_of(path), overrides)
+    def __init__(
+        self,
+        path: str,
+        overrides: importing.Overrides | None = None,
+        fetch: Callable[[str], hub.Fetched] = hub.fetch,
+    ):
+        self._imported = imported = importing.recognised(importing.paths_of(path), overrides, fetch)
         self.stage, self.config, self.lineage = imported.kind, imported.config, imported.origin
         for note in imported.notes:
             _LOGGER.warning("%s", note)
 
     def __str__(self):
-        return ", ".join(map(str, self._imported.files))
+        files = self._imported.files.items()
+        return ", ".join(about["file"] if "named" in about else str(x) for x, about in files)
 
     def read(self, mesh) -> dict:
         return sharding.place(self._imported.read(), mesh)
@@ -107,7 +114,10 @@ def check_fits(saved: Saved, config: ConfigDict) -> None:
         before[key], now[key] = old.data.get(key, config.data[key]), config.data[key]
     for key, value in before.items():
         if value != now[key]:
-            raise UserError(f"{where}: its encoder has {key} {value!r}, config has {now[key]!r}")
+            ours = f"config.{'data' if key in ('mean', 'std') else 'model'}.{key}"
+            raise UserError(
+                f"{where}: its encoder has {key} {value!r}; set {ours}, which is {now[key]!r}"
+            )
     if old.model.pool == "fc_norm" != config.model.pool:
         raise UserError(f"{where}: was trained with pool='fc_norm'; set config.model.pool=fc_norm")
     takes = set(STAGES[first].takes) if first in STAGES else set()
@@ -117,21 +127,27 @@ def check_fits(saved: Saved, config: ConfigDict) -> None:
         check_same_head(old[saved.stage], config[first], f"the run that {where} names")
 
 
-def find(init_from: str, stage: str, needs_run: bool = True) -> Saved:
+def find(
+    init_from: str,
+    stage: str,
+    needs_run: bool = True,
+    fetch: Callable[[str], hub.Fetched] = hub.fetch,
+) -> Saved:
     """What `stage` starts from.
 
     Args:
       init_from: a run, for one of its trained stages; one of its checkpoints; or files.
       stage: the name of a training stage, or of the evaluation, which takes the last one.
       needs_run: that it cannot start from random weights.
+      fetch: gets what an id of the hub names.
 
     Raises:
       UserError: there is no such thing, it cannot be read, or it is a run that is not finished.
     """
     where = f"config.init_from={init_from!r}"
-    allowed = "the folder of a run or a file of weights"
+    allowed = "the folder of a run, a file of weights, or hf://ORG/NAME"
     if not needs_run:
-        allowed = f"the folder of a run, a file of weights, or {RANDOM!r} weights"
+        allowed = f"{allowed}; or {RANDOM!r} weights"
     if not init_from:
         raise UserError(f"{where}: stage {stage} must start from something: {allowed}")
     try:
@@ -139,7 +155,7 @@ def find(init_from: str, stage: str, needs_run: bool = True) -> Saved:
     except OSError as error:  # a name that no file can have, or a folder without permission
         raise UserError(f"{where}: cannot be read: {error.strerror}; must be {allowed}") from error
     if is_file:
-        return SavedFiles(init_from)
+        return SavedFiles(init_from, fetch=fetch)
     wanted: tuple[str, ...] = ()
     if stage in STAGES:  # an imported run has a stage of its own kind
         wanted = (*STAGES[stage].starts_from, *(name for name in SAVED if name not in STAGES))
@@ -195,6 +211,11 @@ def read_lineage(run: Path) -> list[dict]:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{path}: is not a lineage. Remove it to do without.")
     return entries
+
+
+def hub_ids(run: Path) -> dict[str, str]:
+    """The ids of the hub that a run started from, as they were given, with what they were then."""
+    return {entry["named"]: entry["file"] for entry in read_lineage(run) if "named" in entry}
 
 
 def write_lineage(run: Path, lineage: list[dict]) -> None:

@@ -3,6 +3,7 @@ and what is written they read."""
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -12,12 +13,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from maect_jax import load_encoder
 from maect_jax.convert import importing
 from maect_jax.convert.importing import Overrides
 from maect_jax.models import positions
 from tests.helpers import CONFIGS, FAST_RUN, ROOT
+from tests.helpers.common import save
 from tests.helpers.foreign_files import assert_same, run_convert
 from tests.helpers.golden_figures import FORWARD, assert_close
+from tests.helpers.hub import serving
 from tests.helpers.peers import (
     arrays,
     features,
@@ -190,3 +194,58 @@ def test_the_documents_commands_go_all_the_way(tmp_path):
         "img_size",
     ):
         assert text in card
+
+
+# A stage of a config in a moment.
+SHORT = (
+    "epochs=1", "batch_size=32", "queue_size=64", "projector_hidden=64", "projector_out=32",
+    "predictor_hidden=64",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_documents_commands_go_from_an_id_of_the_hub_to_timm(tmp_path):
+    """With a tiny model under the name of the public one, on a server of its own."""
+    text = (ROOT / "docs/exchange.md").read_text()
+    commands = re.search(r"<!-- hub commands -->\n```bash\n(.*?)```", text, re.DOTALL)[1]
+    named = re.search(r"hf://(\S+)", commands)[1]
+    public, tiny = "'vit_base_patch16_224', ", dict(img_size=32, patch_size=8, depth=2)
+    sizes = ", ".join(f"{key}={value}" for key, value in tiny.items())
+    assert public in commands
+    commands = commands.replace(public, f"'vit_tiny_patch16_224', {sizes}, ")
+    settings = [f"{stage}.{key}" for stage in ("head", "ct") for key in SHORT]
+    settings += ["eval.protocols=('knn',)", "eval.knn.k=(1,)", "eval.map=pca", "monitor.every=0"]
+    flags = shlex.join(f"--config.{setting}" for setting in settings)
+    commands = commands.replace("maect run ", f"maect run {flags} ")
+    for i in range(160):
+        split = "val" if i % 2 else "train"
+        save(tmp_path / f"my_images/{split}/{i // 2 % 2}/{i}.png", (40, 36), i)
+    imagenet = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # as MAE's have it
+    peer = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, **tiny, pretrained_cfg_overlay=imagenet
+    )
+    timm.models.save_for_hf(peer, tmp_path / "peer", safe_serialization="both")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    with serving() as hub:
+        commit = hub.commit(named, {x.name: x.read_bytes() for x in (tmp_path / "peer").iterdir()})
+        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", commands], cwd=tmp_path, capture_output=True,
+            text=True, timeout=900, env=os.environ | own | {"PATH": path, "XLA_FLAGS": FAST_RUN},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert sorted(hub.sent) == ["config.json", "model.safetensors"]  # and no pickle
+    card = (tmp_path / "tuned.safetensors.md").read_text()
+    assert f"`hf://{named}@{commit}/model.safetensors`" in card
+    model = timm.create_model(
+        "vit_tiny_patch16_224",
+        num_classes=0,
+        **tiny,
+        checkpoint_path=tmp_path / "tuned.safetensors",
+    ).eval()  # as the documents do
+    images = np.random.default_rng(0).random((2, 32, 32, 3), np.float32)
+    encoder = load_encoder(tmp_path / "runs/tune_my_images")
+    normal = (images - np.float32(encoder.mean)) / np.float32(encoder.std)
+    with torch.no_grad():
+        assert_close("timm features, tuned", encoder(images), model(pixels(normal)).numpy(), 1e-5)
