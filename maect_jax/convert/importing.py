@@ -324,6 +324,8 @@ class _Builder:
             "channels": channels,
             "cls_tokens": cls_tokens,
             "registers": registers,
+            "rope_theta": None,
+            "post_norm": False,
             "pool": self.probe_pool() or self.overrides.pool or self.pool(grid, width),
             "ln_eps": ln_eps,
             "dtype": self.overrides.dtype or "bfloat16",
