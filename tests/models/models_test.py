@@ -206,7 +206,10 @@ def test_the_attention_of_a_gpu_is_asked_for(rng, monkeypatch):
     for dtype in (jnp.bfloat16, jnp.float32):
         vit.Attention(2, dtype, "cudnn").init(jax.random.key(0), x)
     vit.Attention(2, jnp.bfloat16).init(jax.random.key(0), x)
-    assert asked == [("bfloat16", "cudnn"), ("float32", "xla"), ("bfloat16", "xla")]
+    turns = 2 * [jnp.ones((1, 5, 1, 4))]  # fp32, as those of rotary positions are
+    vit.Attention(2, jnp.bfloat16, "cudnn").init(jax.random.key(0), x, turns)
+    cudnn, xla = ("bfloat16", "cudnn"), ("bfloat16", "xla")
+    assert asked == [cudnn, ("float32", "xla"), xla, cudnn]
 
 
 @pytest.mark.parametrize("tokens", [4, 5])
