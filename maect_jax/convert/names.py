@@ -288,6 +288,7 @@ _LAYOUTS = {
     _PROBE: "a linear probe of MAE-CT's authors",
     r"decoder_embed\.weight": "MAE's (with decoder)",
     r"cls_tokens\.tokens": "MIM-Refiner's",
+    r"storage_tokens": "DINOv3's",
     _PYTORCH: "MAE's, DINOv2's, timm's or MAE-CT's",
 }
 _ENCODERS = {_HF, _PYTORCH}
@@ -313,7 +314,7 @@ _NO_CLASSIFIER = {
 _REFUSED = {
     r"relative_position|rel_pos": "relative position biases",
     r"\brope\b|\bfreqs": "rotary positions of another kind than DINOv3's",
-    r"\bmlp\.(w\d|weights_|gate_proj|fc\d_)": "a gated MLP (SwiGLU)",
+    r"\bmlp\.(w\d|weights_|gate_proj|fc\d_)": "a SwiGLU MLP",
     r"\b[qk]_norm\b": "norms of queries and keys",
     r"\bnorm_pre\b": "a norm before the blocks",
     r"\battn_pool\b": "pooling by attention",
@@ -390,8 +391,8 @@ def sort(tensors: Mapping[str, Stored], where: str) -> Sorted:
     if not layouts:
         raise UserError(
             f"{where}: none of the kinds that can be read (Vision Transformers of MAE, timm, "
-            "HuggingFace, DINOv2, I-JEPA, Pixio or MIM-Refiner; MAE-CT's encoder, head or probe); "
-            f"its first tensor is {min(tensors)!r}"
+            "HuggingFace, DINOv2, DINOv3, I-JEPA, Pixio or MIM-Refiner; MAE-CT's encoder, head or "
+            f"probe); its first tensor is {min(tensors)!r}"
         )
     parts: Parts = {}
     unused = dict(_IGNORED)

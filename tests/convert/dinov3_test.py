@@ -120,7 +120,6 @@ def test_another_base_of_the_positions_is_kept(tmp_path, rng):
 # By name, timm's model, its arguments and the feature that is its own.
 TIMM = {
     "no biases": ("vit_small_patch16_dinov3", {}, "mean"),
-    "class token": ("vit_small_patch16_dinov3", dict(global_pool="token"), "cls"),
     "q and v biases": ("vit_small_patch16_dinov3_qkvb", dict(global_pool="token"), "cls"),
     "classifier": ("vit_small_patch16_dinov3_qkvb", dict(num_classes=5), "mean"),
     "fc_norm": (
@@ -185,15 +184,16 @@ GATED = {
 @pytest.mark.parametrize("peer", GATED.values(), ids=list(GATED))
 def test_gated_mlps_are_refused(tmp_path, peer):
     save_file(arrays(peer().state_dict().items()), tmp_path / "plus.safetensors")
-    with pytest.raises(UserError, match="gated MLP"):
+    with pytest.raises(UserError, match="a SwiGLU MLP"):
         importing.recognised([tmp_path / "plus.safetensors"], Overrides(heads=3))
 
 
-def test_rotary_positions_of_another_kind_are_refused(tmp_path):
-    """Which turns other pairs, by other angles: no tensor says so."""
-    peer = timm_peer("vit_small_patch16_rope_224", num_reg_tokens=0)
+@pytest.mark.parametrize("kind", ["rope", "rope_ape", "rope_mixed"])
+def test_rotary_positions_of_another_kind_are_refused(tmp_path, kind):
+    """They turn other pairs of channels, by other angles: no tensor says so."""
+    peer = timm_peer(f"vit_small_patch16_{kind}_224", num_reg_tokens=0)
     save_file(arrays(peer.state_dict().items()), tmp_path / "rope.safetensors")
-    with pytest.raises(UserError, match="rotary"):
+    with pytest.raises(UserError, match="rotary positions"):
         importing.recognised([tmp_path / "rope.safetensors"], Overrides(heads=3))
 
 

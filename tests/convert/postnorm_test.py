@@ -59,8 +59,7 @@ def peer_of(**own):
     return perturbed(PostNormViT(**own))
 
 
-@pytest.mark.parametrize("pool", ["cls", "mean"])
-@pytest.mark.parametrize("size", [(16, 16), (16, 24)], ids=["square", "not square"])
+@pytest.mark.parametrize(("size", "pool"), [((16, 16), "cls"), ((16, 24), "mean")])
 def test_a_post_norm_file(tmp_path, monkeypatch, rng, size, pool):
     peer, path, run = peer_of(size=size), tmp_path / "d2v2.th", tmp_path / "run"
     torch.save({"state_dict": peer.state_dict()}, path)
