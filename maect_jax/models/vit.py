@@ -256,7 +256,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, paths: jax.Array | None, rotary: Rotary | None
+        self, x: jax.Array, paths: jax.Array | None = None, rotary: Rotary | None = None
     ) -> tuple[jax.Array, None]:
         width = x.shape[-1]
 
