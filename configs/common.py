@@ -85,6 +85,10 @@ def _model(variant: str, patch_size: int, pool: str) -> ConfigDict:
     model.channels = 3
     model.cls_tokens = 1  # learned tokens whose mean is a feature (Pixio has 8, I-JEPA none)
     model.registers = 0  # learned tokens that are no part of a feature
+    # Base of rotary positions, which turn queries and keys (DINOv3: 100.0); None: positions are
+    # added to the patches.
+    model.rope_theta = placeholder(float)
+    model.post_norm = False  # norms behind the sums of a block, none at the end (data2vec 2)
     # Feature: the class token (cls), the mean of the patch tokens (mean), or the final norm of the
     # mean of the unnormalised patch tokens (fc_norm).
     model.pool = pool

@@ -34,7 +34,13 @@ _MODEL_KEYS = (
 # Keys that runs of earlier versions lack, by section, with the values by which they ran.
 _ADDED: dict[str, dict[str, Any]] = {
     "data": {"labels": "auto", "range": (), "max_pixels": 178_956_970, "cache": 0},
-    "model": {"attention": "auto", "cls_tokens": 1, "registers": 0},
+    "model": {
+        "attention": "auto",
+        "cls_tokens": 1,
+        "registers": 0,
+        "rope_theta": None,
+        "post_norm": False,
+    },
 }
 # What names files, or may.
 _PATHS = ("init_from", "data.path", "finetune.images", "eval.lowshot.lists")

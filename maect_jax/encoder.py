@@ -145,6 +145,7 @@ def load_encoder(
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     params = SAVED[saved.stage].encoder_params(saved.read(mesh))
     old, new = (positions.grid(s, model.patch_size) for s in (model.image_size, size))
-    params = jax.device_put(positions.fitted(params, old, new), jax.local_devices()[0])
+    params = positions.fitted(params, old, new, rotary=model.rope_theta is not None)
+    params = jax.device_put(params, jax.local_devices()[0])
     module = vit.from_config(model).clone(dtype=dtype)
     return Encoder(module, params, size, model.channels, pool or model.pool, mean, std)

@@ -4,7 +4,8 @@ Marked slow: most of the meshes, and the head, whose step is a part of ct's (`py
 tests/devices_test.py`).
 """
 
-from functools import cache
+import dataclasses
+from functools import cache, partial
 
 import jax
 import numpy as np
@@ -110,6 +111,24 @@ def test_a_step_of_mae_and_head_equals_that_of_one_device(name, shape):
     for part in grads:
         if "qkv.bias[k]" not in part and not part.endswith("projector.7.bias"):
             assert_close("devices, gradients", got_grads[part], grads[part], GRADIENT)
+
+
+@pytest.mark.slow
+def test_rotary_positions_go_with_the_kept_patches():
+    """An MAE's gradients on several devices, each with the positions of its own patches."""
+    mae, found = TINY_STAGES["mae"], []
+    encoder = ENCODER.clone(registers=1, rope_theta=100.0)
+    stage = dataclasses.replace(mae, encoder=encoder, decoder=mae.decoder.clone(extra_tokens=2))
+    for shape in ((1, 1), (2, 4)):
+        mesh = mesh_of(*shape)
+        with jax.set_mesh(mesh):
+            now = state.create_state(stage, jax.random.key(0), {}, mesh)
+            batch = sharding.put_batch(batch_of(0), mesh)
+            (loss, _), grads = jax.jit(partial(gradients, stage))(now, batch)
+        found.append(jax.device_get((loss, grads)))
+    size = max(np.abs(leaf).max() for leaf in jax.tree.leaves(found[0][1]))
+    for one, many in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(many, one, atol=1e-5 * size)
 
 
 @pytest.mark.parametrize(("file", "name"), [("mae_vith16", "mae"), ("ct_vith16", "ct")])

@@ -22,10 +22,10 @@ from maect_jax.stages import SAVED
 
 _IMPORT = """
 Makes a run of files from elsewhere, for --config.init_from=OUT_RUN. FILE is MAE's .pth (also
-Pixio's, DINOv2's, I-JEPA's, MIM-Refiner's), an encoder of MAE-CT's authors (.th), a HuggingFace
-folder (ViTMAE*, ViT*, DINOv2, Pixio, ...), or a timm ViT (.safetensors, .pth); a second one may be
-what MAE-CT's authors trained on their encoder, a contrastive head or a linear probe. Prints what it
-recognised and how every tensor is used.
+Pixio's, DINOv2's, DINOv3's, I-JEPA's, MIM-Refiner's), an encoder of MAE-CT's authors (.th), a
+HuggingFace folder (ViTMAE*, ViT*, DINOv2, DINOv3, Pixio, ...), or a timm ViT (.safetensors, .pth);
+a second one may be what MAE-CT's authors trained on their encoder, a contrastive head or a linear
+probe. Prints what it recognised and how every tensor is used.
 """
 _EXPORT = """
 Writes the encoder of a run for others, with a model card beside it. timm: for

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from maect_jax import files
 from maect_jax.convert import names, tensors
-from maect_jax.convert.importing import LN_EPS
+from maect_jax.convert.importing import LN_EPS, ROTARY_BASE, ROTARY_EPS
 from maect_jax.errors import UserError
 from maect_jax.models import positions, vit
 from maect_jax.stages import SAVED
@@ -41,6 +41,7 @@ _HF_KINDS = {
     "ijepa": _HFKind("IJepa", classifies="mean"),
     "pixio": _HFKind("Pixio", "pixio", pooled="the mean of the class tokens"),
     "dinov2_with_registers": _HFKind("Dinov2WithRegisters", "dinov2", pooled="the class token"),
+    "dinov3_vit": _HFKind("DINOv3ViT", "dinov3", pooled="the class token"),
 }
 _TIMM_VARIANTS = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
 
@@ -88,6 +89,8 @@ class Model:
         """HuggingFace's type of model with such tokens, "" for none. Those with several take square
         images only."""
         model = self.config.model
+        if self.rotary:
+            return "dinov3_vit" if model.cls_tokens == 1 and model.registers else ""
         height, width = model.image_size
         if model.cls_tokens < 2 and not model.registers:
             return "vit" if model.cls_tokens else "ijepa"
@@ -99,6 +102,11 @@ class Model:
     def distilled(self) -> bool:
         """Whether it is timm's DeiT with a distillation token, the second class token."""
         return self.config.model.cls_tokens == 2
+
+    @property
+    def rotary(self) -> bool:
+        """Whether its positions are rotary (DINOv3)."""
+        return self.config.model.rope_theta is not None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -146,6 +154,10 @@ def _check_has_place(model: Model, format: str) -> None:
     """Raises `UserError` where a format has no model of this kind."""
     section = model.config.model
     tokens = f"{section.cls_tokens} class tokens and {section.registers} registers"
+    if section.post_norm and format != "maect":
+        raise UserError(f"{format}: has no post-norm blocks; use maect")
+    if model.rotary and format in ("maect", "mae"):
+        raise UserError(f"{format}: has no rotary positions; use timm or hf")
     if section.pool == "fc_norm" and format in ("hf", "maect"):
         raise UserError(f"{format}: has no norm behind the pooling (fc_norm); use timm or mae")
     if format == "maect" and (section.cls_tokens, section.registers) != (1, 0):
@@ -179,6 +191,8 @@ def _metadata(model: Model) -> dict[str, str]:
         "layer_norm_eps": section.ln_eps,
         "image_size": list(section.image_size),
     }
+    if model.rotary:
+        values["rope_theta"] = section.rope_theta
     if "decoder" in model.parts["params"]:
         values["decoder_num_attention_heads"] = model.config[model.stage].decoder.heads
     return {key: str(value) for key, value in values.items()}
@@ -187,8 +201,10 @@ def _metadata(model: Model) -> dict[str, str]:
 def _encoder(model: Model, extra_rows: int) -> dict[str, np.ndarray]:
     """The encoder as all but the authors have it: with positions of tokens that are no patches,
     zeros."""
-    encoder = names.encoder_to_torch(model.encoder, model.config.model.patch_size, model.grid)
-    encoder = _with_rows(encoder, extra_rows)
+    grid = None if model.rotary else model.grid
+    encoder = names.encoder_to_torch(model.encoder, model.config.model.patch_size, grid)
+    if grid:
+        encoder = _with_rows(encoder, extra_rows)
     if model.config.model.pool != "fc_norm":
         return encoder
     return {f"fc_{name}" if name.startswith("norm.") else name: x for name, x in encoder.items()}
@@ -196,6 +212,13 @@ def _encoder(model: Model, extra_rows: int) -> dict[str, np.ndarray]:
 
 def _with_rows(tensors: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
     return tensors | {"pos_embed": np.pad(tensors["pos_embed"], ((0, 0), (count, 0), (0, 0)))}
+
+
+def _layer_scale(model: Model) -> dict[str, np.ndarray]:
+    """Factors of 1, where a model must have some: those that it had are in its weights."""
+    size = vit.size_of(model.config.model)
+    ones = np.ones(size.width, np.float32)
+    return {f"blocks.{i}.ls{j}": ones for i in range(size.depth) for j in (1, 2)}
 
 
 def _classifier(model: Model, linear: str, norm: str = "") -> dict[str, np.ndarray]:
@@ -213,6 +236,8 @@ def _timm(model: Model, file: Path) -> None:
     weights = _encoder(model, section.cls_tokens + section.registers)
     if section.registers:
         weights["reg_token"] = weights.pop("register_tokens")
+    if model.rotary:
+        weights |= {n.replace("ls", "gamma_"): x for n, x in _layer_scale(model).items()}
     heads = ["head"]
     if model.distilled:  # the mean of both heads' scores is the score of the mean of their tokens
         weights["cls_token"], weights["dist_token"] = np.split(weights["cls_token"], 2, axis=1)
@@ -233,7 +258,11 @@ def _mae(model: Model, file: Path) -> None:
 
 
 def _maect(model: Model, file: Path) -> None:
-    encoder = names.encoder_to_torch(model.encoder, model.config.model.patch_size, model.grid)
+    section = model.config.model
+    encoder = names.encoder_to_torch(model.encoder, section.patch_size, model.grid)
+    if section.post_norm:  # as in their MIM-Refiner
+        encoder["pos_embed"] = encoder["pos_embed"].reshape(1, *model.grid, -1)
+        encoder = names.to_files(encoder, part="encoder", column="pytorch", kind="refiner")
     tensors.write(file, encoder, wrapper="state_dict", metadata=_metadata(model))
     kind, weights = "probe", _classifier(model, "layer.2", "layer.1")
     if "queue" in model.parts:
@@ -269,11 +298,13 @@ def _hf(model: Model, folder: Path) -> None:
         config["n_cls_tokens"] = section.cls_tokens
     if section.registers:
         config["num_register_tokens"] = section.registers
-        ones = np.ones(size.width, np.float32)
-        weights |= {f"blocks.{i}.ls{j}": ones for i in range(size.depth) for j in (1, 2)}
+        if model.rotary:
+            config |= {"rope_theta": section.rope_theta, "key_bias": True}
+        weights |= _layer_scale(model)
     weights = names.to_files(weights, part="encoder", column="hf", kind=kind.names)
     if section.registers:
-        weights["embeddings.mask_token"] = np.zeros((1, size.width), np.float32)
+        shape = (1, 1, size.width) if model.rotary else (1, size.width)
+        weights["embeddings.mask_token"] = np.zeros(shape, np.float32)
     if model.hf_classifier:
         weights = {f"{model.hf_kind}.{name}": x for name, x in weights.items()}
         weights |= _classifier(model, "classifier")
@@ -337,17 +368,31 @@ def _timm_call(model: Model, file: Path) -> str:
     variant = section.variant
     if model.distilled and variant not in ("Ti", "S"):
         variant = "B"  # the largest DeiT
+    if model.rotary and variant not in ("S", "B"):
+        variant = "L"  # the largest DINOv3 whose MLPs are not gated
     known, patch = vit.VARIANTS[variant], 14 if variant == "H" else 16
     kind = "deit_{}_distilled" if model.distilled else "vit_{}"
     name = f"{kind.format(_TIMM_VARIANTS[variant])}_patch{patch}_224"
+    own: list[tuple[str, object, object]] = [
+        ("reg_tokens", section.registers, 0),
+        ("fc_norm", section.pool != "mean", True),
+    ]
+    if model.rotary:
+        name = f"vit_{_TIMM_VARIANTS[variant]}_patch{patch}_dinov3"
+        own = [
+            ("num_reg_tokens", section.registers, 4),
+            ("use_fc_norm", section.pool == "fc_norm", False),
+            ("rope_temperature", section.rope_theta, ROTARY_BASE),
+            ("attn_type", "rope", "eva"),  # the other has no bias of the keys
+            ("qkv_bias", True, False),
+        ]
     arguments: dict[str, object] = {
         "num_classes": model.classes,
         "global_pool": "token" if section.pool == "cls" else "avg",
     }
     for key, value, default in (
         ("class_token", section.cls_tokens > 0, True),
-        ("reg_tokens", section.registers, 0),
-        ("fc_norm", section.pool != "mean", True),
+        *own,
         ("img_size", tuple(section.image_size), (224, 224)),
         ("patch_size", section.patch_size, patch),
         ("in_chans", section.channels, 3),
@@ -358,6 +403,6 @@ def _timm_call(model: Model, file: Path) -> str:
         if value != default:
             arguments[key] = value
     texts = [repr(name), *(f"{key}={value!r}" for key, value in arguments.items())]
-    if section.ln_eps != LN_EPS:
+    if section.ln_eps != (ROTARY_EPS if model.rotary else LN_EPS):
         texts.append(f"norm_layer=partial(torch.nn.LayerNorm, eps={section.ln_eps!r})")
     return f"timm.create_model({', '.join(texts)}, checkpoint_path={file.name!r})"

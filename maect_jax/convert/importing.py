@@ -28,7 +28,8 @@ from maect_jax.stages import SAVED
 
 Shapes = dict[str, tuple[int, ...]]  # of tensors
 LN_EPS = 1e-6  # MAE's, MAE-CT's and timm's
-_HALF = 2.0**-8  # by which numbers up to 1 differ that were kept in 16 bits
+ROTARY_EPS, ROTARY_BASE, ROTARY_SIZE = 1e-5, 100.0, (224, 224)  # DINOv3's
+_HALF = 2.0**-8  # by which numbers up to 1, or in parts, differ that were kept in 16 bits
 _DECODER_HEADS = {512: 16}  # by width: MAE's
 _HEAD_SIZES = {
     "projector_hidden": "projector.0.weight",
@@ -55,6 +56,7 @@ _METADATA = {
     "num_attention_heads": (errors.positive(int), "a number above 0"),
     "decoder_num_attention_heads": (errors.positive(int), "a number above 0"),
     "layer_norm_eps": (errors.positive(float), "a number above 0"),
+    "rope_theta": (errors.positive(float), "a number above 0"),
     "image_size": (_sides, "one side or two, in pixels"),
     "hidden_act": ({"gelu": "gelu"}.__getitem__, "'gelu'"),  # no tensor says
     "global_pool": ({"": None, "token": "cls", "avg": "mean"}.__getitem__, "'token' or 'avg'"),
@@ -287,7 +289,8 @@ class _Builder:
         images = np.zeros((1, grid[0] * patch, grid[1] * patch, model.channels))
         encoder = _zeros(vit.from_config(model), images)["params"]
         shapes = {ENCODER: _shapes(names.encoder_to_torch(encoder, patch))}
-        shapes[ENCODER]["pos_embed"] = self.position_shape(ENCODER, grid, width)
+        if model.rope_theta is None:
+            shapes[ENCODER]["pos_embed"] = self.position_shape(ENCODER, grid, width)
         kind = "encoder"
         section: dict = {}
         if DECODER in beside:
@@ -318,6 +321,11 @@ class _Builder:
             raise self.error(f"{wrong}; only GELU MLPs of 4 times the width {width} can be read")
         variant = next((name for name, size in vit.VARIANTS.items() if size.width == width), None)
         heads, ln_eps = self.stated["num_attention_heads"], self.stated["layer_norm_eps"]
+        rope_theta, periods = self.rope_theta(), self.sources[ENCODER].sorted.periods
+        if rope_theta is not None:
+            ln_eps = ln_eps or ROTARY_EPS
+        if periods is not None:
+            heads = heads or width // (4 * len(np.asarray(periods)))
         if variant:
             heads, ln_eps = heads or vit.VARIANTS[variant].heads, ln_eps or LN_EPS
         if heads is None or ln_eps is None:
@@ -325,14 +333,15 @@ class _Builder:
             widths, flags = [size.width for size in vit.VARIANTS.values()], " and ".join(asked)
             raise self.error(f"its width {width} is none of {widths}: import it with {flags}")
         size = vit.Size(width, names.depth(self.parts[ENCODER]), heads)
+        cls_tokens, registers = self.tokens()
         beside = dict(hidden_size=width, num_hidden_layers=size.depth)
+        beside["num_register_tokens"] = registers
         for key, value in (beside | dict(patch_size=patch, num_channels=channels)).items():
             label, stated = self.beside.get(key, (key, value))
             if stated not in (value, [value] * 2, (value,) * 2):  # of a patch also two sides
                 raise self.error(f"{label} is {stated!r}, must be {value} as in the tensors")
         variant, grid = variant or "B", self.grid(patch)
         usual = vit.VARIANTS[variant]._asdict()
-        cls_tokens, registers = self.tokens()
         section = {
             "variant": variant,
             **{key: None if x == usual[key] else x for key, x in size._asdict().items()},
@@ -341,6 +350,8 @@ class _Builder:
             "channels": channels,
             "cls_tokens": cls_tokens,
             "registers": registers,
+            "rope_theta": rope_theta,
+            "post_norm": "embed_norm.weight" in self.parts[ENCODER],
             "pool": self.probe_pool() or self.overrides.pool or self.pool(grid, width),
             "ln_eps": ln_eps,
             "dtype": self.overrides.dtype or "bfloat16",
@@ -351,7 +362,33 @@ class _Builder:
             vit.check(config)
         except UserError as error:
             raise self.error(str(error).removeprefix("config.model.")) from error
+        if periods is not None:
+            count = width // heads // 4
+            want = rope_theta ** (np.arange(count) / count)
+            if np.shape(periods) != want.shape or not np.allclose(periods, want, _HALF, 0):
+                wrong = f"{periods.names[0]!r} must be {count} powers from 1 to {rope_theta}"
+                raise self.error(f"{wrong}, which rotary positions of {heads} heads have")
         return config.model, grid
+
+    def rope_theta(self) -> float | None:
+        """The base of rotary positions, if the model has DINOv3's; then it has no others.
+
+        Which rotary positions a model has is in none of its tensors, but of those that add no
+        position DINOv3 alone has registers beside a class token.
+        """
+        own, stated = self.parts[ENCODER], self.stated["rope_theta"]
+        theirs = [name for x in own.values() for name in x.names]
+        said = stated is not None or self.sources[ENCODER].sorted.periods is not None
+        if "pos_embed" not in own:
+            if not said and not {"cls_token", "register_tokens"} <= own.keys():
+                raise self.missing(ENCODER, "pos_embed", "; of rotary positions DINOv3's are read")
+            self.tensor(ENCODER, "cls_token", axes=3)
+            return stated or ROTARY_BASE
+        # LayerScale by this name beside biases by that one is of timm's vit_*_rope_ape_*.
+        both = all(any(name.endswith(end) for name in theirs) for end in ("gamma_1", "qkv.bias"))
+        if said or both:
+            raise self.error("has rotary positions beside a position embedding; these are not read")
+        return None
 
     def tokens(self) -> tuple[int, int]:
         """The numbers of class tokens and of registers."""
@@ -369,7 +406,11 @@ class _Builder:
         return cls_tokens, cls_tokens + registers, 0
 
     def grid(self, patch: int) -> tuple[int, int]:
-        """The patch grid (rows, columns) of the position embedding in the file."""
+        """The patch grid (rows, columns) of the position embedding in the file; of rotary
+        positions, which fit any, that of the images."""
+        if "pos_embed" not in self.parts[ENCODER]:
+            size = self.overrides.image_size or self.stated["image_size"] or ROTARY_SIZE
+            return positions.grid(size, patch)
         position = self.tensor(ENCODER, "pos_embed", axes=3)
         counts = [position.shape[1] - extra for extra in self.extra_rows()]
         first, *squares = [(math.isqrt(max(count, 0)),) * 2 for count in counts]
@@ -529,8 +570,8 @@ def _shapes(arrays: Mapping[str, np.ndarray]) -> Shapes:
 def _is_fixed(encoder: Mapping[str, Stored], grid: tuple[int, int], atol: float = 0.0) -> bool:
     """Whether an encoder's positions are MAE's fixed ones of a grid, bit by bit unless `atol` is
     given."""
-    stored = encoder["pos_embed"]
-    if not stored.floating or stored.shape[2] % 4:
+    stored = encoder.get("pos_embed")
+    if stored is None or not stored.floating or stored.shape[2] % 4:
         return False
     rows = np.asarray(stored)[0, -math.prod(grid) :]
     sincos = positions.sincos(grid, stored.shape[2])
@@ -550,11 +591,13 @@ def _described(sources: Sequence[_Source], config: ConfigDict, grid) -> Iterator
     parts = {part: x for source in sources for part, x in source.sorted.parts.items()}
     ignored = {name: why for source in sources for name, why in source.sorted.ignored.items()}
     model, size = config.model, vit.size_of(config.model)
-    fixed = "the fixed sine-cosine ones" if _is_fixed(parts[ENCODER], grid) else "learned, frozen"
+    how = "the fixed sine-cosine ones" if _is_fixed(parts[ENCODER], grid) else "learned, frozen"
     resized = positions.grid(model.image_size, model.patch_size) != grid
     smooth = ", antialiased" if model.registers else ""
-    how = f", resized (bicubic{smooth}) from {grid[0]} x {grid[1]} patches" if resized else ""
-    if parts[ENCODER]["pos_embed"].shape[1] > math.prod(grid):
+    how += f", resized (bicubic{smooth}) from {grid[0]} x {grid[1]} patches" if resized else ""
+    if model.rope_theta is not None:
+        how = f"rotary, of base {model.rope_theta:g}"
+    elif parts[ENCODER]["pos_embed"].shape[1] > math.prod(grid):
         how += "; those of class tokens are added to these"
     known = "from the folder" if config.data else "unknown; config.data.mean and .std apply"
     used = [(part, name, x) for part, named in parts.items() for name, x in named.items()]
@@ -565,7 +608,7 @@ encoder    width {size.width}, depth {size.depth}, heads {size.heads}, patch {mo
 LayerNorm eps {model.ln_eps:g}, feature {model.pool}
 tokens     class {model.cls_tokens}, registers {model.registers}, patches {math.prod(grid)}
 images     {model.image_size[0]} x {model.image_size[1]} x {model.channels}
-positions  {fixed}{how}
+positions  {how}
 mean, std  {known}
 tensors    {total}, used as"""
     rows: dict[str, dict[str, None]] = {}
@@ -574,7 +617,7 @@ tensors    {total}, used as"""
         leaf = leaf if all(theirs.endswith(leaf) for theirs in x.names) else ""
         theirs = " + ".join(theirs.removesuffix(leaf) for theirs in x.names)
         ours = f"{part} {name.removesuffix(leaf)}".replace("classifier classifier", "classifier")
-        row = re.sub(r"\.\d+\b", ".*", f"  {theirs} -> {ours}")
+        row = re.sub(r"\.\d+\b", ".*", f"  {theirs or 'zeros'} -> {ours}")
         rows.setdefault(row, {})[leaf.removeprefix(".")] = None
     for row, leaves in rows.items():
         yield f"{row} ({', '.join(leaves)})" if any(leaves) else row

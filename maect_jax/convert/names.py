@@ -8,7 +8,7 @@ the tables of all.
 
 No number is changed on the way, so there and back is bit-equal, except for fixed position
 embeddings, which the networks compute and the variables do not hold, and for what is folded into
-other tensors: LayerScale into the layer before it, positions of class tokens into these.
+other tensors: LayerScale and masks of biases, positions of class tokens.
 """
 
 import dataclasses
@@ -165,7 +165,7 @@ def _network_to_torch(
     tensors = _to_torch({"params": params}, part, first_block)
     if grid is None:
         return tensors
-    width = len(params["norm"]["scale"])
+    width = params["blocks"]["norm1"]["scale"].shape[-1]
     position = positions.sincos(grid, width) if position is None else position
     return tensors | {"pos_embed": np.asarray(position)[None]}
 
@@ -270,10 +270,12 @@ _FILES = {
 # The model in HuggingFace's names, where a classifier on its feature is beside it.
 _MODEL = r"(?:vit|deit|ijepa|beit)\."
 # Parts of names that say nothing, and what stands in their place: this model, a name of
-# transformers 5 that its code has never had, and chunks of blocks in DINOv2.
+# transformers 5 that its code has never had, one that only its code has (DINOv3), and chunks of
+# blocks in DINOv2.
 _RESPELLED = {
     f"^{_MODEL}": "",
     r"^decoder\.decoder_encoder\.layer\.": "decoder.decoder_layers.",
+    r"^model\.layer\.": "layer.",
     r"^blocks\.\d+\.(\d+)\.": r"blocks.\1.",
 }
 # A name that only such files have, and whose names they are; the first that fits is used.
@@ -286,6 +288,7 @@ _LAYOUTS = {
     _PROBE: "a linear probe of MAE-CT's authors",
     r"decoder_embed\.weight": "MAE's (with decoder)",
     r"cls_tokens\.tokens": "MIM-Refiner's",
+    r"storage_tokens": "DINOv3's",
     _PYTORCH: "MAE's, DINOv2's, timm's or MAE-CT's",
 }
 _ENCODERS = {_HF, _PYTORCH}
@@ -298,6 +301,7 @@ _IGNORED = {
     r"(\w+\.)?pooler\.dense\..*": "is HuggingFace's pooler, which comes after the features",
     r"(\w+\.)?embeddings\.mask_token": "hides patches in pre-training, which is not used here",
     r"(cls|distillation)_classifier\..*": _TWO,
+    r"local_cls_norm\..*": "is for small crops in pre-training, which is not used here",
 }
 # Where a file has such a tensor, its head is no classifier of the feature (DINO, MoCo; DeiT).
 _NO_CLASSIFIER = {
@@ -309,8 +313,8 @@ _NO_CLASSIFIER = {
 # What no module here computes, by a tensor of it.
 _REFUSED = {
     r"relative_position|rel_pos": "relative position biases",
-    r"\brope\b|\bfreqs|rope_embed": "rotary positions",
-    r"\bmlp\.(w\d|weights_|gate_proj|up_proj|down_proj|fc\d_)": "a SwiGLU MLP",
+    r"\brope\b|\bfreqs": "rotary positions of another kind than DINOv3's",
+    r"\bmlp\.(w\d|weights_|gate_proj|fc\d_)": "a SwiGLU MLP",
     r"\b[qk]_norm\b": "norms of queries and keys",
     r"\bnorm_pre\b": "a norm before the blocks",
     r"\battn_pool\b": "pooling by attention",
@@ -326,18 +330,21 @@ class Sorted(NamedTuple):
       parts: under the names of this module.
       ignored: those that are not used, by name, with the reason.
       grid: (rows, columns) of patches, where the position embedding has these as axes.
+      periods: of rotary positions, in DINOv3's files.
     """
 
     layout: str
     parts: Parts
     ignored: dict[str, str]
     grid: tuple[int, int] | None = None
+    periods: Stored | None = None
 
     def in_file(self, part: str, tensor: str) -> str:
         """What the file would call a tensor that it lacks, by the names of its others."""
         module, block, leaf = split(tensor)
         pair = _PAIRS.get(leaf, "")
-        if beside := self.parts[part].get(tensor.removesuffix(leaf) + pair):
+        beside = self.parts[part].get(tensor.removesuffix(leaf) + pair)
+        if beside and beside.names and beside.names[0].endswith(pair):
             return beside.names[0].removesuffix(pair) + leaf
         columns = ("hf", "name", "pytorch") if self.layout == _LAYOUTS[_HF] else ("pytorch", "name")
         present = [name for x in self.parts[part].values() for name in x.names]
@@ -353,12 +360,13 @@ class Sorted(NamedTuple):
             same = re.escape(spelling).replace(r"\{\}", r"\d+") + r"(\.\w+)?"
             return next((m[1] for name in present if (m := re.fullmatch(_SELF + same, name))), None)
 
-        # HuggingFace has three projections for the one.
-        options = spellings(module, module.replace("qkv", "query"))
-        option = next((x for x in options if before(x) is not None), options[0])
+        # HuggingFace has three projections for the one; some names have no leaf of their own.
+        whole = spellings(f"{module}{leaf}") if leaf else []
+        options = [*whole, *spellings(module, module.replace("qkv", "query"))]
+        option = next((x for x in options if before(x) is not None), options[len(whole)])
         starts = (before(x) for x in (option, *spellings()))
         start = next((x for x in starts if x is not None), "")
-        return f"{start}{option.format(block)}{leaf}"
+        return f"{start}{option.format(block)}{'' if option in whole else leaf}"
 
 
 def prefixes(names: Iterable[str]) -> list[str]:
@@ -383,8 +391,8 @@ def sort(tensors: Mapping[str, Stored], where: str) -> Sorted:
     if not layouts:
         raise UserError(
             f"{where}: none of the kinds that can be read (Vision Transformers of MAE, timm, "
-            "HuggingFace, DINOv2, I-JEPA, Pixio or MIM-Refiner; MAE-CT's encoder, head or probe); "
-            f"its first tensor is {min(tensors)!r}"
+            "HuggingFace, DINOv2, DINOv3, I-JEPA, Pixio or MIM-Refiner; MAE-CT's encoder, head or "
+            f"probe); its first tensor is {min(tensors)!r}"
         )
     parts: Parts = {}
     unused = dict(_IGNORED)
@@ -424,6 +432,8 @@ def sort(tensors: Mapping[str, Stored], where: str) -> Sorted:
         for x in parts.pop(DECODER).values():
             ignored[x.names[0]] = "is of pre-training, whose decoder is not in the file"
     grid = None
+    if periods := parts.get(ENCODER, {}).pop("rope_periods", None):
+        ignored[periods.names[0]] = "is computed from the base of the rotary positions"
     position = parts.get(ENCODER, {}).get("pos_embed")
     if position is not None and len(position.shape) == 4:
         _, rows, columns, width = position.shape
@@ -431,30 +441,35 @@ def sort(tensors: Mapping[str, Stored], where: str) -> Sorted:
         flat = partial(np.reshape, position, (1, -1, width))
         shape = (1, rows * columns, width)
         parts[ENCODER]["pos_embed"] = dataclasses.replace(position, shape=shape, read=flat)
-    sorted_file = Sorted(layouts[0], parts, ignored, grid)
+    sorted_file = Sorted(layouts[0], parts, ignored, grid, periods)
     for part, own in parts.items():
         _join_attention(own, part, sorted_file, where)
         if {"cls_token", "dist_token"} <= own.keys():
             two = [own.pop("cls_token"), own.pop("dist_token")]
             own["cls_token"] = _joined(two, where, axis=1)
-        _fold_layer_scale(own, part, sorted_file, where)
+        _fold(own, part, sorted_file, where)
     return sorted_file
 
 
 def _join_attention(tensors: dict[str, Stored], part: str, file: Sorted, where: str) -> None:
     """Joins the projections of queries, keys and values, which some files keep apart. A bias of the
-    keys, which changes no attention, may be missing in all blocks."""
+    keys may be missing in all blocks, and so may all biases: then it is zero."""
     found = [name for name in tensors if re.search(r"\.attn\.(query|key|value)\.", name)]
     key_biases = [name for name in found if name.endswith(".key.bias")]
     for joined in dict.fromkeys(re.sub(r"\.(query|key|value)\.", ".qkv.", x) for x in found):
         names = [joined.replace("qkv", which) for which in _ATTENTION]
-        missing = [name for name in names if name not in tensors]
-        if missing == [names[1]] and joined.endswith(".bias") and not key_biases:
-            query = tensors[names[0]]
-            zeros = partial(np.zeros, query.shape, np.float32)
-            tensors[missing.pop()] = dataclasses.replace(query, names=(), read=zeros)
-        _require(missing, part, file, where)
+        if joined.endswith(".bias") and not key_biases:
+            other = next(tensors[name] for name in names if name in tensors)
+            zeros = partial(np.zeros, other.shape, np.float32)
+            tensors[names[1]] = dataclasses.replace(other, names=(), read=zeros)
+        _require([name for name in names if name not in tensors], part, file, where)
         tensors[joined] = _joined([tensors.pop(name) for name in names], where)
+    if not any(name.endswith(".attn.qkv.bias") for name in tensors):
+        for name in [name for name in tensors if name.endswith(".attn.qkv.weight")]:
+            zeros = partial(np.zeros, shape := tensors[name].shape[:1], np.float32)
+            tensors[name.replace("weight", "bias")] = dataclasses.replace(
+                tensors[name], names=(), shape=shape, read=zeros
+            )
 
 
 def _require(missing: Sequence[str], part: str, file: Sorted, where: str) -> None:
@@ -478,28 +493,39 @@ def _joined(parts: Sequence[Stored], where: str, axis: int = 0) -> Stored:
     )
 
 
-def _fold_layer_scale(tensors: dict[str, Stored], part: str, file: Sorted, where: str) -> None:
-    """Multiplies the last layer of a branch by the branch's LayerScale (Touvron et al., 2021). All
-    blocks have one, or none."""
-    scales = [f"blocks.{i}.ls{branch}" for i in range(depth(tensors)) for branch in (1, 2)]
-    if tensors.keys().isdisjoint(scales):
-        return
-    _require([name for name in scales if name not in tensors], part, file, where)
-    for name in scales:
-        scale = tensors.pop(name)
-        layer = name.replace("ls1", "attn.proj").replace("ls2", "mlp.fc2")
-        for leaf in (".weight", ".bias"):
-            if (x := tensors.get(layer + leaf)) is None:
-                continue  # is reported as missing
-            if scale.shape != x.shape[:1]:
-                wrong = f"{scale.names[0]!r} has shape {scale.shape}, must be {x.shape[:1]}"
-                raise UserError(f"{where}: {wrong}")
-            tensors[layer + leaf] = dataclasses.replace(
-                x,
-                names=(*x.names, *scale.names),
-                read=partial(_scaled, x, scale),
-                floating=x.floating and scale.floating,
-            )
+# Factors of other tensors, in groups that a block has together: LayerScale (Touvron et al., 2021),
+# of the last layer of a branch, and DINOv3's mask of the keys' bias.
+_FACTORS = (
+    {
+        ".ls1": (".attn.proj.weight", ".attn.proj.bias"),
+        ".ls2": (".mlp.fc2.weight", ".mlp.fc2.bias"),
+    },
+    {".attn.mask": (".attn.qkv.bias",)},
+)
+
+
+def _fold(tensors: dict[str, Stored], part: str, file: Sorted, where: str) -> None:
+    """Multiplies tensors by their factors, which all blocks have or none."""
+    for group in _FACTORS:
+        pairs = itertools.product(range(depth(tensors)), group.items())
+        factors = {f"blocks.{i}{name}": [f"blocks.{i}{x}" for x in of] for i, (name, of) in pairs}
+        if tensors.keys().isdisjoint(factors):
+            continue
+        _require([name for name in factors if name not in tensors], part, file, where)
+        for name, layers in factors.items():
+            scale = tensors.pop(name)
+            for layer in layers:
+                if (x := tensors.get(layer)) is None:
+                    continue  # is reported as missing
+                if scale.shape != x.shape[:1]:
+                    wrong = f"{scale.names[0]!r} has shape {scale.shape}, must be {x.shape[:1]}"
+                    raise UserError(f"{where}: {wrong}")
+                tensors[layer] = dataclasses.replace(
+                    x,
+                    names=(*x.names, *scale.names),
+                    read=partial(_scaled, x, scale),
+                    floating=x.floating and scale.floating,
+                )
 
 
 def _scaled(x: Stored, scale: Stored) -> np.ndarray:

@@ -62,7 +62,7 @@ class Decoder(nn.Module):
         patches = jnp.take_along_axis(patches, restore[..., None], axis=1)
         patches = patches + jnp.asarray(vit.position_embedding(self, grid), self.dtype)
         x = jnp.concatenate([x[:, : self.extra_tokens], patches], axis=1)
-        x, _ = vit.scanned_blocks(self, self.depth, "blocks", self.remat)(x)
+        x, _ = vit.scanned_blocks(self, self.depth, "blocks", self.remat)(x, None, None)
         x = vit.LayerNorm(self.ln_eps, name="norm")(x)[:, self.extra_tokens :]
         pixels = self.patch_size**2 * self.channels
         return vit.Linear(pixels, self.dtype, name="pred")(x).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Position embeddings of a grid of patches: MAE's fixed one, and resizing to another grid."""
+"""Positions of a grid of patches: MAE's fixed embedding, resizing to another grid, rotary ones."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,6 +20,20 @@ def sincos(grid: tuple[int, int], width: int) -> np.ndarray:
     row, col = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
     angles = [index.reshape(-1, 1) * frequencies for index in (col, row)]
     return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], 1).astype(np.float32)
+
+
+def rotary(grid: tuple[int, int], width: int, theta: float) -> np.ndarray:
+    """Angles fp32 `[N, width / 2]` by which rotary positions turn a head of this width (DINOv3).
+
+    The centres of the patches go from -1 to 1 along each axis; the first half of the angles are
+    those of the row, the second of the column, `2 pi * centre * theta^(-i / (width / 4))`.
+    """
+    frequencies = theta ** (-np.arange(width // 4) / (width / 4))
+    centres = ((2 * np.arange(side) + 1) / side - 1 for side in grid)
+    angles = [
+        2 * np.pi * x.reshape(-1, 1) * frequencies for x in np.meshgrid(*centres, indexing="ij")
+    ]
+    return np.concatenate(angles, 1).astype(np.float32)
 
 
 def _kernel(distance: np.ndarray, a: float) -> np.ndarray:
@@ -56,14 +70,16 @@ def resize(
     return out.reshape(new[0] * new[1], -1).astype(np.float32)
 
 
-def fitted(params: Mapping, old: tuple[int, int], new: tuple[int, int]) -> dict:
+def fitted(
+    params: Mapping, old: tuple[int, int], new: tuple[int, int], *, rotary: bool = False
+) -> dict:
     """Parameters of an encoder or a decoder, trained on patch grid `old`, for the grid `new`.
 
     Where the grids differ, the position embedding, learned or fixed, is resized: as in MAE's code,
-    or, with registers, as in DINOv2's with registers, smoothly.
+    or, with registers, as in DINOv2's with registers, smoothly. `rotary` positions fit any grid.
     """
-    if old == new:
+    if old == new or rotary:
         return dict(params)
     if (table := params.get("pos_embed")) is None:
-        table = sincos(old, len(params["norm"]["scale"]))
+        table = sincos(old, params["blocks"]["norm1"]["scale"].shape[-1])
     return {**params, "pos_embed": resize(table, old, new, smooth="register_token" in params)}

@@ -143,10 +143,22 @@ def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return x[:, :tokens]
 
 
+Rotary = tuple[jax.Array, jax.Array]  # cosines and sines fp32, each `[1 or B, N, 1, D / heads / 2]`
+
+
+def rotate(x: jax.Array, rotary: Rotary) -> jax.Array:
+    """Queries or keys `[B, N, heads, D / heads]`, turned by their positions (RoPE; Su et al.,
+    2021): of each head, channel i of the first half and of the second half are a pair."""
+    cos, sin = rotary
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention `[B, N, D] -> [B, N, D]` with one qkv projection.
 
     `kind` is one of `ATTENTIONS`; cuDNN's works in bf16 only, XLA's takes its place in fp32.
+    `rotary` are positions that turn queries and keys (`rotate`).
     """
 
     heads: int
@@ -154,12 +166,14 @@ class Attention(nn.Module):
     kind: str = "auto"
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, rotary: Rotary | None = None) -> jax.Array:
         batch, tokens, width = x.shape
         qkv = Linear(3 * width, self.dtype, name="qkv")(x)
         # Kept as three: on a TPU each has a layout of its own, which taking them apart copies into.
         parts = (checkpoint_name(part, PRODUCT) for part in jnp.split(qkv, 3, axis=-1))
         q, k, v = (part.reshape(batch, tokens, self.heads, -1) for part in parts)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
         if self.kind == "cudnn" and q.dtype == jnp.bfloat16:
             x = cudnn_attention(q, k, v)
         else:
@@ -228,26 +242,38 @@ def _residual(x: jax.Array, y: jax.Array, factor: jax.Array | None) -> jax.Array
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; returns `(x, None)`, the signature that a scan needs.
+    """Transformer block; returns `(x, None)`, the signature that a scan needs.
 
-    `paths [2, B]`, if given, are the factors of its two branches (`drop_paths`).
+    Norms come before the two branches, with `post_norm` behind the sums. `paths [2, B]`, if given,
+    are the branches' factors (`drop_paths`); `rotary` is for the attention.
     """
 
     heads: int
     ln_eps: float = 1e-6
     dtype: Any = jnp.float32
     attention: str = "auto"
+    post_norm: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, paths: jax.Array | None = None) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: jax.Array, paths: jax.Array | None = None, rotary: Rotary | None = None
+    ) -> tuple[jax.Array, None]:
         width = x.shape[-1]
-        attention, mlp = (None, None) if paths is None else paths
-        y = LayerNorm(self.ln_eps, name="norm1")(x)
-        y = Attention(self.heads, self.dtype, self.attention, name="attn")(y)
-        x = _residual(x, y, attention)
-        y = LayerNorm(self.ln_eps, name="norm2")(x)
-        y = gelu(Linear(4 * width, self.dtype, name="fc1")(y))
-        x = _residual(x, Linear(width, self.dtype, name="fc2")(y), mlp)
+
+        def attend(y):
+            return Attention(self.heads, self.dtype, self.attention, name="attn")(y, rotary)
+
+        def mlp(y):
+            y = gelu(Linear(4 * width, self.dtype, name="fc1")(y))
+            return Linear(width, self.dtype, name="fc2")(y)
+
+        factors = (None, None) if paths is None else paths
+        for branch, name, factor in zip((attend, mlp), ("norm1", "norm2"), factors, strict=True):
+            norm = LayerNorm(self.ln_eps, name=name)
+            if self.post_norm:
+                x = norm(_residual(x, branch(x), factor))
+            else:
+                x = _residual(x, branch(norm(x)), factor)
         # Without it the compiler may replace the batch sharding of the residual stream by that of
         # the weights, at several times the memory.
         return sharding.constrain_batch(x), None
@@ -263,8 +289,11 @@ REMAT = {
 }
 
 
-def scanned_blocks(module: nn.Module, depth: int, name: str, remat: str) -> nn.Module:
-    """`depth` blocks of a module, with their parameters stacked along a leading layer axis."""
+def scanned_blocks(
+    module: nn.Module, depth: int, name: str, remat: str, post_norm: bool = False
+) -> nn.Module:
+    """`depth` blocks of a module, with their parameters stacked along a leading layer axis; called
+    with what a `Block` is, but `paths [L, 2, B]` are those of all."""
     policy, platform = REMAT[remat], sharding.platform()
     # A loop copies what its backward pass needs into a stack and out of it, which takes an eighth
     # of the time of a step on a CPU, where it fills the stack with zeros, too, and on a GPU.
@@ -275,16 +304,24 @@ def scanned_blocks(module: nn.Module, depth: int, name: str, remat: str) -> nn.M
         body,
         variable_axes={"params": 0},
         split_rngs={"params": True},
+        in_axes=(0, nn.broadcast),
         length=depth,
         unroll=depth if unrolled else 1,
     )
-    return blocks(module.heads, module.ln_eps, module.dtype, module.attention, name=name)
+    settings = module.heads, module.ln_eps, module.dtype, module.attention
+    return blocks(*settings, post_norm, name=name)
 
 
 def position_embedding(module: nn.Module, grid: tuple[int, int]) -> jax.Array | np.ndarray:
     """The parameter `pos_embed [N, D]` of a module, if it has one; else the fixed embedding."""
     learned: jax.Array | None = module.get_variable("params", "pos_embed")
     return positions.sincos(grid, module.width) if learned is None else learned
+
+
+def _rows(table: jax.Array | np.ndarray, keep: jax.Array | None) -> jax.Array:
+    """A table `[N, D]` of the patches as `[1, N, D]`; with `keep [B, K]` its rows `[B, K, D]`."""
+    table = jnp.asarray(table)
+    return table[None] if keep is None else table[keep]
 
 
 class ViT(nn.Module):
@@ -299,6 +336,10 @@ class ViT(nn.Module):
     other layers), `norm`. Both stacks have a leading layer axis: trained and frozen layers are
     separate leaves (`split_blocks`). A parameter `pos_embed [N, D]`, if there is one, is a learned
     position embedding and replaces the fixed one. `remat` is a key of `REMAT`.
+
+    With `rope_theta` no position is added: those of this base turn queries and keys of the patches
+    (DINOv3; `positions.rotary`). With `post_norm` there is a norm `embed_norm` of all tokens before
+    the blocks, norms in the blocks are behind the sums, and there is no final one (data2vec 2).
     """
 
     width: int
@@ -307,6 +348,8 @@ class ViT(nn.Module):
     patch_size: int
     cls_tokens: int = 1
     registers: int = 0
+    rope_theta: float | None = None
+    post_norm: bool = False
     frozen_blocks: int = 0
     ln_eps: float = 1e-6
     dtype: Any = jnp.float32
@@ -327,6 +370,14 @@ class ViT(nn.Module):
         # Broadcast before the cast, so that its gradient is summed over the batch in fp32.
         return [jnp.broadcast_to(tokens, (batch, count, self.width)).astype(self.dtype)]
 
+    def _rotary(self, grid: tuple[int, int], keep: jax.Array | None) -> Rotary | None:
+        """The positions of all tokens, if they are rotary; those that are no patches stay."""
+        if self.rope_theta is None:
+            return None
+        of_grid = positions.rotary(grid, self.width // self.heads, self.rope_theta)
+        angles = jnp.pad(_rows(of_grid, keep), ((0, 0), (self.extra_tokens, 0), (0, 0)))
+        return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+
     @nn.compact
     def __call__(
         self, images: jax.Array, keep: jax.Array | None = None, paths: jax.Array | None = None
@@ -335,30 +386,34 @@ class ViT(nn.Module):
         `paths [B, L, 2]` are the factors of the branches in `blocks` (`drop_paths`)."""
         grid = positions.grid(images.shape[1:3], self.patch_size)
         patches = patchify(images, self.patch_size)
-        position = jnp.asarray(position_embedding(self, grid))[None]
         if keep is not None:
             # Pixels are gathered, not embedded patches: only the kept patches are embedded.
             patches = jnp.take_along_axis(patches, keep[..., None], axis=1)
-            position = position[0][keep]
         x = Linear(self.width, self.dtype, name="patch_embed")(patches)
-        x = x + position.astype(self.dtype)
+        rotary = self._rotary(grid, keep)
+        if rotary is None:
+            x = x + _rows(position_embedding(self, grid), keep).astype(self.dtype)
         cls_tokens = self._tokens("cls_token", self.cls_tokens, len(x))
         registers = self._tokens("register_token", self.registers, len(x))
         x = sharding.constrain_batch(jnp.concatenate([*cls_tokens, *registers, x], axis=1))
+        if self.post_norm:
+            x = LayerNorm(self.ln_eps, name="embed_norm")(x)
+        stack = partial(scanned_blocks, self, post_norm=self.post_norm)
         if self.frozen_blocks:
-            x, _ = scanned_blocks(self, self.frozen_blocks, "frozen_blocks", "none")(x)
+            x, _ = stack(self.frozen_blocks, "frozen_blocks", "none")(x, None, rotary)
             x = checkpoint_name(x, FROZEN)
         if (rest := self.depth - self.frozen_blocks) > 0:
             layers = None if paths is None else jnp.moveaxis(paths, 0, -1)
-            x, _ = scanned_blocks(self, rest, "blocks", self.remat)(x, layers)
-        return LayerNorm(self.ln_eps, name="norm")(x) if self.final_norm else x
+            x, _ = stack(rest, "blocks", self.remat)(x, layers, rotary)
+        has_norm = self.final_norm and not self.post_norm
+        return LayerNorm(self.ln_eps, name="norm")(x) if has_norm else x
 
 
 def split_blocks(params: dict, frozen_blocks: int) -> tuple[dict, dict]:
     """Splits parameters of a whole encoder into `(trained, frozen)`.
 
-    Frozen are a learned position embedding and, if any blocks are frozen, the patch embedding, the
-    class tokens, the registers and these first blocks.
+    Frozen are a learned position embedding and, if any blocks are frozen, what comes before them:
+    the patch embedding, the class tokens, the registers, `embed_norm`; and these first blocks.
     """
     if not frozen_blocks:
         frozen = {k: v for k, v in params.items() if k == "pos_embed"}
@@ -367,7 +422,8 @@ def split_blocks(params: dict, frozen_blocks: int) -> tuple[dict, dict]:
     upper = jax.tree.map(lambda x: x[frozen_blocks:], params["blocks"])
     blocks = {"blocks": upper} if jax.tree.leaves(upper)[0].shape[0] else {}
     rest = {k: v for k, v in params.items() if k not in ("blocks", "norm")}
-    return {"norm": params["norm"], **blocks}, {**rest, "frozen_blocks": lower}
+    norm = {"norm": params["norm"]} if "norm" in params else {}
+    return norm | blocks, {**rest, "frozen_blocks": lower}
 
 
 def merge_blocks(params: dict) -> dict:
@@ -406,6 +462,8 @@ def features(model: ViT, params: dict, images: jax.Array, how: str, **inputs) ->
 
 # From the `model` section of a config
 
+KIND = ("cls_tokens", "registers", "rope_theta", "post_norm")  # what is not a size
+
 
 def size_of(model) -> Size:
     """Width, depth and heads: the variant's, unless they are set."""
@@ -416,7 +474,7 @@ def size_of(model) -> Size:
 def from_config(model, frozen_blocks: int = 0, remat: str = "none") -> ViT:
     """The encoder that a `model` section describes."""
     settings = dict(patch_size=model.patch_size, ln_eps=model.ln_eps, dtype=model.dtype)
-    settings |= {key: model[key] for key in ("attention", "cls_tokens", "registers")}
+    settings |= {key: model[key] for key in ("attention", *KIND)}
     return ViT(*size_of(model), frozen_blocks=frozen_blocks, remat=remat, **settings)
 
 
@@ -434,6 +492,7 @@ RULES: Rules = {
     **dict.fromkeys(Size._fields, _UNITS),
     **dict.fromkeys(("patch_size", "channels", "ln_eps"), positive),
     **dict.fromkeys(("cls_tokens", "registers"), between(0, _MAX_TOKENS)),
+    "rope_theta": Rule("above 0, or None", lambda v, _: v is None or v > 0),
     "pool": one_of(POOLS),
     "dtype": one_of(DTYPES),
     "attention": Rule(
@@ -453,12 +512,19 @@ def check(config) -> None:
     size = size_of(config.model)
     check_width(config.model, "model.width", size.width, size.heads)
     check_pool(config.model, "config.model.pool", config.model.pool)
+    if config.model.rope_theta is not None and size.width // size.heads % 4:
+        raise UserError(
+            f"config.model.rope_theta={config.model.rope_theta}: needs heads whose width is a "
+            f"multiple of 4, not {size.width} / {size.heads} = {size.width // size.heads}"
+        )
 
 
 def check_pool(model, key: str, how: str) -> None:
-    """Raises `UserError` where a feature, of this key, needs a class token and there is none."""
+    """Raises `UserError` where a feature, of this key, needs what the encoder does not have."""
     if "cls" in how.split("+") and not model.cls_tokens:
         raise UserError(f"{key}={how!r}: the encoder has no class token; use mean or fc_norm")
+    if how == "fc_norm" and model.post_norm:
+        raise UserError(f"{key}={how!r}: a post-norm encoder has no final norm; use cls or mean")
 
 
 def check_width(model, key: str, width: int, heads: int) -> None:

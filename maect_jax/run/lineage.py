@@ -97,7 +97,8 @@ def start(saved: Saved, model: ConfigDict, stage: type[Stage], mesh) -> dict:
     parts = SAVED[saved.stage].handover(saved.read(mesh))
     grids = (positions.grid(m.image_size, m.patch_size) for m in (saved.config.model, model))
     taken = {part: parts[part] for part in stage.takes}
-    return taken | {"encoder": positions.fitted(taken["encoder"], *grids)}
+    rotary = model.rope_theta is not None
+    return taken | {"encoder": positions.fitted(taken["encoder"], *grids, rotary=rotary)}
 
 
 def check_fits(saved: Saved, config: ConfigDict) -> None:
@@ -106,7 +107,7 @@ def check_fits(saved: Saved, config: ConfigDict) -> None:
     where, old, first = f"config.init_from={config.init_from!r}", saved.config, config.stages[0]
 
     def encoder_of(model):
-        keys = ("patch_size", "channels", "ln_eps", "cls_tokens", "registers")
+        keys = ("patch_size", "channels", "ln_eps", *vit.KIND)
         return vit.size_of(model)._asdict() | {key: model[key] for key in keys}
 
     before, now = encoder_of(old.model), encoder_of(config.model)

@@ -261,10 +261,11 @@ class ContrastiveTuning(NNCLR):
     @classmethod
     def check(cls, config, devices: int) -> None:
         super().check(config, devices)
-        depth = vit.size_of(config.model).depth
+        # Behind the blocks of a post-norm encoder there is no norm to tune.
+        most = vit.size_of(config.model).depth - config.model.post_norm
         frozen = Rule(
-            f"from 0 to the depth, {depth}, or None, half of it",
-            lambda v, _: v is None or 0 <= v <= depth,
+            f"from 0 to {most}, or None, half of the blocks",
+            lambda v, _: v is None or 0 <= v <= most,
         )
         configs.check(config, "ct", {"frozen_blocks": frozen})
         if "head" in config.stages:

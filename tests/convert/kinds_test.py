@@ -22,7 +22,7 @@ from maect_jax.evals import ON_REQUEST
 from maect_jax.models import vit
 from maect_jax.stages import SAVED
 from tests.helpers import CONFIGS
-from tests.helpers.common import run_on
+from tests.helpers.common import assert_trees_equal, run_on
 from tests.helpers.golden_figures import FORWARD, assert_close
 from tests.helpers.peers import (
     SMALL,
@@ -338,17 +338,27 @@ def test_the_classifiers_of_two_tokens_are_left_out_and_one_is_written_for_both(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("tokens", "feature", "format"),
-    [((3, 0), "cls", "hf"), ((1, 4), "cls", "timm"), ((0, 0), "mean", "timm")],
-    ids=["class tokens", "registers", "no class token"],
+    ("own", "formats"),
+    [
+        (dict(cls_tokens=3), ("mae", "hf")),
+        (dict(registers=4), ("mae", "timm")),
+        (dict(cls_tokens=0), ("mae", "timm")),
+        (dict(registers=4, rope_theta=100.0), ("hf", "timm")),
+        (dict(post_norm=True), ("maect",)),
+    ],
+    ids=["class tokens", "registers", "no class token", "rotary positions", "post-norm"],
 )
-def test_heads_tuning_and_protocols_take_any_tokens(tmp_path, monkeypatch, tokens, feature, format):
+def test_heads_tuning_and_protocols_take_any_kind(tmp_path, monkeypatch, own, formats):
     """From a file by head and ct to every protocol, and out again, with the file's feature."""
-    module = vit.ViT(32, 2, 2, 7, *tokens)
+    module = vit.ViT(32, 2, 2, 7, **own)
+    feature = "cls" if module.cls_tokens else "mean"
     params = module.init(jax.random.key(0), np.zeros((1, 28, 28, 1)))["params"]
-    encoder = names.encoder_to_torch(jax.device_get(params), 7, (4, 4))
+    grid = (4, 4) if module.rope_theta is None else None
+    encoder = names.encoder_to_torch(jax.device_get(params), 7, grid)
     path, run, rng = tmp_path / "w.safetensors", tmp_path / "run", np.random.default_rng(0)
-    tensors.write(path, encoder, metadata={"num_attention_heads": "2", "layer_norm_eps": "1e-6"})
+    tensors.write(path, encoder, metadata={
+        "num_attention_heads": "2", "layer_norm_eps": "1e-6", "image_size": "[28, 28]",
+    })  # fmt: skip
     label = np.arange(160) % 4
     image = (60 * label[:, None, None] + rng.integers(0, 60, (160, 28, 28))).astype(np.uint8)
     np.savez(tmp_path / "set.npz", image=image, label=label, is_test=np.arange(160) >= 128)
@@ -359,24 +369,29 @@ def test_heads_tuning_and_protocols_take_any_tokens(tmp_path, monkeypatch, token
         "eval.probe.batch_size=32", "eval.probe.base_lrs=(0.1,)", "eval.cluster.runs=1",
         "eval.lowshot.splits=1", "eval.lowshot.images=(1,)", "eval.lowshot.shares=()",
         "eval.batch_size=32", "monitor.every=0", "head.epochs=1", "ct.epochs=1",
+        "ct.frozen_blocks=1",
         *(f"{stage}.{one}" for stage in ("head", "ct") for one in small),
     ]  # fmt: skip
     config = configs.load(str(CONFIGS / "tune_my_images.py:test"), settings)
     run_on(monkeypatch, (1, 1), config, run, report=False)
     model = read_run(run)
     section = model.config.model
-    assert (section.cls_tokens, section.registers, section.pool) == (*tokens, feature)
+    assert section.pool == feature
+    assert all(section[key] == getattr(module, key) for key in vit.KIND)
     results = json.loads((run / "results.json").read_text())
     assert set(ON_REQUEST) <= results["ct"].keys()
-    for name, x in model.encoder.items():
-        if name.endswith("_token"):
-            np.testing.assert_array_equal(x, params[name])
+    for name in model.encoder.keys() & {"cls_token", "register_token", "embed_norm"}:
+        assert_trees_equal(model.encoder[name], params[name])  # frozen
     images = rng.normal(size=(2, 28, 28, 1)).astype(np.float32)
     want = vit.features(module, model.encoder, images, feature)
-    exported = tmp_path / "out.safetensors"
-    exporting.export(model, exported, "mae")
-    found = importing.recognised([exported], Overrides(pool=feature))
-    assert_close("kinds, tuned", features(found, images), want, FORWARD)
-    kind = KINDS["Pixio"] if format == "hf" else KINDS["DINOv2, timm"]
-    peer = exported_peer(model, tmp_path / "again.safetensors", format)
-    assert_close("kinds, tuned", kind.feature(peer, pixels(images)).detach(), want, FORWARD)
+    feature_of = {"hf": pooled, "timm": of_timm}
+    for format in formats:
+        exported = tmp_path / f"{format}.safetensors"
+        if format in feature_of:
+            peer = exported_peer(model, exported, format)
+            got = feature_of[format](peer, pixels(images)).detach()
+            assert_close("kinds, tuned", got, want, FORWARD)
+        else:
+            exporting.export(model, exported, format)
+        found = importing.recognised([exported], Overrides(pool=feature))
+        assert_close("kinds, tuned", features(found, images), want, FORWARD)

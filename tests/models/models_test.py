@@ -26,21 +26,35 @@ def np_linear(x, p):
     return x @ p["kernel"] + p["bias"]
 
 
-def np_block(x, p, heads, eps):
+def np_attention(x, p, heads, turns):
     batch, tokens, width = x.shape
-    qkv = np_linear(np_layer_norm(x, p["norm1"], eps), p["attn"]["qkv"])
+    qkv = np_linear(x, p["qkv"])
     q, k, v = qkv.reshape(batch, tokens, 3, heads, -1).transpose(2, 0, 3, 1, 4)
+    if turns is not None:
+        half = q.shape[-1] // 2
+        turned = ((z[..., :half] + 1j * z[..., half:]) * turns[:, None] for z in (q, k))
+        q, k = (np.concatenate([z.real, z.imag], -1) for z in turned)
     scores = q @ k.swapaxes(2, 3) / np.sqrt(width // heads)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    x = x + np_linear((weights @ v).swapaxes(1, 2).reshape(x.shape), p["attn"]["proj"])
-    y = np_linear(np_layer_norm(x, p["norm2"], eps), p["fc1"])
-    return x + np_linear(y * (1 + erf(y / np.sqrt(2))) / 2, p["fc2"])
+    return np_linear((weights @ v).swapaxes(1, 2).reshape(x.shape), p["proj"])
 
 
-def np_blocks(x, params, eps):
+def np_mlp(x, p):
+    y = np_linear(x, p["fc1"])
+    return np_linear(y * (1 + erf(y / np.sqrt(2))) / 2, p["fc2"])
+
+
+def np_blocks(x, params, eps, turns=None):
     for layer in range(params["blocks"]["fc1"]["bias"].shape[0]):
-        x = np_block(x, jax.tree.map(lambda leaf, i=layer: leaf[i], params["blocks"]), 2, eps)
+        p = jax.tree.map(lambda leaf, i=layer: leaf[i], params["blocks"])
+        norm1, norm2 = (partial(np_layer_norm, p=p[name], eps=eps) for name in ("norm1", "norm2"))
+        if "embed_norm" in params:
+            x = norm1(x + np_attention(x, p["attn"], 2, turns))
+            x = norm2(x + np_mlp(x, p))
+        else:
+            x = x + np_attention(norm1(x), p["attn"], 2, turns)
+            x = x + np_mlp(norm2(x), p)
     return x
 
 
@@ -49,7 +63,7 @@ def np_tokens(params, batch):
     return [np.repeat(params[name], batch, 0) for name in names]
 
 
-def np_vit(params, images, patch, eps, position):
+def np_vit(params, images, patch, eps, position=0, turns=None):
     batch, height, width, _ = images.shape
     patches = np.stack(
         [
@@ -61,11 +75,19 @@ def np_vit(params, images, patch, eps, position):
     )
     x = np_linear(patches, params["patch_embed"]) + position
     x = np.concatenate([*np_tokens(params, batch), x], 1)
-    return np_layer_norm(np_blocks(x, params, eps), params["norm"], eps)
+    if "embed_norm" in params:
+        return np_blocks(np_layer_norm(x, params["embed_norm"], eps), params, eps)
+    return np_layer_norm(np_blocks(x, params, eps, turns), params["norm"], eps)
 
 
 def float64(tree):
     return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+def perturbed_vit(rng, model, images):
+    """Parameters with random norms and biases, so that a forgotten one shows."""
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
 
 
 @pytest.mark.parametrize(
@@ -75,9 +97,7 @@ def float64(tree):
 def test_encoder_equals_numpy(rng, shape, patch, eps, tokens):
     model = vit.ViT(16, 3, 2, patch, *tokens, ln_eps=eps)
     images = rng.normal(size=(2, *shape)).astype(np.float32)
-    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
-    # Random norms and biases, so that a forgotten one shows.
-    params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
+    params = perturbed_vit(rng, model, images)
     position = positions.sincos((shape[0] // patch, shape[1] // patch), 16)
     expected = np_vit(float64(params), images, patch, eps, position)
     apply = jax.jit(model.apply)
@@ -87,6 +107,51 @@ def test_encoder_equals_numpy(rng, shape, patch, eps, tokens):
     got = apply({"params": {**params, "pos_embed": learned}}, images)
     expected = np_vit(float64(params), images, patch, eps, learned)
     np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_a_post_norm_encoder_equals_numpy(rng):
+    model = vit.ViT(16, 3, 2, 4, registers=1, post_norm=True, ln_eps=1e-2)
+    images = rng.normal(size=(2, 8, 12, 3)).astype(np.float32)
+    params = perturbed_vit(rng, model, images)
+    assert "norm" not in params
+    expected = np_vit(float64(params), images, 4, 1e-2, positions.sincos((2, 3), 16))
+    np.testing.assert_allclose(
+        jax.jit(model.apply)({"params": params}, images), expected, atol=2e-5
+    )
+    trained, frozen = vit.split_blocks(params, 1)
+    assert trained.keys() == {"blocks"}  # what comes before the frozen blocks is frozen
+    got = model.clone(frozen_blocks=1).apply({"params": trained | frozen}, images)
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+    assert_trees_equal(vit.merge_blocks(trained | frozen), params)
+
+
+@pytest.mark.parametrize("extra", [(1, 2), (0, 0)])
+def test_rotary_positions_equal_numpy(rng, extra):
+    """Queries and keys of the patches turn by the centres of these, in whatever order they come;
+    those of other tokens do not."""
+    theta, model = 30.0, vit.ViT(16, 3, 2, 4, *extra, rope_theta=30.0)
+    images = rng.normal(size=(2, 8, 12, 3)).astype(np.float32)
+    params = perturbed_vit(rng, model, images)
+    angles = [
+        [2 * np.pi * centre * theta ** (-i / 2) for centre in (row, column) for i in (0, 1)]
+        for row in (-1 / 2, 1 / 2)
+        for column in (-2 / 3, 0, 2 / 3)
+    ]
+    turns = np.tile(np.exp(1j * np.array([[0.0] * 4] * sum(extra) + angles)), (2, 1, 1))
+    expected = np_vit(float64(params), images, 4, 1e-6, turns=turns)
+    apply = jax.jit(model.apply)
+    np.testing.assert_allclose(apply({"params": params}, images), expected, atol=2e-5)
+    trained, frozen = vit.split_blocks(params, 2)
+    got = model.clone(remat="blocks", frozen_blocks=2).apply({"params": trained | frozen}, images)
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+    order = np.stack([rng.permutation(6) for _ in images])
+    got = apply({"params": params}, images, order)
+    moved = np.take_along_axis(expected[:, sum(extra) :], order[..., None], 1)
+    np.testing.assert_allclose(got[:, sum(extra) :], moved, atol=2e-5)
+    # In bf16 the turn is computed in fp32: no worse than the rest of bf16's rounding.
+    rounded = model.clone(dtype="bfloat16").apply({"params": params}, images)
+    assert rounded.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(rounded, float), expected, atol=0.1)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-6), ("bfloat16", 2**-7)])
@@ -141,7 +206,10 @@ def test_the_attention_of_a_gpu_is_asked_for(rng, monkeypatch):
     for dtype in (jnp.bfloat16, jnp.float32):
         vit.Attention(2, dtype, "cudnn").init(jax.random.key(0), x)
     vit.Attention(2, jnp.bfloat16).init(jax.random.key(0), x)
-    assert asked == [("bfloat16", "cudnn"), ("float32", "xla"), ("bfloat16", "xla")]
+    turns = 2 * [jnp.ones((1, 5, 1, 4))]  # fp32, as those of rotary positions are
+    vit.Attention(2, jnp.bfloat16, "cudnn").init(jax.random.key(0), x, turns)
+    cudnn, xla = ("bfloat16", "cudnn"), ("bfloat16", "xla")
+    assert asked == [cudnn, ("float32", "xla"), xla, cudnn]
 
 
 @pytest.mark.parametrize("tokens", [4, 5])
