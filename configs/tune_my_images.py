@@ -1,12 +1,12 @@
 """Contrastive tuning of a public MAE on your own images: head, tuning, evaluation.
 
 maect run --config=tune_my_images --config.data.path=my_images \\
-  --config.init_from=mae_pretrain_vit_base.pth --config.eval.cluster.clusters=20
+  --config.init_from=hf://facebook/vit-mae-base --config.eval.cluster.clusters=20
 
 `my_images` contains `train/` with the images, in class folders or without: no labels are needed. It
-may contain `val/`, of the same layout, for the evaluation. The encoder's sizes come from the file,
-which may also be one on HuggingFace's hub (hf://ORG/NAME), or a run made of it by
-`maect import FILE OUT_RUN`.
+may contain `val/`, of the same layout, for the evaluation. `init_from` is an id of HuggingFace's
+hub (extra [hub]), a file, or a run made of one by `maect import FILE OUT_RUN`; the encoder's sizes
+come from it.
 Hardware: one GPU, or one TPU host. Half of the blocks are frozen, the others see a batch in parts.
 Duration: 20 epochs of forward passes for the head, 20 of tuning.
 Expected: features whose clusters are the objects in your images; the report shows them.
