@@ -1,5 +1,6 @@
 """DINOv3: the real models of transformers and timm (extra `[peers]`), and Meta's own names."""
 
+import json
 import re
 from functools import partial
 
@@ -165,6 +166,16 @@ def test_timm_there_and_back(tmp_path, monkeypatch, rng, name, own, pool):
     exec(call, names)
     again = names["model"]
     assert_close("timm features, exported", timm_features(again, images), want, FORWARD)
+
+
+def test_timm_s_folder_states_the_images_and_the_feature(tmp_path):
+    """As its models lie on the hub."""
+    tensors = arrays(timm_peer("vit_small_patch16_dinov3").state_dict().items())
+    save_file(tensors, tmp_path / "model.safetensors")
+    stated = {"global_pool": "avg", "pretrained_cfg": {"input_size": [3, 32, 24]}}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    model = importing.recognised([tmp_path], Overrides(heads=3)).config.model
+    assert (model.image_size, model.pool) == ((32, 24), "mean")
 
 
 def test_meta_s_own_file(tmp_path, rng):
