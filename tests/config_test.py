@@ -308,7 +308,7 @@ def test_flops_formula_equals_the_compilers_count(name):
         "quickstart", "model.depth=2", "mae.decoder.depth=1", "ct.frozen_blocks=1",
         "model.width=256", "model.heads=4", "mae.decoder.width=128", "mae.batch_size=64",
         "ct.batch_size=64", "ct.queue_size=64", "head.queue_size=64", "mae.mask_ratio=0.5",
-        "model.cls_tokens=4", "model.registers=3",
+        "model.cls_tokens=4", "model.registers=3", "model.rope_theta=100",
     )  # fmt: skip
     if name == "mae":
         with config.unlocked():

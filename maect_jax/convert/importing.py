@@ -231,6 +231,9 @@ def _authors(content: Content) -> Mapping:
 def _stated(content: Content, overrides: Overrides) -> dict[str, tuple[str, Any]]:
     """What is stated about an encoder, by HuggingFace's or timm's key: where, and the value."""
     stated = {key: (key, value) for key, value in content.config.items()}
+    timm = content.config.get("pretrained_cfg")
+    if isinstance(timm, Mapping) and isinstance(size := timm.get("input_size"), list):
+        stated["image_size"] = "pretrained_cfg.input_size", size[1:]  # without the channels
     authors = _authors(content)
     for theirs, key in _AUTHORS.items():
         if theirs in authors:

@@ -1,15 +1,21 @@
 """DINOv3: the real models of transformers and timm (extra `[peers]`), and Meta's own names."""
 
+import json
 import re
 from functools import partial
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import maect_jax
+from maect_jax import sharding
 from maect_jax.convert import importing
 from maect_jax.convert.importing import Overrides
 from maect_jax.errors import UserError
+from maect_jax.run import lineage
+from maect_jax.stages import STAGES
 from tests.helpers.foreign_files import run_convert
 from tests.helpers.golden_figures import FORWARD, assert_close
 from tests.helpers.peers import (
@@ -108,13 +114,21 @@ def test_transformers_there_and_back(tmp_path, monkeypatch, rng, size):
     )
 
 
-def test_another_base_of_the_positions_is_kept(tmp_path, rng):
-    peer = hf_peer(rope_theta=30.0)
+def test_positions_of_a_run_are_those_of_any_size_and_base(tmp_path, monkeypatch, rng):
+    """What starts from a run at another size computes them anew."""
+    peer, run, size = hf_peer(rope_theta=30.0), tmp_path / "run", (16, 24)
     peer.save_pretrained(tmp_path / "peer")
-    images = images_of((16, 16), rng)
-    found = importing.recognised([tmp_path / "peer"])
+    run_convert(monkeypatch, "import", tmp_path / "peer", run)
+    plain = dict(mean=(0, 0, 0), std=(1, 1, 1), dtype="float32")
+    encoder = maect_jax.load_encoder(run, image_size=size, **plain)
+    images = rng.uniform(size=(3, *size, 3)).astype(np.float32)
     want = hf_tokens(peer, images)[:, 0]
-    assert_close("transformers features", features(found, images), want, FORWARD)
+    assert_close("transformers features", encoder(images), want, FORWARD)
+    found, mesh = lineage.find(str(run), "head"), sharding.make_mesh(devices=jax.devices()[:1])
+    model = found.config.model.copy_and_resolve_references()
+    model.image_size = size
+    start = lineage.start(found, model, stage=STAGES["head"], mesh=mesh)
+    assert "pos_embed" not in start["encoder"]
 
 
 # By name, timm's model, its arguments and the feature that is its own.
@@ -152,6 +166,16 @@ def test_timm_there_and_back(tmp_path, monkeypatch, rng, name, own, pool):
     exec(call, names)
     again = names["model"]
     assert_close("timm features, exported", timm_features(again, images), want, FORWARD)
+
+
+def test_timm_s_folder_states_the_images_and_the_feature(tmp_path):
+    """As its models lie on the hub."""
+    tensors = arrays(timm_peer("vit_small_patch16_dinov3").state_dict().items())
+    save_file(tensors, tmp_path / "model.safetensors")
+    stated = {"global_pool": "avg", "pretrained_cfg": {"input_size": [3, 32, 24]}}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    model = importing.recognised([tmp_path], Overrides(heads=3)).config.model
+    assert (model.image_size, model.pool) == ((32, 24), "mean")
 
 
 def test_meta_s_own_file(tmp_path, rng):
