@@ -33,7 +33,13 @@ _MODEL_KEYS = (
 )  # fmt: skip
 # Keys that runs of earlier versions lack, by section, with the values by which they ran.
 _ADDED: dict[str, dict[str, Any]] = {
-    "data": {"labels": "auto", "range": (), "max_pixels": 178_956_970, "cache": 0},
+    "data": {
+        "labels": "auto",
+        "range": (),
+        "max_pixels": 178_956_970,
+        "cache": 0,
+        "label_key": "label",
+    },
     "model": {"attention": "auto"},
 }
 # What names files, or may.

@@ -4,7 +4,6 @@ import logging
 import os
 import stat
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,14 +13,13 @@ import numpy as np
 from etils import epath
 
 from maect_jax.data import decode
-from maect_jax.data.base import AbsentError, Identity, Source, digest, evenly_spaced
+from maect_jax.data.base import AbsentError, Identity, Source, digest
 from maect_jax.errors import UserError, first_of
 
 _LOGGER = logging.getLogger(__name__)
-_THREADS = 8  # that list and read: on storage in a network each question takes time
-_SAMPLED = 64  # files that are read to identify them
+_THREADS = 8  # that list: on storage in a network each question takes time
 # What buckets call the time or the hash of a file, each its own.
-_STAMPS = ("mtime", "LastModified", "last_modified", "md5Hash", "ETag", "blob_id")
+STAMPS = ("mtime", "LastModified", "last_modified", "md5Hash", "ETag", "blob_id")
 
 
 class _File(NamedTuple):
@@ -48,16 +46,15 @@ class Folder(Source):
 
     Args:
       root: the folder; with the extra [gcs] on a bucket, `gs://...`.
-      classes: to number the labels by, in place of `root`'s classes.
       labelled: whether folders are classes; else they mean something else.
 
     Raises:
       AbsentError: there is no such folder.
-      UserError: it has no image, or none in one of its classes, a class that is not among
-        `classes`, or a symbolic link that leads back into itself.
+      UserError: it has no image, none in one of its classes, or a symbolic link that leads back
+        into itself.
     """
 
-    def __init__(self, root: str, classes: Sequence[str] | None = None, labelled: bool = True):
+    def __init__(self, root: str, labelled: bool = True):
         self._root = root if _is_remote(root) else os.path.abspath(root)
         try:
             if not (_is_remote(root) or os.path.isdir(root)):
@@ -82,16 +79,6 @@ class Folder(Source):
         self.labels = np.repeat(numbers, [len(group) for group in groups])
         if found.others:
             _LOGGER.warning("%s: left out %s", root, _counted(found.others))
-        if classes is not None and self.classes:
-            if unknown := sorted(set(self.classes) - set(classes)):
-                names = first_of(unknown)
-                raise _error(
-                    f"{root!r} has classes that the training images lack: {names}. Where folders "
-                    "are no classes, set config.data.labels=none"
-                )
-            numbers = np.array([classes.index(name) for name in self.classes], np.int32)
-            self.labels = numbers[self.labels]
-            self.classes = list(classes)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -101,20 +88,9 @@ class Folder(Source):
 
     @cached_property
     def identity(self) -> Identity:
-        """Of the names, sizes and times of all files, and of what is in some of them: without
-        compression other images have the same size."""
-        some = evenly_spaced(len(self), _SAMPLED)
-        with ThreadPoolExecutor(_THREADS) as pool:
-            contents = list(pool.map(self._digest, some))
+        """Of the names, sizes and times of all files, and of what is in some of them."""
         names, times = self._digests
-        return Identity(len(self), digest(names.encode(), *contents), times)
-
-    def _digest(self, record: int) -> bytes:
-        """A digest of what is in a file; empty if it cannot be read."""
-        try:
-            return digest(self[record][0]).encode()
-        except Exception:  # each kind of bucket has its own
-            return b""
+        return Identity(len(self), digest(names.encode(), *self.sampled()), times)
 
     def name(self, record: int) -> str:
         """The path of a file."""
@@ -203,7 +179,7 @@ def _bucket(root: str) -> _Listing:
         if entry["type"] == "directory":
             found.classes.append(path)
         elif (ending := decode.ending(path)) in decode.endings():
-            stamps = [str(entry[key]) for key in _STAMPS if key in entry]
+            stamps = [str(entry[key]) for key in STAMPS if key in entry]
             found.images.append(_File(path, entry["size"], stamps))
         else:
             found.others[ending] += 1
