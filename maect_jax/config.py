@@ -216,6 +216,12 @@ def from_command_line(described: OneLineParser) -> tuple[ConfigDict, argparse.Na
     """
     overrides = [arg.removeprefix(_OVERRIDE) for arg in sys.argv if arg.startswith(_OVERRIDE)]
     others = [arg for arg in sys.argv[1:] if not arg.startswith(_OVERRIDE)]
+    paths = {override for override in overrides if override.startswith("data.path=")}
+    if len(paths) > 1:
+        raise UserError(
+            f"--config.data.path is given {len(paths)} times, as a shell does with {{...}} or * "
+            "that is not in quotes; put the pattern in quotes"
+        )
     arguments = described.parse_args(others)
     config = load(arguments.config, overrides)
     # absl's logging and grain's worker processes read absl's flags.

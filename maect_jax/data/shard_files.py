@@ -92,9 +92,9 @@ def find(path: str, name: str, split: str) -> list[Shard]:
     if _COMPRESSED.search(pattern) or _COMPRESSED.search(path):
         raise error(f"{pattern!r}: compressed tars cannot be read at random. {_DECOMPRESS}")
     patterns = expanded(pattern if is_pattern(pattern) else pattern + _OF_NAME)
-    storage, inner = storage_of(folder)
-    scheme = folder[: -len(folder.partition("://")[2])] if "://" in folder else ""
+    scheme = folder.partition("://")[0] + "://" if "://" in folder else ""
     try:
+        storage, inner = storage_of(folder)
         with ThreadPoolExecutor(THREADS) as pool:
             found = list(pool.map(lambda x: _matching(storage, storage_of(x)[1]), patterns))
     except Exception as problem:  # each kind of bucket has its own

@@ -268,6 +268,13 @@ RULES: Rules = {
     "mean": Rule("finite numbers", lambda v, _: all(map(math.isfinite, v))),
     "std": Rule("above 0", lambda v, _: all(0 < x < math.inf for x in v)),
 }
+_SHARDS: Rules = {
+    "label_key": Rule("a name", lambda v, _: bool(v)),
+    "train_split": Rule(
+        "'train', as config.data.path names the shards to train on",
+        lambda v, data: v == "train" or not shard_files.is_pattern(data.path),
+    ),
+}
 _PACKAGED: Rules = {
     "path": Rule("empty, or set config.data.source=folder as well", lambda v, _: not v),
     **dict.fromkeys(("train_split", "val_split"), one_of(arrays.FASHION_MNIST)),
@@ -283,6 +290,7 @@ def check(config) -> None:
     )
     of_model = {"mean": per_channel, "std": per_channel, "short_side": large_enough}
     packaged = _PACKAGED if config.data.source == "fashion_mnist" else {}
+    shards = _SHARDS if config.data.source == "shards" else {}
     if packaged or config.data.path.endswith(".npz"):
         of_model["cache"] = Rule("0, as images in memory need none", lambda v, _: not v)
     else:
@@ -292,5 +300,5 @@ def check(config) -> None:
             f"0, or from {least}, the side of what an evaluation cuts, to {_LARGEST:,}",
             lambda v, _: v == 0 or least <= v <= _LARGEST,
         )
-    for rules in (RULES, packaged, of_model):
+    for rules in (RULES, packaged, shards, of_model):
         configs.check(config, "data", rules)

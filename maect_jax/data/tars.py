@@ -55,7 +55,7 @@ def images(file: BinaryIO, size: int, label_key: str | None) -> list[Image]:
     found: dict[str, _Member | None] = {}
     labels: dict[str, dict[str, bytes]] = {}
     for member in _members(file, size):
-        folder, slash, base = member.name.removeprefix("./").rpartition("/")
+        folder, slash, base = member.name.rpartition("/")
         stem, _, ending = base.partition(".")
         key, ending = f"{folder}{slash}{stem}", ending.lower()
         if not stem:  # hidden, such as what macOS adds
@@ -144,7 +144,8 @@ def _members(file: BinaryIO, size: int) -> Iterator[_Member]:
                 f"{name or member.name} is a link; tar files with -h --hard-dereference"
             )
         if member.isreg():
-            yield _Member(name or member.name, start, length, zlib.crc32(block))
+            name = (name or member.name).removeprefix("./")
+            yield _Member(name, start, length, zlib.crc32(block))
         name = ""
     file.seek(offset)
     if file.read(64 * HEADER).strip(b"\0"):

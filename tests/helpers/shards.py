@@ -10,8 +10,20 @@ from pyarrow import parquet as pq
 from tests.helpers.common import save
 
 
+def members_of(root, labels, first=0):
+    """The members of a tar: images that are red by their number, from `first` on, and their labels,
+    if these are not None. The folder `root` is for a file."""
+    members = {}
+    for i, label in enumerate(labels, first):
+        save(root / "drawn.png", (9, 7 + i % 3), i)
+        members[f"a/{i:03}.png"] = (root / "drawn.png").read_bytes()
+        if label is not None:
+            members[f"a/{i:03}.cls"] = str(label).encode()
+    return members
+
+
 def tar(path, members):
-    """A tar of files, content by name."""
+    """Writes a tar of files, content by name; returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as file:
         for name, content in members.items():
@@ -21,29 +33,16 @@ def tar(path, members):
     return path
 
 
-def samples(root, labels, ending="cls", start=0):
-    """Members of an image for each label, which is in a file with this ending, if it is not None;
-    the images are red by their number."""
-    members = {}
-    for i, label in enumerate(labels, start):
-        save(root / "drawn.png", (9, 7 + i % 3), i)
-        members[f"a/{i:03}.png"] = (root / "drawn.png").read_bytes()
-        if label is not None:
-            members[f"a/{i:03}.{ending}"] = str(label).encode()
-    return members
-
-
 def parquet(path, members, names=None, **columns):
-    """A parquet file of images and of labels, some rows a group; `names` of the classes make the
-    labels ClassLabels."""
-    images = {name: x for name, x in members.items() if name.endswith(".png")}
-    labels = [int(x) for name, x in members.items() if name.endswith(".cls")]
-    struct = [{"bytes": x, "path": name} for name, x in images.items()]
-    columns = {"image": struct} | ({"label": labels} if labels else {}) | columns
+    """Writes a parquet file of such members, with `names` of the classes as ClassLabels; returns
+    its path. Other columns are added, or removed by None."""
+    image = [{"bytes": x, "path": name} for name, x in members.items() if name.endswith(".png")]
+    label = [int(x) for name, x in members.items() if name.endswith(".cls")]
+    columns = {"label": label, "image": image} | columns
     table = pa.table({key: column for key, column in columns.items() if column is not None})
     if names:
-        feature = {"label": {"names": names, "_type": "ClassLabel"}, "image": {"_type": "Image"}}
-        about = json.dumps({"info": {"features": feature}})
+        features = {"label": {"names": names, "_type": "ClassLabel"}, "image": {"_type": "Image"}}
+        about = json.dumps({"info": {"features": features}})
         table = table.replace_schema_metadata({"huggingface": about})
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, row_group_size=4)
