@@ -219,8 +219,8 @@ def from_command_line(described: OneLineParser) -> tuple[ConfigDict, argparse.Na
     paths = {override for override in overrides if override.startswith("data.path=")}
     if len(paths) > 1:
         raise UserError(
-            f"--config.data.path is given {len(paths)} times, as a shell does with {{...}} or * "
-            "that is not in quotes; put the pattern in quotes"
+            f"--config.data.path is given {len(paths)} times, as a shell does with {{...}} that "
+            "is not in quotes; put the pattern in quotes"
         )
     arguments = described.parse_args(others)
     config = load(arguments.config, overrides)
