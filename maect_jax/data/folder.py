@@ -78,7 +78,7 @@ class Folder(Source):
         numbers = np.arange(-1, len(self.classes), dtype=np.int32)
         self.labels = np.repeat(numbers, [len(group) for group in groups])
         if found.others:
-            _LOGGER.warning("%s: left out %s", root, _counted(found.others))
+            _LOGGER.warning("%s: left out %s", root, counted(found.others))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -119,7 +119,7 @@ def _error(text: str, kind: type[UserError] = UserError) -> UserError:
     return kind(f"config.data.path: {text}")
 
 
-def _counted(others: Counter[str]) -> str:
+def counted(others: Counter[str]) -> str:
     """Files by ending, as text: those that an extra reads, then the most frequent first."""
     needs_extra, names = {ending: ending in decode.HEIF_ENDINGS for ending in others}, []
     for ending in sorted(others, key=lambda x: (not needs_extra[x], -others[x], x)):
@@ -145,7 +145,7 @@ def _groups(found: _Listing, root: str) -> list[list[_File]]:
     if groups[""] and classes:
         example = f"{root!r} has images beside its class folders, such as {min(groups[''])[0]}"
         raise _error(f"{example}; expected <class>/<image>, or images alone, without labels")
-    left_out = f" (left out {_counted(found.others)})" if found.others else ""
+    left_out = f" (left out {counted(found.others)})" if found.others else ""
     if not found.images:
         raise _error(
             f"no images below {root!r}{left_out}; expected <class>/<image>, or images alone, with "

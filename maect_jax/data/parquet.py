@@ -6,13 +6,13 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 from pyarrow import parquet as pq
 
-from maect_jax.data.tars import Image
+from maect_jax.data.tars import Image, Listing
 from maect_jax.errors import first_of
 
 _ROWS = 64  # read at a time: a row group may be larger than the memory
 
 
-def unpack(file: BinaryIO, into: BinaryIO, label_key: str | None) -> tuple[list[Image], list[str]]:
+def unpack(file: BinaryIO, into: BinaryIO, label_key: str | None) -> Listing:
     """Writes the encoded images of a parquet file one after the other.
 
     Parquet compresses many images together, so that to read one takes as long as to read all of
@@ -24,9 +24,8 @@ def unpack(file: BinaryIO, into: BinaryIO, label_key: str | None) -> tuple[list[
       label_key: the column of the labels, numbers or names; None to read no labels.
 
     Returns:
-      Where they are in `into`, and the names of the classes in the order of their numbers, if the
-      file has them (ClassLabel). The name of an image is its path, or its row where it has none of
-      its own.
+      Where they are in `into`, and the names of the classes (ClassLabel). The name of an image is
+      its path, or its row where it has none of its own.
 
     Raises:
       ValueError: the file is damaged, or has no such columns, or images that are paths alone.
@@ -38,7 +37,7 @@ def unpack(file: BinaryIO, into: BinaryIO, label_key: str | None) -> tuple[list[
         raise ValueError(f"cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _unpacked(content: pq.ParquetFile, into: BinaryIO, label_key: str | None):
+def _unpacked(content: pq.ParquetFile, into: BinaryIO, label_key: str | None) -> Listing:
     schema = content.schema_arrow
     column, labels = _image_column(schema), None
     features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
@@ -61,7 +60,7 @@ def _unpacked(content: pq.ParquetFile, into: BinaryIO, label_key: str | None):
             offset += size
     if len({image.name for image in images}) < len(images) or any(not i.name for i in images):
         images = [image._replace(name=str(row)) for row, image in enumerate(images)]
-    return images, classes
+    return Listing(images, classes)
 
 
 def _image_column(schema: pa.Schema) -> str:

@@ -1,7 +1,7 @@
 """Images in shards: tars of WebDataset, and parquet files as HuggingFace hands them out.
 
 The index of a shard is a folder in the user's cache. `rows.npy` says of each image where its bytes
-are; worker processes map it into memory. `labels.json` has the labels that occur. The images of a
+are; worker processes map it into memory. `about.json` has the labels that occur. The images of a
 tar are read where they are; those of a parquet file, which compresses many together, are unpacked
 once, into `images`. The folder's name is a digest of the shard's path, size, time and some of its
 bytes, so that a shard that has changed is indexed again.
@@ -19,6 +19,7 @@ import tempfile
 import time
 import zlib
 from bisect import bisect
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -32,6 +33,7 @@ from tqdm import tqdm
 from maect_jax import files
 from maect_jax.data import decode, tars
 from maect_jax.data.base import Identity, Source, digest
+from maect_jax.data.folder import counted
 from maect_jax.data.shard_files import THREADS, Shard, error, storage_of
 from maect_jax.errors import RunFailedError, first_of, shown
 
@@ -63,8 +65,10 @@ class Shards(Source):
         self._opened: dict[int, np.ndarray] = {}
         try:
             rows = [self._rows(shard) for shard in range(len(shards))]
-            labels = [files.read_json(folder / "labels.json") for folder in self._folders]
-            texts, classes = ([found[key] for found in labels] for key in ("texts", "classes"))
+            about = [files.read_json(folder / "about.json") for folder in self._folders]
+            texts, classes, others = (
+                [found[key] for found in about] for key in ("texts", "classes", "others")
+            )
         except (OSError, ValueError, KeyError) as problem:
             cache = self._folders[0].parent
             raise error(f"the index in {cache} is damaged ({problem}); remove it") from problem
@@ -86,8 +90,12 @@ class Shards(Source):
                 f"{len(without)} of {len(self)} images have no label, such as "
                 f"{shown(self.name(int(without[0])))}; label all or set config.data.labels=none"
             )
-        if not label_key or len(without):
+        if len(without):
             self.classes = []
+        left_out: Counter[str] = sum(map(Counter, others), Counter())
+        if left_out:
+            where = os.path.dirname(shards[0].path)
+            _LOGGER.warning("%s: left out %s", where, counted(left_out))
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_opened": {}}
@@ -252,14 +260,13 @@ def _write(shard: Shard, draft: Path, label_key: str | None) -> None:
     """Writes the index of a shard into a folder. Raises `ValueError` if that is no such shard."""
     storage, inner = storage_of(shard.path)
     with storage.open(inner, "rb", block_size=_READ_AHEAD) as file:
-        classes: list[str] = []
         if shard.is_tar:
-            images = tars.images(file, shard.size, label_key)
+            images, classes, others = tars.listing(file, shard.size, label_key)
         else:
             from maect_jax.data import parquet  # slow to import, and workers do without
 
             with (draft / "images").open("wb") as into:
-                images, classes = parquet.unpack(file, into, label_key)
+                images, classes, others = parquet.unpack(file, into, label_key)
                 files.fsync(into)
     if not images:
         raise ValueError("has no images")
@@ -271,8 +278,8 @@ def _write(shard: Shard, draft: Path, label_key: str | None) -> None:
     rows["name"], rows["label"] = names, [codes[image.label] for image in images]
     for key in ("offset", "size", "check"):
         rows[key] = [getattr(image, key) for image in images]
-    with (draft / "labels.json").open("w", encoding="utf-8") as text:
-        json.dump({"texts": texts, "classes": classes}, text)
+    with (draft / "about.json").open("w", encoding="utf-8") as text:
+        json.dump({"texts": texts, "classes": classes, "others": others}, text)
         files.fsync(text)
     with (draft / "rows.npy").open("wb") as binary:
         np.save(binary, rows)

@@ -3,15 +3,15 @@
 import json
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import BinaryIO, NamedTuple
 
 from maect_jax.data import decode
 
 HEADER = tarfile.BLOCKSIZE  # bytes before those of a member
-_LABELS = ("cls", "json", "txt")  # endings of what holds a label, the first that there is
+_LABELS = (".cls", ".json", ".txt")  # endings of what holds a label, the first that there is
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
-_NO_DATA = (*_LINKS, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
 
 
@@ -33,6 +33,20 @@ class Image(NamedTuple):
     label: str
 
 
+class Listing(NamedTuple):
+    """What is in a shard.
+
+    Attributes:
+      images: in order.
+      classes: their names, in the order of their numbers, if the shard gives them.
+      others: how many files that are in no sample are left out, by their ending.
+    """
+
+    images: list[Image]
+    classes: Sequence[str] = ()
+    others: Mapping[str, int] = {}
+
+
 class _Member(NamedTuple):
     name: str
     offset: int
@@ -40,8 +54,8 @@ class _Member(NamedTuple):
     check: int
 
 
-def images(file: BinaryIO, size: int, label_key: str | None) -> list[Image]:
-    """The images of a tar, in order.
+def listing(file: BinaryIO, size: int, label_key: str | None) -> Listing:
+    """Lists the images of a tar.
 
     Args:
       file: the tar, which can be read anywhere.
@@ -54,13 +68,15 @@ def images(file: BinaryIO, size: int, label_key: str | None) -> list[Image]:
     """
     found: dict[str, _Member | None] = {}
     labels: dict[str, dict[str, bytes]] = {}
+    others: list[tuple[str, str]] = []
+    is_image = decode.endings().union(decode.HEIF_ENDINGS)  # without the extra they are bad images
     for member in _members(file, size):
         folder, slash, base = member.name.rpartition("/")
-        stem, _, ending = base.partition(".")
-        key, ending = f"{folder}{slash}{stem}", ending.lower()
+        stem, dot, ending = base.partition(".")
+        key, ending = f"{folder}{slash}{stem}", dot + ending.lower()
         if not stem:  # hidden, such as what macOS adds
             continue
-        if f".{ending}" in decode.endings():
+        if ending in is_image:
             if other := found.get(key):
                 raise ValueError(f"sample {key!r} has two images, {other.name} and {member.name}")
             found[key] = member
@@ -69,6 +85,8 @@ def images(file: BinaryIO, size: int, label_key: str | None) -> list[Image]:
             if label_key is not None:
                 file.seek(member.offset)
                 labels.setdefault(key, {})[ending] = file.read(member.size)
+        else:
+            others.append((key, ending))
     rows = []
     for key, image in found.items():
         if image is None:
@@ -80,14 +98,14 @@ def images(file: BinaryIO, size: int, label_key: str | None) -> list[Image]:
         except ValueError as error:
             raise ValueError(f"sample {key!r}: {error}") from error
         rows.append(Image(*image, label))
-    return rows
+    return Listing(rows, others=Counter(end for key, end in others if key not in found))
 
 
 def _label(texts: dict[str, bytes], label_key: str) -> str:
     """The label of a sample, from what is in its members by their ending."""
     for ending in _LABELS:
         text = _text(texts.get(ending, b""))
-        if text and ending == "json":
+        if text and ending == ".json":
             text = _json_label(text, label_key)
         if text := text.strip():
             return text
@@ -127,25 +145,24 @@ def _members(file: BinaryIO, size: int) -> Iterator[_Member]:
                 raise ValueError(f"is compressed ({kinds[0]}); decompress it once") from error
             raise ValueError(f"is cut off or damaged at byte {offset}: {error}") from error
         start = offset + HEADER
-        length = 0 if member.type in _NO_DATA else member.size
-        if start + length > size:
+        if member.type in _LINKS:
+            link = name or member.name
+            raise ValueError(f"{link} is a link; tar files with -h --hard-dereference")
+        if start + member.size > size:
+            end = start + member.size
             raise ValueError(
-                f"is cut off at byte {size}: {member.name} takes bytes {start} to {start + length}"
+                f"is cut off at byte {size}: {member.name} takes bytes {start} to {end}"
             )
-        offset = start + -(-length // HEADER) * HEADER
+        offset = start + -(-member.size // HEADER) * HEADER
         if member.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):  # of the next member
             file.seek(start)
-            content = file.read(length)
+            content = file.read(member.size)
             is_long = member.type == tarfile.GNUTYPE_LONGNAME
             name = _text(content.rstrip(b"\0")) if is_long else _pax_path(content) or name
             continue
-        if member.type in _LINKS:
-            raise ValueError(
-                f"{name or member.name} is a link; tar files with -h --hard-dereference"
-            )
         if member.isreg():
             name = (name or member.name).removeprefix("./")
-            yield _Member(name, start, length, zlib.crc32(block))
+            yield _Member(name, start, member.size, zlib.crc32(block))
         name = ""
     file.seek(offset)
     if file.read(64 * HEADER).strip(b"\0"):

@@ -51,7 +51,10 @@ def shards(tmp_path):
 @pytest.mark.parametrize("path", ["", "train-{000..002}.tar", "train-*.tar", "train-00{0,1,2}.tar"])
 def test_images_of_tars_are_read_at_random(shards, tmp_path, path):
     found = opened(shards / path, sources.SPLITS)
-    source = pickle.loads(pickle.dumps(found["train"]))
+    assert found["train"].name(0)
+    state = pickle.dumps(found["train"])
+    assert b"a/005.png" not in state  # a worker process maps the index
+    source = pickle.loads(state)
     assert source.classes == []
     assert source.labels.tolist() == [0, 1, 2, 0] * 3
     expected = contents(members_of(tmp_path, [None] * 12))
@@ -154,6 +157,10 @@ def test_names_of_classes_in_parquet_and_those_of_training_number_all(tmp_path):
     assert found["train"].labels.tolist() == [0, 1, 1, 0, 1]
     assert found["val"].labels.tolist() == [2, 1]
     assert found["val"][0] == (held_out["a/005.png"], 2)
+    unlabelled = members_of(tmp_path, [-1], 5)
+    parquet(tmp_path / "data" / "test.parquet", unlabelled, names)
+    found = opened(tmp_path / "data", sources.SPLITS, val_split="test")["val"]
+    assert (found.classes, found.labels.tolist()) == ([], [-1])
     parquet(tmp_path / "data" / "test.parquet", held_out)
     with pytest.raises(UserError, match="labels of train are names, those of val numbers"):
         opened(tmp_path / "data", sources.SPLITS, val_split="test")
@@ -172,7 +179,10 @@ def test_forms_of_images_in_parquet(tmp_path):
     source = opened(tmp_path)["train"]
     assert [source[1], source[0]] == [(second, 0), (first, 1)]
     assert source.name(1) == str(tmp_path / "train.parquet" / "1")
-    rows = [{"bytes": first, "path": "x.png"}, None, {"bytes": second, "path": "x.png"}]
+    rows = [{"bytes": first, "path": "x.png"}, {"bytes": second, "path": "x.png"}]
+    pq.write_table(pa.table({"image": rows}), tmp_path / "train.parquet")
+    assert opened(tmp_path)["train"].name(0) == str(tmp_path / "train.parquet" / "0")
+    rows = [{"bytes": first, "path": "x.png"}, None, {"bytes": second, "path": "y.png"}]
     pq.write_table(pa.table({"image": rows, "mask": [b""] * 3}), tmp_path / "train.parquet")
     source = opened(tmp_path)["train"]
     assert [source[0][0], source[2][0]] == [first, second]
@@ -181,18 +191,20 @@ def test_forms_of_images_in_parquet(tmp_path):
     assert [int(record(i)["bad"]) for i in range(3)] == [-1, 1, -1]
 
 
-def test_long_and_unusual_names_in_tars(tmp_path):
+def test_long_and_unusual_names_in_tars(tmp_path, caplog):
     png = contents(members_of(tmp_path, [None]))[0]
     names = [f"./{'d' * 120}/x.png", "a.b/caf\udce9.PNG", f"a.b/{'z' * 99}é.png"]
-    left_out = ["README", ".hidden.png", "a.b/._x.png", "x.seg.png", "a.b/notes.md"]
+    others = ["README", ".hidden.png", "a.b/._x.png", "x.seg.png", "a.b/notes.md"]
     for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         with tarfile.open(tmp_path / "train.tar", "w", format=form) as file:
             file.addfile(_folder("a.b"))
-            for name in names + left_out:
+            for name in names + others:
                 about = tarfile.TarInfo(name)
                 about.size, about.mtime = len(png), 1.5
                 file.addfile(about, io.BytesIO(png))
         source = opened(tmp_path)["train"]
+        left_out = "left out 3 files: 1 without an ending, 1 .md, 1 .seg.png"
+        assert caplog.messages[-1] == f"{tmp_path}: {left_out}"
         expected = [f"{tmp_path}/train.tar/{name.removeprefix('./')}" for name in names]
         assert [source.name(i) for i in range(len(source))] == expected
         assert source[2] == (png, -1)
@@ -340,9 +352,9 @@ def test_gaps_in_numbers_and_names_that_may_mean_several(shards, tmp_path, caplo
 
 
 def test_an_index_is_made_once_and_anew_for_a_shard_that_has_changed(shards, monkeypatch, tmp_path):
-    read, made = tars.images, []
+    read, made = tars.listing, []
     monkeypatch.setattr(
-        tars, "images", lambda f, *x: made.append(os.path.basename(f.name)) or read(f, *x)
+        tars, "listing", lambda f, *x: made.append(os.path.basename(f.name)) or read(f, *x)
     )
     opened(shards)
     assert sorted(made) == [f"train-00{i}.tar" for i in range(3)]
@@ -371,6 +383,8 @@ def test_images_are_what_their_shards_are(shards, tmp_path):
     seen = {first.content}
     for change in (
         lambda: tar(path, members_of(tmp_path, [0, 1, 2, 1], 4)),
+        lambda: tar(path, members_of(tmp_path, [1, 2, 3, 2], 4)),
+        lambda: tar(path, {f"b{x}": y for x, y in members_of(tmp_path, [1, 2, 3, 2], 4).items()}),
         lambda: tar(path, members_of(tmp_path, [0, 1, 2, 1], 8)),
         lambda: tar(path, members_of(tmp_path, [0, 1, 2], 8)),
         lambda: path.rename(shards / "train-003.tar"),
@@ -384,14 +398,17 @@ def test_images_are_what_their_shards_are(shards, tmp_path):
 @pytest.mark.parametrize("shorter", [False, True])
 def test_a_shard_that_is_replaced_while_it_is_read_ends_the_run(shards, tmp_path, shorter):
     """Another image must not take an image's place, with its label."""
-    source = opened(shards)["train"]
-    members = members_of(tmp_path, [0, 1, 2, 0], 20)
-    tar(shards / "train-001.tar", {} if shorter else {f"x{name}": x for name, x in members.items()})
+    source, path = opened(shards)["train"], shards / "train-001.tar"
+    if shorter:
+        _cut(path, 520)
+    else:
+        members = members_of(tmp_path, [0, 1, 2, 0], 20)
+        tar(path, {f"x{name}": x for name, x in members.items()})
     record = loader.TrainRecord(source, RGB, (4, 4), ((0.2, 1.0),), (0,))
     assert record((0, 3))["bad"] == -1
     with pytest.raises(RunFailedError, match=r"train-001\.tar: was changed after it was indexed"):
         record((0, 4))
-    (shards / "train-001.tar").unlink()  # is one bad image after the other
+    path.unlink()  # is one bad image after the other
     assert record((0, 4))["bad"] == 4
 
 
