@@ -19,6 +19,11 @@ class AbsentError(UserError):
     """There is no such folder or split of images."""
 
 
+def path_error(text: str, kind: type[UserError] = UserError) -> UserError:
+    """An error about what is in `config.data.path`."""
+    return kind(f"config.data.path: {text}")
+
+
 def digest(*parts: bytes | np.ndarray) -> str:
     """A digest of bytes and arrays, 16 characters."""
     found = hashlib.sha256()

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from maect_jax.data import decode
-from maect_jax.data.base import AbsentError, Identity, Source, digest
+from maect_jax.data.base import AbsentError, Identity, Source, digest, path_error
 from maect_jax.errors import UserError, first_of
 
 _LOGGER = logging.getLogger(__name__)
@@ -59,10 +59,10 @@ class Folder(Source):
         try:
             if not (_is_remote(root) or os.path.isdir(root)):
                 kind = UserError if os.path.lexists(root) else AbsentError
-                raise _error(f"there is no folder {root!r}{_beside(self._root)}", kind)
+                raise path_error(f"there is no folder {root!r}{_beside(self._root)}", kind)
             found = _bucket(root) if _is_remote(root) else _tree(self._root)
         except OSError as error:
-            raise _error(f"cannot list {root!r}: {error}") from error
+            raise path_error(f"cannot list {root!r}: {error}") from error
         if not labelled:
             found.classes.clear()
         self.classes, groups = found.classes, _groups(found, root)
@@ -115,10 +115,6 @@ def _is_remote(path: str) -> bool:
     return "://" in path
 
 
-def _error(text: str, kind: type[UserError] = UserError) -> UserError:
-    return kind(f"config.data.path: {text}")
-
-
 def counted(others: Counter[str]) -> str:
     """Files by ending, as text: those that an extra reads, then the most frequent first."""
     needs_extra, names = {ending: ending in decode.HEIF_ENDINGS for ending in others}, []
@@ -144,15 +140,15 @@ def _groups(found: _Listing, root: str) -> list[list[_File]]:
         groups[name if slash and classes else ""].append(file)
     if groups[""] and classes:
         example = f"{root!r} has images beside its class folders, such as {min(groups[''])[0]}"
-        raise _error(f"{example}; expected <class>/<image>, or images alone, without labels")
+        raise path_error(f"{example}; expected <class>/<image>, or images alone, without labels")
     left_out = f" (left out {counted(found.others)})" if found.others else ""
     if not found.images:
-        raise _error(
+        raise path_error(
             f"no images below {root!r}{left_out}; expected <class>/<image>, or images alone, with "
             "an ending of one of Pillow's formats, such as .jpg or .png"
         )
     if empty := [name for name in classes if not groups[name]]:
-        raise _error(f"no images in these classes of {root!r}: {first_of(empty)}{left_out}")
+        raise path_error(f"no images in these classes of {root!r}: {first_of(empty)}{left_out}")
     return list(groups.values())
 
 
@@ -168,9 +164,9 @@ def _bucket(root: str) -> _Listing:
             for below in pool.map(lambda name: storage.find(name, detail=True), folders):
                 entries += below.values()
     except FileNotFoundError:
-        raise _error(f"there is no folder {root!r}", AbsentError) from None
+        raise path_error(f"there is no folder {root!r}", AbsentError) from None
     except Exception as error:  # each kind of bucket has its own
-        raise _error(f"cannot list {root!r}: {' '.join(str(error).split())}") from error
+        raise path_error(f"cannot list {root!r}: {' '.join(str(error).split())}") from error
     found, start = _Listing(), len(top.rstrip("/")) + 1
     for entry in entries:
         path = entry["name"][start:].rstrip("/")
@@ -215,7 +211,9 @@ def _scan(root: str, path: str, above: tuple[str, ...]) -> tuple[_Listing, list]
             if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
                 real = os.path.join(above[-1], entry.name)
                 if entry.is_symlink() and (real := os.path.realpath(entry)) in above:
-                    raise _error(f"{entry.path!r} is a symbolic link that leads back into itself")
+                    raise path_error(
+                        f"{entry.path!r} is a symbolic link that leads back into itself"
+                    )
                 folders.append((name, (*above, real)))
             elif ending in endings:
                 try:

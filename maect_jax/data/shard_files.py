@@ -1,22 +1,22 @@
 """The shards of a split: from a pattern with braces or a glob to files on disk or on a bucket."""
 
+import glob
 import logging
 import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, NamedTuple
 
-from maect_jax.data.base import AbsentError
+from maect_jax.data.base import AbsentError, path_error
 from maect_jax.data.folder import STAMPS
-from maect_jax.errors import UserError, first_of, shown
+from maect_jax.errors import first_of, shown
 
 ENDINGS = (".tar", ".parquet")
 THREADS = 16  # that list and read: on storage in a network each question takes time
-_OF_NAME = (
-    "{,-*,/*}.{tar,parquet}"  # what follows the name of a split: train-00000-of-00004.parquet
-)
+_OF_NAME = "{,-*,/*}.{tar,parquet}"  # follows the name of a split: train-00000-of-00004.parquet
 _COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)$")
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _NUMBER = re.compile(r"(\d+)(-of-(\d+))?(\.\w+)$")
@@ -38,11 +38,6 @@ class Shard(NamedTuple):
         return self.path.endswith(".tar")
 
 
-def error(text: str, kind: type[UserError] = UserError) -> UserError:
-    """An error that names the key of the config."""
-    return kind(f"config.data.path: {text}")
-
-
 def storage_of(path: str) -> tuple[Any, str]:
     """The file system (of fsspec) of a path or URL, and its path there."""
     import fsspec  # slow to import, and not needed to read from a disk
@@ -60,7 +55,9 @@ def expanded(pattern: str) -> list[str]:
     if words is None:
         low, high = int(first), int(last)
         if not 0 <= high - low < _MOST:
-            raise error(f"{found[0]} in {pattern!r}: must be a range upwards, of at most {_MOST:,}")
+            raise path_error(
+                f"{found[0]} in {pattern!r}: must be a range upwards, of at most {_MOST:,}"
+            )
         is_padded = any(text.startswith("0") and len(text) > 1 for text in (first, last))
         width = max(len(first), len(last)) if is_padded else 0
         parts = [f"{number:0{width}}" for number in range(low, high + 1)]
@@ -72,7 +69,7 @@ def expanded(pattern: str) -> list[str]:
 
 def is_pattern(path: str) -> bool:
     """Whether a path names shards, and not the folder that they are in."""
-    return path.endswith((*ENDINGS, "}")) and all(map(_is_shard, expanded(path)))
+    return path.endswith((*ENDINGS, "}")) and all(x.endswith(ENDINGS) for x in expanded(path))
 
 
 def find(path: str, name: str, split: str) -> list[Shard]:
@@ -87,64 +84,62 @@ def find(path: str, name: str, split: str) -> list[Shard]:
       AbsentError: there are none.
       UserError: some are missing, are compressed as a whole, or cannot be listed.
     """
-    folder = os.path.dirname(path) if is_pattern(path) else path
-    pattern = path if is_pattern(path) and split == "train" else os.path.join(folder, name)
+    is_whole = is_pattern(path)
+    folder = os.path.dirname(path) if is_whole else glob.escape(path)
+    pattern = path if is_whole and split == "train" else os.path.join(folder, name)
+    pattern = name if "://" in name else pattern
     if _COMPRESSED.search(pattern) or _COMPRESSED.search(path):
-        raise error(f"{pattern!r}: compressed tars cannot be read at random. {_DECOMPRESS}")
-    patterns = expanded(pattern if is_pattern(pattern) else pattern + _OF_NAME)
-    scheme = folder.partition("://")[0] + "://" if "://" in folder else ""
+        raise path_error(f"{pattern!r}: compressed tars cannot be read at random. {_DECOMPRESS}")
+    is_exact = is_pattern(pattern)
+    patterns = expanded(pattern if is_exact else pattern + _OF_NAME)
     try:
-        storage, inner = storage_of(folder)
         with ThreadPoolExecutor(THREADS) as pool:
-            found = list(pool.map(lambda x: _matching(storage, storage_of(x)[1]), patterns))
+            found = dict(zip(patterns, pool.map(_matching, patterns), strict=True))
     except Exception as problem:  # each kind of bucket has its own
-        raise error(f"cannot list {pattern!r}: {' '.join(str(problem).split())}") from problem
-    shards = [
-        Shard(scheme + about["name"].lstrip("/" if scheme else ""), about["size"], _time(about))
-        for entries in found
-        for about in entries
-    ]
-    if not shards:
-        what = "" if is_pattern(pattern) else " (its name, then - or / and more, .tar or .parquet)"
-        beside = _beside(storage, inner)
-        raise error(f"no shard matches {pattern!r}{what}{beside}", AbsentError)
-    absent = [x for x, entries in zip(patterns, found, strict=True) if not entries]
-    if is_pattern(pattern) and absent:
-        raise error(f"no shard matches {first_of(absent)}; others are there")
-    if not is_pattern(pattern) and len(patterns) - len(absent) > 1:
-        several = first_of([x for x in patterns if x not in absent])
-        raise error(f"{pattern!r} may be any of {several}; name a pattern with its ending")
+        text = " ".join(str(problem).split())
+        raise path_error(f"cannot list {pattern!r}: {text}") from problem
+    absent = [x for x, shards in found.items() if not shards]
+    if len(absent) == len(found):
+        what = "" if is_exact else " (its name, then - or / and more, .tar or .parquet)"
+        text = f"no shard matches {pattern!r}{what}{_beside(os.path.dirname(pattern))}"
+        raise path_error(text, AbsentError)
+    if is_exact and absent:
+        raise path_error(f"no shard matches {first_of(absent)}; others are there")
+    if not is_exact and len(found) - len(absent) > 1:
+        several = first_of([x for x, shards in found.items() if shards])
+        raise path_error(f"{pattern!r} may be any of {several}; name a pattern with its ending")
+    unique = list(dict.fromkeys(shard for shards in found.values() for shard in shards))
     if _GLOB.search("".join(patterns)):
-        _check_numbers([shard.path for shard in shards])
-    return list(dict.fromkeys(shards))
+        _check_numbers([shard.path for shard in unique])
+    return unique
 
 
-def _is_shard(path: str) -> bool:
-    return path.endswith(ENDINGS)
-
-
-def _matching(storage, pattern: str) -> list[dict]:
-    """What a file system knows of the files that match a pattern without braces."""
-    try:
-        return [storage.info(pattern)]
-    except FileNotFoundError:
-        if not _GLOB.search(pattern):
-            return []
-    names = sorted(storage.glob(pattern))
-    found = [storage.info(name) for name in names if not os.path.basename(name).startswith(".")]
-    return [about for about in found if about["type"] != "directory"]
+def _matching(pattern: str) -> list[Shard]:
+    """The files that match a pattern without braces."""
+    storage, inner = storage_of(pattern)
+    names = [inner]
+    if _GLOB.search(inner) and not storage.isfile(inner):
+        names = [x for x in sorted(storage.glob(inner)) if not os.path.basename(x).startswith(".")]
+    scheme = pattern.partition("://")[0] + "://" if "://" in pattern else ""
+    found = []
+    for name in names:
+        with suppress(FileNotFoundError):
+            about = storage.info(name)
+            path = scheme + name.lstrip("/") if scheme and "://" not in name else name
+            if about["type"] != "directory":
+                found.append(Shard(path, about["size"], _time(about)))
+    return found
 
 
 def _time(about: dict) -> str:
     return " ".join(str(about[key]) for key in STAMPS if key in about)
 
 
-def _beside(storage, folder: str) -> str:
+def _beside(folder: str) -> str:
     """What there is in place of shards, as part of a message."""
     try:
-        names = sorted(
-            os.path.basename(name.rstrip("/")) for name in storage.ls(folder, detail=False)
-        )
+        storage, inner = storage_of(folder)
+        names = [os.path.basename(x.rstrip("/")) for x in sorted(storage.ls(inner, detail=False))]
     except Exception:  # each kind of bucket has its own
         return f"; there is no folder {shown(folder)!r}"
     has = f"has {first_of(names)}" if names else "is empty"
@@ -172,5 +167,5 @@ def _check_numbers(paths: Sequence[str]) -> None:
         ]
         text = f"{len(absent)} of {high - low + 1} shards are absent: {first_of(absent)}"
         if of:
-            raise error(f"{text}. To read a part of them, name a range, {{000..002}}")
+            raise path_error(f"{text}. To read a part of them, name a range, {{000..002}}")
         _LOGGER.warning("%s: by their numbers %s", start + "*" + ending, text)

@@ -32,17 +32,19 @@ from tqdm import tqdm
 
 from maect_jax import files
 from maect_jax.data import decode, tars
-from maect_jax.data.base import Identity, Source, digest
+from maect_jax.data.base import Identity, Source, digest, path_error
 from maect_jax.data.folder import counted
-from maect_jax.data.shard_files import THREADS, Shard, error, storage_of
+from maect_jax.data.shard_files import THREADS, Shard, storage_of
 from maect_jax.errors import RunFailedError, first_of, shown
 
 _VERSION = "1"  # of the index; another one is made anew
 _WINDOW, _WINDOWS = 4096, 4  # bytes of a shard on a disk, and places, that tell whether it changed
+_MAKERS = 8  # shards that are indexed at a time; of parquet each takes the memory of a row group
 _READ_AHEAD = 2**23  # bytes of a request, where a shard on a bucket is read from its start
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _MOST_CLASSES = 2**20  # more than any data set has
 _FEW_CLASSES = 100  # each image may have its own among so many
+_ADVICE = "Set XDG_CACHE_HOME to a folder on a larger disk, or write the images as tars"
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -71,7 +73,7 @@ class Shards(Source):
             )
         except (OSError, ValueError, KeyError) as problem:
             cache = self._folders[0].parent
-            raise error(f"the index in {cache} is damaged ({problem}); remove it") from problem
+            raise path_error(f"the index in {cache} is damaged ({problem}); remove it") from problem
         self._starts = list(accumulate(map(len, rows), initial=0))
         self._times = digest("\n".join(shard.time for shard in shards).encode())
         self._content = digest(
@@ -86,7 +88,7 @@ class Shards(Source):
         self.labels = self.labels.astype(np.int32)
         without = np.flatnonzero(self.labels < 0)
         if 0 < len(without) < len(self):
-            raise error(
+            raise path_error(
                 f"{len(without)} of {len(self)} images have no label, such as "
                 f"{shown(self.name(int(without[0])))}; label all or set config.data.labels=none"
             )
@@ -156,21 +158,23 @@ def _numbered(
     found = {text for of_shard in texts for text in of_shard}
     names = sorted(text for text in found if not _INTEGER.fullmatch(text))
     if any(order != orders[0] for order in orders):
-        raise error("the shards have different names of classes in their metadata")
+        raise path_error("the shards have different names of classes in their metadata")
     if orders[0]:
         classes = list(orders[0])
     elif not names:
         wrong = sorted(text for text in found if not -1 <= int(text) < _MOST_CLASSES)
         if wrong:
-            raise error(f"labels must be from 0 to {_MOST_CLASSES:,}, or -1: {first_of(wrong)}")
+            raise path_error(
+                f"labels must be from 0 to {_MOST_CLASSES:,}, or -1: {first_of(wrong)}"
+            )
         return [], [list(map(int, of_shard)) for of_shard in texts]
     elif len(names) < len(found):
         numbers = first_of(sorted(found.difference(names)))
-        raise error(f"some labels are names ({first_of(names)}), some are numbers ({numbers})")
+        raise path_error(f"some labels are names ({first_of(names)}), some are numbers ({numbers})")
     else:
         classes = names
         if len(names) > max(_FEW_CLASSES, count / 2):
-            raise error(
+            raise path_error(
                 f"{len(names):,} different labels of {count:,} images, such as {first_of(names)}, "
                 "are no classes. Set config.data.labels=none, or config.data.label_key"
             )
@@ -184,17 +188,18 @@ def _indexed(shards: Sequence[Shard], label_key: str | None) -> list[Path]:
         cache = files.user_cache() / "shards"
         cache.mkdir(exist_ok=True)
     except (OSError, RuntimeError) as problem:
-        raise error(
+        raise path_error(
             f"the index of the shards cannot be kept: {problem}. Set XDG_CACHE_HOME to a folder "
             "that can be written"
         ) from problem
     with ThreadPoolExecutor(THREADS) as pool:
         folders = [cache / key for key in pool.map(lambda x: _key(x, label_key), shards)]
-        todo = [pair for pair in zip(shards, folders, strict=True) if not pair[1].is_dir()]
-        if todo:
-            _check_room(cache, [shard for shard, _ in todo])
-            _LOGGER.info("indexing %d of %d shards, in %s", len(todo), len(shards), cache)
-            random.SystemRandom().shuffle(todo)  # hosts that share the cache share the work
+    todo = [pair for pair in zip(shards, folders, strict=True) if not pair[1].is_dir()]
+    if todo:
+        _check_room(cache, [shard for shard, _ in todo])
+        _LOGGER.info("indexing %d of %d shards, in %s", len(todo), len(shards), cache)
+        random.SystemRandom().shuffle(todo)  # hosts that share the cache share the work
+        with ThreadPoolExecutor(_MAKERS) as pool:
             made = pool.map(lambda pair: _make(pair[0], pair[1], label_key), todo)
             bar = dict(desc="indexing", unit="shard", leave=False)
             for _ in tqdm(made, total=len(todo), **bar, disable=not sys.stderr.isatty()):
@@ -219,7 +224,7 @@ def _key(shard: Shard, label_key: str | None) -> str:
         try:
             windows = [_read(shard.path, start, _WINDOW) for start in starts]
         except OSError as problem:
-            raise error(f"{shard.path}: cannot be read: {problem.strerror}") from problem
+            raise path_error(f"{shard.path}: cannot be read: {problem.strerror}") from problem
     return digest(json.dumps(made_of).encode(), *windows)
 
 
@@ -227,13 +232,10 @@ def _check_room(cache: Path, shards: Sequence[Shard]) -> None:
     needed = sum(shard.size for shard in shards if not shard.is_tar)
     free = shutil.disk_usage(cache).free
     if needed > free:
-        raise error(
+        raise path_error(
             f"{cache}: the images of parquet files are unpacked there, about "
             f"{needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free. {_ADVICE}"
         )
-
-
-_ADVICE = "Set XDG_CACHE_HOME to a folder on a larger disk, or write the images as tars"
 
 
 def _make(shard: Shard, folder: Path, label_key: str | None) -> None:
@@ -247,11 +249,11 @@ def _make(shard: Shard, folder: Path, label_key: str | None) -> None:
             draft.rename(folder)
     except OSError as problem:
         if problem.errno == errno.ENOSPC:
-            raise error(f"{folder.parent}: the disk is full. {_ADVICE}") from problem
+            raise path_error(f"{folder.parent}: the disk is full. {_ADVICE}") from problem
         if problem.errno != errno.ENOTEMPTY:
-            raise error(f"{shard.path}: {problem}") from problem
+            raise path_error(f"{shard.path}: {problem}") from problem
     except Exception as problem:  # each kind of bucket has its own
-        raise error(f"{shard.path}: {' '.join(str(problem).split())}") from problem
+        raise path_error(f"{shard.path}: {' '.join(str(problem).split())}") from problem
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

@@ -1,10 +1,13 @@
 """Shards: tars and parquet files, on a disk and on a bucket."""
 
 import io
+import json
 import os
 import pickle
 import shutil
+import sys
 import tarfile
+from functools import partial
 
 import fsspec
 import numpy as np
@@ -13,10 +16,14 @@ import pytest
 from ml_collections import ConfigDict
 from pyarrow import parquet as pq
 
+from maect_jax import config as configs
+from maect_jax import pipeline
 from maect_jax.data import decode, loader, shard_files, sources, subsets, tars
 from maect_jax.data.base import AbsentError
 from maect_jax.data.folder import Folder
 from maect_jax.errors import RunFailedError, UserError
+from tests.helpers import CONFIGS
+from tests.helpers.common import run_on
 from tests.helpers.shards import members_of, parquet, tar
 
 RGB = decode.Decoding(3)
@@ -457,3 +464,70 @@ def test_no_place_for_the_index_is_one_clear_error(shards, tmp_path, monkeypatch
     assert opened(shards)
     with pytest.raises(UserError, match=r"unpacked there, .*GiB are free\. Set XDG_CACHE_HOME"):
         opened(tmp_path / "p")
+
+
+def test_what_is_in_the_name_of_the_folder_is_meant_as_it_is(shards):
+    shards.rename(shards.parent / "set [1]")
+    assert len(opened(shards.parent / "set [1]")["train"]) == 12
+
+
+def test_settings_that_cannot_be_meant(shards, monkeypatch):
+    load = partial(configs.load, str(CONFIGS / "quickstart.py:test"))
+    settings = ["data.source=shards", f"data.path={shards}/train-{{000..002}}.tar"]
+    sources.check(load(settings))
+    for key, value in (("train_split", "other"), ("label_key", "")):
+        with pytest.raises(UserError, match=rf"^config\.data\.{key}='{value}': must be"):
+            sources.check(load([*settings, f"data.{key}={value}"]))
+    paths = [f"--config.data.path={shards}/train-00{i}.tar" for i in range(3)]
+    monkeypatch.setattr(sys, "argv", ["maect", "--config=quickstart:test", *paths])
+    with pytest.raises(UserError, match=r"data\.path is given 3 times.*quotes"):
+        configs.from_command_line(configs.parser("x"))
+
+
+def test_a_plan_needs_no_shards_but_none_may_be_missing(shards):
+    def planned(path):
+        settings = ["data.source=shards", f"data.path={shards}/{path}", "model.channels=3"]
+        return pipeline.images_to_plan(configs.load(str(CONFIGS / "quickstart.py:test"), settings))
+
+    assert len(planned("x-{0..3}.tar")[0]) == pipeline.IMAGENET_TRAIN
+    assert len(planned("train-{000..002}.tar")[0]) == 12
+    with pytest.raises(UserError, match=r"no shard matches .*train-003\.tar"):
+        planned("train-{000..003}.tar")
+
+
+@pytest.mark.slow
+def test_a_run_on_shards_is_that_on_the_same_files_in_a_folder(tmp_path, monkeypatch):
+    """Training, all protocols, few images of a list, the cache and the report."""
+    for split, count in (("train", 40), ("val", 20)):
+        for label, kind in enumerate("ab"):
+            members = members_of(tmp_path, [label] * (count // 2), 100 * label)
+            parquet(tmp_path / "set" / f"{split}-{label}.parquet", members, ["a", "b"])
+            for name, content in members.items():
+                path = tmp_path / "files" / split / kind / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+    (tmp_path / "few.txt").write_text("001.png\n101.png\n002\n102\n")
+    results = {}
+    for source, folder in (("shards", "set"), ("folder", "files")):
+        config = configs.load(
+            str(CONFIGS / "quickstart.py:test"),
+            [
+                "stages=('mae','head','ct','eval')", f"data.source={source}", "mae.epochs=1",
+                f"data.path={tmp_path / folder}", "data.cache=32", "monitor.every=0",
+                *(f"{stage}.batch_size=8" for stage in ("mae", "head", "ct")),
+                "head.queue_size=16", "ct.queue_size=16", "eval.knn.k=(1,)", "eval.map=pca",
+                f"eval.lowshot.lists=('{tmp_path}/few.txt',)",
+                "eval.protocols=('knn','probe','probe_augmented','lowshot','cluster')",
+            ],
+        )  # fmt: skip
+        run_on(monkeypatch, (1, 1), config, tmp_path / source)
+        scores = json.loads((tmp_path / source / "results.json").read_text())
+        results[source] = {
+            row: {x: of[x] for x in of if x not in ("made_with", "made_of", "seconds")}
+            for row, of in scores.items()
+        }
+        assert (tmp_path / source / "report.html").exists()
+        clusters = (tmp_path / source / "clusters.csv").read_text()
+        first = {"shards": "set/val-0.parquet/a/000.png", "folder": "files/val/a/a/000.png"}[source]
+        assert f"\n{tmp_path}/{first},a," in clusters
+    assert results["shards"] == results["folder"]
