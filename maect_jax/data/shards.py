@@ -8,6 +8,7 @@ bytes, so that a shard that has changed is indexed again.
 """
 
 import errno
+import io
 import json
 import logging
 import os
@@ -40,7 +41,7 @@ from maect_jax.errors import RunFailedError, first_of, shown
 _VERSION = "1"  # of the index; another one is made anew
 _WINDOW, _WINDOWS = 4096, 4  # bytes of a shard on a disk, and places, that tell whether it changed
 _MAKERS = 8  # shards that are indexed at a time; of parquet each takes the memory of a row group
-_READ_AHEAD = 2**23  # bytes of a request, where a shard on a bucket is read from its start
+_READ_AHEAD = 2**23  # bytes of a request, while a shard on a bucket is indexed
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _MOST_CLASSES = 2**20  # more than any data set has
 _FEW_CLASSES = 100  # each image may have its own among so many
@@ -64,16 +65,10 @@ class Shards(Source):
     def __init__(self, shards: Sequence[Shard], label_key: str | None):
         self._shards = list(shards)
         self._folders = _indexed(self._shards, label_key)
-        self._opened: dict[int, np.ndarray] = {}
-        try:
-            rows = [self._rows(shard) for shard in range(len(shards))]
-            about = [files.read_json(folder / "about.json") for folder in self._folders]
-            texts, classes, others = (
-                [found[key] for found in about] for key in ("texts", "classes", "others")
-            )
-        except (OSError, ValueError, KeyError) as problem:
-            cache = self._folders[0].parent
-            raise path_error(f"the index in {cache} is damaged ({problem}); remove it") from problem
+        self._maps: dict[int, np.ndarray] = {}
+        rows = [self._rows(shard) for shard in range(len(shards))]
+        about = [_about(folder / "about.json") for folder in self._folders]
+        texts, classes, others = zip(*about, strict=True)
         self._starts = list(accumulate(map(len, rows), initial=0))
         self._times = digest("\n".join(shard.time for shard in shards).encode())
         self._content = digest(
@@ -100,7 +95,7 @@ class Shards(Source):
             _LOGGER.warning("%s: left out %s", where, counted(left_out))
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_opened": {}}
+        return {**self.__dict__, "_maps": {}}
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -132,9 +127,29 @@ class Shards(Source):
         return shard, self._rows(shard)[record - self._starts[shard]]
 
     def _rows(self, shard: int) -> np.ndarray:
-        if shard not in self._opened:  # in each worker process anew
-            self._opened[shard] = np.load(self._folders[shard] / "rows.npy", mmap_mode="r")
-        return self._opened[shard]
+        if shard not in self._maps:  # in each worker process anew
+            path = self._folders[shard] / "rows.npy"
+            try:
+                self._maps[shard] = np.load(path, mmap_mode="r")
+            except Exception as problem:  # NumPy has a kind for each damage
+                raise _lost(path, problem) from problem
+        return self._maps[shard]
+
+
+def _about(path: Path) -> tuple[list[str], list[str], dict[str, int]]:
+    """The labels that occur in a shard, the names of its classes, and what else is in it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content["texts"], content["classes"], content["others"]
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise _lost(path, problem) from problem
+
+
+def _lost(path: Path, problem: Exception) -> RunFailedError:
+    return RunFailedError(
+        f"{path}: the index of a shard cannot be read ({problem}). Remove the folder it is in, and "
+        "run the command again"
+    )
 
 
 def _read(path: str, start: int, size: int) -> bytes:
@@ -143,6 +158,14 @@ def _read(path: str, start: int, size: int) -> bytes:
         return storage.cat_file(inner, start=start, end=start + size)
     with open(path, "rb", buffering=0) as file:
         return os.pread(file.fileno(), size, start)
+
+
+def _opened(path: str) -> io.BufferedReader:
+    """A file to be read from its start: of one on a bucket each request is for many headers."""
+    if "://" not in path:
+        return open(path, "rb")
+    storage, inner = storage_of(path)
+    return io.BufferedReader(storage.open(inner, "rb", cache_type="none"), _READ_AHEAD)
 
 
 def _numbered(
@@ -260,8 +283,7 @@ def _make(shard: Shard, folder: Path, label_key: str | None) -> None:
 
 def _write(shard: Shard, draft: Path, label_key: str | None) -> None:
     """Writes the index of a shard into a folder. Raises `ValueError` if that is no such shard."""
-    storage, inner = storage_of(shard.path)
-    with storage.open(inner, "rb", block_size=_READ_AHEAD) as file:
+    with _opened(shard.path) as file:
         if shard.is_tar:
             images, classes, others = tars.listing(file, shard.size, label_key)
         else:

@@ -402,6 +402,21 @@ def test_images_are_what_their_shards_are(shards, tmp_path):
         seen.add(found.content)
 
 
+def test_an_index_that_is_lost_is_one_clear_error(shards, cache):
+    source = pickle.loads(pickle.dumps(opened(shards)["train"]))
+    for rows in cache.glob("*/rows.npy"):
+        rows.write_bytes(b"")
+    with pytest.raises(RunFailedError, match=r"rows\.npy: the index of a shard cannot be read"):
+        source.name(0)
+    with pytest.raises(RunFailedError, match="Remove the folder it is in, and run the command"):
+        opened(shards)
+    for about in cache.glob("*/about.json"):
+        about.parent.joinpath("rows.npy").unlink()
+        about.write_text("{}")
+    with pytest.raises(RunFailedError, match="the index of a shard cannot be read"):
+        opened(shards)
+
+
 @pytest.mark.parametrize("shorter", [False, True])
 def test_a_shard_that_is_replaced_while_it_is_read_ends_the_run(shards, tmp_path, shorter):
     """Another image must not take an image's place, with its label."""
