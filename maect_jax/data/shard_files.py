@@ -161,7 +161,7 @@ def _check_numbers(paths: Sequence[str]) -> None:
             continue
         end = (f"-of-{of}" if of else "") + ending
         absent = [
-            os.path.basename(f"{start}{number:0{next(iter(there.values()))}}{end}")
+            os.path.basename(f"{start}{number:0{min(there.values())}}{end}")
             for number in range(low, high + 1)
             if number not in there
         ]

@@ -219,7 +219,7 @@ def _indexed(shards: Sequence[Shard], label_key: str | None) -> list[Path]:
         folders = [cache / key for key in pool.map(lambda x: _key(x, label_key), shards)]
     todo = [pair for pair in zip(shards, folders, strict=True) if not pair[1].is_dir()]
     if todo:
-        _check_room(cache, [shard for shard, _ in todo])
+        _check_room(cache, todo)
         _LOGGER.info("indexing %d of %d shards, in %s", len(todo), len(shards), cache)
         random.SystemRandom().shuffle(todo)  # hosts that share the cache share the work
         with ThreadPoolExecutor(_MAKERS) as pool:
@@ -239,8 +239,7 @@ def _indexed(shards: Sequence[Shard], label_key: str | None) -> list[Path]:
 
 def _key(shard: Shard, label_key: str | None) -> str:
     """The name of the index of a shard."""
-    read = [] if label_key is None else [label_key]
-    made_of = [_VERSION, *shard, read, sorted(decode.endings())]
+    made_of = [_VERSION, *shard, sorted(decode.endings())]
     windows = []
     if "://" not in shard.path:  # a bucket gives a hash of the content
         starts = np.linspace(0, max(shard.size - _WINDOW, 0), _WINDOWS).astype(int).tolist()
@@ -248,11 +247,18 @@ def _key(shard: Shard, label_key: str | None) -> str:
             windows = [_read(shard.path, start, _WINDOW) for start in starts]
         except OSError as problem:
             raise path_error(f"{shard.path}: cannot be read: {problem.strerror}") from problem
-    return digest(json.dumps(made_of).encode(), *windows)
+    labels = digest(json.dumps(label_key).encode())
+    return f"{digest(json.dumps(made_of).encode(), *windows)}-{labels}"
 
 
-def _check_room(cache: Path, shards: Sequence[Shard]) -> None:
-    needed = sum(shard.size for shard in shards if not shard.is_tar)
+def _unpacked(folder: Path) -> Path | None:
+    """The images of a parquet file, where they were unpacked for an index of other labels."""
+    return next(folder.parent.glob(f"{folder.name.partition('-')[0]}-*/images"), None)
+
+
+def _check_room(cache: Path, todo: Sequence[tuple[Shard, Path]]) -> None:
+    parquet = [(shard, folder) for shard, folder in todo if not shard.is_tar]
+    needed = sum(shard.size for shard, folder in parquet if not _unpacked(folder))
     free = shutil.disk_usage(cache).free
     if needed > free:
         raise path_error(
@@ -267,6 +273,8 @@ def _make(shard: Shard, folder: Path, label_key: str | None) -> None:
         return
     draft = Path(tempfile.mkdtemp(".tmp", dir=folder.parent))
     try:
+        if not shard.is_tar and (images := _unpacked(folder)):
+            os.link(images, draft / "images")
         _write(shard, draft, label_key)
         with suppress(FileExistsError):  # as above, since
             draft.rename(folder)
@@ -282,16 +290,19 @@ def _make(shard: Shard, folder: Path, label_key: str | None) -> None:
 
 
 def _write(shard: Shard, draft: Path, label_key: str | None) -> None:
-    """Writes the index of a shard into a folder. Raises `ValueError` if that is no such shard."""
+    """Writes the index of a shard into a folder, which may have its images. Raises `ValueError` if
+    that is no such shard."""
     with _opened(shard.path) as file:
         if shard.is_tar:
             images, classes, others = tars.listing(file, shard.size, label_key)
         else:
             from maect_jax.data import parquet  # slow to import, and workers do without
 
-            with (draft / "images").open("wb") as into:
+            is_there = (draft / "images").exists()
+            with open(os.devnull if is_there else draft / "images", "wb") as into:
                 images, classes, others = parquet.unpack(file, into, label_key)
-                files.fsync(into)
+                if not is_there:
+                    files.fsync(into)
     if not images:
         raise ValueError("has no images")
     texts = sorted({image.label for image in images if image.label})

@@ -306,6 +306,18 @@ def test_bad_parquet_is_one_clear_error(tmp_path, cache, columns, message):
     assert list(cache.iterdir()) == []
 
 
+def test_parquet_is_unpacked_once_whatever_its_labels_are(tmp_path, cache, monkeypatch):
+    members = members_of(tmp_path, [0, 1])
+    parquet(tmp_path / "train.parquet", members, other=[1, 1])
+    opened(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    source = opened(tmp_path, labels="none")["train"]
+    assert source[1] == (contents(members)[1], -1)
+    images = list(cache.glob("*/images"))
+    assert len(images) == 2
+    assert images[0].samefile(images[1])
+
+
 def test_damaged_parquet_and_labels_that_have_another_name(tmp_path, cache):
     path = parquet(tmp_path / "train.parquet", members_of(tmp_path, [0, 1]), ["a", "b"])
     with pytest.raises(UserError, match=r"set config\.data\.label_key to one of its labels: label"):
