@@ -201,7 +201,14 @@ def test_forms_of_images_in_parquet(tmp_path):
 def test_long_and_unusual_names_in_tars(tmp_path, caplog):
     png = contents(members_of(tmp_path, [None]))[0]
     names = [f"./{'d' * 120}/x.png", "a.b/caf\udce9.PNG", f"a.b/{'z' * 99}é.png"]
-    others = ["README", ".hidden.png", "a.b/._x.png", "x.seg.png", "a.b/notes.md"]
+    others = [
+        f"{'d' * 120}/x.npy",
+        "README",
+        ".hidden.png",
+        "a.b/._x.png",
+        "x.seg.png",
+        "a.b/notes.md",
+    ]
     for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         with tarfile.open(tmp_path / "train.tar", "w", format=form) as file:
             file.addfile(_folder("a.b"))
@@ -442,6 +449,8 @@ def test_a_shard_that_is_replaced_while_it_is_read_ends_the_run(shards, tmp_path
     assert record((0, 3))["bad"] == -1
     with pytest.raises(RunFailedError, match=r"train-001\.tar: was changed after it was indexed"):
         record((0, 4))
+    with pytest.raises(RunFailedError):
+        source[4]
     path.unlink()  # is one bad image after the other
     assert record((0, 4))["bad"] == 4
 
