@@ -220,7 +220,7 @@ def _indexed(shards: Sequence[Shard], label_key: str | None) -> list[Path]:
     todo = [pair for pair in zip(shards, folders, strict=True) if not pair[1].is_dir()]
     if todo:
         _check_room(cache, todo)
-        _LOGGER.info("indexing %d of %d shards, in %s", len(todo), len(shards), cache)
+        print(f"{len(todo)} of {len(shards)} shards are indexed once, in {cache}", flush=True)
         random.SystemRandom().shuffle(todo)  # hosts that share the cache share the work
         with ThreadPoolExecutor(_MAKERS) as pool:
             made = pool.map(lambda pair: _make(pair[0], pair[1], label_key), todo)

@@ -377,15 +377,17 @@ def test_gaps_in_numbers_and_names_that_may_mean_several(shards, tmp_path, caplo
         opened(tmp_path / "gz")
 
 
-def test_an_index_is_made_once_and_anew_for_a_shard_that_has_changed(shards, monkeypatch, tmp_path):
+def test_an_index_is_made_once_and_anew_for_a_changed_shard(shards, monkeypatch, tmp_path, capsys):
     read, made = tars.listing, []
     monkeypatch.setattr(
         tars, "listing", lambda f, *x: made.append(os.path.basename(f.name)) or read(f, *x)
     )
     opened(shards)
     assert sorted(made) == [f"train-00{i}.tar" for i in range(3)]
+    assert capsys.readouterr().out.startswith("3 of 3 shards are indexed once, in ")
     opened(shards)
     assert len(made) == 3
+    assert capsys.readouterr().out == ""
     path = shards / "train-001.tar"
     times = path.stat().st_mtime_ns
     members = members_of(tmp_path, [2, 2, 2, 0], 4)
