@@ -45,8 +45,9 @@ def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -
     if variant:
         config.model = _model(variant, patch_size, pool)
     data = config.data = ConfigDict()
-    data.source = "folder"  # fashion_mnist, folder or tfds
-    # folder: contains train/ and val/; tfds: its data_dir; for both: or an .npz file of images.
+    data.source = "folder"  # fashion_mnist, folder, shards or tfds
+    # folder: contains train/ and val/; shards: contains them, or is a pattern of those to train on,
+    # "train-{000..255}.tar"; tfds: its data_dir; for all: or an .npz file of images.
     data.path = "data/imagenet"
     data.name = "imagenet2012"  # tfds: name of the data set
     data.train_split = "train"
@@ -54,6 +55,7 @@ def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -
     # auto: the class folders, or those of a file; one class is none. none: images without labels,
     # where folders mean something else.
     data.labels = "auto"
+    data.label_key = "label"  # shards: in .json, or the column of parquet files
     data.mean = IMAGENET_MEAN
     data.std = IMAGENET_STD
     # Evaluation: the centre is cut from images that are resized so that they just cover a box of

@@ -33,7 +33,13 @@ _MODEL_KEYS = (
 )  # fmt: skip
 # Keys that runs of earlier versions lack, by section, with the values by which they ran.
 _ADDED: dict[str, dict[str, Any]] = {
-    "data": {"labels": "auto", "range": (), "max_pixels": 178_956_970, "cache": 0},
+    "data": {
+        "labels": "auto",
+        "range": (),
+        "max_pixels": 178_956_970,
+        "cache": 0,
+        "label_key": "label",
+    },
     "model": {
         "attention": "auto",
         "cls_tokens": 1,
@@ -216,6 +222,12 @@ def from_command_line(described: OneLineParser) -> tuple[ConfigDict, argparse.Na
     """
     overrides = [arg.removeprefix(_OVERRIDE) for arg in sys.argv if arg.startswith(_OVERRIDE)]
     others = [arg for arg in sys.argv[1:] if not arg.startswith(_OVERRIDE)]
+    paths = {override for override in overrides if override.startswith("data.path=")}
+    if len(paths) > 1:
+        raise UserError(
+            f"--config.data.path is given {len(paths)} times, as a shell does with {{...}} that "
+            "is not in quotes; put the pattern in quotes"
+        )
     arguments = described.parse_args(others)
     config = load(arguments.config, overrides)
     # absl's logging and grain's worker processes read absl's flags.

@@ -13,6 +13,7 @@ import numpy as np
 
 from maect_jax.errors import UserError, shown
 
+KEPT = 90 * 24 * 3600.0  # seconds that what is in the user's cache is kept
 _LOGGER = logging.getLogger(__name__)
 _PAUSES = (1.0, 4.0, 15.0, 60.0)  # seconds before a write is tried again
 # What does not pass by itself.
@@ -48,6 +49,21 @@ def expanded(text: str) -> str:
         user = path.partition("/")[0]
         raise UserError(f"{shown(text)!r}: there is no user {user[1:]!r}; a file may be ./{user}")
     return path
+
+
+def user_cache() -> Path:
+    """The private folder of what this package keeps for a user from run to run.
+
+    Raises:
+      OSError: it cannot be made, or is another user's.
+      RuntimeError: there is no home.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "maect_jax"
+    cache.mkdir(parents=True, exist_ok=True)
+    cache.chmod(0o700)  # what is in it is run
+    if cache.stat().st_uid != os.getuid():
+        raise PermissionError(f"{cache} is another user's")
+    return cache
 
 
 def user_path(text: str) -> Path:

@@ -27,7 +27,6 @@ from maect_jax.errors import UserError
 from maect_jax.run import preemption
 
 _LOGGER = logging.getLogger(__name__)
-_KEPT = 90 * 24 * 3600.0  # seconds that a compiled program is kept
 # New objects between two searches for garbage. Importing and tracing make many that stay; searched
 # through as often as by default, they take an eighth of the time to the first step.
 GARBAGE = 100_000
@@ -101,14 +100,11 @@ def _keep_programs() -> None:
     folder = jax.config.values["jax_compilation_cache_dir"]
     if folder is None:
         try:
-            cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "maect_jax"
+            cache = files.user_cache()
             folder = cache / f"jax-{jax.__version__}-{_processor()}"
-            folder.mkdir(parents=True, exist_ok=True)
-            cache.chmod(0o700)  # what is in it is run
-            if cache.stat().st_uid != os.getuid():
-                raise PermissionError(f"{cache} is another user's")
+            folder.mkdir(exist_ok=True)
             for program in cache.glob("*/*-cache"):
-                if time.time() - program.stat().st_mtime > _KEPT:
+                if time.time() - program.stat().st_mtime > files.KEPT:
                     program.unlink(missing_ok=True)
         except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
             _LOGGER.debug("compiled programs are not kept: %s", error)

@@ -232,13 +232,15 @@ def images_to_plan(config: ConfigDict) -> tuple[sources.Source, str]:
     known = _KNOWN.get(data.name if data.source == "tfds" else "imagenet2012")
     try:
         return sources.make(data, "train", channels), data.path or data.source
-    except UserError:
+    except UserError as error:
         prepared = data.source == "tfds" and not data.path.endswith(".npz")
         # For a bucket the source has said what is wrong.
         exists = data.source == "fashion_mnist" or "://" in data.path or os.path.exists(data.path)
+        if data.source == "shards":
+            exists |= not isinstance(error, AbsentError)
         if not known or (exists and not prepared):
             raise
-    why = f"there is no {data.path!r}" if data.source == "folder" else "it is not prepared"
+    why = "it is not prepared" if data.source == "tfds" else f"there is no {data.path!r}"
     name = data.name if data.source == "tfds" else "ImageNet-1k"
     return sources.Blank(known[0], channels, *known[1:]), f"{name}'s, as {why}"
 

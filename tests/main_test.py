@@ -59,7 +59,7 @@ BAD = {
     ),
     "unknown value": (
         (QUICK, "--config.data.source=jpeg"),
-        "config.data.source='jpeg': .*'fashion_mnist', 'folder', 'tfds'",
+        "config.data.source='jpeg': .*'fashion_mnist', 'folder', 'shards', 'tfds'",
     ),
 }  # fmt: skip
 

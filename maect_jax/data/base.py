@@ -3,6 +3,7 @@
 import abc
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -10,9 +11,17 @@ import numpy as np
 
 from maect_jax.errors import UserError
 
+_SAMPLED = 64  # images that are read to identify all
+_THREADS = 8  # that read them: on storage in a network each question takes time
+
 
 class AbsentError(UserError):
     """There is no such folder or split of images."""
+
+
+def path_error(text: str, kind: type[UserError] = UserError) -> UserError:
+    """An error about what is in `config.data.path`."""
+    return kind(f"config.data.path: {text}")
 
 
 def digest(*parts: bytes | np.ndarray) -> str:
@@ -101,6 +110,19 @@ class Source(abc.ABC):
     @cached_property
     def identity(self) -> Identity:
         """What tells these images from others."""
+
+    def sampled(self) -> list[bytes]:
+        """Digests of the content of some images, empty for those that cannot be read: without
+        compression other images have the same size."""
+
+        def of(record: int) -> bytes:
+            try:
+                return digest(self[record][0]).encode()
+            except Exception:  # each kind of bucket has its own
+                return b""
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return list(pool.map(of, evenly_spaced(len(self), _SAMPLED)))
 
     @cached_property
     def labels(self) -> np.ndarray:

@@ -4,7 +4,6 @@ import logging
 import os
 import stat
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,14 +13,13 @@ import numpy as np
 from etils import epath
 
 from maect_jax.data import decode
-from maect_jax.data.base import AbsentError, Identity, Source, digest, evenly_spaced
+from maect_jax.data.base import AbsentError, Identity, Source, digest, path_error
 from maect_jax.errors import UserError, first_of
 
 _LOGGER = logging.getLogger(__name__)
-_THREADS = 8  # that list and read: on storage in a network each question takes time
-_SAMPLED = 64  # files that are read to identify them
+_THREADS = 8  # that list: on storage in a network each question takes time
 # What buckets call the time or the hash of a file, each its own.
-_STAMPS = ("mtime", "LastModified", "last_modified", "md5Hash", "ETag", "blob_id")
+STAMPS = ("mtime", "LastModified", "last_modified", "md5Hash", "ETag", "blob_id")
 
 
 class _File(NamedTuple):
@@ -48,24 +46,23 @@ class Folder(Source):
 
     Args:
       root: the folder; with the extra [gcs] on a bucket, `gs://...`.
-      classes: to number the labels by, in place of `root`'s classes.
       labelled: whether folders are classes; else they mean something else.
 
     Raises:
       AbsentError: there is no such folder.
-      UserError: it has no image, or none in one of its classes, a class that is not among
-        `classes`, or a symbolic link that leads back into itself.
+      UserError: it has no image, none in one of its classes, or a symbolic link that leads back
+        into itself.
     """
 
-    def __init__(self, root: str, classes: Sequence[str] | None = None, labelled: bool = True):
+    def __init__(self, root: str, labelled: bool = True):
         self._root = root if _is_remote(root) else os.path.abspath(root)
         try:
             if not (_is_remote(root) or os.path.isdir(root)):
                 kind = UserError if os.path.lexists(root) else AbsentError
-                raise _error(f"there is no folder {root!r}{_beside(self._root)}", kind)
+                raise path_error(f"there is no folder {root!r}{_beside(self._root)}", kind)
             found = _bucket(root) if _is_remote(root) else _tree(self._root)
         except OSError as error:
-            raise _error(f"cannot list {root!r}: {error}") from error
+            raise path_error(f"cannot list {root!r}: {error}") from error
         if not labelled:
             found.classes.clear()
         self.classes, groups = found.classes, _groups(found, root)
@@ -81,17 +78,7 @@ class Folder(Source):
         numbers = np.arange(-1, len(self.classes), dtype=np.int32)
         self.labels = np.repeat(numbers, [len(group) for group in groups])
         if found.others:
-            _LOGGER.warning("%s: left out %s", root, _counted(found.others))
-        if classes is not None and self.classes:
-            if unknown := sorted(set(self.classes) - set(classes)):
-                names = first_of(unknown)
-                raise _error(
-                    f"{root!r} has classes that the training images lack: {names}. Where folders "
-                    "are no classes, set config.data.labels=none"
-                )
-            numbers = np.array([classes.index(name) for name in self.classes], np.int32)
-            self.labels = numbers[self.labels]
-            self.classes = list(classes)
+            _LOGGER.warning("%s: left out %s", root, counted(found.others))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -101,20 +88,9 @@ class Folder(Source):
 
     @cached_property
     def identity(self) -> Identity:
-        """Of the names, sizes and times of all files, and of what is in some of them: without
-        compression other images have the same size."""
-        some = evenly_spaced(len(self), _SAMPLED)
-        with ThreadPoolExecutor(_THREADS) as pool:
-            contents = list(pool.map(self._digest, some))
+        """Of the names, sizes and times of all files, and of what is in some of them."""
         names, times = self._digests
-        return Identity(len(self), digest(names.encode(), *contents), times)
-
-    def _digest(self, record: int) -> bytes:
-        """A digest of what is in a file; empty if it cannot be read."""
-        try:
-            return digest(self[record][0]).encode()
-        except Exception:  # each kind of bucket has its own
-            return b""
+        return Identity(len(self), digest(names.encode(), *self.sampled()), times)
 
     def name(self, record: int) -> str:
         """The path of a file."""
@@ -139,11 +115,7 @@ def _is_remote(path: str) -> bool:
     return "://" in path
 
 
-def _error(text: str, kind: type[UserError] = UserError) -> UserError:
-    return kind(f"config.data.path: {text}")
-
-
-def _counted(others: Counter[str]) -> str:
+def counted(others: Counter[str]) -> str:
     """Files by ending, as text: those that an extra reads, then the most frequent first."""
     needs_extra, names = {ending: ending in decode.HEIF_ENDINGS for ending in others}, []
     for ending in sorted(others, key=lambda x: (not needs_extra[x], -others[x], x)):
@@ -168,15 +140,15 @@ def _groups(found: _Listing, root: str) -> list[list[_File]]:
         groups[name if slash and classes else ""].append(file)
     if groups[""] and classes:
         example = f"{root!r} has images beside its class folders, such as {min(groups[''])[0]}"
-        raise _error(f"{example}; expected <class>/<image>, or images alone, without labels")
-    left_out = f" (left out {_counted(found.others)})" if found.others else ""
+        raise path_error(f"{example}; expected <class>/<image>, or images alone, without labels")
+    left_out = f" (left out {counted(found.others)})" if found.others else ""
     if not found.images:
-        raise _error(
+        raise path_error(
             f"no images below {root!r}{left_out}; expected <class>/<image>, or images alone, with "
             "an ending of one of Pillow's formats, such as .jpg or .png"
         )
     if empty := [name for name in classes if not groups[name]]:
-        raise _error(f"no images in these classes of {root!r}: {first_of(empty)}{left_out}")
+        raise path_error(f"no images in these classes of {root!r}: {first_of(empty)}{left_out}")
     return list(groups.values())
 
 
@@ -192,9 +164,9 @@ def _bucket(root: str) -> _Listing:
             for below in pool.map(lambda name: storage.find(name, detail=True), folders):
                 entries += below.values()
     except FileNotFoundError:
-        raise _error(f"there is no folder {root!r}", AbsentError) from None
+        raise path_error(f"there is no folder {root!r}", AbsentError) from None
     except Exception as error:  # each kind of bucket has its own
-        raise _error(f"cannot list {root!r}: {' '.join(str(error).split())}") from error
+        raise path_error(f"cannot list {root!r}: {' '.join(str(error).split())}") from error
     found, start = _Listing(), len(top.rstrip("/")) + 1
     for entry in entries:
         path = entry["name"][start:].rstrip("/")
@@ -203,7 +175,7 @@ def _bucket(root: str) -> _Listing:
         if entry["type"] == "directory":
             found.classes.append(path)
         elif (ending := decode.ending(path)) in decode.endings():
-            stamps = [str(entry[key]) for key in _STAMPS if key in entry]
+            stamps = [str(entry[key]) for key in STAMPS if key in entry]
             found.images.append(_File(path, entry["size"], stamps))
         else:
             found.others[ending] += 1
@@ -239,7 +211,9 @@ def _scan(root: str, path: str, above: tuple[str, ...]) -> tuple[_Listing, list]
             if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
                 real = os.path.join(above[-1], entry.name)
                 if entry.is_symlink() and (real := os.path.realpath(entry)) in above:
-                    raise _error(f"{entry.path!r} is a symbolic link that leads back into itself")
+                    raise path_error(
+                        f"{entry.path!r} is a symbolic link that leads back into itself"
+                    )
                 folders.append((name, (*above, real)))
             elif ending in endings:
                 try:

@@ -14,10 +14,11 @@ from etils import epath
 
 from maect_jax import config as configs
 from maect_jax.config import Rule, Rules, between, one_of, positive
-from maect_jax.data import arrays
+from maect_jax.data import arrays, shard_files
 from maect_jax.data.base import AbsentError, Identity, Source, digest
 from maect_jax.data.decode import Decoding
 from maect_jax.data.folder import Folder
+from maect_jax.data.shards import Shards
 from maect_jax.errors import UserError, first_of
 
 SPLITS = ("train", "val")
@@ -107,25 +108,28 @@ class Tfds(Source):
         return Identity(len(self), *(digest("\n".join(x).encode()) for x in (parts, times)))
 
 
-# Called with the `data` section, the split's name in it, `channels` and `classes`.
+# Called with the `data` section, the split's name in it, `split` and `channels`.
 KINDS: dict[str, Callable[..., Source]] = {
     "fashion_mnist": lambda data, name, **_: arrays.fashion_mnist(name),
-    "folder": lambda data, name, classes, **_: Folder(
-        os.path.join(data.path, name), classes, labelled=data.labels != "none"
+    "folder": lambda data, name, **_: Folder(
+        os.path.join(data.path, name), labelled=data.labels != "none"
+    ),
+    "shards": lambda data, name, split, **_: Shards(
+        shard_files.find(data.path, name, split),
+        label_key=None if data.labels == "none" else data.label_key,
     ),
     "tfds": lambda data, name, channels, **_: Tfds(data.name, name, data.path, channels),
 }
 _CHANNELS = {"fashion_mnist": (1,)}  # others decode image files, to gray or RGB
 
 
-def make(data, split: str, channels: int, classes: Sequence[str] | None = None) -> Source:
+def make(data, split: str, channels: int) -> Source:
     """The source that the `data` section of a config asks for.
 
     Args:
       data: the section. A path that ends in `.npz` is a file of arrays, whatever the source.
       split: one of `SPLITS`.
       channels: 1 (gray) or 3 (RGB); of arrays of pixels, as many as they have.
-      classes: of a folder, the training images' classes, by which all splits number their labels.
 
     Without labels, by `data.labels` or as training images that are all of one class: such a folder
     is how people keep images without labels, and every result on one class is perfect.
@@ -134,7 +138,7 @@ def make(data, split: str, channels: int, classes: Sequence[str] | None = None) 
       AbsentError: there is no such folder or split.
       UserError: the images are not what a source can be, or cannot have that many channels.
     """
-    source = _opened(data, split, channels, classes)
+    source = _opened(data, split, channels)
     if data.labels == "none":
         source.drop_labels("no labels (config.data.labels='none')")
     elif split == "train" and (name := _only_class(source)):
@@ -143,7 +147,7 @@ def make(data, split: str, channels: int, classes: Sequence[str] | None = None) 
     return source
 
 
-def _opened(data, split: str, channels: int, classes: Sequence[str] | None) -> Source:
+def _opened(data, split: str, channels: int) -> Source:
     if data.path.endswith(".npz"):
         return arrays.npz(data.path, split, _decoding(data, channels))
     allowed = _CHANNELS.get(data.source, (1, 3))
@@ -151,7 +155,7 @@ def _opened(data, split: str, channels: int, classes: Sequence[str] | None) -> S
         either = " or ".join(map(str, allowed))
         source = f"config.data.source={data.source!r}"
         raise UserError(f"config.model.channels={channels}: must be {either} for {source}")
-    return KINDS[data.source](data, data[f"{split}_split"], channels=channels, classes=classes)
+    return KINDS[data.source](data, data[f"{split}_split"], split=split, channels=channels)
 
 
 def _only_class(source: Source) -> str | None:
@@ -174,11 +178,11 @@ def splits(
         if split in images:
             continue
         train = images.get("train")
-        classes = (train.classes or None) if train else None
-        images[split] = source = make(data, split, channels, classes)
+        images[split] = source = make(data, split, channels)
         if train and train.no_labels != Source.no_labels:
             source.drop_labels(train.no_labels)
         elif train:
+            _number_alike(split, source, train)
             _compare_classes(split, source, train)
     return images
 
@@ -190,6 +194,29 @@ def decoding(config) -> Decoding:
 
 def _decoding(data, channels: int) -> Decoding:
     return Decoding(channels, data.range, data.max_pixels)
+
+
+def _number_alike(split: str, source: Source, train: Source) -> None:
+    """Numbers the labels of a split by the classes of the training images. Raises `UserError` where
+    these lack one, or only one of the two has names."""
+    if source.classes == train.classes or not (source.labelled and train.labelled):
+        return
+    if not (source.classes and train.classes):
+        named, numbered = (split, "train") if source.classes else ("train", split)
+        raise UserError(
+            f"config.data.path: the labels of {named} are names, those of {numbered} numbers; "
+            "both must be the same, or set config.data.labels=none"
+        )
+    numbers = {name: number for number, name in enumerate(train.classes)}
+    names = [source.classes[label] for label in np.unique(source.labels)]
+    if unknown := sorted(set(names) - numbers.keys()):
+        raise UserError(
+            f"config.data.path: {split} has classes that the training images lack: "
+            f"{first_of(unknown)}. Where folders are no classes, set config.data.labels=none"
+        )
+    renumbered = [numbers.get(name, -1) for name in source.classes]
+    source.labels = np.array(renumbered, np.int32)[source.labels]
+    source.classes = list(train.classes)
 
 
 def _compare_classes(split: str, source: Source, train: Source) -> None:
@@ -241,6 +268,13 @@ RULES: Rules = {
     "mean": Rule("finite numbers", lambda v, _: all(map(math.isfinite, v))),
     "std": Rule("above 0", lambda v, _: all(0 < x < math.inf for x in v)),
 }
+_SHARDS: Rules = {
+    "label_key": Rule("a name", lambda v, _: bool(v)),
+    "train_split": Rule(
+        "'train', as config.data.path names the shards to train on",
+        lambda v, data: v == "train" or not shard_files.is_pattern(data.path),
+    ),
+}
 _PACKAGED: Rules = {
     "path": Rule("empty, or set config.data.source=folder as well", lambda v, _: not v),
     **dict.fromkeys(("train_split", "val_split"), one_of(arrays.FASHION_MNIST)),
@@ -256,6 +290,7 @@ def check(config) -> None:
     )
     of_model = {"mean": per_channel, "std": per_channel, "short_side": large_enough}
     packaged = _PACKAGED if config.data.source == "fashion_mnist" else {}
+    shards = _SHARDS if config.data.source == "shards" else {}
     if packaged or config.data.path.endswith(".npz"):
         of_model["cache"] = Rule("0, as images in memory need none", lambda v, _: not v)
     else:
@@ -265,5 +300,5 @@ def check(config) -> None:
             f"0, or from {least}, the side of what an evaluation cuts, to {_LARGEST:,}",
             lambda v, _: v == 0 or least <= v <= _LARGEST,
         )
-    for rules in (RULES, packaged, of_model):
+    for rules in (RULES, packaged, shards, of_model):
         configs.check(config, "data", rules)

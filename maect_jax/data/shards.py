@@ -1,0 +1,321 @@
+"""Images in shards: tars of WebDataset, and parquet files as HuggingFace hands them out.
+
+The index of a shard is a folder in the user's cache. `rows.npy` says of each image where its bytes
+are; worker processes map it into memory. `about.json` has the labels that occur. The images of a
+tar are read where they are; those of a parquet file, which compresses many together, are unpacked
+once, into `images`. The folder's name is a digest of the shard's path, size, time and some of its
+bytes, so that a shard that has changed is indexed again.
+"""
+
+import errno
+import io
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+import zlib
+from bisect import bisect
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from maect_jax import files
+from maect_jax.data import decode, tars
+from maect_jax.data.base import Identity, Source, digest, path_error
+from maect_jax.data.folder import counted
+from maect_jax.data.shard_files import THREADS, Shard, storage_of
+from maect_jax.errors import RunFailedError, first_of, shown
+
+_VERSION = "1"  # of the index; another one is made anew
+_WINDOW, _WINDOWS = 4096, 4  # bytes of a shard on a disk, and places, that tell whether it changed
+_MAKERS = 8  # shards that are indexed at a time; of parquet each takes the memory of a row group
+_READ_AHEAD = 2**23  # bytes of a request, while a shard on a bucket is indexed
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+_MOST_CLASSES = 2**20  # more than any data set has
+_FEW_CLASSES = 100  # each image may have its own among so many
+_ADVICE = "Set XDG_CACHE_HOME to a folder on a larger disk, or write the images as tars"
+_LOGGER = logging.getLogger(__name__)
+
+
+class Shards(Source):
+    """The images of shards, one shard after the other, in the order in each.
+
+    Args:
+      shards: those of a split (`shard_files.find`).
+      label_key: of tars what holds the label in a member `.json`, of parquet files its column; None
+        for images without labels.
+
+    Raises:
+      UserError: a shard is damaged, is not what a shard can be, or cannot be indexed; or only some
+        images have labels, or some are named and some numbered.
+    """
+
+    def __init__(self, shards: Sequence[Shard], label_key: str | None):
+        self._shards = list(shards)
+        self._folders = _indexed(self._shards, label_key)
+        self._maps: dict[int, np.ndarray] = {}
+        rows = [self._rows(shard) for shard in range(len(shards))]
+        about = [_about(folder / "about.json") for folder in self._folders]
+        texts, classes, others = zip(*about, strict=True)
+        self._starts = list(accumulate(map(len, rows), initial=0))
+        self._times = digest("\n".join(shard.time for shard in shards).encode())
+        self._content = digest(
+            *(os.path.basename(shard.path).encode(errors="surrogateescape") for shard in shards),
+            json.dumps([self._starts, texts, classes]).encode(),
+            *(found[key] for found in rows for key in ("name", "size", "label")),
+        )
+        self.classes, numbers = _numbered(texts, classes, len(self))
+        codes = zip(numbers, rows, strict=True)
+        # A row without a label has the code -1, of the last element.
+        self.labels = np.concatenate([np.append(of, -1)[found["label"]] for of, found in codes])
+        self.labels = self.labels.astype(np.int32)
+        without = np.flatnonzero(self.labels < 0)
+        if 0 < len(without) < len(self):
+            raise path_error(
+                f"{len(without)} of {len(self)} images have no label, such as "
+                f"{shown(self.name(int(without[0])))}; label all or set config.data.labels=none"
+            )
+        if len(without):
+            self.classes = []
+        left_out: Counter[str] = sum(map(Counter, others), Counter())
+        if left_out:
+            where = os.path.dirname(shards[0].path)
+            _LOGGER.warning("%s: left out %s", where, counted(left_out))
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_maps": {}}
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, record: int) -> tuple[bytes, int]:
+        shard, row = self._row(record)
+        offset, size, check = (int(row[key]) for key in ("offset", "size", "check"))
+        is_tar = self._shards[shard].is_tar
+        path = self._shards[shard].path if is_tar else str(self._folders[shard] / "images")
+        header = tars.HEADER if is_tar else 0
+        content = _read(path, offset - header, header + size)
+        if len(content) < header + size or zlib.crc32(content[:header]) != check:
+            raise RunFailedError(f"{path}: was changed after it was indexed. Run the command again")
+        return content[header:], int(self.labels[record])
+
+    def name(self, record: int) -> str:
+        """The path of an image: its shard's, then its own there."""
+        shard, row = self._row(record)
+        return f"{self._shards[shard].path}/{os.fsdecode(bytes(row['name']))}"
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Of the names of the shards, of the names, sizes and labels of all images, and of what is
+        in some of them."""
+        return Identity(len(self), digest(self._content.encode(), *self.sampled()), self._times)
+
+    def _row(self, record: int) -> tuple[int, np.void]:
+        shard = bisect(self._starts, record) - 1
+        return shard, self._rows(shard)[record - self._starts[shard]]
+
+    def _rows(self, shard: int) -> np.ndarray:
+        if shard not in self._maps:  # in each worker process anew
+            path = self._folders[shard] / "rows.npy"
+            try:
+                self._maps[shard] = np.load(path, mmap_mode="r")
+            except Exception as problem:  # NumPy has a kind for each damage
+                raise _lost(path, problem) from problem
+        return self._maps[shard]
+
+
+def _about(path: Path) -> tuple[list[str], list[str], dict[str, int]]:
+    """The labels that occur in a shard, the names of its classes, and what else is in it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content["texts"], content["classes"], content["others"]
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise _lost(path, problem) from problem
+
+
+def _lost(path: Path, problem: Exception) -> RunFailedError:
+    return RunFailedError(
+        f"{path}: the index of a shard cannot be read ({problem}). Remove the folder it is in, and "
+        "run the command again"
+    )
+
+
+def _read(path: str, start: int, size: int) -> bytes:
+    if "://" in path:
+        storage, inner = storage_of(path)
+        return storage.cat_file(inner, start=start, end=start + size)
+    with open(path, "rb", buffering=0) as file:
+        return os.pread(file.fileno(), size, start)
+
+
+def _opened(path: str) -> io.BufferedReader:
+    """A file to be read from its start: of one on a bucket each request is for many headers."""
+    if "://" not in path:
+        return open(path, "rb")
+    storage, inner = storage_of(path)
+    return io.BufferedReader(storage.open(inner, "rb", cache_type="none"), _READ_AHEAD)
+
+
+def _numbered(
+    texts: Sequence[Sequence[str]], orders: Sequence[Sequence[str]], count: int
+) -> tuple[list[str], list[list[int]]]:
+    """The names of the classes, empty if they are numbers, and the numbers of labels.
+
+    Args:
+      texts: the labels that occur in each shard.
+      orders: the names of the classes that each shard gives, in the order of their numbers.
+      count: of all images.
+    """
+    found = {text for of_shard in texts for text in of_shard}
+    names = sorted(text for text in found if not _INTEGER.fullmatch(text))
+    if any(order != orders[0] for order in orders):
+        raise path_error("the shards have different names of classes in their metadata")
+    if orders[0]:
+        classes = list(orders[0])
+    elif not names:
+        wrong = sorted(text for text in found if not -1 <= int(text) < _MOST_CLASSES)
+        if wrong:
+            raise path_error(
+                f"labels must be from 0 to {_MOST_CLASSES:,}, or -1: {first_of(wrong)}"
+            )
+        return [], [list(map(int, of_shard)) for of_shard in texts]
+    elif len(names) < len(found):
+        numbers = first_of(sorted(found.difference(names)))
+        raise path_error(f"some labels are names ({first_of(names)}), some are numbers ({numbers})")
+    else:
+        classes = names
+        if len(names) > max(_FEW_CLASSES, count / 2):
+            raise path_error(
+                f"{len(names):,} different labels of {count:,} images, such as {first_of(names)}, "
+                "are no classes. Set config.data.labels=none, or config.data.label_key"
+            )
+    number_of = {name: number for number, name in enumerate(classes)}
+    return classes, [[number_of[text] for text in of_shard] for of_shard in texts]
+
+
+def _indexed(shards: Sequence[Shard], label_key: str | None) -> list[Path]:
+    """The folders of the indexes of shards, which are made where there are none."""
+    try:
+        cache = files.user_cache() / "shards"
+        cache.mkdir(exist_ok=True)
+    except (OSError, RuntimeError) as problem:
+        raise path_error(
+            f"the index of the shards cannot be kept: {problem}. Set XDG_CACHE_HOME to a folder "
+            "that can be written"
+        ) from problem
+    with ThreadPoolExecutor(THREADS) as pool:
+        folders = [cache / key for key in pool.map(lambda x: _key(x, label_key), shards)]
+    todo = [pair for pair in zip(shards, folders, strict=True) if not pair[1].is_dir()]
+    if todo:
+        _check_room(cache, todo)
+        print(f"{len(todo)} of {len(shards)} shards are indexed once, in {cache}", flush=True)
+        random.SystemRandom().shuffle(todo)  # hosts that share the cache share the work
+        with ThreadPoolExecutor(_MAKERS) as pool:
+            made = pool.map(lambda pair: _make(pair[0], pair[1], label_key), todo)
+            bar = dict(desc="indexing", unit="shard", leave=False)
+            for _ in tqdm(made, total=len(todo), **bar, disable=not sys.stderr.isatty()):
+                pass
+    for folder in folders:
+        with suppress(OSError):  # another user's, who shares the cache
+            os.utime(folder)
+    for folder in cache.iterdir():
+        with suppress(OSError):  # another process removes it
+            if time.time() - folder.stat().st_mtime > files.KEPT:
+                shutil.rmtree(folder)
+    return folders
+
+
+def _key(shard: Shard, label_key: str | None) -> str:
+    """The name of the index of a shard."""
+    made_of = [_VERSION, *shard, sorted(decode.endings())]
+    windows = []
+    if "://" not in shard.path:  # a bucket gives a hash of the content
+        starts = np.linspace(0, max(shard.size - _WINDOW, 0), _WINDOWS).astype(int).tolist()
+        try:
+            windows = [_read(shard.path, start, _WINDOW) for start in starts]
+        except OSError as problem:
+            raise path_error(f"{shard.path}: cannot be read: {problem.strerror}") from problem
+    labels = digest(json.dumps(label_key).encode())
+    return f"{digest(json.dumps(made_of).encode(), *windows)}-{labels}"
+
+
+def _unpacked(folder: Path) -> Path | None:
+    """The images of a parquet file, where they were unpacked for an index of other labels."""
+    return next(folder.parent.glob(f"{folder.name.partition('-')[0]}-*/images"), None)
+
+
+def _check_room(cache: Path, todo: Sequence[tuple[Shard, Path]]) -> None:
+    parquet = [(shard, folder) for shard, folder in todo if not shard.is_tar]
+    needed = sum(shard.size for shard, folder in parquet if not _unpacked(folder))
+    free = shutil.disk_usage(cache).free
+    if needed > free:
+        raise path_error(
+            f"{cache}: the images of parquet files are unpacked there, about "
+            f"{needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free. {_ADVICE}"
+        )
+
+
+def _make(shard: Shard, folder: Path, label_key: str | None) -> None:
+    """Makes the index of a shard, which appears as a whole."""
+    if folder.is_dir():  # by another host
+        return
+    draft = Path(tempfile.mkdtemp(".tmp", dir=folder.parent))
+    try:
+        if not shard.is_tar and (images := _unpacked(folder)):
+            os.link(images, draft / "images")
+        _write(shard, draft, label_key)
+        with suppress(FileExistsError):  # as above, since
+            draft.rename(folder)
+    except OSError as problem:
+        if problem.errno == errno.ENOSPC:
+            raise path_error(f"{folder.parent}: the disk is full. {_ADVICE}") from problem
+        if problem.errno != errno.ENOTEMPTY:
+            raise path_error(f"{shard.path}: {problem}") from problem
+    except Exception as problem:  # each kind of bucket has its own
+        raise path_error(f"{shard.path}: {' '.join(str(problem).split())}") from problem
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _write(shard: Shard, draft: Path, label_key: str | None) -> None:
+    """Writes the index of a shard into a folder, which may have its images. Raises `ValueError` if
+    that is no such shard."""
+    with _opened(shard.path) as file:
+        if shard.is_tar:
+            images, classes, others = tars.listing(file, shard.size, label_key)
+        else:
+            from maect_jax.data import parquet  # slow to import, and workers do without
+
+            is_there = (draft / "images").exists()
+            with open(os.devnull if is_there else draft / "images", "wb") as into:
+                images, classes, others = parquet.unpack(file, into, label_key)
+                if not is_there:
+                    files.fsync(into)
+    if not images:
+        raise ValueError("has no images")
+    texts = sorted({image.label for image in images if image.label})
+    codes = {"": -1, **{text: code for code, text in enumerate(texts)}}
+    names = [os.fsencode(image.name) for image in images]
+    kinds = [("offset", "<i8"), ("size", "<i8"), ("check", "<u4"), ("label", "<i4")]
+    rows = np.empty(len(images), [*kinds, ("name", f"S{max(map(len, names))}")])
+    rows["name"], rows["label"] = names, [codes[image.label] for image in images]
+    for key in ("offset", "size", "check"):
+        rows[key] = [getattr(image, key) for image in images]
+    with (draft / "about.json").open("w", encoding="utf-8") as text:
+        json.dump({"texts": texts, "classes": classes, "others": others}, text)
+        files.fsync(text)
+    with (draft / "rows.npy").open("wb") as binary:
+        np.save(binary, rows)
+        files.fsync(binary)
