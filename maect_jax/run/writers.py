@@ -255,7 +255,7 @@ class MLflow(Writer):
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # not how it makes a data base
         self._client, self._metric, kept = mlflow.MlflowClient(), Metric, _Kept(folder, "mlflow")
         experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT))
-        where = re.sub("//[^/@]*@", "//", mlflow.get_tracking_uri())  # without a password
+        where = _without_password(mlflow.get_tracking_uri())
         run = self._find(kept.get("id"))
         if run is None:
             if "id" in kept:
@@ -340,7 +340,7 @@ class _Sender:
         self._calls: queue.SimpleQueue[Callable[[Any], None] | Status] = queue.SimpleQueue()
         self._waiting: deque[Callable[[Any], None]] = deque()
         self._writer: Writer | None = None
-        self._failed = False
+        self._failed = self._closed = False
         if wait:
             self._start()
         else:
@@ -362,26 +362,32 @@ class _Sender:
     def wait(self, seconds: float) -> None:
         """Waits for the end, after `close`."""
         self._thread.join(seconds)
-        if self._thread.is_alive() or self._waiting:
+        if self._waiting or not self._closed:
             _LOGGER.warning(
                 "%s: the end of this run is not written; the same command writes it", self._name
             )
+            self._failed = True  # one warning is enough
 
     def _work(self) -> None:
         while not isinstance(call := self._calls.get(), Status):
             self._waiting.append(call)
             self._make_calls()
         status = call
-        if self._make_calls() and self._writer:
-            self._waiting.append(lambda writer: writer.close(status))
-            self._make_calls()
+        self._make_calls()
+        if self._writer:
+            self._closed = self._is_made(lambda writer: writer.close(status))
 
-    def _make_calls(self) -> bool:
-        """Makes the calls that wait, in order; returns whether none is left."""
+    def _make_calls(self) -> None:
+        """Makes the calls that wait, in order, up to one that fails."""
+        while self._waiting and self._is_made(self._waiting[0]):
+            self._waiting.popleft()
+        if self._failed and not self._waiting:
+            _LOGGER.warning("%s: is written again, with what was kept back", self._name)
+            self._failed = False
+
+    def _is_made(self, call: Callable[[Any], None]) -> bool:
         try:
-            while self._waiting:
-                self._waiting[0](self._writer)
-                self._waiting.popleft()
+            call(self._writer)
         except Exception as error:  # whatever goes wrong in a library or a network
             if not self._failed:
                 _LOGGER.warning(
@@ -390,14 +396,16 @@ class _Sender:
                 )  # fmt: skip
             self._failed = True
             return False
-        if self._failed:
-            _LOGGER.warning("%s: is written again, with what was kept back", self._name)
-        self._failed = False
         return True
 
 
+def _without_password(text: str) -> str:
+    return re.sub("//[^/@ ]*@", "//", text)
+
+
 def _reason(error: Exception) -> str:
-    return shown(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    reason = _without_password(" ".join(str(error).split())).rstrip(".")
+    return shown(f"{type(error).__name__}: {reason}")
 
 
 class Writers(NamedTuple):

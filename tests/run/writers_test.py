@@ -17,6 +17,7 @@ from maect_jax import pipeline
 from maect_jax.errors import PreemptedError, RunFailedError, UserError
 from maect_jax.evals import table
 from maect_jax.run import jsonl, writers
+from tests.helpers import wandb_server
 from tests.helpers.commands import QUICK, QUICK_SETTINGS
 from tests.helpers.common import logger_at, run_on
 
@@ -164,6 +165,28 @@ def test_each_step_of_each_stage_is_there_once_also_when_a_run_resumes(logger, t
     points = points_of(logger, tmp_path)
     once = [(step, step / 2) for step in range(1, 10)]
     assert points["mae/loss"] == points["ct/loss"] == once
+
+
+@pytest.mark.slow
+def test_wandb_goes_on_with_the_row_that_its_server_lacks(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    with wandb_server.serving() as (address, rows, ends):
+        wandb.teardown()  # it reads its settings once
+        monkeypatch.setenv("WANDB_MODE", "online")
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        stopped = [("mae", 0, range(1, 10)), ("ct", 0, range(1, 7))]
+        with pytest.raises(PreemptedError):
+            trained(tmp_path, ["wandb"], stopped, PreemptedError("a signal"))
+        assert [row["_step"] for row in rows] == list(range(1, 16))
+        del rows[-3:]  # a kill -9 before they were sent
+        trained(tmp_path, ["wandb"], [("mae", 9, ()), ("ct", 4, range(5, 10))])
+        assert [row["_step"] for row in rows] == list(range(1, 19))
+        assert [(row["ct/step"], row["ct/loss"]) for row in rows[9:]] == [
+            (step, step / 2) for step in range(1, 10)
+        ]
+        assert ends == [75, 0]
+        wandb.teardown()
 
 
 def test_the_run_stays_the_same_one_and_ends_as_it_ends(tmp_path):
