@@ -160,11 +160,22 @@ def test_each_step_of_each_stage_is_there_once_also_when_a_run_resumes(logger, t
     stopped = [("mae", 9, ()), ("ct", 2, range(3, 7))]
     with pytest.raises(PreemptedError):
         trained(tmp_path, [logger], stopped, PreemptedError("a signal"))
+    for path in tmp_path.glob("tensorboard/*/*"):  # named by the second
+        path.rename(f"{path}.before")
     trained(tmp_path, [logger], [("mae", 9, ()), ("ct", 4, range(5, 10))])  # two come again
     assert losses(tmp_path) == [step / 2 for step in (*range(1, 10), *range(1, 10))]
     points = points_of(logger, tmp_path)
     once = [(step, step / 2) for step in range(1, 10)]
     assert points["mae/loss"] == points["ct/loss"] == once
+
+
+def test_wandb_offline_counts_on_rows_that_are_in_its_file_by_now(tmp_path, monkeypatch):
+    """A kill -9 loses the others, so that they come again."""
+    need("wandb")
+    monkeypatch.setattr(writers, "_DURABLE", 0)
+    monkeypatch.setattr(writers.Wandb, "close", lambda self, _: self._run.finish())
+    trained(tmp_path, ["wandb"], [("ct", 0, range(1, 6))])
+    assert json.loads((tmp_path / "loggers" / "wandb.json").read_text())["row"] == 4
 
 
 @pytest.mark.slow
@@ -189,7 +200,7 @@ def test_wandb_goes_on_with_the_row_that_its_server_lacks(tmp_path, monkeypatch)
         wandb.teardown()
 
 
-def test_the_run_stays_the_same_one_and_ends_as_it_ends(tmp_path):
+def test_the_run_stays_the_same_one_and_ends_as_it_ends(tmp_path, monkeypatch):
     need("wandb")
     need("mlflow")
     found = []
@@ -199,6 +210,10 @@ def test_the_run_stays_the_same_one_and_ends_as_it_ends(tmp_path):
             trained(tmp_path, ("wandb", "mlflow"), [part], error)
         found.append(mlflow_run(tmp_path)[0])
     assert [run.info.status for run in found] == ["KILLED", "KILLED", "FAILED", "FINISHED"]
+    with monkeypatch.context() as patch:
+        patch.setattr(writers.MLflow, "close", lambda *_: None)  # as a kill -9 leaves it
+        trained(tmp_path, ["mlflow"], [part])
+    assert mlflow_run(tmp_path)[0].info.status == "RUNNING"
     assert len({run.info.run_id for run in found}) == 1
     *_, config, statuses, ids = wandb_points(tmp_path)
     assert statuses == [75, 75, 1, 0]
