@@ -15,7 +15,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -100,14 +100,14 @@ class TensorBoard(Writer):
     needs = (("tensorflow", "tensorboard"), ("tensorboardX",))
 
     def __init__(self, config: ConfigDict, folder: Path):
-        self._folder = folder / "tensorboard"
+        self._folder, self._make = folder / "tensorboard", _event_writer()
         self._events: dict[str, Any] = {}
         self.where = str(self._folder)
 
     def _of(self, stage: str):
         if stage not in self._events:
             shutil.rmtree(self._folder / stage, ignore_errors=True)
-            self._events[stage] = _event_writer()(str(self._folder / stage))
+            self._events[stage] = self._make(str(self._folder / stage))
         return self._events[stage]
 
     def add(self, line: Line) -> None:
@@ -193,7 +193,7 @@ class Wandb(Writer):
         )
         self._kept.note(id=run_id)
         self._image = wandb.Image
-        self._stage, self._before, self._row = "", 0, 0  # rows before those of the stage
+        self._stage, self._before, self._row = "", 0, 0  # `_before`: rows of earlier stages
         # The first that is not there yet: only the server knows what it got.
         self._first = self._run.starting_step
         if self._run.offline:
@@ -272,10 +272,10 @@ class MLflow(Writer):
         for first in range(0, len(parameters), self._MOST):
             self._client.log_batch(self._id, params=parameters[first : first + self._MOST])
         self._results = run.data.metrics
-        self._steps = {
-            name: {point.step for point in self._client.get_metric_history(self._id, name)}
-            for name in run.data.metrics
-        }
+        self._steps: dict[str, set[int]] = defaultdict(set)
+        for name in run.data.metrics:
+            points = self._client.get_metric_history(self._id, name)
+            self._steps[name] = {point.step for point in points}
         self.where = f"run {self._id} of experiment {experiment.name} in {where}"
 
     def _find(self, run_id: str | None):
@@ -294,23 +294,20 @@ class MLflow(Writer):
         # With the same time, a point that is sent again is the same.
         milliseconds = int(1000 * seconds)
         metrics = [self._metric(name, x, milliseconds, step) for name, x in values.items()]
-        self._client.log_batch(self._id, metrics=metrics)
+        if metrics:
+            self._client.log_batch(self._id, metrics=metrics)
 
     def add(self, line: Line) -> None:
-        values = {}
-        for key, value in line.values.items():
-            name = f"{line.stage}/{key}"
-            if line.step not in self._steps.setdefault(name, set()):
-                values[name] = value
-        if values:
-            self._log(values, line.step, line.time)
-            for name in values:
-                self._steps[name].add(line.step)
+        named = {f"{line.stage}/{key}": value for key, value in line.values.items()}
+        new = {name: x for name, x in named.items() if line.step not in self._steps[name]}
+        self._log(new, line.step, line.time)
+        for name in new:
+            self._steps[name].add(line.step)
 
     def add_results(self, results: Mapping[str, float]) -> None:
-        values = {f"{_RESULTS}/{name}": value for name, value in results.items()}
-        values = {name: x for name, x in values.items() if self._results.get(name) != x}
-        self._log(values, 0, time.time())
+        named = {f"{_RESULTS}/{name}": value for name, value in results.items()}
+        new = {name: x for name, x in named.items() if self._results.get(name) != x}
+        self._log(new, 0, time.time())
 
     def add_pictures(self, paths: Sequence[Path]) -> None:
         for path in paths:
@@ -477,15 +474,16 @@ def opened(config: ConfigDict, folder: Path) -> Iterator[Writers]:
       UserError: one cannot start, and the run is new. When a run resumes it is a warning.
     """
     is_new, senders, status = not (folder / "metrics.jsonl").exists(), [], Status.FAILED
+    names = dict.fromkeys(config.loggers) if jax.process_index() == 0 else ()
     try:
-        for name in dict.fromkeys(config.loggers) if jax.process_index() == 0 else ():
+        for name in names:
+            kind = WRITERS[name]
             try:
-                senders.append(_Sender(name, partial(WRITERS[name], config, folder), wait=is_new))
+                senders.append(_Sender(name, partial(kind, config, folder), wait=is_new))
             except Exception as error:
-                hint = f"; {WRITERS[name].hint}" * bool(WRITERS[name].hint)
+                what = "; ".join(filter(None, (_reason(error), kind.hint)))
                 raise UserError(
-                    f"config.loggers={config.loggers!r}: {name} cannot start: "
-                    f"{_reason(error)}{hint}"
+                    f"config.loggers={config.loggers!r}: {name} cannot start: {what}"
                 ) from error
         yield Writers(folder, tuple(senders))
         status = Status.FINISHED
