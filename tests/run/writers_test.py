@@ -55,11 +55,16 @@ def tensorboard_points(run):
             size = int.from_bytes(data[:8], "little")
             event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
             for value in event.summary.value:
-                if value.HasField("image"):
+                if value.HasField("image") or value.metadata.plugin_data.plugin_name == "images":
                     images.add(value.tag)
-                else:
-                    name = f"{path.parent.name}/{value.tag}"
-                    points.setdefault(name, []).append((event.step, value.simple_value))
+                    continue
+                number = value.simple_value
+                if value.HasField("tensor"):  # as TensorFlow writes it
+                    (number,) = value.tensor.float_val or struct.unpack(
+                        "f", value.tensor.tensor_content
+                    )
+                name = f"{path.parent.name}/{value.tag}"
+                points.setdefault(name, []).append((event.step, number))
     return points, images
 
 
