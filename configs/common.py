@@ -23,7 +23,7 @@ def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -
     config.init_from = ""  # a run, file or hf:// id to start from; "random": seeded random weights
     config.log_level = "info"  # debug: parameters, saves, and messages of the libraries
     config.log_every = 50  # steps between two lines of metrics.jsonl
-    config.tensorboard = False  # write them for TensorBoard, too (extra [tensorboard])
+    config.loggers = ()  # that get these lines, too: some of tensorboard, wandb, mlflow
     config.profile = ()  # (first, last) step of each stage that jax.profiler traces for XProf
     config.debug_nans = False  # find the operation that makes the first NaN; slow
     # A step whose loss or gradient is not finite changes nothing. stop: it ends the run; skip: at

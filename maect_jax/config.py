@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import logging
 import math
+import re
 import sys
 import types
 import unicodedata
@@ -48,6 +49,7 @@ _ADDED: dict[str, dict[str, Any]] = {
         "post_norm": False,
     },
 }
+_REPLACED = {"tensorboard": "loggers=tensorboard"}  # keys of earlier versions
 # What names files, or may.
 _PATHS = ("init_from", "data.path", "finetune.images", "eval.lowshot.lists")
 _INT64 = 2**63 - 1
@@ -148,6 +150,8 @@ def _configs_of(*folders: Path) -> Iterator[None]:
 def _override(config: ConfigDict, override: str) -> None:
     key, equals, text = override.partition("=")
     values = flat(config)
+    if key in _REPLACED:
+        raise UserError(f"--config.{key} is now --config.{_REPLACED[key]}")
     if key not in values:
         below = [name for name in values if name.startswith(f"{key}.")]
         if below:
@@ -175,6 +179,8 @@ def _parse(text: str, kind: type, before):
         if len(text) > _LONGEST or any(unicodedata.category(c) == "Cc" for c in text):
             raise ValueError("too long, or control characters")
         return text
+    if kind is tuple and re.fullmatch(r"[a-z]\w*(,[a-z]\w*)*", text):
+        text = repr(tuple(text.split(",")))  # names need no quotes
     value = ast.literal_eval(text.capitalize() if kind is bool else text)
     if kind is tuple and isinstance(value, tuple) and before:
         return tuple(_typed(element, type(before[0])) for element in value)
@@ -356,6 +362,8 @@ def read(path: Path) -> ConfigDict:
     require(path, content, "data")
     for section, values in _ADDED.items():
         content[section] = values | content[section]
+    had_events = content.pop("tensorboard", False)  # what runs of earlier versions have
+    content.setdefault("loggers", ["tensorboard"] if had_events else [])
     return ConfigDict(tuples(content))
 
 

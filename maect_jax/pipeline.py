@@ -1,5 +1,6 @@
 """Checks a config, opens its images, claims the run's folder, and runs the stages in order."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 
 from maect_jax import config as configs
 from maect_jax import sharding, train
-from maect_jax.config import Rule, Rules, between, not_negative, one_of, positive
+from maect_jax.config import Rule, Rules, between, not_negative, one_of, positive, some_of
 from maect_jax.convert import hub, importing
 from maect_jax.data import cache, sources, values
 from maect_jax.data.bad_images import BadImages
@@ -25,7 +26,7 @@ from maect_jax.data.base import AbsentError, Identity
 from maect_jax.errors import RunFailedError, UserError
 from maect_jax.evals import finetuned, monitor, runner, table
 from maect_jax.models import vit
-from maect_jax.run import checkpoints, folder, lineage, logger, snapshots
+from maect_jax.run import checkpoints, folder, lineage, logger, snapshots, writers
 from maect_jax.run.folder import Run
 from maect_jax.stages import STAGES
 from maect_jax.stages.base import Stage
@@ -52,6 +53,7 @@ RULES: Rules = {
     "monitor.every": not_negative,
     "nan_limit": not_negative,
     "log_level": one_of(("info", "debug")),
+    "loggers": some_of(writers.WRITERS),
     "nan_policy": one_of(logger.NAN_POLICIES),
     "profile": Rule(
         "(), or the first step and the last, from 1 on",
@@ -277,8 +279,7 @@ def prepare(config: ConfigDict, workdir: Path) -> lineage.Saved | None:
     before = configs.read(path) if path.exists() else origin and origin.config
     _set_short_side(config, before)
     check(config, jax.device_count())
-    if config.tensorboard:
-        logger.tensorboard_writer()
+    writers.check(config)
     if origin:
         lineage.check_fits(origin, config)
     return origin
@@ -333,6 +334,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
                     f"--workdir={workdir}: all hosts must see this folder, on storage that they "
                     "share"
                 )
+        with sharding.together():
+            loggers = stack.enter_context(writers.opened(config, workdir))
+            opened = dataclasses.replace(opened, writers=loggers)
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(jax.debug_nans(config.debug_nans))
         try:
@@ -371,6 +375,7 @@ def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None
         if name == EVAL:
             rows = origin.rows() if origin else {}
             results = runner.run(run, images, bad_images=bad_images, encoders=rows)
+            run.writers.add_results(table.percentages(results))
             if is_main:
                 print(f"\n{table.text(table.cells(results))}", flush=True)
             continue
@@ -394,10 +399,12 @@ def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None
         origin = lineage.SavedStage(run.folder, name)
         if stage.needs_labels:
             result = finetuned.classify(run, images=images, bad_images=bad_images["val"])
+            run.writers.add_results(table.percentages({name: {name: result}}))
             if is_main:
                 print(finetuned.text(result), flush=True)
     if is_main:
         print(f"\n{build.report(run.folder, originals)}")
+        run.writers.add_pictures()
 
 
 def dry_run(config: ConfigDict) -> None:
@@ -413,6 +420,7 @@ def dry_run(config: ConfigDict) -> None:
         start = f"nothing yet: {error}"
     _set_short_side(config, None if isinstance(start, str) else start.config)
     check(config, jax.device_count())
+    writers.check(config)
     mesh = sharding.make_mesh(**config.mesh)
     images, whose = images_to_plan(config)
     if isinstance(images, sources.Blank):
@@ -423,6 +431,8 @@ def dry_run(config: ConfigDict) -> None:
     if config.stages[0] == EVAL or STAGES[config.stages[0]].takes:
         print(f"from {start}")
     print("\n".join(_described(config, images)))
+    if config.loggers:
+        print(f"loggers: {', '.join(config.loggers)}")
 
 
 def _title(config: ConfigDict, images: sources.Source, whose: str, mesh) -> str:

@@ -106,6 +106,7 @@ def run(training: Training) -> None:
     checkpoints = Checkpoints(stage_folder(training.run.folder, stage.name), keep, best, on_saved)
     done, folder = checkpoints.latest or 0, stage_folder(training.run.folder, stage.name)
     position = read_position(folder, done) if done else {}
+    training.run.writers.catch_up(stage.name, done)
     if done and done == position["steps"]:  # an earlier call has finished it
         checkpoints.close()
         if difference := images.identity.difference(_identity(position)):

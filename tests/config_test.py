@@ -206,6 +206,7 @@ def test_showpiece_has_the_known_number_of_parameters():
         ("ct.epochs", r"write --config.ct.epochs=VALUE"),
         ("ct.crop_scale=('a','b')", r"expected tuple, such as \(0.08, 1.0\)"),
         ("model.image_size=224", r"expected tuple, such as \(224, 224\)"),
+        ("ct.crop_scale=a,b", r"expected tuple, such as \(0.08, 1.0\)"),
     ],
 )
 def test_override_that_is_wrong_is_one_clear_line(override, message):

@@ -17,6 +17,7 @@ from maect_jax import config as configs
 from maect_jax.data.base import Identity
 from maect_jax.errors import UserError
 from maect_jax.run import checkpoints, lineage, lock
+from maect_jax.run.writers import NO_WRITERS, Writers
 
 _LOGGER = logging.getLogger(__name__)
 _SHOWN = 5  # differing keys in an error
@@ -24,7 +25,7 @@ _SHOWN = 5  # differing keys in an error
 # what is computed; `data.max_pixels` changes which images are bad, as repairing files does. The
 # mesh, the parts of a batch and what is computed twice change the rounding.
 _MAY_CHANGE = (
-    "log_level", "log_every", "tensorboard", "profile", "debug_nans", "nan_policy", "nan_limit",
+    "log_level", "log_every", "loggers", "profile", "debug_nans", "nan_policy", "nan_limit",
     "checkpoint.", "monitor.", "mesh.", "encoder_microbatches", "remat", "data.workers",
     "data.max_bad_fraction", "data.max_pixels", "eval.",
 )  # fmt: skip
@@ -52,6 +53,7 @@ class Run:
     mesh: Mesh  # of devices; the current one
     # Raises `RunFailedError` if another process has taken the folder.
     check_lock: Callable[[], None] = lambda: None
+    writers: Writers = NO_WRITERS  # its loggers
 
 
 @contextmanager

@@ -1,24 +1,20 @@
-"""What a run writes while it trains: `metrics.jsonl`, `bad_steps.jsonl`, TensorBoard's events, a
-progress bar and a profile."""
+"""What a run writes while it trains: `metrics.jsonl`, `bad_steps.jsonl`, a progress bar and a
+profile; its loggers get the lines of `metrics.jsonl`, too."""
 
-import importlib.util
 import logging
 import math
-import os
-import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from maect_jax import sharding
-from maect_jax.errors import RunFailedError, UserError
+from maect_jax.errors import RunFailedError
 from maect_jax.run import jsonl
 from maect_jax.run.folder import Run
 from maect_jax.run.preemption import Action
@@ -26,35 +22,6 @@ from maect_jax.stages.base import Stage
 
 NAN_POLICIES = ("stop", "skip")
 _LOGGER = logging.getLogger(__name__)
-
-
-def tensorboard_writer() -> type:
-    """The class of a writer for a folder, with `write_scalars(step, values)` and `close()`: clu's
-    if TensorFlow and tensorboard are installed, else tensorboardX's. Raises `UserError` if neither
-    is."""
-    if all(importlib.util.find_spec(name) for name in ("tensorflow", "tensorboard")):
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        from clu.metric_writers import SummaryWriter
-
-        return SummaryWriter
-    try:
-        import tensorboardX
-    except ImportError as error:
-        package = "tensorboardX (pip install 'maect_jax[tensorboard]')"
-        raise UserError(f"config.tensorboard=True: needs {package} or TensorFlow") from error
-
-    class Writer(tensorboardX.SummaryWriter):
-        def write_scalars(self, step, values):
-            for name, value in values.items():
-                self.add_scalar(name, value, step)
-
-    return Writer
-
-
-def _finite(line: dict) -> dict[str, float]:
-    """The scalars of a line of `metrics.jsonl` that TensorBoard can show."""
-    scalars = {k: v for k, v in line.items() if k not in ("stage", "step")}
-    return {key: v for key, v in scalars.items() if v is not None and math.isfinite(v)}
 
 
 class Logger:
@@ -85,7 +52,7 @@ class Logger:
         self._last_line = (self._start, done)
         self._waited = 0.0
         self._lines: jsonl.Writer | None = None
-        self._events: Any = None  # of `tensorboard_writer`
+        self._writers = run.writers
         self._writing = threading.Lock()  # checkpoints write from a thread of their own
         self._trace = ExitStack()
         self._bad_steps = run.folder / "bad_steps.jsonl"
@@ -94,8 +61,6 @@ class Logger:
             before = jsonl.truncate(run.folder / "metrics.jsonl", stage.name, done)
             self._start -= max((entry.get("seconds", 0.0) for entry in before), default=0.0)
             self._lines = jsonl.Writer(run.folder / "metrics.jsonl")
-            if run.config.tensorboard:
-                self._start_events(before)
         bad = jsonl.read(self._bad_steps)
         self._skipped = sum(e["stage"] == stage.name and e["step"] <= done for e in bad)
         interval = 0.5 if sys.stderr.isatty() else 30  # a log file needs few lines
@@ -104,15 +69,6 @@ class Logger:
             unit_scale=True, desc=f"{stage.name:>4}", disable=not self._is_main,
             dynamic_ncols=True, mininterval=interval,
         )  # fmt: skip
-
-    def _start_events(self, lines: list[dict]) -> None:
-        """Writes TensorBoard's events of a stage anew, so that none comes twice and none is missing
-        if they were switched on late."""
-        folder = self._folder / "tensorboard" / self._stage
-        shutil.rmtree(folder, ignore_errors=True)
-        self._events = tensorboard_writer()(str(folder))
-        for line in lines:
-            self._events.write_scalars(line["step"], _finite(line))
 
     def wait_for(self, stream: Iterator[dict]) -> dict:
         """The next batch of a stream; the time that it takes is counted."""
@@ -202,8 +158,7 @@ class Logger:
             line["seconds"] = time.monotonic() - self._start
             with self._writing:
                 self._lines.add(line)
-                if self._events:
-                    self._events.write_scalars(step, _finite(line))
+                self._writers.add(line)
 
     def time_apart(self, step: int, measure: Callable, state) -> dict[str, float]:
         """Writes a line of what `measure(state)` returns; its time does not count in the rates."""
@@ -222,5 +177,5 @@ class Logger:
     def close(self) -> None:
         self._trace.close()
         self._bar.close()
-        for writer in filter(None, (self._lines, self._events)):
-            writer.close()
+        if self._lines:
+            self._lines.close()

@@ -12,6 +12,7 @@ from PIL import Image
 from maect_jax import config as configs
 from maect_jax.run.folder import Run
 from maect_jax.run.logger import Logger
+from maect_jax.run.writers import NO_WRITERS
 from tests.helpers import CONFIGS
 
 
@@ -81,8 +82,9 @@ def assert_trees_equal(a, b) -> None:
         np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 
 
-def logger_at(folder, done, steps, stage="ct", **settings):
+def logger_at(folder, done, steps, stage="ct", writers=NO_WRITERS, **settings):
     """A logger of a stage of so many steps, with batches of one image."""
-    defaults = dict(log_every=1, profile=(), tensorboard=False)
+    defaults = dict(log_every=1, profile=())
     config = ConfigDict(defaults | settings | {stage: {"batch_size": 1}})
-    return Logger(Run(config, folder, None), SimpleNamespace(name=stage, steps=steps), done, str)
+    run = Run(config, folder, None, writers=writers)
+    return Logger(run, SimpleNamespace(name=stage, steps=steps), done, str)

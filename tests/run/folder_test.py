@@ -16,9 +16,9 @@ import pytest
 from maect_jax import config
 from maect_jax.data.base import Identity
 from maect_jax.errors import RunFailedError, UserError
-from maect_jax.run import folder, jsonl, lock, logger
+from maect_jax.run import folder, lock
 from tests.helpers import CONFIGS
-from tests.helpers.common import logger_at, mae_config, run_on
+from tests.helpers.common import mae_config, run_on
 
 
 def config_with(*overrides):
@@ -259,48 +259,6 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", read_only)
     with pytest.raises(UserError, match=r"cannot write there: .*Read-only file system"):
         claim(tmp_path)
-
-
-def logged(path, tensorboard, done, steps):
-    log = logger_at(path, done, 9, tensorboard=tensorboard)
-    for step in steps:
-        scalars = {"loss": step / 2, "finite": True, "action": 0}
-        log.add(step, scalars, None)
-    log.flush()
-    log.close()
-
-
-def events(folder):
-    """Steps and losses, read as TensorBoard reads them."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    found = []
-    for path in folder.iterdir():
-        data = path.read_bytes()
-        while data:
-            size = int.from_bytes(data[:8], "little")
-            event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
-            found += [
-                (event.step, value.simple_value) for value in event.summary.value
-                if value.tag == "loss"
-            ]  # fmt: skip
-    return found
-
-
-def test_tensorboard_has_each_step_once_also_when_a_stage_goes_on(tmp_path):
-    path, folder = tmp_path / "metrics.jsonl", tmp_path / "tensorboard" / "ct"
-    logged(tmp_path, False, 0, range(1, 3))  # it was off at first
-    logged(tmp_path, True, 2, range(3, 7))
-    logged(tmp_path, True, 4, range(5, 10))  # it was stopped after step 6, and goes on from 4
-    assert [line["step"] for line in jsonl.read(path)] == list(range(1, 10))
-    assert events(folder) == [(step, step / 2) for step in range(1, 10)]
-
-
-def test_tensorboard_wants_a_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    monkeypatch.setattr(logger.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs tensorboardX \(pip install 'maect_jax\[tensor"):
-        logger.tensorboard_writer()
 
 
 def test_a_folder_of_other_files_is_refused(tmp_path):
