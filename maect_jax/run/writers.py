@@ -471,7 +471,8 @@ def opened(config: ConfigDict, folder: Path) -> Iterator[Writers]:
     """Starts the loggers that a config names, on process 0, and ends them with the run.
 
     Raises:
-      UserError: one cannot start, and the run is new. When a run resumes it is a warning.
+      UserError: one cannot be imported, or cannot start and the run is new; when a run resumes,
+        that is a warning.
     """
     is_new, senders, status = not (folder / "metrics.jsonl").exists(), [], Status.FAILED
     names = dict.fromkeys(config.loggers) if jax.process_index() == 0 else ()
@@ -479,6 +480,9 @@ def opened(config: ConfigDict, folder: Path) -> Iterator[Writers]:
         for name in names:
             kind = WRITERS[name]
             try:
+                # Here, as two threads that import at once may disturb each other.
+                for module in next(filter(_are_installed, kind.needs)):
+                    importlib.import_module(module)
                 senders.append(_Sender(name, partial(kind, config, folder), wait=is_new))
             except Exception as error:
                 what = "; ".join(filter(None, (_reason(error), kind.hint)))
