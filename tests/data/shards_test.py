@@ -7,6 +7,7 @@ import pickle
 import shutil
 import sys
 import tarfile
+import time
 from functools import partial
 
 import fsspec
@@ -397,6 +398,18 @@ def test_an_index_is_made_once_and_anew_for_a_changed_shard(shards, monkeypatch,
     assert made[3:] == ["train-001.tar"]
     opened(shards, labels="none")
     assert len(made) == 7
+
+
+def test_what_no_run_uses_is_removed(shards, cache):
+    opened(shards)
+    used = set(cache.iterdir())
+    for name, days in {"old": 91, "recent": 89, "cut.tmp": 2, "draft.tmp": 0}.items():
+        (cache / name).mkdir()
+        os.utime(cache / name, (time.time() - days * 86400,) * 2)
+    for folder in used:
+        os.utime(folder, (0, 0))
+    opened(shards)
+    assert set(cache.iterdir()) == {*used, cache / "recent", cache / "draft.tmp"}
 
 
 def test_images_are_what_their_shards_are(shards, tmp_path):
