@@ -109,7 +109,7 @@ class Shards(Source):
         header = tars.HEADER if is_tar else 0
         content = _read(path, offset - header, header + size)
         if len(content) < header + size or zlib.crc32(content[:header]) != check:
-            raise RunFailedError(f"{path}: was changed after it was indexed. Run the command again")
+            raise RunFailedError(f"{path}: was changed after it was indexed")
         return content[header:], int(self.labels[record])
 
     def name(self, record: int) -> str:
@@ -148,8 +148,7 @@ def _about(path: Path) -> tuple[list[str], list[str], dict[str, int]]:
 
 def _lost(path: Path, problem: Exception) -> RunFailedError:
     return RunFailedError(
-        f"{path}: the index of a shard cannot be read ({problem}). Remove the folder it is in, and "
-        "run the command again"
+        f"{path}: the index of a shard cannot be read ({problem}). Remove the folder that it is in"
     )
 
 

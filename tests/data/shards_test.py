@@ -442,7 +442,7 @@ def test_an_index_that_is_lost_is_one_clear_error(shards, cache):
         rows.write_bytes(b"")
     with pytest.raises(RunFailedError, match=r"rows\.npy: the index of a shard cannot be read"):
         source.name(0)
-    with pytest.raises(RunFailedError, match="Remove the folder it is in, and run the command"):
+    with pytest.raises(RunFailedError, match=r"cannot be read \(.*\)\. Remove the folder"):
         opened(shards)
     for about in cache.glob("*/about.json"):
         about.parent.joinpath("rows.npy").unlink()
