@@ -9,7 +9,7 @@ from pyarrow import parquet as pq
 from maect_jax.data.tars import Image, Listing
 from maect_jax.errors import first_of
 
-_ROWS = 64  # read at a time: a row group may be larger than the memory
+_ROWS = 64  # taken at a time of a row group, which is in memory as a whole
 
 
 def unpack(file: BinaryIO, into: BinaryIO, label_key: str | None) -> Listing:

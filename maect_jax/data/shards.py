@@ -42,6 +42,7 @@ _VERSION = "1"  # of the index; another one is made anew
 _WINDOW, _WINDOWS = 4096, 4  # bytes of a shard on a disk, and places, that tell whether it changed
 _MAKERS = 8  # shards that are indexed at a time; of parquet each takes the memory of a row group
 _READ_AHEAD = 2**23  # bytes of a request, while a shard on a bucket is indexed
+_DRAFT, _DAY = ".tmp", 24 * 3600.0  # of a process that was killed
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _MOST_CLASSES = 2**20  # more than any data set has
 _FEW_CLASSES = 100  # each image may have its own among so many
@@ -108,7 +109,7 @@ class Shards(Source):
         header = tars.HEADER if is_tar else 0
         content = _read(path, offset - header, header + size)
         if len(content) < header + size or zlib.crc32(content[:header]) != check:
-            raise RunFailedError(f"{path}: was changed after it was indexed. Run the command again")
+            raise RunFailedError(f"{path}: was changed after it was indexed")
         return content[header:], int(self.labels[record])
 
     def name(self, record: int) -> str:
@@ -147,8 +148,7 @@ def _about(path: Path) -> tuple[list[str], list[str], dict[str, int]]:
 
 def _lost(path: Path, problem: Exception) -> RunFailedError:
     return RunFailedError(
-        f"{path}: the index of a shard cannot be read ({problem}). Remove the folder it is in, and "
-        "run the command again"
+        f"{path}: the index of a shard cannot be read ({problem}). Remove the folder that it is in"
     )
 
 
@@ -232,7 +232,8 @@ def _indexed(shards: Sequence[Shard], label_key: str | None) -> list[Path]:
             os.utime(folder)
     for folder in cache.iterdir():
         with suppress(OSError):  # another process removes it
-            if time.time() - folder.stat().st_mtime > files.KEPT:
+            kept = _DAY if folder.suffix == _DRAFT else files.KEPT
+            if time.time() - folder.stat().st_mtime > kept:
                 shutil.rmtree(folder)
     return folders
 
@@ -271,7 +272,7 @@ def _make(shard: Shard, folder: Path, label_key: str | None) -> None:
     """Makes the index of a shard, which appears as a whole."""
     if folder.is_dir():  # by another host
         return
-    draft = Path(tempfile.mkdtemp(".tmp", dir=folder.parent))
+    draft = Path(tempfile.mkdtemp(_DRAFT, dir=folder.parent))
     try:
         if not shard.is_tar and (images := _unpacked(folder)):
             os.link(images, draft / "images")

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import sys
 import tarfile
+import time
 from functools import partial
 
 import fsspec
@@ -399,6 +400,18 @@ def test_an_index_is_made_once_and_anew_for_a_changed_shard(shards, monkeypatch,
     assert len(made) == 7
 
 
+def test_what_no_run_uses_is_removed(shards, cache):
+    opened(shards)
+    used = set(cache.iterdir())
+    for name, days in {"old": 91, "recent": 89, "cut.tmp": 2, "draft.tmp": 0}.items():
+        (cache / name).mkdir()
+        os.utime(cache / name, (time.time() - days * 86400,) * 2)
+    for folder in used:
+        os.utime(folder, (0, 0))
+    opened(shards)
+    assert set(cache.iterdir()) == {*used, cache / "recent", cache / "draft.tmp"}
+
+
 def test_images_are_what_their_shards_are(shards, tmp_path):
     """By name, size, label, time and content, wherever they are."""
     path = shards / "train-001.tar"
@@ -429,7 +442,7 @@ def test_an_index_that_is_lost_is_one_clear_error(shards, cache):
         rows.write_bytes(b"")
     with pytest.raises(RunFailedError, match=r"rows\.npy: the index of a shard cannot be read"):
         source.name(0)
-    with pytest.raises(RunFailedError, match="Remove the folder it is in, and run the command"):
+    with pytest.raises(RunFailedError, match=r"cannot be read \(.*\)\. Remove the folder"):
         opened(shards)
     for about in cache.glob("*/about.json"):
         about.parent.joinpath("rows.npy").unlink()
