@@ -41,7 +41,7 @@ BAD = {
     ),
     "top-k and queue": ((QUICK, "--config.ct.top_k=600"), "config.ct.top_k=600: .* 512"),
     "frozen and depth": (
-        (QUICK, "--config.ct.frozen_blocks=5"), "config.ct.frozen_blocks=5: .* depth, 4",
+        (QUICK, "--config.ct.frozen_blocks=5"), "config.ct.frozen_blocks=5: .* from 0 to 4",
     ),
     "no predecessor": (
         ("--config=configs/ct_vitb16.py:test", "--config.init_from=runs/absent"),
