@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from maect_jax import files
 from maect_jax.convert import names, tensors
 from maect_jax.convert.importing import LN_EPS, ROTARY_BASE, ROTARY_EPS
+from maect_jax.data import sources
 from maect_jax.errors import UserError
 from maect_jax.models import positions, vit
 from maect_jax.stages import SAVED
@@ -348,7 +349,8 @@ def _card(model: Model, file: Path, format: str, left_out: Sequence[str]) -> str
     return template.render(
         model=model,
         config=model.config,
-        data=model.config.get("data", {}),
+        data=(data := model.config.get("data", {})),
+        images=sources.title(data) if "source" in data else "",
         pooled=_HF_KINDS[model.hf_kind].pooled if model.hf_kind else "",
         title=kind.title.replace("{} ", ""),
         size=size,

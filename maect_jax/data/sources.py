@@ -158,6 +158,13 @@ def _opened(data, split: str, channels: int) -> Source:
     return KINDS[data.source](data, data[f"{split}_split"], split=split, channels=channels)
 
 
+def title(data) -> str:
+    """What a `data` section calls its images: the name of a TFDS set, else the path, if any."""
+    if data.source == "tfds" and not data.path.endswith(".npz"):
+        return data.name
+    return data.path or data.source
+
+
 def _only_class(source: Source) -> str | None:
     """The name of the class of all images, if they are of one."""
     if source.reads_labels:  # to read them all takes as long as an epoch

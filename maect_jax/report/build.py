@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from maect_jax import config as configs
 from maect_jax import files
 from maect_jax.data.base import evenly_spaced
-from maect_jax.data.sources import Source
+from maect_jax.data.sources import Source, title
 from maect_jax.errors import UserError, first_of
 from maect_jax.evals import cluster, features, maps, paper, runner, table
 from maect_jax.models import vit
@@ -192,7 +192,8 @@ def _evaluation(config: ConfigDict, images: Mapping[str, Source], results: Mappi
     if rows and paper.is_imagenet(images["train"].classes):
         published = paper.figures(config.model.variant, config.model.patch_size)
     seconds = sum(sum(times.values()) for times in measured["seconds"].values())
-    values = dict(config=config, results=results, measured=measured, eval_seconds=seconds)
+    values = dict(config=config, dataset=title(config.data), results=results)
+    values |= dict(measured=measured, eval_seconds=seconds)
     values |= dict(rows=rows | published, about_paper=paper.NOTE if published else "")
     notes = re.split(r"\n\s*\n", TEMPLATES.get_template("notes.txt").render(values))
     return values | dict(notes=[" ".join(note.split()) for note in notes if note.strip()])

@@ -425,7 +425,9 @@ def test_setting_that_is_not_allowed_is_one_clear_line(override, message):
 
 
 def test_what_cannot_start_is_one_clear_line(tmp_path):
-    with pytest.raises(UserError, match="must be the folder of a run, a file of weights, or hf://ORG/NAME$"):
+    with pytest.raises(
+        UserError, match=r"must be the folder of a run, a file of weights, or hf://ORG/NAME$"
+    ):
         pipeline.prepare(configs.load(f"{FILE}:test", ["init_from=random"]), Path("none"))
     with pytest.raises(UserError, match=r"no section 'model', which it takes from a run"):
         pipeline.stages_to_show(configs.load(FILE))
