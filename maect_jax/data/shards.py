@@ -1,10 +1,10 @@
 """Images in shards: tars of WebDataset, and parquet files as HuggingFace hands them out.
 
 The index of a shard is a folder in the user's cache. `rows.npy` says of each image where its bytes
-are; worker processes map it into memory. `about.json` has the labels that occur. The images of a
-tar are read where they are; those of a parquet file, which compresses many together, are unpacked
-once, into `images`. The folder's name is a digest of the shard's path, size, time and some of its
-bytes, so that a shard that has changed is indexed again.
+are; a row is read when its image is. `about.json` has the labels that occur. The images of a tar
+are read where they are; those of a parquet file, which compresses many together, are unpacked once,
+into `images`. The folder's name is a digest of the shard's path, size, time and some of its bytes,
+so that a shard that has changed is indexed again.
 """
 
 import errno
@@ -66,22 +66,28 @@ class Shards(Source):
     def __init__(self, shards: Sequence[Shard], label_key: str | None):
         self._shards = list(shards)
         self._folders = _indexed(self._shards, label_key)
-        self._maps: dict[int, np.ndarray] = {}
-        rows = [self._rows(shard) for shard in range(len(shards))]
         about = [_about(folder / "about.json") for folder in self._folders]
         texts, classes, others = zip(*about, strict=True)
-        self._starts = list(accumulate(map(len, rows), initial=0))
+        # Of each index the type of its rows, and where in the file they start. None is mapped into
+        # memory for good: a map holds a file open, and there may be more shards than may be open.
+        self._rows: list[tuple[np.dtype, int]] = []
+        codes, contents = [], []
+        for folder in self._folders:
+            rows = _mapped(folder / "rows.npy")
+            self._rows.append((rows.dtype, rows.offset))
+            codes.append(np.array(rows["label"]))
+            contents.append(digest(*(rows[key] for key in ("name", "size", "label"))).encode())
+        self._starts = list(accumulate(map(len, codes), initial=0))
         self._times = digest("\n".join(shard.time for shard in shards).encode())
         self._content = digest(
             *(os.path.basename(shard.path).encode(errors="surrogateescape") for shard in shards),
             json.dumps([self._starts, texts, classes]).encode(),
-            *(found[key] for found in rows for key in ("name", "size", "label")),
+            *contents,
         )
         self.classes, numbers = _numbered(texts, classes, len(self))
-        codes = zip(numbers, rows, strict=True)
         # A row without a label has the code -1, of the last element.
-        self.labels = np.concatenate([np.append(of, -1)[found["label"]] for of, found in codes])
-        self.labels = self.labels.astype(np.int32)
+        labels = [np.append(of, -1)[found] for of, found in zip(numbers, codes, strict=True)]
+        self.labels = np.concatenate(labels).astype(np.int32)
         without = np.flatnonzero(self.labels < 0)
         if 0 < len(without) < len(self):
             raise path_error(
@@ -94,9 +100,6 @@ class Shards(Source):
         if left_out:
             where = os.path.dirname(shards[0].path)
             _LOGGER.warning("%s: left out %s", where, counted(left_out))
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_maps": {}}
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -125,16 +128,19 @@ class Shards(Source):
 
     def _row(self, record: int) -> tuple[int, np.void]:
         shard = bisect(self._starts, record) - 1
-        return shard, self._rows(shard)[record - self._starts[shard]]
+        path, (kind, start) = self._folders[shard] / "rows.npy", self._rows[shard]
+        start += (record - self._starts[shard]) * kind.itemsize
+        try:
+            return shard, np.frombuffer(_read(str(path), start, kind.itemsize), kind, count=1)[0]
+        except (OSError, ValueError) as problem:
+            raise _lost(path, problem) from problem
 
-    def _rows(self, shard: int) -> np.ndarray:
-        if shard not in self._maps:  # in each worker process anew
-            path = self._folders[shard] / "rows.npy"
-            try:
-                self._maps[shard] = np.load(path, mmap_mode="r")
-            except Exception as problem:  # NumPy has a kind for each damage
-                raise _lost(path, problem) from problem
-        return self._maps[shard]
+
+def _mapped(path: Path) -> np.memmap:
+    try:
+        return np.load(path, mmap_mode="r")
+    except Exception as problem:  # NumPy has a kind for each damage
+        raise _lost(path, problem) from problem
 
 
 def _about(path: Path) -> tuple[list[str], list[str], dict[str, int]]:

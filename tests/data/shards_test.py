@@ -61,7 +61,7 @@ def test_images_of_tars_are_read_at_random(shards, tmp_path, path):
     found = opened(shards / path, sources.SPLITS)
     assert found["train"].name(0)
     state = pickle.dumps(found["train"])
-    assert b"a/005.png" not in state  # a worker process maps the index
+    assert b"a/005.png" not in state  # a worker process reads the index
     source = pickle.loads(state)
     assert source.classes == []
     assert source.labels.tolist() == [0, 1, 2, 0] * 3
@@ -376,6 +376,14 @@ def test_gaps_in_numbers_and_names_that_may_mean_several(shards, tmp_path, caplo
     compressed.touch()
     with pytest.raises(AbsentError, match=r"gz' has train-0\.tar\.gz\. Decompress"):
         opened(tmp_path / "gz")
+
+
+def test_shards_that_are_read_hold_no_file_open(shards):
+    """A set may have more shards than a process may open files, often 1,024."""
+    before = os.listdir("/proc/self/fd")
+    source = opened(shards)["train"]
+    assert [source[record][1] for record in range(12)] == source.labels.tolist()
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_an_index_is_made_once_and_anew_for_a_changed_shard(shards, monkeypatch, tmp_path, capsys):
