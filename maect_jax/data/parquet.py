@@ -9,6 +9,8 @@ from pyarrow import parquet as pq
 from maect_jax.data.tars import Image, Listing
 from maect_jax.errors import first_of
 
+_BYTES = ("binary", "large_binary", "binary_view")
+_NAMES = ("string", "large_string", "string_view", "null")
 _ROWS = 64  # taken at a time of a row group, which is in memory as a whole
 
 
@@ -41,10 +43,14 @@ def _unpacked(content: pq.ParquetFile, into: BinaryIO, label_key: str | None) ->
     schema = content.schema_arrow
     column, labels = _image_column(schema), None
     features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = features.get("info", {}).get("features", {})
+    names = {  # of the classes of each column that has such
+        column: kind["names"]
+        for column, kind in features.get("info", {}).get("features", {}).items()
+        if isinstance(kind, dict) and kind.get("_type") == "ClassLabel"
+    }
     if label_key is not None:
-        labels = _label_column(schema, features, label_key)
-    classes = features.get(labels, {}).get("names") or []
+        labels = _label_column(schema, list(names), label_key)
+    classes = names.get(labels, [])
     images, offset = [], 0
     for batch in content.iter_batches(_ROWS, columns=[column, *filter(None, [labels])]):
         encoded, paths = batch.column(column), [None] * len(batch)
@@ -64,15 +70,10 @@ def _unpacked(content: pq.ParquetFile, into: BinaryIO, label_key: str | None) ->
 
 
 def _image_column(schema: pa.Schema) -> str:
-    def is_binary(kind: pa.DataType) -> bool:
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
     def is_image(kind: pa.DataType) -> bool:
-        return is_binary(kind) or (
-            pa.types.is_struct(kind)
-            and "bytes" in kind.names
-            and is_binary(kind.field("bytes").type)
-        )
+        if pa.types.is_struct(kind) and "bytes" in kind.names:
+            kind = kind.field("bytes").type
+        return str(kind) in _BYTES
 
     found = [field.name for field in schema if is_image(field.type)]
     if "image" in found:
@@ -83,20 +84,18 @@ def _image_column(schema: pa.Schema) -> str:
     return found[0]
 
 
-def _label_column(schema: pa.Schema, features: dict[str, Any], label_key: str) -> str | None:
-    """The column of the labels; None if there is none."""
+def _label_column(schema: pa.Schema, labels: list[str], label_key: str) -> str | None:
+    """The column of the labels, of which some are known; None if there is none."""
     if label_key not in schema.names:
-        others = [x for x, kind in features.items() if kind.get("_type") == "ClassLabel"]
-        if others:
+        if labels:
             raise ValueError(
                 f"has no column {label_key!r}; set config.data.label_key to one of its labels: "
-                f"{first_of(others)}"
+                f"{first_of(labels)}"
             )
         return None
     kind = schema.field(label_key).type
-    if not (
-        pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    ):
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_integer(kind) or str(kind) in _NAMES):
         raise ValueError(f"{label_key!r} is {kind}; labels must be integers or names")
     return label_key
 

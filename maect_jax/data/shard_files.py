@@ -7,7 +7,6 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 from maect_jax.data.base import AbsentError, path_error
@@ -123,11 +122,15 @@ def _matching(pattern: str) -> list[Shard]:
     scheme = pattern.partition("://")[0] + "://" if "://" in pattern else ""
     found = []
     for name in names:
-        with suppress(FileNotFoundError):
+        try:
             about = storage.info(name)
-            path = scheme + name.lstrip("/") if scheme and "://" not in name else name
-            if about["type"] != "directory":
-                found.append(Shard(path, about["size"], _time(about)))
+        except FileNotFoundError:
+            if name != inner:  # a link that leads nowhere
+                raise
+            return []
+        path = scheme + name.lstrip("/") if scheme and "://" not in name else name
+        if about["type"] != "directory":
+            found.append(Shard(path, about["size"], _time(about)))
     return found
 
 

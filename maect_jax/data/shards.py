@@ -115,6 +115,11 @@ class Shards(Source):
             raise RunFailedError(f"{path}: was changed after it was indexed")
         return content[header:], int(self.labels[record])
 
+    @property
+    def paths(self) -> set[str]:
+        """Those of the shards."""
+        return {shard.path for shard in self._shards}
+
     def name(self, record: int) -> str:
         """The path of an image: its shard's, then its own there."""
         shard, row = self._row(record)
@@ -281,7 +286,8 @@ def _make(shard: Shard, folder: Path, label_key: str | None) -> None:
     draft = Path(tempfile.mkdtemp(_DRAFT, dir=folder.parent))
     try:
         if not shard.is_tar and (images := _unpacked(folder)):
-            os.link(images, draft / "images")
+            with suppress(OSError):  # some file systems have no links
+                os.link(images, draft / "images")
         _write(shard, draft, label_key)
         with suppress(FileExistsError):  # as above, since
             draft.rename(folder)
@@ -311,7 +317,7 @@ def _write(shard: Shard, draft: Path, label_key: str | None) -> None:
                 if not is_there:
                     files.fsync(into)
     if not images:
-        raise ValueError("has no images")
+        raise ValueError(f"has no images{f'; has {counted(Counter(others))}' if others else ''}")
     texts = sorted({image.label for image in images if image.label})
     codes = {"": -1, **{text: code for code, text in enumerate(texts)}}
     names = [os.fsencode(image.name) for image in images]

@@ -15,7 +15,7 @@ from etils import epath
 from maect_jax import config as configs
 from maect_jax.config import Rule, Rules, between, one_of, positive
 from maect_jax.data import arrays, shard_files
-from maect_jax.data.base import AbsentError, Identity, Source, digest
+from maect_jax.data.base import AbsentError, Identity, Source, digest, path_error
 from maect_jax.data.decode import Decoding
 from maect_jax.data.folder import Folder
 from maect_jax.data.shards import Shards
@@ -186,6 +186,7 @@ def splits(
             continue
         train = images.get("train")
         images[split] = source = make(data, split, channels)
+        _check_apart(split, source, train)
         if train and train.no_labels != Source.no_labels:
             source.drop_labels(train.no_labels)
         elif train:
@@ -203,6 +204,18 @@ def _decoding(data, channels: int) -> Decoding:
     return Decoding(channels, data.range, data.max_pixels)
 
 
+def _check_apart(split: str, source: Source, train: Source | None) -> None:
+    """Raises `UserError` where shards of a split are among those to train on, as a glob takes all
+    that it matches."""
+    if not (isinstance(source, Shards) and isinstance(train, Shards)):
+        return
+    if both := sorted(source.paths & train.paths):
+        raise path_error(
+            f"shards of {split} are trained on as well: {first_of(both)}. Name those to train on "
+            "alone, or others in config.data.val_split"
+        )
+
+
 def _number_alike(split: str, source: Source, train: Source) -> None:
     """Numbers the labels of a split by the classes of the training images. Raises `UserError` where
     these lack one, or only one of the two has names."""
@@ -210,16 +223,16 @@ def _number_alike(split: str, source: Source, train: Source) -> None:
         return
     if not (source.classes and train.classes):
         named, numbered = (split, "train") if source.classes else ("train", split)
-        raise UserError(
-            f"config.data.path: the labels of {named} are names, those of {numbered} numbers; "
+        raise path_error(
+            f"the labels of {named} are names, those of {numbered} numbers; "
             "both must be the same, or set config.data.labels=none"
         )
     numbers = {name: number for number, name in enumerate(train.classes)}
     names = [source.classes[label] for label in np.unique(source.labels)]
     if unknown := sorted(set(names) - numbers.keys()):
-        raise UserError(
-            f"config.data.path: {split} has classes that the training images lack: "
-            f"{first_of(unknown)}. Where folders are no classes, set config.data.labels=none"
+        raise path_error(
+            f"{split} has classes that the training images lack: {first_of(unknown)}. Where "
+            "folders are no classes, set config.data.labels=none"
         )
     renumbered = [numbers.get(name, -1) for name in source.classes]
     source.labels = np.array(renumbered, np.int32)[source.labels]

@@ -117,7 +117,9 @@ def _json_label(text: str, label_key: str) -> str:
         content = json.loads(text)
     except ValueError as error:
         raise ValueError(f"its .json is none: {error}") from error
-    label = content.get(label_key, "") if isinstance(content, dict) else content
+    label = content.get(label_key) if isinstance(content, dict) else content
+    if label is None:
+        return ""
     if type(label) not in (str, int):
         raise ValueError(
             f"config.data.label_key={label_key!r} is {json.dumps(label)[:40]} in its .json; must "

@@ -113,6 +113,7 @@ LABELS = {
     "json names": ({"json": ['{"label": "x"}', '{"label": "y"}', '"x"']}, ["x", "y"], [0, 1, 0]),
     "text": ({"txt": ["2\n", " 1", "0"]}, [], [2, 1, 0]),
     "cls first": ({"txt": ["of", "any", "kind"], "cls": ["1", "0", "1"]}, [], [1, 0, 1]),
+    "json null": ({"json": ['{"label": null}'] * 3}, [], [-1] * 3),
     "json without": ({"json": ["{}"] * 3, "txt": ["1", "0", "1"]}, [], [1, 0, 1]),
     "-1": ({"cls": ["-1"] * 3}, [], [-1] * 3),
     "none": ({}, [], [-1] * 3),
@@ -143,6 +144,30 @@ def test_other_keys_of_labels(tmp_path):
     parquet(tmp_path / "p" / "train-0.parquet", members_of(tmp_path, [0, 0]), **columns)
     assert opened(tmp_path / "p", label_key="fine")["train"].labels.tolist() == [3, 4]
     assert not opened(tmp_path / "p")["train"].labelled
+
+
+LABEL_COLUMNS = {
+    "dictionary": (pa.array(["y", "x"]).dictionary_encode(), ["x", "y"], [1, 0]),
+    "view": (pa.array(["y", "x"], pa.string_view()), ["x", "y"], [1, 0]),
+    "small": (pa.array([3, 0], pa.uint8()), [], [3, 0]),
+    "null": (pa.nulls(2), [], [-1, -1]),
+    "none": (None, [], [-1, -1]),
+}
+
+
+@pytest.mark.parametrize(("column", "classes", "labels"), LABEL_COLUMNS.values(), ids=LABEL_COLUMNS)
+def test_kinds_of_columns_in_parquet(tmp_path, column, classes, labels):
+    """What other libraries write, and features that HuggingFace describes by a list."""
+    images = pa.array(contents(members_of(tmp_path, [None] * 2)), pa.binary_view())
+    table = pa.table({"image": images, "tags": [[1], [2]]})
+    table = table if column is None else table.append_column("label", column)
+    about = json.dumps({"info": {"features": {"tags": [{"dtype": "int64", "_type": "Value"}]}}})
+    pq.write_table(
+        table.replace_schema_metadata({"huggingface": about}), tmp_path / "train.parquet"
+    )
+    source = opened(tmp_path)["train"]
+    assert (source.classes, source.labels.tolist()) == (classes, labels)
+    assert source[1][0] == images[1].as_py()
 
 
 def test_names_of_classes_in_parquet_and_those_of_training_number_all(tmp_path):
@@ -255,7 +280,8 @@ BAD_TARS = {
     "empty file": (lambda p, _: p.write_bytes(b""), "cut off at byte 0"),
     "joined": (lambda p, _: p.write_bytes(p.read_bytes() * 2), r"after its end at byte \d+"),
     "gzip": (lambda p, _: p.write_bytes(b"\x1f\x8b" + b"x" * 2048), r"compressed \(gzip\)"),
-    "no sample": (lambda p, _: tar(p, {}), "has no images"),
+    "no sample": (lambda p, _: tar(p, {}), "has no images$"),
+    "dots": (lambda p, _: tar(p, {"0.5.png": b""}), r"has no images; has 1 file: 1 \.5\.png"),
     "no image": (_extra(b_cls=b"1"), "sample 'b' has no image"),
     "two images": (_extra(b_png=b"", b_JPG=b""), r"'b' has two images, b\.png and b\.JPG"),
     "link": (_link, r"a/0\.png is a link"),
@@ -318,12 +344,15 @@ def test_parquet_is_unpacked_once_whatever_its_labels_are(tmp_path, cache, monke
     members = members_of(tmp_path, [0, 1])
     parquet(tmp_path / "train.parquet", members, other=[1, 1])
     opened(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
-    source = opened(tmp_path, labels="none")["train"]
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+        source = opened(tmp_path, labels="none")["train"]
     assert source[1] == (contents(members)[1], -1)
     images = list(cache.glob("*/images"))
     assert len(images) == 2
     assert images[0].samefile(images[1])
+    monkeypatch.setattr(os, "link", lambda *_: os.open("", 0))  # where there are no links
+    assert opened(tmp_path, label_key="other")["train"][0][0] == contents(members)[0]
 
 
 def test_damaged_parquet_and_labels_that_have_another_name(tmp_path, cache):
@@ -354,6 +383,14 @@ def test_absent_shards_are_one_clear_error(shards, path, kind, message):
     with pytest.raises(UserError, match=message) as raised:
         opened(shards / path)
     assert type(raised.value) is kind
+
+
+def test_no_shard_is_left_out_or_in_two_splits_in_silence(shards):
+    with pytest.raises(UserError, match=r"shards of val are trained on as well: .*val-0\.tar"):
+        opened(shards / "*.tar", sources.SPLITS)
+    (shards / "train-003.tar").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"cannot list .*: .*train-003\.tar"):
+        opened(shards)
 
 
 def test_gaps_in_numbers_and_names_that_may_mean_several(shards, tmp_path, caplog):
