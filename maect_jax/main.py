@@ -149,7 +149,7 @@ def _run() -> None:
     workdir = arguments.workdir or Path(f"runs/{config.name}")
     _keep_programs()
     if _ADDRESS in os.environ and not arguments.dry_run:
-        pipeline.fetch_weights(config, workdir)
+        pipeline.fetch(config, workdir)
     _join_hosts(arguments.host_timeout)
     if arguments.dry_run:
         pipeline.dry_run(config)

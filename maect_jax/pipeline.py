@@ -291,13 +291,17 @@ def _fetch(workdir: Path) -> Callable[[str], hub.Fetched]:
     return partial(hub.fetch, noted=lineage.hub_ids(workdir))
 
 
-def fetch_weights(config: ConfigDict, workdir: Path) -> None:
-    """Fetches what is on the hub, for a host that has not joined the others. Joined hosts must not
-    wait for a download: after a minute JAX ends them. What fails here fails again in `run`."""
+def fetch(config: ConfigDict, workdir: Path) -> None:
+    """Fetches what is on the hub, and indexes shards, for a host that has not joined the others.
+    Joined hosts must not wait for that: after a minute JAX ends them. What fails here fails again
+    in `run`."""
     with suppress(UserError):
         for path in importing.paths_of(config.init_from):
             if isinstance(path, str):
                 _fetch(workdir)(path)
+    for split in sources.SPLITS if config.data.source == "shards" else ():
+        with suppress(UserError):
+            sources.make(config.data, split, channels=3)
 
 
 def run(config: ConfigDict, workdir: Path) -> None:

@@ -580,6 +580,15 @@ def test_settings_that_cannot_be_meant(shards, monkeypatch):
         configs.from_command_line(configs.parser("x"))
 
 
+def test_hosts_index_shards_before_they_meet(shards, cache, tmp_path):
+    """Those that have met must not wait for another."""
+    settings = ["data.source=shards", f"data.path={shards}/train-{{000..002}}.tar"]
+    pipeline.fetch(configs.load(str(CONFIGS / "quickstart.py:test"), settings), tmp_path)
+    assert len(list(cache.iterdir())) == 4
+    settings[1] += "x"  # is an error of all hosts, when they have met
+    pipeline.fetch(configs.load(str(CONFIGS / "quickstart.py:test"), settings), tmp_path)
+
+
 def test_a_plan_needs_no_shards_but_none_may_be_missing(shards):
     def planned(path):
         settings = ["data.source=shards", f"data.path={shards}/{path}", "model.channels=3"]
