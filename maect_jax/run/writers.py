@@ -17,6 +17,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,9 @@ class Status(enum.IntEnum):
     PREEMPTED = STATUS[PreemptedError]
 
 
+# Seconds that a new run waits for its loggers to start: several hosts wait less, as JAX ends those
+# that wait for another.
+_START, _START_OF_HOSTS = 120.0, 20.0
 # Seconds that the end of a run waits for its loggers; hosts that fail end together (`main`).
 _PATIENCE = {Status.FINISHED: 60.0, Status.FAILED: 15.0, Status.PREEMPTED: 15.0}
 
@@ -329,7 +333,7 @@ class _Sender:
     Args:
       name: of the writer.
       make: makes it.
-      wait: until it is made. Raises what `make` raises.
+      wait: until it is made. Raises what `make` raises, or `TimeoutError`.
     """
 
     def __init__(self, name: str, make: Callable[[], Writer], wait: bool):
@@ -339,7 +343,7 @@ class _Sender:
         self._writer: Writer | None = None
         self._failed = self._closed = False
         if wait:
-            self._start()
+            _in_time(self._start, _START if jax.process_count() == 1 else _START_OF_HOSTS)
         else:
             self.call(lambda _: self._start())
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
@@ -394,6 +398,24 @@ class _Sender:
             self._failed = True
             return False
         return True
+
+
+def _in_time(call: Callable[[], None], seconds: float) -> None:
+    """Makes a call. Raises what it raises, or `TimeoutError` if it takes longer."""
+    ended: Future[None] = Future()
+
+    def work():
+        try:
+            call()
+            ended.set_result(None)
+        except Exception as error:
+            ended.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        ended.result(seconds)
+    except TimeoutError as error:
+        raise TimeoutError(f"{error}" or f"no answer within {seconds:.0f} seconds") from error
 
 
 def _without_password(text: str) -> str:

@@ -341,6 +341,17 @@ def test_a_new_run_does_not_begin_without_its_loggers(recorder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("processes", "limit"), [(1, "_START"), (2, "_START_OF_HOSTS")])
+def test_a_new_run_does_not_wait_for_ever(processes, limit, recorder, tmp_path, monkeypatch):
+    monkeypatch.setattr(writers.jax, "process_count", lambda: processes)
+    monkeypatch.setattr(writers, limit, 0.1)
+    monkeypatch.setattr(recorder, "_try", lambda self: self.gate.wait(10))
+    recorder.gate.clear()
+    with pytest.raises(UserError, match="recorder cannot start: TimeoutError: no answer within 0"):
+        trained(tmp_path, ["recorder"], [])
+    recorder.gate.set()
+
+
 def test_only_the_first_process_has_loggers(recorder, tmp_path, monkeypatch):
     monkeypatch.setattr(writers.jax, "process_index", lambda: 1)
     with writers.opened(config_of("recorder"), tmp_path) as opened:
