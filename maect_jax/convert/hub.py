@@ -146,11 +146,12 @@ class _Repository(NamedTuple):
         Then they are those in the cache, which must hold weights at `where`, the start of a name.
         """
         import huggingface_hub as hub
-        from huggingface_hub import errors
+        from huggingface_hub import constants, errors
 
         with self._explained():
             try:
-                info = hub.HfApi().model_info(self.id, revision=self.revision)
+                seconds = constants.HF_HUB_ETAG_TIMEOUT  # as for files; else it waits for ever
+                info = hub.HfApi().model_info(self.id, revision=self.revision, timeout=seconds)
                 return f"{info.sha}", [x.rfilename for x in info.siblings or ()], ""
             except Exception as error:  # each version has other kinds for a network that fails
                 status = getattr(getattr(error, "response", None), "status_code", 500)

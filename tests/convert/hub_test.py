@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -266,6 +267,12 @@ def test_without_a_network_the_cache_is_taken_and_said_to_be(server, offline, ca
     monkeypatch.setattr(constants, "ENDPOINT", "http://localhost:9")
     with pytest.raises(UserError, match="http://localhost:9 cannot be reached"):
         hub.fetch("hf://org/other")
+    with socket.create_server(("localhost", 0)) as silent:  # takes what it is sent, as firewalls do
+        address = f"http://localhost:{silent.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.1)
+        with pytest.raises(UserError, match=rf"{address} cannot be reached \(timed out"):
+            hub.fetch("hf://org/other")
     # What the config says is not known, and that is said.
     server.commit("org/bare", {WEIGHTS: b"x", CONFIG: b"{}"})
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
