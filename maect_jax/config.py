@@ -179,7 +179,7 @@ def _parse(text: str, kind: type, before):
         if len(text) > _LONGEST or any(unicodedata.category(c) == "Cc" for c in text):
             raise ValueError("too long, or control characters")
         return text
-    if kind is tuple and re.fullmatch(r"[a-z]\w*(,[a-z]\w*)*", text):
+    if kind is tuple and re.fullmatch(r"[A-Za-z]\w*(,[A-Za-z]\w*)*", text):
         text = repr(tuple(text.split(",")))  # names need no quotes
     value = ast.literal_eval(text.capitalize() if kind is bool else text)
     if kind is tuple and isinstance(value, tuple) and before:

@@ -38,6 +38,7 @@ from maect_jax.data.folder import counted
 from maect_jax.data.shard_files import THREADS, Shard, storage_of
 from maect_jax.errors import RunFailedError, first_of, shown
 
+_ROWS, _ABOUT, _IMAGES = "rows.npy", "about.json", "images"  # of an index
 _VERSION = "1"  # of the index; another one is made anew
 _WINDOW, _WINDOWS = 4096, 4  # bytes of a shard on a disk, and places, that tell whether it changed
 _MAKERS = 8  # shards that are indexed at a time; of parquet each takes the memory of a row group
@@ -66,17 +67,21 @@ class Shards(Source):
     def __init__(self, shards: Sequence[Shard], label_key: str | None):
         self._shards = list(shards)
         self._folders = _indexed(self._shards, label_key)
-        about = [_about(folder / "about.json") for folder in self._folders]
-        texts, classes, others = zip(*about, strict=True)
         # Of each index the type of its rows, and where in the file they start. None is mapped into
         # memory for good: a map holds a file open, and there may be more shards than may be open.
         self._rows: list[tuple[np.dtype, int]] = []
-        codes, contents = [], []
+        about, codes, contents = [], [], []
         for folder in self._folders:
-            rows = _mapped(folder / "rows.npy")
+            try:
+                rows = np.load(folder / _ROWS, mmap_mode="r")
+                found = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+                about.append([found[key] for key in ("texts", "classes", "others")])
+            except Exception as problem:  # NumPy has a kind for each damage
+                raise _lost(folder, problem) from problem
             self._rows.append((rows.dtype, rows.offset))
             codes.append(np.array(rows["label"]))
             contents.append(digest(*(rows[key] for key in ("name", "size", "label"))).encode())
+        texts, classes, others = zip(*about, strict=True)
         self._starts = list(accumulate(map(len, codes), initial=0))
         self._times = digest("\n".join(shard.time for shard in shards).encode())
         self._content = digest(
@@ -108,7 +113,7 @@ class Shards(Source):
         shard, row = self._row(record)
         offset, size, check = (int(row[key]) for key in ("offset", "size", "check"))
         is_tar = self._shards[shard].is_tar
-        path = self._shards[shard].path if is_tar else str(self._folders[shard] / "images")
+        path = self._shards[shard].path if is_tar else str(self._folders[shard] / _IMAGES)
         header = tars.HEADER if is_tar else 0
         content = _read(path, offset - header, header + size)
         if len(content) < header + size or zlib.crc32(content[:header]) != check:
@@ -133,33 +138,19 @@ class Shards(Source):
 
     def _row(self, record: int) -> tuple[int, np.void]:
         shard = bisect(self._starts, record) - 1
-        path, (kind, start) = self._folders[shard] / "rows.npy", self._rows[shard]
+        folder, (kind, start) = self._folders[shard], self._rows[shard]
         start += (record - self._starts[shard]) * kind.itemsize
         try:
-            return shard, np.frombuffer(_read(str(path), start, kind.itemsize), kind, count=1)[0]
+            content = _read(str(folder / _ROWS), start, kind.itemsize)
+            return shard, np.frombuffer(content, kind, count=1)[0]
         except (OSError, ValueError) as problem:
-            raise _lost(path, problem) from problem
+            raise _lost(folder, problem) from problem
 
 
-def _mapped(path: Path) -> np.memmap:
-    try:
-        return np.load(path, mmap_mode="r")
-    except Exception as problem:  # NumPy has a kind for each damage
-        raise _lost(path, problem) from problem
-
-
-def _about(path: Path) -> tuple[list[str], list[str], dict[str, int]]:
-    """The labels that occur in a shard, the names of its classes, and what else is in it."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content["texts"], content["classes"], content["others"]
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise _lost(path, problem) from problem
-
-
-def _lost(path: Path, problem: Exception) -> RunFailedError:
+def _lost(folder: Path, problem: Exception) -> RunFailedError:
     return RunFailedError(
-        f"{path}: the index of a shard cannot be read ({problem}). Remove the folder that it is in"
+        f"{folder}: the index of a shard cannot be read ({problem}). Remove this folder, and run "
+        "the command again"
     )
 
 
@@ -265,7 +256,7 @@ def _key(shard: Shard, label_key: str | None) -> str:
 
 def _unpacked(folder: Path) -> Path | None:
     """The images of a parquet file, where they were unpacked for an index of other labels."""
-    return next(folder.parent.glob(f"{folder.name.partition('-')[0]}-*/images"), None)
+    return next(folder.parent.glob(f"{folder.name.partition('-')[0]}-*/{_IMAGES}"), None)
 
 
 def _check_room(cache: Path, todo: Sequence[tuple[Shard, Path]]) -> None:
@@ -287,7 +278,7 @@ def _make(shard: Shard, folder: Path, label_key: str | None) -> None:
     try:
         if not shard.is_tar and (images := _unpacked(folder)):
             with suppress(OSError):  # some file systems have no links
-                os.link(images, draft / "images")
+                os.link(images, draft / _IMAGES)
         _write(shard, draft, label_key)
         with suppress(FileExistsError):  # as above, since
             draft.rename(folder)
@@ -311,8 +302,8 @@ def _write(shard: Shard, draft: Path, label_key: str | None) -> None:
         else:
             from maect_jax.data import parquet  # slow to import, and workers do without
 
-            is_there = (draft / "images").exists()
-            with open(os.devnull if is_there else draft / "images", "wb") as into:
+            is_there = (draft / _IMAGES).exists()
+            with open(os.devnull if is_there else draft / _IMAGES, "wb") as into:
                 images, classes, others = parquet.unpack(file, into, label_key)
                 if not is_there:
                     files.fsync(into)
@@ -326,9 +317,9 @@ def _write(shard: Shard, draft: Path, label_key: str | None) -> None:
     rows["name"], rows["label"] = names, [codes[image.label] for image in images]
     for key in ("offset", "size", "check"):
         rows[key] = [getattr(image, key) for image in images]
-    with (draft / "about.json").open("w", encoding="utf-8") as text:
+    with (draft / _ABOUT).open("w", encoding="utf-8") as text:
         json.dump({"texts": texts, "classes": classes, "others": others}, text)
         files.fsync(text)
-    with (draft / "rows.npy").open("wb") as binary:
+    with (draft / _ROWS).open("wb") as binary:
         np.save(binary, rows)
         files.fsync(binary)

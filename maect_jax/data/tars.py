@@ -30,7 +30,7 @@ class Image(NamedTuple):
     offset: int
     size: int
     check: int
-    label: str
+    label: str = ""
 
 
 class Listing(NamedTuple):
@@ -47,13 +47,6 @@ class Listing(NamedTuple):
     others: Mapping[str, int] = {}
 
 
-class _Member(NamedTuple):
-    name: str
-    offset: int
-    size: int
-    check: int
-
-
 def listing(file: BinaryIO, size: int, label_key: str | None) -> Listing:
     """Lists the images of a tar.
 
@@ -66,7 +59,7 @@ def listing(file: BinaryIO, size: int, label_key: str | None) -> Listing:
       ValueError: the tar is cut off, damaged or compressed, a sample has no image or two, or a
         label is neither a number nor a name.
     """
-    found: dict[str, _Member | None] = {}
+    found: dict[str, Image | None] = {}
     labels: dict[str, dict[str, bytes]] = {}
     others: list[tuple[str, str]] = []
     is_image = decode.endings().union(decode.HEIF_ENDINGS)  # without the extra they are bad images
@@ -97,7 +90,7 @@ def listing(file: BinaryIO, size: int, label_key: str | None) -> Listing:
             label = _label(labels.get(key, {}), label_key or "")
         except ValueError as error:
             raise ValueError(f"sample {key!r}: {error}") from error
-        rows.append(Image(*image, label))
+        rows.append(image._replace(label=label))
     return Listing(rows, others=Counter(end for key, end in others if key not in found))
 
 
@@ -128,8 +121,9 @@ def _json_label(text: str, label_key: str) -> str:
     return str(label)
 
 
-def _members(file: BinaryIO, size: int) -> Iterator[_Member]:
-    """The regular files in a tar of so many bytes. Raises `ValueError` if it is not whole."""
+def _members(file: BinaryIO, size: int) -> Iterator[Image]:
+    """The regular files in a tar of so many bytes, without labels. Raises `ValueError` if it is not
+    whole."""
     offset, name = 0, ""
     while True:
         file.seek(offset)
@@ -164,7 +158,7 @@ def _members(file: BinaryIO, size: int) -> Iterator[_Member]:
             continue
         if member.isreg():
             name = (name or member.name).removeprefix("./")
-            yield _Member(name, start, member.size, zlib.crc32(block))
+            yield Image(name, start, member.size, zlib.crc32(block))
         name = ""
     file.seek(offset)
     if file.read(64 * HEADER).strip(b"\0"):

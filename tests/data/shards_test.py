@@ -485,9 +485,9 @@ def test_an_index_that_is_lost_is_one_clear_error(shards, cache):
     source = pickle.loads(pickle.dumps(opened(shards)["train"]))
     for rows in cache.glob("*/rows.npy"):
         rows.write_bytes(b"")
-    with pytest.raises(RunFailedError, match=r"rows\.npy: the index of a shard cannot be read"):
+    with pytest.raises(RunFailedError, match="the index of a shard cannot be read"):
         source.name(0)
-    with pytest.raises(RunFailedError, match=r"cannot be read \(.*\)\. Remove the folder"):
+    with pytest.raises(RunFailedError, match=r"cannot be read \(.*\)\. Remove this folder"):
         opened(shards)
     for about in cache.glob("*/about.json"):
         about.parent.joinpath("rows.npy").unlink()
