@@ -12,7 +12,7 @@ import numpy as np
 from maect_jax.errors import UserError
 
 _SAMPLED = 64  # images that are read to identify all
-_THREADS = 8  # that read them: on storage in a network each question takes time
+THREADS = 8  # that list and read: on storage in a network each question takes time
 
 
 class AbsentError(UserError):
@@ -121,7 +121,7 @@ class Source(abc.ABC):
             except Exception:  # each kind of bucket has its own
                 return b""
 
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             return list(pool.map(of, evenly_spaced(len(self), _SAMPLED)))
 
     @cached_property

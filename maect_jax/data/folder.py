@@ -13,11 +13,10 @@ import numpy as np
 from etils import epath
 
 from maect_jax.data import decode
-from maect_jax.data.base import AbsentError, Identity, Source, digest, path_error
+from maect_jax.data.base import THREADS, AbsentError, Identity, Source, digest, path_error
 from maect_jax.errors import UserError, first_of
 
 _LOGGER = logging.getLogger(__name__)
-_THREADS = 8  # that list: on storage in a network each question takes time
 # What buckets call the time or the hash of a file, each its own.
 STAMPS = ("mtime", "LastModified", "last_modified", "md5Hash", "ETag", "blob_id")
 
@@ -160,7 +159,7 @@ def _bucket(root: str) -> _Listing:
         storage, top = fsspec.core.url_to_fs(root)
         entries = list(storage.ls(top, detail=True))
         folders = [entry["name"] for entry in entries if entry["type"] == "directory"]
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             for below in pool.map(lambda name: storage.find(name, detail=True), folders):
                 entries += below.values()
     except FileNotFoundError:
@@ -188,7 +187,7 @@ def _tree(root: str) -> _Listing:
     found = _Listing()
     # Folders to list: their paths below `root`, and the real ones from `root` to them.
     level = [("", (os.path.realpath(root),))]
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         while level:
             listed = list(pool.map(lambda folder: _scan(root, *folder), level))
             level = [inner for _, folders in listed for inner in folders]

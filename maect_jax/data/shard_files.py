@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from maect_jax.data.base import AbsentError, path_error
+from maect_jax.data.base import THREADS, AbsentError, path_error
 from maect_jax.data.folder import STAMPS
 from maect_jax.errors import first_of, shown
 
 ENDINGS = (".tar", ".parquet")
-THREADS = 16  # that list and read: on storage in a network each question takes time
 _OF_NAME = "{,-*,/*}.{tar,parquet}"  # follows the name of a split: train-00000-of-00004.parquet
 _COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)$")
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")

@@ -33,9 +33,9 @@ from tqdm import tqdm
 
 from maect_jax import files
 from maect_jax.data import decode, tars
-from maect_jax.data.base import Identity, Source, digest, path_error
+from maect_jax.data.base import THREADS, Identity, Source, digest, path_error
 from maect_jax.data.folder import counted
-from maect_jax.data.shard_files import THREADS, Shard, storage_of
+from maect_jax.data.shard_files import Shard, storage_of
 from maect_jax.errors import RunFailedError, first_of, shown
 
 _ROWS, _ABOUT, _IMAGES = "rows.npy", "about.json", "images"  # of an index

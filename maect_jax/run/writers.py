@@ -51,7 +51,7 @@ class Status(enum.IntEnum):
 
 # Seconds that a new run waits for its loggers to start: several hosts wait less, as JAX ends those
 # that wait for another.
-_START, _START_OF_HOSTS = 120.0, 20.0
+_START, _START_OF_HOSTS = 120.0, 25.0
 # Seconds that the end of a run waits for its loggers; hosts that fail end together (`main`).
 _PATIENCE = {Status.FINISHED: 60.0, Status.FAILED: 15.0, Status.PREEMPTED: 15.0}
 
