@@ -101,7 +101,9 @@ class Model:
     @property
     def distilled(self) -> bool:
         """Whether it is timm's DeiT with a distillation token, the second class token."""
-        return self.config.model.cls_tokens == 2
+        model = self.config.model
+        two = (model.cls_tokens, model.registers) == (2, 0)
+        return two and model.pool == "cls" and not self.rotary
 
     @property
     def rotary(self) -> bool:
@@ -162,8 +164,7 @@ def _check_has_place(model: Model, format: str) -> None:
         raise UserError(f"{format}: has no norm behind the pooling (fc_norm); use timm or mae")
     if format == "maect" and (section.cls_tokens, section.registers) != (1, 0):
         raise UserError(f"maect: the authors' code has one class token, not {tokens}; use mae")
-    distilled = model.distilled and not section.registers and section.pool == "cls"
-    if format == "timm" and section.cls_tokens > 1 and not distilled:
+    if format == "timm" and section.cls_tokens > 1 and not model.distilled:
         raise UserError(f"timm: has no model with {tokens}, feature {section.pool}; use mae")
     if format == "hf" and not model.hf_kind:
         raise UserError(f"hf: has no model with {tokens}, images {section.image_size}; use mae")

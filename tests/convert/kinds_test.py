@@ -240,14 +240,21 @@ def test_a_kind_there_and_back(tmp_path, rng, kind):
         assert used | set(ignored) == set(tensors.read(path).tensors)
 
 
-@pytest.mark.parametrize("kind", ["Pixio", "DINOv2 with registers, HuggingFace"])
-def test_positions_for_another_size_are_those_of_transformers(tmp_path, rng, kind):
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("Pixio", {}),
+        ("DINOv2 with registers, HuggingFace", {}),
+        ("DeiT distilled, HuggingFace", dict(interpolate_pos_encoding=True)),
+    ],
+)
+def test_positions_for_another_size_are_those_of_transformers(tmp_path, rng, kind, own):
     kind, size = KINDS[kind], (24, 24)
     peer = kind.peer()
     path = kind.write(peer, tmp_path)
     found = importing.recognised([path], Overrides(image_size=size))
     images = rng.normal(size=(2, *size, 3)).astype(np.float32)
-    want = kind.feature(peer, pixels(images)).detach()
+    want = kind.feature(partial(peer, **own), pixels(images)).detach()
     assert_close("kinds, other size", features(found, images), want, FORWARD)
 
 
@@ -276,6 +283,31 @@ def test_what_cannot_be_read_is_named(tmp_path, message, peer):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "registers" in kind])
+def test_registers_without_positions_are_no_dinov3(tmp_path, kind):
+    content = tensors.read(KINDS[kind].write(KINDS[kind].peer(), tmp_path))
+    path = tmp_path / "lacking.safetensors"
+    named = {x.names[0]: np.asarray(x) for x in content.tensors.values()}
+    save_file({name: x for name, x in named.items() if "pos" not in name}, path)
+    with pytest.raises(UserError, match=r"'(pos_embed|embeddings\.pos.*)' is missing"):
+        importing.recognised([path], Overrides(heads=3, ln_eps=1e-6))
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"architecture": "vit_base_patch16_rpn_224"},
+        {"architecture": "vit_base_patch32_siglip_gap_256"},
+        {"architecture": "vit_base_patch16_224", "model_args": {"act_layer": "quick_gelu"}},
+    ],
+)
+def test_what_timm_says_of_a_network_and_no_tensor_does_is_read(tmp_path, stated):
+    write_timm(gap(), tmp_path).rename(tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(UserError, match=r"(architecture|act_layer) is .*, must be .*(GELU|gelu)"):
+        importing.recognised([tmp_path], Overrides(heads=3, ln_eps=1e-6))
+
+
 def test_a_feature_of_the_class_token_needs_one(tmp_path):
     path = write_timm(gap(), tmp_path)
     with pytest.raises(UserError, match="pool='cls': the encoder has no class token"):
@@ -288,6 +320,7 @@ def test_a_feature_of_the_class_token_needs_one(tmp_path):
         ("maect", dict(cls_tokens=3), "not 3 class tokens and 0 registers; use mae"),
         ("timm", dict(cls_tokens=3), "no model with 3 class tokens and 0 registers, feature cls"),
         ("timm", dict(cls_tokens=2, pool="mean"), "no model with 2 class tokens .* feature mean"),
+        ("timm", dict(cls_tokens=2, rope_theta=100.0), "no model with 2 class tokens"),
         ("hf", dict(cls_tokens=3, registers=2), "no model with 3 class tokens and 2 registers"),
         ("hf", dict(registers=2, image_size=(16, 24)), r"images \(16, 24\); use mae"),
     ],
