@@ -28,6 +28,8 @@ from tests.helpers.peers import (
     SMALL,
     arrays,
     features,
+    loaded,
+    of_timm,
     perturbed,
     pixels,
     timm,
@@ -71,20 +73,19 @@ def write_timm(peer, folder, rename=dict, wrap=None):
     return path
 
 
-def of_timm(peer, x):
-    return peer.forward_head(peer.forward_features(x), pre_logits=True)
-
-
 def first(peer, x):
-    return peer(x).last_hidden_state[:, 0]
+    with torch.no_grad():
+        return peer(x).last_hidden_state[:, 0].numpy()
 
 
 def pooled(peer, x):
-    return peer(x).pooler_output
+    with torch.no_grad():
+        return peer(x).pooler_output.numpy()
 
 
 def mean(peer, x):
-    return peer(x).last_hidden_state.mean(1)
+    with torch.no_grad():
+        return peer(x).last_hidden_state.mean(1).numpy()
 
 
 def with_rows(tensors, count):
@@ -209,14 +210,7 @@ def model_of(found):
 def exported_peer(model, path, format):
     """The peer, loaded from what is written."""
     exporting.export(model, path, format)
-    if format == "hf":
-        again, given = transformers.AutoModel.from_pretrained(path, output_loading_info=True)
-        assert not any(given[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-        return again.eval()
-    card = path.with_name(f"{path.name}.md").read_text()
-    call = re.search(r"^model = (.*)$", card, re.MULTILINE)[1]
-    names = {"timm": timm, "torch": torch, "partial": partial}
-    return eval(call.replace(repr(path.name), repr(str(path))), names)
+    return loaded(path, format)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
@@ -226,13 +220,11 @@ def test_a_kind_there_and_back(tmp_path, rng, kind):
     model = found.config.model
     assert (model.cls_tokens, model.registers, model.pool) == (*kind.tokens, kind.pool)
     images = rng.normal(size=(2, SIDE, SIDE, 3)).astype(np.float32)
-    with torch.no_grad():
-        want = kind.feature(peer, pixels(images)).numpy()
-        assert_close("kinds", features(found, images), want, FORWARD)
-        again = exported_peer(model_of(found), tmp_path / "again.safetensors", kind.format)
-        feature = kind.feature if kind.format == "hf" else of_timm
-        got = feature(again, pixels(images)).numpy()
-    assert_close("kinds, exported", got, want, FORWARD)
+    want = kind.feature(peer, pixels(images))
+    assert_close("kinds", features(found, images), want, FORWARD)
+    again = exported_peer(model_of(found), tmp_path / "again.safetensors", kind.format)
+    feature = kind.feature if kind.format == "hf" else of_timm
+    assert_close("kinds, exported", feature(again, pixels(images)), want, FORWARD)
     if kind.key is None:  # no tensor is left out in silence
         (path,) = found.files
         used = {name for part in found.parts.values() for x in part.values() for name in x.names}
@@ -254,7 +246,7 @@ def test_positions_for_another_size_are_those_of_transformers(tmp_path, rng, kin
     path = kind.write(peer, tmp_path)
     found = importing.recognised([path], Overrides(image_size=size))
     images = rng.normal(size=(2, *size, 3)).astype(np.float32)
-    want = kind.feature(partial(peer, **own), pixels(images)).detach()
+    want = kind.feature(partial(peer, **own), pixels(images))
     assert_close("kinds, other size", features(found, images), want, FORWARD)
 
 
@@ -422,7 +414,7 @@ def test_heads_tuning_and_protocols_take_any_kind(tmp_path, monkeypatch, own, fo
         exported = tmp_path / f"{format}.safetensors"
         if format in feature_of:
             peer = exported_peer(model, exported, format)
-            got = feature_of[format](peer, pixels(images)).detach()
+            got = feature_of[format](peer, pixels(images))
             assert_close("kinds, tuned", got, want, FORWARD)
         else:
             exporting.export(model, exported, format)
