@@ -106,6 +106,11 @@ class Model:
         return two and model.pool == "cls" and not self.rotary
 
     @property
+    def global_pool(self) -> str:
+        """What timm calls its feature."""
+        return "token" if self.config.model.pool == "cls" else "avg"
+
+    @property
     def rotary(self) -> bool:
         """Whether its positions are rotary (DINOv3)."""
         return self.config.model.rope_theta is not None
@@ -191,6 +196,7 @@ def _metadata(model: Model) -> dict[str, str]:
         "num_attention_heads": vit.size_of(section).heads,
         "layer_norm_eps": section.ln_eps,
         "image_size": list(section.image_size),
+        "global_pool": model.global_pool,
     }
     if model.rotary:
         values["rope_theta"] = section.rope_theta
@@ -294,6 +300,7 @@ def _hf(model: Model, folder: Path) -> None:
         "patch_size": section.patch_size,
         "num_channels": section.channels,
         "qkv_bias": True,
+        "global_pool": model.global_pool,  # for what is read here again
     }
     if model.hf_kind == "pixio":
         config["n_cls_tokens"] = section.cls_tokens
@@ -389,7 +396,7 @@ def _timm_call(model: Model, file: Path) -> str:
         ]
     arguments: dict[str, object] = {
         "num_classes": model.classes,
-        "global_pool": "token" if section.pool == "cls" else "avg",
+        "global_pool": model.global_pool,
     }
     for key, value, default in (
         ("class_token", section.cls_tokens > 0, True),
