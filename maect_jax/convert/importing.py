@@ -350,9 +350,9 @@ class _Builder:
             raise self.error(f"its width {width} is none of {widths}: import it with {flags}")
         size = vit.Size(width, names.depth(self.parts[ENCODER]), heads)
         cls_tokens, registers = self.tokens()
-        beside = dict(hidden_size=width, num_hidden_layers=size.depth)
-        beside["num_register_tokens"] = registers
-        for key, value in (beside | dict(patch_size=patch, num_channels=channels)).items():
+        beside = dict(hidden_size=width, num_hidden_layers=size.depth, n_cls_tokens=cls_tokens)
+        beside |= dict(num_register_tokens=registers, patch_size=patch, num_channels=channels)
+        for key, value in beside.items():
             label, stated = self.beside.get(key, (key, value))
             if stated not in (value, [value] * 2, (value,) * 2):  # of a patch also two sides
                 raise self.error(f"{label} is {stated!r}, must be {value} as in the tensors")
@@ -399,7 +399,8 @@ class _Builder:
             dinov3 = any(re.search(_DINOV3, name) for name in theirs)
             if not said and not (dinov3 and {"cls_token", "register_tokens"} <= own.keys()):
                 raise self.missing(ENCODER, "pos_embed", "; of rotary positions DINOv3's are read")
-            self.tensor(ENCODER, "cls_token", axes=3)
+            for name in ("cls_token",) if stated else ("cls_token", "register_tokens"):
+                self.tensor(ENCODER, name, axes=3)
             return stated or ROTARY_BASE
         # LayerScale by this name beside biases by that one is of timm's vit_*_rope_ape_*.
         both = all(any(name.endswith(end) for name in theirs) for end in ("gamma_1", "qkv.bias"))

@@ -180,6 +180,10 @@ def test_meta_s_own_file(tmp_path, rng):
         save_file(lacking, tmp_path / "lacking.safetensors")
         with pytest.raises(UserError, match=rf"'blocks\.1\.{re.escape(part)}' is missing"):
             importing.recognised([tmp_path / "lacking.safetensors"])
+    lacking = {name: x for name, x in own.items() if name != "storage_tokens"}
+    save_file(lacking, tmp_path / "lacking.safetensors")
+    with pytest.raises(UserError, match="'register_tokens' is missing"):
+        importing.recognised([tmp_path / "lacking.safetensors"])
     save_file(own | {"rope_embed.periods": np.float32([1, 9])}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"rope_embed\.periods.*100"):
         importing.recognised([tmp_path / "other.safetensors"])

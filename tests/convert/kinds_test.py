@@ -381,9 +381,10 @@ def test_heads_tuning_and_protocols_take_any_kind(tmp_path, monkeypatch, own, fo
     grid = (4, 4) if module.rope_theta is None else None
     encoder = names.encoder_to_torch(jax.device_get(params), 7, grid)
     path, run, rng = tmp_path / "w.safetensors", tmp_path / "run", np.random.default_rng(0)
-    tensors.write(path, encoder, metadata={
-        "num_attention_heads": "2", "layer_norm_eps": "1e-6", "image_size": "[28, 28]",
-    })  # fmt: skip
+    stated = {"num_attention_heads": "2", "layer_norm_eps": "1e-6", "image_size": "[28, 28]"}
+    if module.rope_theta is not None:
+        stated["rope_theta"] = "100.0"
+    tensors.write(path, encoder, metadata=stated)
     label = np.arange(160) % 4
     image = (60 * label[:, None, None] + rng.integers(0, 60, (160, 28, 28))).astype(np.uint8)
     np.savez(tmp_path / "set.npz", image=image, label=label, is_test=np.arange(160) >= 128)
