@@ -102,7 +102,14 @@ class Model:
     @property
     def distilled(self) -> bool:
         """Whether it is timm's DeiT with a distillation token, the second class token."""
-        return self.config.model.cls_tokens == 2
+        model = self.config.model
+        two = (model.cls_tokens, model.registers) == (2, 0)
+        return two and model.pool == "cls" and not self.rotary
+
+    @property
+    def global_pool(self) -> str:
+        """What timm calls its feature."""
+        return "token" if self.config.model.pool == "cls" else "avg"
 
     @property
     def rotary(self) -> bool:
@@ -163,8 +170,7 @@ def _check_has_place(model: Model, format: str) -> None:
         raise UserError(f"{format}: has no norm behind the pooling (fc_norm); use timm or mae")
     if format == "maect" and (section.cls_tokens, section.registers) != (1, 0):
         raise UserError(f"maect: the authors' code has one class token, not {tokens}; use mae")
-    distilled = model.distilled and not section.registers and section.pool == "cls"
-    if format == "timm" and section.cls_tokens > 1 and not distilled:
+    if format == "timm" and section.cls_tokens > 1 and not model.distilled:
         raise UserError(f"timm: has no model with {tokens}, feature {section.pool}; use mae")
     if format == "hf" and not model.hf_kind:
         raise UserError(f"hf: has no model with {tokens}, images {section.image_size}; use mae")
@@ -191,6 +197,7 @@ def _metadata(model: Model) -> dict[str, str]:
         "num_attention_heads": vit.size_of(section).heads,
         "layer_norm_eps": section.ln_eps,
         "image_size": list(section.image_size),
+        "global_pool": model.global_pool,
     }
     if model.rotary:
         values["rope_theta"] = section.rope_theta
@@ -294,6 +301,7 @@ def _hf(model: Model, folder: Path) -> None:
         "patch_size": section.patch_size,
         "num_channels": section.channels,
         "qkv_bias": True,
+        "global_pool": model.global_pool,  # for what is read here again
     }
     if model.hf_kind == "pixio":
         config["n_cls_tokens"] = section.cls_tokens
@@ -390,7 +398,7 @@ def _timm_call(model: Model, file: Path) -> str:
         ]
     arguments: dict[str, object] = {
         "num_classes": model.classes,
-        "global_pool": "token" if section.pool == "cls" else "avg",
+        "global_pool": model.global_pool,
     }
     for key, value, default in (
         ("class_token", section.cls_tokens > 0, True),

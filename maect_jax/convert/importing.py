@@ -38,6 +38,8 @@ _HEAD_SIZES = {
     "queue_size": "queue",
 }
 _TARGET = "target_projector.0.weight"  # a head of stage ct has a target
+# Names that tensors of DINOv3 have, in Meta's, timm's or HuggingFace's files, and of DINOv2 none.
+_DINOV3 = r"\b(storage_tokens|gamma_1|patch_embeddings\.weight)$"
 _WHOLE_NUMBERS = ("queue_id", "queue_y", "queue_ptr")
 
 
@@ -50,6 +52,13 @@ def _sides(value) -> tuple[int, int]:
     return height, width
 
 
+def _architecture(value: str) -> str:
+    """A name of timm's, of a network that its tensors describe."""
+    if re.search(r"_rpn_|patch32_siglip_gap", value):
+        raise ValueError
+    return value
+
+
 # What may be written beside the tensors, by HuggingFace's or timm's key: how it is read, and what
 # it must be.
 _METADATA = {
@@ -59,6 +68,7 @@ _METADATA = {
     "rope_theta": (errors.positive(float), "a number above 0"),
     "image_size": (_sides, "one side or two, in pixels"),
     "hidden_act": ({"gelu": "gelu"}.__getitem__, "'gelu'"),  # no tensor says
+    "architecture": (_architecture, "one with norms before the branches, and the exact GELU"),
     "global_pool": ({"": None, "token": "cls", "avg": "mean"}.__getitem__, "'token' or 'avg'"),
 }
 
@@ -234,6 +244,9 @@ def _stated(content: Content, overrides: Overrides) -> dict[str, tuple[str, Any]
     timm = content.config.get("pretrained_cfg")
     if isinstance(timm, Mapping) and isinstance(size := timm.get("input_size"), list):
         stated["image_size"] = "pretrained_cfg.input_size", size[1:]  # without the channels
+    own = content.config.get("model_args")
+    if isinstance(own, Mapping) and "act_layer" in own:
+        stated["hidden_act"] = "model_args.act_layer", own["act_layer"]
     authors = _authors(content)
     for theirs, key in _AUTHORS.items():
         if theirs in authors:
@@ -337,9 +350,9 @@ class _Builder:
             raise self.error(f"its width {width} is none of {widths}: import it with {flags}")
         size = vit.Size(width, names.depth(self.parts[ENCODER]), heads)
         cls_tokens, registers = self.tokens()
-        beside = dict(hidden_size=width, num_hidden_layers=size.depth)
-        beside["num_register_tokens"] = registers
-        for key, value in (beside | dict(patch_size=patch, num_channels=channels)).items():
+        beside = dict(hidden_size=width, num_hidden_layers=size.depth, n_cls_tokens=cls_tokens)
+        beside |= dict(num_register_tokens=registers, patch_size=patch, num_channels=channels)
+        for key, value in beside.items():
             label, stated = self.beside.get(key, (key, value))
             if stated not in (value, [value] * 2, (value,) * 2):  # of a patch also two sides
                 raise self.error(f"{label} is {stated!r}, must be {value} as in the tensors")
@@ -377,15 +390,17 @@ class _Builder:
         """The base of rotary positions, if the model has DINOv3's; then it has no others.
 
         Which rotary positions a model has is in none of its tensors, but of those that add no
-        position DINOv3 alone has registers beside a class token.
+        position, and have such names, DINOv3 alone has registers beside a class token.
         """
         own, stated = self.parts[ENCODER], self.stated["rope_theta"]
         theirs = [name for x in own.values() for name in x.names]
         said = stated is not None or self.sources[ENCODER].sorted.periods is not None
         if "pos_embed" not in own:
-            if not said and not {"cls_token", "register_tokens"} <= own.keys():
+            dinov3 = any(re.search(_DINOV3, name) for name in theirs)
+            if not said and not (dinov3 and {"cls_token", "register_tokens"} <= own.keys()):
                 raise self.missing(ENCODER, "pos_embed", "; of rotary positions DINOv3's are read")
-            self.tensor(ENCODER, "cls_token", axes=3)
+            for name in ("cls_token",) if stated else ("cls_token", "register_tokens"):
+                self.tensor(ENCODER, name, axes=3)
             return stated or ROTARY_BASE
         # LayerScale by this name beside biases by that one is of timm's vit_*_rope_ape_*.
         both = all(any(name.endswith(end) for name in theirs) for end in ("gamma_1", "qkv.bias"))
@@ -596,7 +611,7 @@ def _described(sources: Sequence[_Source], config: ConfigDict, grid) -> Iterator
     model, size = config.model, vit.size_of(config.model)
     how = "the fixed sine-cosine ones" if _is_fixed(parts[ENCODER], grid) else "learned, frozen"
     resized = positions.grid(model.image_size, model.patch_size) != grid
-    smooth = ", antialiased" if model.registers else ""
+    smooth = ", antialiased" if positions.is_smooth(model.registers) else ""
     how += f", resized (bicubic{smooth}) from {grid[0]} x {grid[1]} patches" if resized else ""
     if model.rope_theta is not None:
         how = f"rotary, of base {model.rope_theta:g}"

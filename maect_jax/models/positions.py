@@ -70,16 +70,23 @@ def resize(
     return out.reshape(new[0] * new[1], -1).astype(np.float32)
 
 
+def is_smooth(registers: int) -> bool:
+    """Whether positions of an encoder with so many registers are resized with antialiasing, as in
+    DINOv2's with registers; a single one is DeiT's distillation token, without it."""
+    return registers > 1
+
+
 def fitted(
     params: Mapping, old: tuple[int, int], new: tuple[int, int], *, rotary: bool = False
 ) -> dict:
     """Parameters of an encoder or a decoder, trained on patch grid `old`, for the grid `new`.
 
     Where the grids differ, the position embedding, learned or fixed, is resized: as in MAE's code,
-    or, with registers, as in DINOv2's with registers, smoothly. `rotary` positions fit any grid.
+    or smoothly (`is_smooth`). `rotary` positions fit any grid.
     """
     if old == new or rotary:
         return dict(params)
     if (table := params.get("pos_embed")) is None:
         table = sincos(old, params["blocks"]["norm1"]["scale"].shape[-1])
-    return {**params, "pos_embed": resize(table, old, new, smooth="register_token" in params)}
+    registers = np.shape(params["register_token"])[1] if "register_token" in params else 0
+    return {**params, "pos_embed": resize(table, old, new, is_smooth(registers))}

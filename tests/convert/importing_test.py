@@ -45,6 +45,16 @@ def test_an_mae_goes_in_and_out_bit_equal(file, tmp_path, monkeypatch, capsys):
     assert found.config.mae.decoder.heads == MAE.meta["dec_heads"]
 
 
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_an_export_says_what_its_feature_is(file, tmp_path, monkeypatch, pool):
+    run = tmp_path / "run"
+    run_convert(monkeypatch, "import", file(mae_file(MAE)), run, *flags(MAE), f"--pool={pool}")
+    for format in exporting.FORMATS:
+        path = tmp_path / f"{format}.safetensors"
+        run_convert(monkeypatch, "export", run, path, f"--format={format}")
+        assert importing.recognised([path]).config.model.pool == pool, format
+
+
 def test_an_mae_with_several_tokens_goes_in_and_out_bit_equal(file, tmp_path, monkeypatch):
     want, run, out = mae_file(MAE), tmp_path / "run", tmp_path / "again.safetensors"
     want["cls_token"] = np.concatenate([want["cls_token"], 2 * want["cls_token"]], axis=1)

@@ -28,6 +28,8 @@ from tests.helpers.peers import (
     SMALL,
     arrays,
     features,
+    loaded,
+    of_timm,
     perturbed,
     pixels,
     timm,
@@ -71,20 +73,19 @@ def write_timm(peer, folder, rename=dict, wrap=None):
     return path
 
 
-def of_timm(peer, x):
-    return peer.forward_head(peer.forward_features(x), pre_logits=True)
-
-
 def first(peer, x):
-    return peer(x).last_hidden_state[:, 0]
+    with torch.no_grad():
+        return peer(x).last_hidden_state[:, 0].numpy()
 
 
 def pooled(peer, x):
-    return peer(x).pooler_output
+    with torch.no_grad():
+        return peer(x).pooler_output.numpy()
 
 
 def mean(peer, x):
-    return peer(x).last_hidden_state.mean(1)
+    with torch.no_grad():
+        return peer(x).last_hidden_state.mean(1).numpy()
 
 
 def with_rows(tensors, count):
@@ -209,14 +210,7 @@ def model_of(found):
 def exported_peer(model, path, format):
     """The peer, loaded from what is written."""
     exporting.export(model, path, format)
-    if format == "hf":
-        again, given = transformers.AutoModel.from_pretrained(path, output_loading_info=True)
-        assert not any(given[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-        return again.eval()
-    card = path.with_name(f"{path.name}.md").read_text()
-    call = re.search(r"^model = (.*)$", card, re.MULTILINE)[1]
-    names = {"timm": timm, "torch": torch, "partial": partial}
-    return eval(call.replace(repr(path.name), repr(str(path))), names)
+    return loaded(path, format)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
@@ -226,13 +220,11 @@ def test_a_kind_there_and_back(tmp_path, rng, kind):
     model = found.config.model
     assert (model.cls_tokens, model.registers, model.pool) == (*kind.tokens, kind.pool)
     images = rng.normal(size=(2, SIDE, SIDE, 3)).astype(np.float32)
-    with torch.no_grad():
-        want = kind.feature(peer, pixels(images)).numpy()
-        assert_close("kinds", features(found, images), want, FORWARD)
-        again = exported_peer(model_of(found), tmp_path / "again.safetensors", kind.format)
-        feature = kind.feature if kind.format == "hf" else of_timm
-        got = feature(again, pixels(images)).numpy()
-    assert_close("kinds, exported", got, want, FORWARD)
+    want = kind.feature(peer, pixels(images))
+    assert_close("kinds", features(found, images), want, FORWARD)
+    again = exported_peer(model_of(found), tmp_path / "again.safetensors", kind.format)
+    feature = kind.feature if kind.format == "hf" else of_timm
+    assert_close("kinds, exported", feature(again, pixels(images)), want, FORWARD)
     if kind.key is None:  # no tensor is left out in silence
         (path,) = found.files
         used = {name for part in found.parts.values() for x in part.values() for name in x.names}
@@ -240,14 +232,21 @@ def test_a_kind_there_and_back(tmp_path, rng, kind):
         assert used | set(ignored) == set(tensors.read(path).tensors)
 
 
-@pytest.mark.parametrize("kind", ["Pixio", "DINOv2 with registers, HuggingFace"])
-def test_positions_for_another_size_are_those_of_transformers(tmp_path, rng, kind):
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("Pixio", {}),
+        ("DINOv2 with registers, HuggingFace", {}),
+        ("DeiT distilled, HuggingFace", dict(interpolate_pos_encoding=True)),
+    ],
+)
+def test_positions_for_another_size_are_those_of_transformers(tmp_path, rng, kind, own):
     kind, size = KINDS[kind], (24, 24)
     peer = kind.peer()
     path = kind.write(peer, tmp_path)
     found = importing.recognised([path], Overrides(image_size=size))
     images = rng.normal(size=(2, *size, 3)).astype(np.float32)
-    want = kind.feature(peer, pixels(images)).detach()
+    want = kind.feature(partial(peer, **own), pixels(images))
     assert_close("kinds, other size", features(found, images), want, FORWARD)
 
 
@@ -276,6 +275,31 @@ def test_what_cannot_be_read_is_named(tmp_path, message, peer):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "registers" in kind])
+def test_registers_without_positions_are_no_dinov3(tmp_path, kind):
+    content = tensors.read(KINDS[kind].write(KINDS[kind].peer(), tmp_path))
+    path = tmp_path / "lacking.safetensors"
+    named = {x.names[0]: np.asarray(x) for x in content.tensors.values()}
+    save_file({name: x for name, x in named.items() if "pos" not in name}, path)
+    with pytest.raises(UserError, match=r"'(pos_embed|embeddings\.pos.*)' is missing"):
+        importing.recognised([path], Overrides(heads=3, ln_eps=1e-6))
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"architecture": "vit_base_patch16_rpn_224"},
+        {"architecture": "vit_base_patch32_siglip_gap_256"},
+        {"architecture": "vit_base_patch16_224", "model_args": {"act_layer": "quick_gelu"}},
+    ],
+)
+def test_what_timm_says_of_a_network_and_no_tensor_does_is_read(tmp_path, stated):
+    write_timm(gap(), tmp_path).rename(tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(UserError, match=r"(architecture|act_layer) is .*, must be .*(GELU|gelu)"):
+        importing.recognised([tmp_path], Overrides(heads=3, ln_eps=1e-6))
+
+
 def test_a_feature_of_the_class_token_needs_one(tmp_path):
     path = write_timm(gap(), tmp_path)
     with pytest.raises(UserError, match="pool='cls': the encoder has no class token"):
@@ -288,6 +312,7 @@ def test_a_feature_of_the_class_token_needs_one(tmp_path):
         ("maect", dict(cls_tokens=3), "not 3 class tokens and 0 registers; use mae"),
         ("timm", dict(cls_tokens=3), "no model with 3 class tokens and 0 registers, feature cls"),
         ("timm", dict(cls_tokens=2, pool="mean"), "no model with 2 class tokens .* feature mean"),
+        ("timm", dict(cls_tokens=2, rope_theta=100.0), "no model with 2 class tokens"),
         ("hf", dict(cls_tokens=3, registers=2), "no model with 3 class tokens and 2 registers"),
         ("hf", dict(registers=2, image_size=(16, 24)), r"images \(16, 24\); use mae"),
     ],
@@ -356,9 +381,10 @@ def test_heads_tuning_and_protocols_take_any_kind(tmp_path, monkeypatch, own, fo
     grid = (4, 4) if module.rope_theta is None else None
     encoder = names.encoder_to_torch(jax.device_get(params), 7, grid)
     path, run, rng = tmp_path / "w.safetensors", tmp_path / "run", np.random.default_rng(0)
-    tensors.write(path, encoder, metadata={
-        "num_attention_heads": "2", "layer_norm_eps": "1e-6", "image_size": "[28, 28]",
-    })  # fmt: skip
+    stated = {"num_attention_heads": "2", "layer_norm_eps": "1e-6", "image_size": "[28, 28]"}
+    if module.rope_theta is not None:
+        stated["rope_theta"] = "100.0"
+    tensors.write(path, encoder, metadata=stated)
     label = np.arange(160) % 4
     image = (60 * label[:, None, None] + rng.integers(0, 60, (160, 28, 28))).astype(np.uint8)
     np.savez(tmp_path / "set.npz", image=image, label=label, is_test=np.arange(160) >= 128)
@@ -389,7 +415,7 @@ def test_heads_tuning_and_protocols_take_any_kind(tmp_path, monkeypatch, own, fo
         exported = tmp_path / f"{format}.safetensors"
         if format in feature_of:
             peer = exported_peer(model, exported, format)
-            got = feature_of[format](peer, pixels(images)).detach()
+            got = feature_of[format](peer, pixels(images))
             assert_close("kinds, tuned", got, want, FORWARD)
         else:
             exporting.export(model, exported, format)

@@ -1,6 +1,8 @@
 """Models of PyTorch, timm and transformers (extra `[peers]`)."""
 
+import re
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -48,6 +50,25 @@ def images_for(model, rng):
 
 def pixels(images):
     return torch.tensor(images.transpose(0, 3, 1, 2))
+
+
+def of_timm(peer, x):
+    """The feature that timm's model pools."""
+    with torch.no_grad():
+        return peer.forward_head(peer.forward_features(x), pre_logits=True).numpy()
+
+
+def loaded(path, format, auto=transformers.AutoModel):
+    """The peer of an export, of timm by the call of its card: nothing is missing or left over."""
+    if format == "hf":
+        peer, given = auto.from_pretrained(path, output_loading_info=True)
+        for trouble in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+            assert not given[trouble], trouble
+        return peer.eval()
+    card = path.with_name(f"{path.name}.md").read_text()
+    call = re.search(r"^model = (.*)$", card, re.MULTILINE)[1]
+    names = {"timm": timm, "torch": torch, "partial": partial}
+    return eval(call.replace(repr(path.name), repr(str(path))), names)
 
 
 def features(found, images):
