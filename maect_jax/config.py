@@ -156,6 +156,11 @@ def _override(config: ConfigDict, override: str) -> None:
         below = [name for name in values if name.startswith(f"{key}.")]
         if below:
             raise UserError(f"--config.{key} is a section; its keys are {', '.join(below)}")
+        if key.startswith("model.") and "model" not in config:
+            raise UserError(
+                f"--config.{shown(override)}: the model of this config is that of "
+                "config.init_from; `maect import` has flags that change it"
+            )
         near = difflib.get_close_matches(shown(key), values, 1, 0)[0]
         raise UserError(
             f"--config.{shown(override)}: there is no key {shown(key)!r}; did you mean {near!r}?"
@@ -179,8 +184,8 @@ def _parse(text: str, kind: type, before):
         if len(text) > _LONGEST or any(unicodedata.category(c) == "Cc" for c in text):
             raise ValueError("too long, or control characters")
         return text
-    if kind is tuple and re.fullmatch(r"[A-Za-z]\w*(,[A-Za-z]\w*)*", text):
-        text = repr(tuple(text.split(",")))  # names need no quotes
+    if kind is tuple and re.fullmatch(r"([A-Za-z]\w*(,[A-Za-z]\w*)*)?", text):
+        text = repr(tuple(filter(None, text.split(","))))  # names need no quotes
     value = ast.literal_eval(text.capitalize() if kind is bool else text)
     if kind is tuple and isinstance(value, tuple) and before:
         return tuple(_typed(element, type(before[0])) for element in value)

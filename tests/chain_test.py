@@ -172,7 +172,9 @@ def test_an_evaluation_cuts_images_as_the_run_did(finished, tmp_path, given, not
         (tmp_path / "config.json").write_text(json.dumps(before))
     settings = (f"init_from={finished.workdir}", "data.mean=(0.5,)", "data.std=(0.5,)")
     evaluation = config.load(str(CONFIGS / "eval.py"), (*settings, *given))
-    with pytest.raises(UserError, match="its encoder has mean"):  # the last check
+    with pytest.raises(
+        UserError, match=r"its encoder needs .*data\.mean=.*, config\.data\.std="
+    ):  # the last check
         pipeline.prepare(evaluation, tmp_path)
     assert evaluation.data.short_side == side
 

@@ -277,6 +277,8 @@ def test_overrides_are_typed():
     assert (config.ct.base_lr, config.model.width) == (1.0, 96)
     assert isinstance(config.ct.base_lr, float)
     assert (config.data.path, config.ct.crop_scale) == ("a b", (0.3, 1.0))
+    evaluation = load("eval", "eval.cluster.subsets=", "eval.protocols=knn,cluster").eval
+    assert (evaluation.cluster.subsets, evaluation.protocols) == ((), ("knn", "cluster"))
 
 
 @pytest.mark.parametrize(

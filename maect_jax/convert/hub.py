@@ -91,6 +91,8 @@ def fetch(named: str, noted: Mapping[str, str] | None = None, download: bool = T
         if reason or not download:
             # Else by its branch, so that the cache knows that one at times without a network.
             repository = repository._replace(revision=commit)
+    if ".safetensors" not in file:  # before a pickle is downloaded that nothing can read
+        tensors.import_torch(f"{named}: {file}")
     path = repository.get(file)
     if path.parents[file.count("/")].name != commit:
         raise UserError(f"{named}: has just changed on the hub; run the same command again")

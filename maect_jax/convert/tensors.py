@@ -139,7 +139,7 @@ def read(path: Path) -> Content:
             f"{path}: the folder holds none of {', '.join(WEIGHTS)}; it has {inside}{run}"
         )
     if not file.is_file():
-        raise UserError(f"{path}: there is no such file")
+        raise UserError(f"{path}: there is no such file; on HuggingFace's hub: hf://ORG/NAME")
     preprocessor: dict = {}
     if file.name in INDEXES:
         container, tensors, config = _parts(file)
@@ -266,15 +266,16 @@ def _parts(index: Path) -> _Read:
     return f"{container}, in parts", tensors, {}
 
 
-def _torch(path: Path):
+def import_torch(named: object):
+    """PyTorch. Raises `UserError` about what needs it where it is not installed, or too old."""
     try:
         import torch
     except ImportError as error:
-        raise UserError(f"{path}: needs PyTorch, the extra [torch]: pip install torch") from error
+        raise UserError(f"{named}: needs PyTorch, the extra [torch]: pip install torch") from error
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):  # CVE-2025-32434
         raise UserError(
-            f"{path}: PyTorch {torch.__version__} is too old to read pickles without running them; "
-            "2.6 or later does"
+            f"{named}: PyTorch {torch.__version__} is too old to read pickles without running "
+            "them; 2.6 or later does"
         )
     return torch
 
@@ -304,7 +305,7 @@ def _leaves(kind: type, value, keys: tuple = ()) -> Iterator[tuple[tuple, Any]]:
 
 
 def _pickle(path: Path, mapped: bool) -> _Read:
-    torch = _torch(path)
+    torch = import_torch(path)
     try:
         saved = _load(torch, path, mapped)
     except pickle.UnpicklingError as error:
@@ -390,7 +391,7 @@ def write(
     """
     arrays = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
     draft = path.with_name(path.name + ".tmp")
-    torch = None if path.suffix == ".safetensors" else _torch(path)
+    torch = None if path.suffix == ".safetensors" else import_torch(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft.touch()  # safetensors makes files that no one else may read

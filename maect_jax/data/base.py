@@ -15,6 +15,9 @@ _SAMPLED = 64  # images that are read to identify all
 THREADS = 8  # that list and read: on storage in a network each question takes time
 
 
+SHARDS = (".tar", ".parquet")  # endings of files that hold many images
+
+
 class AbsentError(UserError):
     """There is no such folder or split of images."""
 

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from maect_jax.data import decode
-from maect_jax.data.base import THREADS, AbsentError, Identity, Source, digest, path_error
+from maect_jax.data.base import SHARDS, THREADS, AbsentError, Identity, Source, digest, path_error
 from maect_jax.errors import UserError, first_of
 
 _LOGGER = logging.getLogger(__name__)
@@ -101,6 +101,9 @@ class Folder(Source):
 def _beside(root: str) -> str:
     """What there is in place of a folder that does not exist, as part of a message."""
     parent = os.path.dirname(root)
+    names = os.listdir(parent) if os.path.isdir(parent) else [parent]
+    if any(name.endswith(SHARDS) for name in names):
+        return "; shards need config.data.source=shards"
     if not os.path.isdir(parent):
         return "; set config.data.path"
     folders = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir())

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from maect_jax.data.base import THREADS, AbsentError, path_error
+from maect_jax.data.base import SHARDS, THREADS, AbsentError, path_error
 from maect_jax.data.folder import STAMPS
 from maect_jax.errors import first_of, shown
 
-ENDINGS = (".tar", ".parquet")
 _OF_NAME = "{,-*,/*}.{tar,parquet}"  # follows the name of a split: train-00000-of-00004.parquet
 _COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)$")
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
@@ -67,7 +66,7 @@ def expanded(pattern: str) -> list[str]:
 
 def is_pattern(path: str) -> bool:
     """Whether a path names shards, and not the folder that they are in."""
-    return path.endswith((*ENDINGS, "}")) and all(x.endswith(ENDINGS) for x in expanded(path))
+    return path.endswith((*SHARDS, "}")) and all(x.endswith(SHARDS) for x in expanded(path))
 
 
 def find(path: str, name: str, split: str) -> list[Shard]:

@@ -113,12 +113,13 @@ def check_fits(saved: Saved, config: ConfigDict) -> None:
     before, now = encoder_of(old.model), encoder_of(config.model)
     for key in ("mean", "std"):
         before[key], now[key] = old.data.get(key, config.data[key]), config.data[key]
-    for key, value in before.items():
-        if value != now[key]:
-            ours = f"config.{'data' if key in ('mean', 'std') else 'model'}.{key}"
-            raise UserError(
-                f"{where}: its encoder has {key} {value!r}; set {ours}, which is {now[key]!r}"
-            )
+    others = [
+        f"config.{'data' if key in ('mean', 'std') else 'model'}.{key}={value} (it is {now[key]})"
+        for key, value in before.items()
+        if value != now[key]
+    ]
+    if others:
+        raise UserError(f"{where}: its encoder needs {', '.join(others)}")
     if old.model.pool == "fc_norm" != config.model.pool:
         raise UserError(f"{where}: was trained with pool='fc_norm'; set config.model.pool=fc_norm")
     takes = set(STAGES[first].takes) if first in STAGES else set()

@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 from maect_jax import config as configs
 from maect_jax import load_encoder, main, pipeline
-from maect_jax.convert import hub, names
+from maect_jax.convert import hub, names, tensors
 from maect_jax.errors import UserError
 from maect_jax.models import vit
 from maect_jax.run import lineage
@@ -136,13 +136,22 @@ CHOICES = {
 
 
 @pytest.mark.parametrize(("files", "path", "want", "name"), CHOICES.values(), ids=list(CHOICES))
-def test_the_file_with_the_weights(server, files, path, want, name):
+def test_the_file_with_the_weights(server, monkeypatch, files, path, want, name):
+    monkeypatch.setattr(tensors, "import_torch", lambda _: None)  # which only reading needs
     commit = server.commit("org/vit", {file: file.encode() for file in files}, "br/anch")
     for revision in ("br%2Fanch", commit):
         found = hub.fetch(f"hf://org/vit@{revision}{path}")
         assert found.id == f"hf://org/vit@{commit}/{want}"
         assert found.path.read_bytes() == want.encode()
         assert found.name == name
+
+
+def test_a_pickle_is_not_downloaded_where_nothing_can_read_it(server, monkeypatch):
+    server.commit("org/vit", {"pytorch_model.bin": b"x", CONFIG: b"{}"})
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r"hf://org/vit: pytorch_model\.bin: needs .*\[torch\]"):
+        hub.fetch("hf://org/vit")
+    assert server.sent == []
 
 
 def test_parts_and_a_download_that_breaks_off(server):

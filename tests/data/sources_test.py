@@ -152,6 +152,10 @@ def test_folders_that_are_no_classes_may_be_empty_or_beside_images(images):
 
 WRONG = {
     "no folder": (lambda root: "nowhere", "there is no folder '.*nowhere'"),
+    "shards": (
+        lambda root: (root / "a.tar").touch() or "train-{0..3}.tar/train",
+        r"there is no folder .*; shards need config\.data\.source=shards",
+    ),
     "no image": (lambda root: (root / "void").mkdir() or "void", "no images below '.*void'"),
     "empty class": (
         lambda root: (root / "train" / "cat").mkdir() or "train",
