@@ -335,6 +335,10 @@ class _Builder:
         if mlp is not None and mlp.shape[:1] != (4 * width,):
             wrong = f"{mlp.names[0]!r} has shape {mlp.shape}, a SwiGLU or an MLP of another width"
             raise self.error(f"{wrong}; only GELU MLPs of 4 times the width {width} can be read")
+        biases = self.parts[ENCODER].get("blocks.0.attn.qkv.bias")
+        _, stated = self.beside.get("qkv_bias", ("", False))
+        if biases and stated and len(biases.names) not in (1, 3):  # some are zeros
+            raise self.missing(ENCODER, "blocks.0.attn.key.bias", "; config has qkv_bias")
         variant = next((name for name, size in vit.VARIANTS.items() if size.width == width), None)
         heads, ln_eps = self.stated["num_attention_heads"], self.stated["layer_norm_eps"]
         rope_theta, periods = self.rope_theta(), self.sources[ENCODER].sorted.periods

@@ -300,6 +300,16 @@ def test_what_timm_says_of_a_network_and_no_tensor_does_is_read(tmp_path, stated
         importing.recognised([tmp_path], Overrides(heads=3, ln_eps=1e-6))
 
 
+@pytest.mark.parametrize("lost", [r"\.key\.bias", r"\.(query|key|value)\.bias"])
+def test_biases_that_a_config_states_are_no_zeros(tmp_path, lost):
+    write_hf(hf("Dinov2"), tmp_path)
+    path = tmp_path / "model.safetensors"
+    kept = {n: np.asarray(x) for n, x in tensors.read(path).tensors.items()}
+    save_file({n: x for n, x in kept.items() if not re.search(lost, n)}, path)
+    with pytest.raises(UserError, match=r"'encoder.layer.0.*key.bias' is missing; config has qkv"):
+        importing.recognised([tmp_path])
+
+
 def test_a_feature_of_the_class_token_needs_one(tmp_path):
     path = write_timm(gap(), tmp_path)
     with pytest.raises(UserError, match="pool='cls': the encoder has no class token"):
