@@ -199,6 +199,8 @@ def _metadata(model: Model) -> dict[str, str]:
         "image_size": list(section.image_size),
         "global_pool": model.global_pool,
     }
+    if "mean" in (data := model.config.get("data", {})):
+        values |= {f"image_{key}": list(data[key]) for key in ("mean", "std")}
     if model.rotary:
         values["rope_theta"] = section.rope_theta
     if "decoder" in model.parts["params"]:

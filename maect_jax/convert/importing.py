@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -497,7 +498,8 @@ class _Builder:
         """`mean` and `std` of the channels of pixels from 0 to 1, where they are stated."""
         processor, timm = self.content.preprocessor, self.content.config.get("pretrained_cfg")
         timm = timm if isinstance(timm, Mapping) else {}
-        stated = {key: processor.get(f"image_{key}", timm.get(key)) for key in ("mean", "std")}
+        header = {key: _listed(self.content.config.get(f"image_{key}")) for key in ("mean", "std")}
+        stated = {k: processor.get(f"image_{k}", timm.get(k, x)) for k, x in header.items()}
         if processor.get("do_normalize") is False:
             stated = {"mean": [0.0] * channels, "std": [1.0] * channels}
         if None in stated.values():
@@ -576,6 +578,13 @@ class _Builder:
                     raise self.error(wrong, part)
                 if not x.floating and name not in _WHOLE_NUMBERS:
                     raise self.error(f"{label!r} must hold floats of 16, 32 or 64 bits", part)
+
+
+def _listed(text):
+    """The list that a text in a header of safetensors stands for; what else there is as it is."""
+    with suppress(TypeError, ValueError):
+        return json.loads(text)
+    return text
 
 
 def _zeros(network: nn.Module, *inputs: np.ndarray, **settings) -> dict:

@@ -46,13 +46,19 @@ def test_an_mae_goes_in_and_out_bit_equal(file, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
-def test_an_export_says_what_its_feature_is(file, tmp_path, monkeypatch, pool):
-    run = tmp_path / "run"
-    run_convert(monkeypatch, "import", file(mae_file(MAE)), run, *flags(MAE), f"--pool={pool}")
+def test_an_export_says_what_its_feature_and_its_images_are(tmp_path, monkeypatch, pool):
+    source, run, statistics = tmp_path / "source", tmp_path / "run", {"mean": 0.25, "std": 0.5}
+    source.mkdir()
+    save_file(mae_file(MAE), source / "model.safetensors")
+    processor = {f"image_{key}": [x] * 3 for key, x in statistics.items()}
+    (source / "preprocessor_config.json").write_text(json.dumps(processor))
+    run_convert(monkeypatch, "import", source, run, *flags(MAE), f"--pool={pool}")
     for format in exporting.FORMATS:
         path = tmp_path / f"{format}.safetensors"
         run_convert(monkeypatch, "export", run, path, f"--format={format}")
-        assert importing.recognised([path]).config.model.pool == pool, format
+        found = importing.recognised([path]).config
+        assert found.model.pool == pool, format
+        assert found.data.to_dict() == {k: (x,) * 3 for k, x in statistics.items()}, format
 
 
 def test_an_mae_with_several_tokens_goes_in_and_out_bit_equal(file, tmp_path, monkeypatch):
