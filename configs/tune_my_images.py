@@ -50,6 +50,7 @@ def get_config(argument=""):
     config.lock()
     evaluation = common.add_eval(config)
     # k-NN and the probe need labels, k-means does not.
+    evaluation.knn.k = (1, 10, 20)  # for small sets, too
     evaluation.protocols = ("knn", "probe", "cluster")
     # 0: as many as classes. Without labels set the number that you expect.
     evaluation.cluster.clusters = 0

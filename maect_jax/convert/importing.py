@@ -630,13 +630,16 @@ def _described(sources: Sequence[_Source], config: ConfigDict, grid) -> Iterator
         how = f"rotary, of base {model.rope_theta:g}"
     elif parts[ENCODER]["pos_embed"].shape[1] > math.prod(grid):
         how += "; those of class tokens are added to these"
-    known = "from the folder" if config.data else "unknown; config.data.mean and .std apply"
+    pool = model.pool
+    if pool == "cls" and model.cls_tokens > 1:
+        pool += f" (the mean of the {model.cls_tokens} class tokens)"
+    known = "as stated there" if config.data else "unknown; config.data.mean and .std apply"
     used = [(part, name, x) for part, named in parts.items() for name, x in named.items()]
     total = len(ignored) + len({name for *_, x in used for name in x.names})
     yield f"""\
 kind       {config.stages[0]}: {" + ".join(sorted(parts, key=ENCODER.__ne__))}
 encoder    width {size.width}, depth {size.depth}, heads {size.heads}, patch {model.patch_size}, \
-LayerNorm eps {model.ln_eps:g}, feature {model.pool}
+LayerNorm eps {model.ln_eps:g}, feature {pool}
 tokens     class {model.cls_tokens}, registers {model.registers}, patches {math.prod(grid)}
 images     {model.image_size[0]} x {model.image_size[1]} x {model.channels}
 positions  {how}

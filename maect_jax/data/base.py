@@ -27,6 +27,13 @@ def path_error(text: str, kind: type[UserError] = UserError) -> UserError:
     return kind(f"config.data.path: {text}")
 
 
+def listing_error(path: str, error: Exception) -> UserError:
+    """An error about a path that cannot be listed. Each kind of bucket has its own reasons."""
+    gcs = isinstance(error, ImportError) and path.startswith("gs://")
+    reason = "needs gcsfs, the extra [gcs]: pip install gcsfs" if gcs else f"{error}"
+    return path_error(f"cannot list {path!r}: {' '.join(reason.split())}")
+
+
 def digest(*parts: bytes | np.ndarray) -> str:
     """A digest of bytes and arrays, 16 characters."""
     found = hashlib.sha256()

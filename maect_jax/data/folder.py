@@ -13,7 +13,16 @@ import numpy as np
 from etils import epath
 
 from maect_jax.data import decode
-from maect_jax.data.base import SHARDS, THREADS, AbsentError, Identity, Source, digest, path_error
+from maect_jax.data.base import (
+    SHARDS,
+    THREADS,
+    AbsentError,
+    Identity,
+    Source,
+    digest,
+    listing_error,
+    path_error,
+)
 from maect_jax.errors import UserError, first_of
 
 _LOGGER = logging.getLogger(__name__)
@@ -61,7 +70,7 @@ class Folder(Source):
                 raise path_error(f"there is no folder {root!r}{_beside(self._root)}", kind)
             found = _bucket(root) if _is_remote(root) else _tree(self._root)
         except OSError as error:
-            raise path_error(f"cannot list {root!r}: {error}") from error
+            raise listing_error(root, error) from error
         if not labelled:
             found.classes.clear()
         self.classes, groups = found.classes, _groups(found, root)
@@ -168,7 +177,7 @@ def _bucket(root: str) -> _Listing:
     except FileNotFoundError:
         raise path_error(f"there is no folder {root!r}", AbsentError) from None
     except Exception as error:  # each kind of bucket has its own
-        raise path_error(f"cannot list {root!r}: {' '.join(str(error).split())}") from error
+        raise listing_error(root, error) from error
     found, start = _Listing(), len(top.rstrip("/")) + 1
     for entry in entries:
         path = entry["name"][start:].rstrip("/")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from maect_jax.data.base import SHARDS, THREADS, AbsentError, path_error
+from maect_jax.data.base import SHARDS, THREADS, AbsentError, listing_error, path_error
 from maect_jax.data.folder import STAMPS
 from maect_jax.errors import first_of, shown
 
@@ -81,6 +81,7 @@ def find(path: str, name: str, split: str) -> list[Shard]:
       AbsentError: there are none.
       UserError: some are missing, are compressed as a whole, or cannot be listed.
     """
+    path = path if "://" in path else os.path.abspath(path)
     is_whole = is_pattern(path)
     folder = os.path.dirname(path) if is_whole else glob.escape(path)
     pattern = path if is_whole and split == "train" else os.path.join(folder, name)
@@ -93,8 +94,7 @@ def find(path: str, name: str, split: str) -> list[Shard]:
         with ThreadPoolExecutor(THREADS) as pool:
             found = dict(zip(patterns, pool.map(_matching, patterns), strict=True))
     except Exception as problem:  # each kind of bucket has its own
-        text = " ".join(str(problem).split())
-        raise path_error(f"cannot list {pattern!r}: {text}") from problem
+        raise listing_error(pattern, problem) from problem
     absent = [x for x, shards in found.items() if not shards]
     if len(absent) == len(found):
         what = "" if is_exact else " (its name, then - or / and more, .tar or .parquet)"
