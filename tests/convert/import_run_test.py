@@ -139,7 +139,7 @@ def test_a_stage_starts_from_a_file_at_another_image_size(tmp_path, monkeypatch)
     np.testing.assert_array_equal(found.encoder.pop("pos_embed"), want)
     assert_trees_equal(found.encoder, jax.device_get(params))
     # What the config says of its model must be the file's.
-    for override, message in (("model.heads=4", "heads 2"), ("model.patch_size=14", "patch_size")):
+    for override, message in (("model.heads=4", "heads=2"), ("model.patch_size=14", "patch_size")):
         config = configs.load(name, [f"init_from={path}", override])
         with pytest.raises(UserError, match=message):
             run_on(monkeypatch, (1, 2), config, tmp_path / "other")
