@@ -1,4 +1,7 @@
-"""The profile of a step: kinds of operations, time that counts once, a program that one knows."""
+"""The profile of a step: kinds of operations, time that counts once, a program that one knows.
+
+Marked slow: a step of ct.
+"""
 
 import json
 from types import SimpleNamespace
@@ -161,6 +164,7 @@ def test_products_are_found_in_a_step_that_is_all_products():
     assert "queue search" in result["kinds"]
 
 
+@pytest.mark.slow
 def test_of_a_step_of_ct_every_kind_is_found():
     # Without a change of colours the views are a part of what reads them.
     colours = ("ct.photometric.grayscale=(0.5, 0.5)",)

@@ -1,6 +1,6 @@
 """Microbatches and rematerialisation: the same gradients, less memory, nothing frozen twice.
 
-Marked slow: either alone for stages that have both below.
+Marked slow: either alone for stages that have both below, and the memory.
 """
 
 import dataclasses
@@ -77,6 +77,7 @@ def temporaries(stage, now, batch):
     return run.lower(now, batch).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_each_takes_less_memory():
     now, batch = started(stage_with()), batch_of(0)
     whole = temporaries(stage_with(), now, batch)
