@@ -1,6 +1,6 @@
 """Errors of several processes as one program: each host ends, with a line, and none waits.
 
-Marked slow: a host that cannot write its metrics.
+Marked slow: a host that cannot write its metrics, and bad images of all hosts.
 """
 
 import json
@@ -58,6 +58,7 @@ def test_a_host_that_cannot_write_leaves_none_waiting(tmp_path, what, both):
         assert "cannot be written (another host failed; see its log). There is" in told[1]
 
 
+@pytest.mark.slow
 def test_bad_images_of_all_hosts_together_end_all_of_them(tmp_path):
     """One host has not too many; at the same step both stop, with the same list."""
     data = few_pictures(tmp_path)

@@ -1,4 +1,7 @@
-"""Fine-tuning: drop path, mixing, erasing, learning rates, records, and the whole stage."""
+"""Fine-tuning: drop path, mixing, erasing, learning rates, records, and the whole stage.
+
+Marked slow: the loss on any devices and microbatches.
+"""
 
 import dataclasses
 import json
@@ -256,6 +259,7 @@ def test_everything_starts_from_what_is_handed_over_and_moves_but_a_learned_posi
     assert_trees_equal(found, {**after.params["encoder"], **after.frozen["encoder"]})
 
 
+@pytest.mark.slow
 def test_the_regularised_loss_is_the_same_on_any_devices_and_microbatches():
     def gradients_of(shape, microbatches):
         stage = dataclasses.replace(stage_of(**FULL), microbatches=microbatches)
