@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -74,7 +75,8 @@ class SavedFiles:
         fetch: Callable[[str], hub.Fetched] = hub.fetch,
     ):
         self._imported = imported = importing.recognised(importing.paths_of(path), overrides, fetch)
-        self.stage, self.config, self.lineage = imported.kind, imported.config, imported.origin
+        self.stage, self.config = imported.kind, imported.config
+        self.lineage = cache(imported.origin)  # which reads all of the files
         for note in imported.notes:
             _LOGGER.warning("%s", note)
 
