@@ -241,11 +241,15 @@ def _residual(x: jax.Array, y: jax.Array, factor: jax.Array | None) -> jax.Array
     return x + y if factor is None else (x + factor[:, None, None] * y).astype(x.dtype)
 
 
+Parts = tuple[tuple[int, int | None], ...]  # of tokens: (first, end) of each part
+
+
 class Block(nn.Module):
-    """Transformer block; returns `(x, None)`, the signature that a scan needs.
+    """Transformer block; returns `(x, feature)`, the signature that a scan needs.
 
     Norms come before the two branches, with `post_norm` behind the sums. `paths [2, B]`, if given,
-    are the branches' factors (`drop_paths`); `rotary` is for the attention.
+    are the branches' factors (`drop_paths`); `rotary` is for the attention. The feature is that of
+    the `tapped` parts of its output (`_means`), None without any.
     """
 
     heads: int
@@ -253,11 +257,12 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
     attention: str = "auto"
     post_norm: bool = False
+    tapped: Parts = ()
 
     @nn.compact
     def __call__(
         self, x: jax.Array, paths: jax.Array | None = None, rotary: Rotary | None = None
-    ) -> tuple[jax.Array, None]:
+    ) -> tuple[jax.Array, jax.Array | None]:
         width = x.shape[-1]
 
         def attend(y):
@@ -276,7 +281,8 @@ class Block(nn.Module):
                 x = _residual(x, branch(norm(x)), factor)
         # Without it the compiler may replace the batch sharding of the residual stream by that of
         # the weights, at several times the memory.
-        return sharding.constrain_batch(x), None
+        x = sharding.constrain_batch(x)
+        return x, _means(x, self.tapped) if self.tapped else None
 
 
 # What a backward pass recomputes instead of storing it: nothing, everything within a block except
@@ -289,11 +295,10 @@ REMAT = {
 }
 
 
-def scanned_blocks(
-    module: nn.Module, depth: int, name: str, remat: str, post_norm: bool = False
-) -> nn.Module:
+def scanned_blocks(module: nn.Module, depth: int, name: str, remat: str, **settings) -> nn.Module:
     """`depth` blocks of a module, with their parameters stacked along a leading layer axis; called
-    with what a `Block` is, but `paths [L, 2, B]` are those of all."""
+    with what a `Block` is, but `paths [L, 2, B]` are those of all, as are the features
+    `[L, B, D]`. `settings` are the block's others."""
     policy, platform = REMAT[remat], sharding.platform()
     # A loop copies what its backward pass needs into a stack and out of it, which takes an eighth
     # of the time of a step on a CPU, where it fills the stack with zeros, too, and on a GPU.
@@ -308,8 +313,8 @@ def scanned_blocks(
         length=depth,
         unroll=depth if unrolled else 1,
     )
-    settings = module.heads, module.ln_eps, module.dtype, module.attention
-    return blocks(*settings, post_norm, name=name)
+    shared = module.heads, module.ln_eps, module.dtype, module.attention
+    return blocks(*shared, name=name, **settings)
 
 
 def position_embedding(module: nn.Module, grid: tuple[int, int]) -> jax.Array | np.ndarray:
@@ -340,6 +345,9 @@ class ViT(nn.Module):
     With `rope_theta` no position is added: those of this base turn queries and keys of the patches
     (DINOv3; `positions.rotary`). With `post_norm` there is a norm `embed_norm` of all tokens before
     the blocks, norms in the blocks are behind the sums, and there is no final one (data2vec 2).
+
+    `tap`, a way to `pool`, has it return the features behind every block as well, `[L, B, D]`: of a
+    block's output no more is kept than that.
     """
 
     width: int
@@ -356,6 +364,7 @@ class ViT(nn.Module):
     attention: str = "auto"
     remat: str = "none"
     final_norm: bool = True
+    tap: str = ""
 
     @property
     def extra_tokens(self) -> int:
@@ -381,7 +390,7 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(
         self, images: jax.Array, keep: jax.Array | None = None, paths: jax.Array | None = None
-    ) -> jax.Array:
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Encodes images; with `keep [B, K]` only these patches, in this order (MAE).
         `paths [B, L, 2]` are the factors of the branches in `blocks` (`drop_paths`)."""
         grid = positions.grid(images.shape[1:3], self.patch_size)
@@ -398,15 +407,20 @@ class ViT(nn.Module):
         x = sharding.constrain_batch(jnp.concatenate([*cls_tokens, *registers, x], axis=1))
         if self.post_norm:
             x = LayerNorm(self.ln_eps, name="embed_norm")(x)
-        stack = partial(scanned_blocks, self, post_norm=self.post_norm)
+        tapped = _parts(self, self.tap) if self.tap else ()
+        stack = partial(scanned_blocks, self, post_norm=self.post_norm, tapped=tapped)
+        inner = []
         if self.frozen_blocks:
-            x, _ = stack(self.frozen_blocks, "frozen_blocks", "none")(x, None, rotary)
+            x, found = stack(self.frozen_blocks, "frozen_blocks", "none")(x, None, rotary)
             x = checkpoint_name(x, FROZEN)
+            inner.append(found)
         if (rest := self.depth - self.frozen_blocks) > 0:
             layers = None if paths is None else jnp.moveaxis(paths, 0, -1)
-            x, _ = stack(rest, "blocks", self.remat)(x, layers, rotary)
-        has_norm = self.final_norm and not self.post_norm
-        return LayerNorm(self.ln_eps, name="norm")(x) if has_norm else x
+            x, found = stack(rest, "blocks", self.remat)(x, layers, rotary)
+            inner.append(found)
+        if self.final_norm and not self.post_norm:
+            x = LayerNorm(self.ln_eps, name="norm")(x)
+        return (x, jnp.concatenate(inner)) if tapped else x
 
 
 def split_blocks(params: dict, frozen_blocks: int) -> tuple[dict, dict]:
@@ -441,23 +455,46 @@ def apply(module: nn.Module, variables: Mapping, *inputs, **settings) -> jax.Arr
     return module.apply(variables, *inputs, **settings)  # type: ignore[return-value]
 
 
+def _parts(model: ViT, how: str) -> Parts:
+    """The tokens whose means are a feature: class tokens ("cls") or patches ("mean", "fc_norm")."""
+    of = {"cls": (0, model.cls_tokens), "mean": (model.extra_tokens, None)}
+    return tuple(of[part] for part in how.replace("fc_norm", "mean").split("+"))
+
+
+def _means(tokens: jax.Array, parts: Parts) -> jax.Array:
+    means = (tokens[:, first:end].astype(jnp.float32).mean(1) for first, end in parts)
+    return jnp.concatenate([*means], axis=1)
+
+
 def pool(model: ViT, tokens: jax.Array, how: str) -> jax.Array:
     """`[B, T + N, D]` -> fp32 `[B, D]`: the class token, of several their mean ("cls"), or the mean
     of the patches ("mean"); or `[B, 2 * D]`, both concatenated ("cls+mean")."""
-    tokens = tokens.astype(jnp.float32)
-    parts = {"cls": slice(model.cls_tokens), "mean": slice(model.extra_tokens, None)}
-    return jnp.concatenate([tokens[:, parts[part]].mean(1) for part in how.split("+")], axis=1)
+    return _means(tokens, _parts(model, how))
 
 
 def features(model: ViT, params: dict, images: jax.Array, how: str, **inputs) -> jax.Array:
     """Pooled features fp32 `[B, D]` of normalised images `[B, H, W, C]` (`pool`); for "fc_norm" the
     final norm of the mean of the patches, as in MAE's fine-tuning. `inputs` are the model's others.
     """
-    if how != "fc_norm":
-        return pool(model, apply(model, {"params": params}, images, **inputs), how)
-    tokens = apply(model.clone(final_norm=False), {"params": params}, images, **inputs)
-    x = pool(model, tokens, "mean")
-    return apply(LayerNorm(model.ln_eps), {"params": params["norm"]}, x) if model.final_norm else x
+    return block_features(model, params, images, how, blocks=(), **inputs)[:, 0]
+
+
+def block_features(
+    model: ViT, params: dict, images: jax.Array, how: str, *, blocks: tuple[int, ...], **inputs
+) -> jax.Array:
+    """Features fp32 `[B, K + 1, D]` from one pass: those behind K `blocks`, counted from 0, pooled
+    without a norm, and the final one (`features`)."""
+    norm_of_mean = how == "fc_norm" and model.final_norm
+    module = model.clone(
+        final_norm=model.final_norm and not norm_of_mean, tap=how if blocks else ""
+    )
+    tokens = apply(module, {"params": params}, images, **inputs)
+    tokens, inner = tokens if blocks else (tokens, None)
+    x = pool(model, tokens, how)
+    if norm_of_mean:
+        x = apply(LayerNorm(model.ln_eps), {"params": params["norm"]}, x)
+    taken = [] if inner is None else [inner[block] for block in blocks]
+    return jnp.stack([*taken, x], axis=1)
 
 
 # From the `model` section of a config
