@@ -21,14 +21,15 @@ from maect_jax.errors import OTHER_HOST, UserError
 AXES = ("data", "fsdp")
 BATCH = P(AXES)
 
-# Ordered (pattern searched in the path of a leaf, placement); `tree_shardings` uses the first that
-# matches. The same rules serve parameters, their optimiser moments and their averages. A stacked
-# block kernel is [layer, in, out]; of each the axis of the encoder's width is split. An axis whose
-# size the mesh axis does not divide is replicated, as are biases, norms and tokens.
+# Ordered (pattern searched in the path of a leaf, placement of its last axes); `tree_shardings` uses
+# the first that matches. The same rules serve parameters, their optimiser moments and their
+# averages, with or without a leading axis of layers or heads, [layer, in, out]; of a block's kernels
+# the axis of the encoder's width is split. An axis whose size the mesh axis does not divide is
+# replicated, as are biases, norms and tokens.
 RULES = (
-    (r"queue/(rows|ids|labels)$", P(None, AXES)),
-    (r"blocks/.*(attn/proj|fc2)/kernel$", P(None, None, "fsdp")),
-    (r"blocks/.*kernel$", P(None, "fsdp", None)),
+    (r"queue/rows$", P(AXES, None)),
+    (r"queue/(ids|labels)$", P(AXES)),
+    (r"blocks/.*(attn/proj|fc2)/kernel$", P(None, "fsdp")),
     (r"kernel$", P("fsdp", None)),
     (r"", P()),
 )
@@ -174,8 +175,8 @@ def tree_shardings(tree, mesh: Mesh):
     def sharding_of(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         parts = next(spec for pattern, spec in RULES if re.search(pattern, name))
-        fitting = []
-        for size, part in zip(leaf.shape, parts, strict=False):
+        fitting = [None] * (len(leaf.shape) - len(parts))
+        for size, part in zip(leaf.shape[len(fitting) :], parts, strict=True):
             axes = (part,) if isinstance(part, str) else part or ()
             divides = size % math.prod(mesh.shape[axis] for axis in axes) == 0
             fitting.append(part if divides else None)

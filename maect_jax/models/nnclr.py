@@ -1,5 +1,6 @@
-"""Projector and predictor of NNCLR (Dwibedi et al., 2021) with MAE-CT's sizes."""
+"""Projector and predictor of NNCLR (Dwibedi et al., 2021), as in MAE-CT or in MIM-Refiner."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -7,10 +8,8 @@ import jax
 import jax.numpy as jnp
 
 
-def _dense(width: int, dtype: Any, name: str) -> nn.Dense:
-    """A layer without bias; weights as in PyTorch's Linear, uniform in +-1/sqrt(fan_in)."""
-    init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-    return nn.Dense(width, use_bias=False, dtype=dtype, kernel_init=init, name=name)
+# The weights of PyTorch's Linear, uniform in +-1/sqrt(fan_in).
+torch_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class BatchNorm(nn.Module):
@@ -45,31 +44,40 @@ class BatchNorm(nn.Module):
         return (x - mean) * jax.lax.rsqrt(var + self.epsilon) * scale + bias
 
 
-class Projector(nn.Module):
-    """Linear-BN-ReLU, Linear-BN-ReLU, Linear-BN: features `[B, D] -> [B, out]` fp32."""
+class _MLP(nn.Module):
+    """Linear layers without bias, each followed by BatchNorm and an activation; fp32 results."""
 
-    hidden: int = 2048
-    out: int = 256
+    hidden: int
+    out: int
     dtype: Any = jnp.float32
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    kernel_init: Callable = torch_init
+
+    def dense(self, width: int, name: str) -> nn.Dense:
+        settings = dict(use_bias=False, dtype=self.dtype, kernel_init=self.kernel_init)
+        return nn.Dense(width, **settings, name=name)
+
+
+class Projector(_MLP):
+    """Linear-BN-ReLU, Linear-BN-ReLU, Linear-BN: features `[B, D] -> [B, out]` fp32."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         for i, width in enumerate((self.hidden, self.hidden, self.out), start=1):
-            x = _dense(width, self.dtype, f"fc{i}")(x)
+            x = self.dense(width, f"fc{i}")(x)
             x = BatchNorm(name=f"bn{i}")(x, train)
-            x = nn.relu(x) if i < 3 else x
+            x = self.activation(x) if i < 3 else x
         return x
 
 
-class Predictor(nn.Module):
-    """Linear-BN-ReLU, Linear: projections `[B, out] -> [B, out]` fp32."""
+class Predictor(_MLP):
+    """Linear-BN-ReLU, Linear, and with `last_norm` BN: projections `[B, out] -> [B, out]` fp32."""
 
-    hidden: int = 4096
-    out: int = 256
-    dtype: Any = jnp.float32
+    last_norm: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        x = _dense(self.hidden, self.dtype, "fc1")(x)
-        x = nn.relu(BatchNorm(name="bn1")(x, train))
-        return _dense(self.out, self.dtype, "fc2")(x).astype(jnp.float32)
+        x = self.dense(self.hidden, "fc1")(x)
+        x = self.activation(BatchNorm(name="bn1")(x, train))
+        x = self.dense(self.out, "fc2")(x).astype(jnp.float32)
+        return BatchNorm(name="bn2")(x, train) if self.last_norm else x

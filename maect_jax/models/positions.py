@@ -2,7 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+Table = np.ndarray | jax.Array  # a position embedding fp32 `[N, D]`
 
 
 def grid(image_size: Sequence[int], patch_size: int) -> tuple[int, int]:
@@ -60,14 +64,15 @@ def _cubic(old: int, new: int, smooth: bool) -> np.ndarray:
 
 
 def resize(
-    table: np.ndarray, old: tuple[int, int], new: tuple[int, int], smooth: bool = False
-) -> np.ndarray:
+    table: Table, old: tuple[int, int], new: tuple[int, int], smooth: bool = False
+) -> Table:
     """Resizes a position embedding fp32 `[N, D]` from patch grid `old` to `new`, bicubic, with or
-    without antialiasing (`smooth`)."""
+    without antialiasing (`smooth`); in float64, but within a jitted function."""
     rows, cols = (_cubic(a, b, smooth) for a, b in zip(old, new, strict=True))
-    grid = np.asarray(table, np.float64).reshape(*old, -1)
-    out = np.einsum("ar,bc,rcd->abd", rows, cols, grid, optimize=True)
-    return out.reshape(new[0] * new[1], -1).astype(np.float32)
+    matrix = np.einsum("ar,bc->abrc", rows, cols).reshape(new[0] * new[1], -1)
+    if isinstance(table, jax.core.Tracer):
+        return jnp.matmul(matrix.astype(np.float32), table, precision="highest")
+    return (matrix @ np.asarray(table, np.float64)).astype(np.float32)
 
 
 def is_smooth(registers: int) -> bool:
@@ -87,6 +92,7 @@ def fitted(
     if old == new or rotary:
         return dict(params)
     if (table := params.get("pos_embed")) is None:
-        table = sincos(old, params["blocks"]["norm1"]["scale"].shape[-1])
+        blocks = params["blocks" if "blocks" in params else "frozen_blocks"]
+        table = sincos(old, blocks["norm1"]["scale"].shape[-1])
     registers = np.shape(params["register_token"])[1] if "register_token" in params else 0
     return {**params, "pos_embed": resize(table, old, new, is_smooth(registers))}

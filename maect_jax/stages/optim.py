@@ -10,6 +10,7 @@ import optax
 
 BETAS = (0.9, 0.95)
 EPS = 1e-8
+UNDECAYED = ("bias", "scale")  # parameters without weight decay, by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,23 +25,33 @@ class Group:
     weight_decay: float  # decoupled, multiplied with the learning rate
     layer_decay: float = 1.0
     depth: int = 0  # blocks of the whole encoder, frozen ones included
+    end_lr: float = 0.0  # where the schedule ends, before the layer decay
+    undecayed: tuple[str, ...] = UNDECAYED
 
 
-def scaled_lr(base_lr: float, batch_size: int, views: int) -> float:
-    """Linear scaling rule; every view of an image counts as a sample."""
-    return base_lr * batch_size * views / 256
+def scaled_lr(base_lr: float, samples: int) -> float:
+    """Linear scaling rule: the base rate is that of 256 samples in a batch."""
+    return base_lr * samples / 256
 
 
-def schedule(steps: int, warmup: int) -> Callable[[jax.Array], jax.Array]:
-    """Factor of the learning rate at each update: linear warm-up, then half a cosine to zero."""
+def schedule(steps: int, warmup: int, end: float = 0.0) -> Callable[[jax.Array], jax.Array]:
+    """Factor of the learning rate at each update: linear warm-up, then half a cosine to `end`."""
 
     def factor(step):
         rise = (step + 1) / (warmup + 1)
         # (1 + cos x) / 2, written so that no digits cancel near zero.
         fall = jnp.sin(jnp.pi / 2 * (steps - step) / max(steps - warmup, 1)) ** 2
-        return jnp.where(step < warmup, rise, fall)
+        return jnp.where(step < warmup, rise, end + (1 - end) * fall)
 
     return factor
+
+
+def factors(
+    groups: Mapping[str, Group], steps: int, warmup: int, *, step: jax.Array
+) -> dict[str, jax.Array]:
+    """Factor of the learning rate of each group at a step (`schedule`)."""
+    ends = {name: group.end_lr / group.lr for name, group in groups.items()}
+    return {name: schedule(steps, warmup, end)(step) for name, end in ends.items()}
 
 
 def per_tensor(params, groups: Mapping[str, Group]):
@@ -66,7 +77,8 @@ def per_tensor(params, groups: Mapping[str, Group]):
 
     def weight_decay(path, _):
         # By name, not by rank: stacked biases and scales have two dimensions.
-        return 0.0 if path[-1].key in ("bias", "scale") else groups[path[0].key].weight_decay
+        group = groups[path[0].key]
+        return 0.0 if path[-1].key in group.undecayed else group.weight_decay
 
     by_path = jax.tree_util.tree_map_with_path
     return by_path(lr, params), by_path(weight_decay, params)
@@ -81,11 +93,18 @@ def adamw(
     def scale(updates, params):
         return jax.tree.map(lambda u, p, lr, wd: lr * (u + wd * p), updates, params, lrs, decays)
 
-    factor = schedule(steps, warmup)
+    def start(params):
+        return optax.ScaleByScheduleState(jnp.int32(0))
+
+    def scheduled(updates, state, params=None):  # as `optax.scale_by_schedule`, for each group
+        now = factors(groups, steps, warmup, step=state.count)
+        updates = {name: optax.tree.scale(-now[name], part) for name, part in updates.items()}
+        return updates, optax.ScaleByScheduleState(state.count + 1)
+
     return optax.chain(
         optax.scale_by_adam(*BETAS, EPS),
         optax.stateless(scale),
-        optax.scale_by_schedule(lambda step: -factor(step)),
+        optax.GradientTransformation(start, scheduled),
     )
 
 

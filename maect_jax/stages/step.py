@@ -3,7 +3,7 @@
 Parts of it that a profile should tell apart have a `jax.named_scope`: views, queue, optimizer.
 """
 
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +45,8 @@ def step(stage: Stage, state: TrainState, batch: dict) -> tuple[TrainState, dict
         old = state.replace(queue=None)
         new = jax.tree.map(lambda n, o: n if n is o else jnp.where(finite, n, o), new, old)
         new = new.replace(queue=queue, step=state.step + 1)
-    factor = optim.schedule(stage.steps, stage.warmup)(state.step)
-    lr = max(group.lr for group in stage.groups.values()) * factor
+    factors = optim.factors(stage.groups, stage.steps, stage.warmup, step=state.step)
+    lr = reduce(jnp.maximum, (stage.groups[name].lr * x for name, x in factors.items()))
     return new, dict(loss=loss, learning_rate=lr, grad_norm=grad_norm, finite=finite, **metrics)
 
 
