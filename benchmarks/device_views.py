@@ -33,7 +33,7 @@ def ours(pixels: np.ndarray):
     source = arrays.Arrays(pixels, np.zeros(len(pixels), np.int32), [])
     stage = STAGES["head"].from_config(config, len(source))
     mesh = jax.make_mesh((1, 1), ("data", "fsdp"))
-    make_views = jax.jit(lambda batch: augment.views(batch, stage.recipe))
+    make_views = jax.jit(lambda batch: augment.views(batch, stage.recipes[0]))
     for batch in train.batches(config, STAGES["head"], source, 10**6, mesh):
         del batch["bad"]
         yield jax.block_until_ready(make_views(batch))

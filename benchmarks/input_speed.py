@@ -25,6 +25,7 @@ from benchmarks import turns
 from maect_jax.data import loader, subsets
 from maect_jax.data.decode import Decoding
 from maect_jax.data.folder import Folder
+from maect_jax.data.transforms import Crops
 
 SIZE, SHORT_SIDE, SCALE = (224, 224), 256, (0.08, 1.0)
 ENLARGED, NOISE = 64, 8.0
@@ -33,7 +34,8 @@ ENLARGED, NOISE = 64, 8.0
 def ours(folder: str, workers: int, batch_size: int, views: int = 2, scaled_jpeg: bool = False):
     """This package's loader."""
     source = Folder(f"{folder}/train")
-    make = loader.TrainRecord(source, Decoding(3), SIZE, (SCALE,) * views, (0, 0), scaled_jpeg)
+    crops = (Crops(SIZE, SCALE, views),)
+    make = loader.TrainRecord(source, Decoding(3), crops, (0, 0), scaled_jpeg)
     order = loader.Order(len(source), batch_size, 10**6, (0, 0), range(batch_size))
     return loader.train_batches(order, make, workers)
 

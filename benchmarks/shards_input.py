@@ -28,6 +28,7 @@ from maect_jax.data.base import Identity, Source
 from maect_jax.data.decode import Decoding
 from maect_jax.data.folder import Folder
 from maect_jax.data.shards import Shards
+from maect_jax.data.transforms import Crops
 
 SHARDS, GROUP = 4, 100
 SMALL = 100_000  # images of 3 KB
@@ -89,7 +90,8 @@ def opened(folder: Path) -> Shards:
 
 def batches(source: Source, workers: int, batch_size: int = 32):
     """Endless batches of two views."""
-    make = loader.TrainRecord(source, Decoding(3), (224, 224), ((0.08, 1.0),) * 2, (0, 0))
+    crops = (Crops((224, 224), (0.08, 1.0), 2),)
+    make = loader.TrainRecord(source, Decoding(3), crops, (0, 0))
     order = loader.Order(len(source), batch_size, 10**6, (0, 0), range(batch_size))
     return loader.train_batches(order, make, workers)
 

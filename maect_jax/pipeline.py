@@ -451,8 +451,9 @@ def _title(config: ConfigDict, images: sources.Source, whose: str, mesh) -> str:
 def _described(config: ConfigDict, images: sources.Source) -> Iterator[str]:
     """A paragraph for each stage: steps, images seen, parameters, memory, FLOPs."""
     for kind in training_stages(config):
-        own, section, views = kind.training_images(config, images), config[kind.name], kind.views
+        own, section = kind.training_images(config, images), config[kind.name]
         stage, batch = kind.for_images(config, own), section.batch_size
+        views = kind.views_of_image(config)
         state = jax.eval_shape(stage.init, jax.random.key(0), {})
         memory = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
         steps, cost = stage.steps, stage.flops_per_step(batch)

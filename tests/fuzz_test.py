@@ -17,6 +17,7 @@ from maect_jax import config as configs
 from maect_jax import pipeline
 from maect_jax.data import arrays, decode, loader, sources, subsets
 from maect_jax.data.decode import Decoding
+from maect_jax.data.transforms import Crops
 from maect_jax.errors import BadImageError
 from tests.helpers.fuzz import DEEP, bounded, load, one_line, only, refused
 
@@ -146,7 +147,7 @@ def seen(content):
             assert min(decode.shape(content, Decoding(channels))) > 0
     with one_line():  # no other image can replace the only one
         make = loader.TrainRecord(
-            only(content), Decoding(3), (8, 8), ((0.2, 1.0),), (0,), scaled_jpeg=True
+            only(content), Decoding(3), (Crops((8, 8), (0.2, 1.0), 1),), (0,), scaled_jpeg=True
         )
         assert make((0, 0))["image"].shape == (1, 8, 8, 3)
     assert loader.EvalRecord(only(content), Decoding(3), (8, 8), 8)(0)["image"].shape == (8, 8, 3)

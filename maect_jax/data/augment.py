@@ -18,7 +18,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from maect_jax import sharding
 from maect_jax.data import transforms
-from maect_jax.data.transforms import Range, Shape
+from maect_jax.data.transforms import FIELDS, Range, Shape
 
 GRAY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's mode L
 _BLUR_RADIUS = 8  # pixels, four times the largest sigma
@@ -55,7 +55,9 @@ class Photometric:
 class Recipe:
     """How a batch becomes normalised views of one `size`, with a colour recipe each.
 
-    `crop_scale` is the range of a crop's fraction of the area, for crops that are cut here.
+    `crop_scale` is the range of a crop's fraction of the area, for crops that are cut here; crops
+    that the loader has cut are in the `field` of the batch. `first` is the number of the first of
+    these views among all views of an image: no two of them share random numbers.
     """
 
     size: Shape
@@ -63,6 +65,8 @@ class Recipe:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     photometric: tuple[Photometric, ...]
+    field: str = FIELDS[0]
+    first: int = 0
 
 
 def _cubic(x):
@@ -241,13 +245,16 @@ def denormalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ..
 def views(batch: dict, recipe: Recipe) -> jax.Array:
     """Normalised views fp32 `[B, V, H, W, C]` of a batch from the loader.
 
-    `batch["image"]` is one of: uint8 `[B, H0, W0, C]`, from which the views are cut here; uint8
-    `[B, V, H, W, C]`, already cut; float `[B, V, H, W, C]`, already normalised, which is returned
-    unchanged. `batch["seed"]` is uint32 `[B, 2]`.
+    `batch["image"]` is uint8 `[B, H0, W0, C]`, from which views of any size are cut here; or
+    `batch[recipe.field]` is one of: uint8 `[B, V, H, W, C]`, already cut; float `[B, V, H, W, C]`,
+    already normalised, which is returned unchanged. `batch["seed"]` is uint32 `[B, 2]`.
     """
-    if jnp.issubdtype(batch["image"].dtype, jnp.floating):
-        return batch["image"]
-    return sharding.shard_map_batch(partial(_views, recipe))(batch["image"], batch["seed"])
+    images = batch["image"]
+    if images.ndim == 5:
+        images = batch[recipe.field]
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        return images
+    return sharding.shard_map_batch(partial(_views, recipe))(images, batch["seed"])
 
 
 def _views(recipe: Recipe, images: jax.Array, seeds: jax.Array) -> jax.Array:
@@ -261,7 +268,8 @@ def _views(recipe: Recipe, images: jax.Array, seeds: jax.Array) -> jax.Array:
     pin = partial(with_layout_constraint, layouts=Layout((0, 1, 2, 3)))
     views = []
     for v, colours in enumerate(recipe.photometric):
-        view_keys = jax.vmap(lambda key, v=v: jax.random.split(jax.random.fold_in(key, v)))(keys)
+        own = jax.vmap(partial(jax.random.fold_in, data=recipe.first + v))(keys)
+        view_keys = jax.vmap(jax.random.split)(own)
         x = crop(images, view_keys[:, 0]) if whole else images[:, v]
         change = jax.vmap(partial(photometric, recipe=colours))
         views.append(pin(change(pin(x.astype(jnp.float32) / 255), view_keys[:, 1])))

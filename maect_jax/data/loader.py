@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import islice
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from maect_jax.data.arrays import Arrays
 from maect_jax.data.base import Source
 from maect_jax.data.decode import Decoding
 from maect_jax.data.randaugment import randaugment
-from maect_jax.data.transforms import Range, Shape
+from maect_jax.data.transforms import FIELDS, Crops, Shape
 from maect_jax.errors import BadImageError, RunFailedError
 
 with epy.lazy_imports():  # when it is first used
@@ -40,6 +41,7 @@ _IMAGES_PER_WORKER = 1000  # with fewer, a process takes longer to start than it
 # Batches of a worker in shared memory: one that it makes, one in its queue, and as many on this
 # side.
 _SHARED_BATCHES = 4
+_NUM_FIELDS = 6  # of a batch, at most
 _SHM, _PAGE = Path("/dev/shm"), 4096  # shared memory; bytes that its smallest array takes
 _EXIT_CODE = re.compile(r"Worker process was terminated unexpectedly with exit code (-?\d+)")
 _MAX_TRIES = 100  # records in a row, to find a readable image
@@ -84,17 +86,17 @@ class Order:
 
 @dataclass(frozen=True)
 class TrainRecord:
-    """Turns (epoch, record) into one training example with `len(scales)` views.
+    """Turns (epoch, record) into one training example.
 
-    Images of one shape are passed on whole, for the device to cut (`augment.views`); others are cut
-    here. Fields: `image`, `index`, `label`, `seed`; and `bad`, -1 unless the record could not be
-    read and the next readable one takes its place (see `BadImages`).
+    Images of one shape are passed on whole, in `image`, for the device to cut (`augment.views`);
+    others are cut here: `FIELDS`, uint8 `[V, H, W, C]`, have the crops of each size. Further
+    fields: `index`, `label`, `seed`; and `bad`, -1 unless the record could not be read and the next
+    readable one takes its place (see `BadImages`).
     """
 
     source: Source
     decoding: Decoding
-    size: Shape
-    scales: tuple[Range, ...]
+    crops: tuple[Crops, ...]  # at most as many sizes as `FIELDS`
     seed: tuple[int, ...]
     scaled_jpeg: bool = False  # decodes JPEG files no larger than the crops need
 
@@ -108,7 +110,8 @@ class TrainRecord:
         """Bytes of the pixels of an example."""
         if self.whole and self.source.shape:
             return math.prod(self.source.shape)
-        return len(self.scales) * math.prod(self.size) * self.decoding.channels
+        pixels = sum(crops.count * math.prod(crops.size) for crops in self.crops)
+        return pixels * self.decoding.channels
 
     def __call__(self, key: tuple[int, int]) -> dict[str, np.ndarray | np.generic]:
         epoch, record = key
@@ -117,9 +120,9 @@ class TrainRecord:
             try:
                 content, label = self.source[index]
                 if self.whole:
-                    image = decode.pixels(content, self.decoding)
+                    images = {"image": decode.pixels(content, self.decoding)}
                 else:
-                    image = self._views(np.random.default_rng((*self.seed, *key)), content)
+                    images = self._views(np.random.default_rng((*self.seed, *key)), content)
                 break
             except (BadImageError, OSError) as error:
                 reason = error
@@ -130,19 +133,27 @@ class TrainRecord:
             )
         numbers = {"index": index, "label": label, "bad": -1 if index == record else record}
         seed = np.array([_epoch_seed(self.seed, epoch), record], np.uint32)
-        return {"image": image, "seed": seed, **{k: np.int32(v) for k, v in numbers.items()}}
+        return {**images, "seed": seed, **{k: np.int32(v) for k, v in numbers.items()}}
 
-    def _views(self, rng: np.random.Generator, image) -> np.ndarray:
+    def _views(self, rng: np.random.Generator, image) -> dict[str, np.ndarray]:
         if not self.scaled_jpeg:
             image = decode.pixels(image, self.decoding)
         # Of the whole image, which may be decoded smaller.
         shape = decode.shape(image, self.decoding)
-        boxes = [transforms.random_crop_box(rng, shape, scale) for scale in self.scales]
-        flips = rng.random(len(boxes)) < 0.5
-        image = decode.pixels(image, self.decoding, transforms.min_scale(boxes, self.size))
-        views = [transforms.crop_resize(image, box, self.size, shape) for box in boxes]
-        mirrored = transforms.mirrored
-        return np.stack([mirrored(v) if flip else v for v, flip in zip(views, flips, strict=True)])
+        each = [crops for crops in self.crops for _ in range(crops.count)]
+        boxes = [transforms.random_crop_box(rng, shape, crops.scale) for crops in each]
+        flips, sizes = rng.random(len(boxes)) < 0.5, [crops.size for crops in each]
+        image = decode.pixels(image, self.decoding, transforms.min_scale(boxes, sizes))
+
+        def view(box, size, flip):
+            crop = transforms.crop_resize(image, box, size, shape)
+            return transforms.mirrored(crop) if flip else crop
+
+        views = map(view, boxes, sizes, flips)
+        return {
+            field: np.stack([*islice(views, crops.count)])
+            for field, crops in zip(FIELDS, self.crops, strict=False)
+        }
 
 
 @dataclass(frozen=True)
@@ -152,11 +163,14 @@ class FinetuneRecord(TrainRecord):
     mean: tuple[float, ...] | None = None  # the fill colour, in [0, 1]; None for no RandAugment
     whole = False
 
-    def _views(self, rng: np.random.Generator, image) -> np.ndarray:
+    def _views(self, rng: np.random.Generator, image) -> dict[str, np.ndarray]:
         views = super()._views(rng, image)
         if self.mean is None:
             return views
-        return np.stack([randaugment(rng, view, self.mean) for view in views])
+        return {
+            field: np.stack([randaugment(rng, view, self.mean) for view in of_size])
+            for field, of_size in views.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -331,7 +345,7 @@ def _that_fit(workers: int, batch_bytes: int) -> int:
     """
     if sys.platform != "linux":
         return workers
-    needed = _SHARED_BATCHES * (batch_bytes + 5 * _PAGE)
+    needed = _SHARED_BATCHES * (batch_bytes + _NUM_FIELDS * _PAGE)
     try:
         memory = os.statvfs(_SHM)
         free = memory.f_bavail * memory.f_frsize if os.access(_SHM, os.W_OK) else 0

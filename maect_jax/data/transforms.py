@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from kornia_rs import imgproc
@@ -10,8 +11,19 @@ from PIL import Image
 Shape = tuple[int, int]  # height, width
 Range = tuple[float, float]  # low, high
 Box = tuple[int, int, int, int]  # top, left, height, width
+# Of a batch, where cut views are: those of each size, in order.
+FIELDS = ("image", "local")
 RATIO = (3 / 4, 4 / 3)  # range of a random crop's width / height, drawn log-uniformly
 _LONGEST = 64  # times the side of a crop for evaluation, of an image that is resized whole
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Random crops of an image, all of one size."""
+
+    size: Shape
+    scale: Range  # of their fraction of the area of the image
+    count: int
 
 
 def random_crop_box(rng: np.random.Generator, shape: Shape, scale: Range) -> Box:
@@ -73,9 +85,10 @@ def mirrored(image: np.ndarray) -> np.ndarray:
     return image[:, ::-1]
 
 
-def min_scale(boxes: list[Box], size: Shape) -> float:
-    """The scale, at most 1, of an image at which each of its boxes has at least `size` pixels."""
-    return min(1.0, max(s / side for box in boxes for s, side in zip(size, box[2:], strict=True)))
+def min_scale(boxes: list[Box], sizes: list[Shape]) -> float:
+    """The scale, at most 1, of an image at which each of its boxes has at least its size."""
+    needed, sides = np.array(sizes), np.array(boxes)[:, 2:]
+    return min(1.0, float((needed / sides).max()))
 
 
 def crop_resize(image: np.ndarray, box: Box, size: Shape, shape: Shape | None = None) -> np.ndarray:

@@ -12,7 +12,7 @@ import optax
 
 from maect_jax import sharding
 from maect_jax.config import fraction, numbers_above_0, positive
-from maect_jax.data import augment, bad_images, loader, sources, subsets
+from maect_jax.data import augment, bad_images, loader, sources, subsets, transforms
 from maect_jax.evals import features
 from maect_jax.evals.base import Protocol, Result, Row
 from maect_jax.evals.features import Features
@@ -228,7 +228,8 @@ class AugmentedProbe(Probe):
             bad = bad_images.BadImages(images, decoding, data.max_bad_fraction)
         section, size, seed = row.config.eval.probe, model.image_size, (row.config.seed, _SEED)
         scale, steps = section.crop_scale, len(images) // batch_size * section.epochs
-        make = loader.TrainRecord(images, decoding, size, (scale,), seed, data.scaled_jpeg)
+        crops = (transforms.Crops(size, scale, count=1),)
+        make = loader.TrainRecord(images, decoding, crops, seed, data.scaled_jpeg)
         recipe = augment.Recipe(size, scale, data.mean, data.std, (augment.Photometric(),))
         rows = sharding.local_rows(batch_size, mesh)
         order = loader.Order(len(images), batch_size, steps, seed, rows)

@@ -34,7 +34,7 @@ _TILE, _GAP, _TITLE = 144, 6, 26  # pixels
 def views_of(config: ConfigDict, stage: "type[base.Stage]", images: "sources.Source") -> list[list]:
     """For some of the images, the raw one and the views of a stage, uint8 `[H, W, C]`."""
     images = stage.training_images(config, images)
-    recipe = stage.for_images(config, images).recipe
+    recipe = stage.for_images(config, images).recipes[0]
     make_views = jax.jit(lambda batch: augment.views(batch, recipe))
     make_example = stage.example_maker(config, images)
     chosen, epochs = data_base.evenly_spaced(len(images), _IMAGES), []

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from maect_jax.data import sources
 from maect_jax.data.augment import Photometric, Recipe
 from maect_jax.data.loader import TrainRecord
 from maect_jax.data.sources import Source
+from maect_jax.data.transforms import FIELDS, Crops
 from maect_jax.errors import UserError
 from maect_jax.models import positions, vit
 from maect_jax.stages import optim
@@ -27,6 +29,8 @@ from maect_jax.stages.state import TrainState
 # Keys of a section that change the colours of gray or RGB images.
 _OF_COLOURS = ("photometric.jitter", "photometric.grayscale", "randaugment")
 _PER_VIEW = ("jitter", "blur", "grayscale", "solarize")  # keys of `photometric` with a value a view
+
+Views = tuple[jax.Array, ...]  # normalised `[B, V, H, W, C]`, for each size of views
 
 
 class Saved:
@@ -93,7 +97,7 @@ class Stage(Saved, abc.ABC):
     """
 
     number: ClassVar[int]  # from 0; enters the seeds: no stage repeats another's random numbers
-    views: ClassVar[int] = 2  # crops of an image in a batch
+    views: ClassVar[int] = 2  # of an image in a batch, of the size of the model's images
     needs_labels: ClassVar[bool] = False
     learns_features: ClassVar[bool] = True  # without labels: then the monitor measures k-NN
     starts_from: ClassVar[tuple[str, ...]] = ()  # stages of another run, the preferred one first
@@ -102,7 +106,7 @@ class Stage(Saved, abc.ABC):
 
     encoder: vit.ViT
     image_shape: tuple[int, int, int]  # (H, W, C) of a view
-    recipe: Recipe  # how a batch becomes normalised views
+    recipes: tuple[Recipe, ...]  # how a batch becomes normalised views: of each size
     groups: Mapping[str, optim.Group]  # how each part of the parameters is optimised
     steps: int  # updates of the whole stage
     warmup: int  # those in which the learning rate rises
@@ -127,13 +131,14 @@ class Stage(Saved, abc.ABC):
                 )
         batch, parts = config[cls.name].batch_size, config.encoder_microbatches
         sharding.check_batch(f"config.{cls.name}.batch_size", batch, devices)
-        crops = batch * cls.views // devices
-        if crops % parts:
-            raise UserError(
-                f"config.encoder_microbatches={parts}: must divide the {crops} crops of each "
-                f"device (config.{cls.name}.batch_size={batch}, views: {cls.views}, devices: "
-                f"{devices})"
-            )
+        for views, _ in cls.view_sets(config):
+            crops = batch * views.count // devices
+            if crops % parts:
+                raise UserError(
+                    f"config.encoder_microbatches={parts}: must divide the {crops} crops of each "
+                    f"device (config.{cls.name}.batch_size={batch}, views: {views.count}, devices: "
+                    f"{devices})"
+                )
 
     @classmethod
     def from_config(cls, config, records: int, classes: int = 0) -> Self:
@@ -149,15 +154,16 @@ class Stage(Saved, abc.ABC):
             warmup = section.warmup_epochs * per_epoch
         else:
             warmup = warmup_updates(section.warmup_fraction, steps)
-        colours = section.photometric.to_dict() if "photometric" in section else {}
-        photometric = tuple(
-            Photometric(**{k: v[view] if k in _PER_VIEW else v for k, v in colours.items()})
-            for view in range(cls.views)
+        sets = cls.view_sets(config)
+        firsts = itertools.accumulate((crops.count for crops, _ in sets), initial=0)
+        recipes = tuple(
+            Recipe(crops.size, crops.scale, data.mean, data.std, colours, field, first)
+            for field, first, (crops, colours) in zip(FIELDS, firsts, sets, strict=False)
         )
         shared = dict(
             encoder=vit.from_config(model, cls.frozen_blocks(config), config.remat),
             image_shape=(*model.image_size, model.channels),
-            recipe=Recipe(model.image_size, section.crop_scale, data.mean, data.std, photometric),
+            recipes=recipes,
             steps=steps,
             warmup=warmup,
             microbatches=config.encoder_microbatches,
@@ -165,6 +171,22 @@ class Stage(Saved, abc.ABC):
         fields = {field.name for field in dataclasses.fields(cls)}
         settings = {key: value for key, value in section.items() if key in fields}
         return cls(**settings | shared | cls._parts(config, steps, classes))
+
+    @classmethod
+    def view_sets(cls, config) -> tuple[tuple[Crops, tuple[Photometric, ...]], ...]:
+        """The views of an image, those of each size: their crops, and the colours of each view."""
+        section = config[cls.name]
+        colours = section.photometric.to_dict() if "photometric" in section else {}
+        photometric = tuple(
+            Photometric(**{k: v[view] if k in _PER_VIEW else v for k, v in colours.items()})
+            for view in range(cls.views)
+        )
+        return ((Crops(config.model.image_size, section.crop_scale, cls.views), photometric),)
+
+    @classmethod
+    def views_of_image(cls, config) -> int:
+        """How many views of an image a batch has, of all sizes."""
+        return sum(crops.count for crops, _ in cls.view_sets(config))
 
     @classmethod
     def for_images(cls, config, images: Source) -> Self:
@@ -198,8 +220,7 @@ class Stage(Saved, abc.ABC):
         return make(
             source=images,
             decoding=sources.decoding(config),
-            size=config.model.image_size,
-            scales=(config[cls.name].crop_scale,) * cls.views,
+            crops=tuple(crops for crops, _ in cls.view_sets(config)),
             seed=(config.seed, cls.number),
             scaled_jpeg=config.data.scaled_jpeg,
             **settings,
@@ -237,9 +258,9 @@ class Stage(Saved, abc.ABC):
 
     @abc.abstractmethod
     def loss(
-        self, params, state: TrainState, views: jax.Array, batch: dict, key: jax.Array
+        self, params, state: TrainState, views: Views, batch: dict, key: jax.Array
     ) -> tuple[jax.Array, tuple[dict, dict]]:
-        """`(loss, (metrics, aux))` of normalised views `[B, V, H, W, C]`.
+        """`(loss, (metrics, aux))` of the views of a batch.
 
         The gradient is with respect to `params`, which are those of the state. Metrics are scalars;
         `aux` is for `update_buffers`.

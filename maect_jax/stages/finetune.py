@@ -16,7 +16,7 @@ from maect_jax.data.loader import FinetuneRecord, TrainRecord
 from maect_jax.data.sources import Source
 from maect_jax.models import vit
 from maect_jax.stages import base
-from maect_jax.stages.base import Stage
+from maect_jax.stages.base import Stage, Views
 from maect_jax.stages.state import TrainState
 
 _RANKED = 5
@@ -102,10 +102,11 @@ class Finetune(Stage):
         # By default a TPU rounds the inputs of a matmul to bf16.
         return jnp.matmul(x, kernel, precision="highest") + bias
 
-    def loss(self, params, state: TrainState, views: jax.Array, batch: dict, key: jax.Array):
+    def loss(self, params, state: TrainState, views: Views, batch: dict, key: jax.Array):
         """Cross entropy with smoothed and mixed labels."""
         erase_key, mix_key, path_key = jax.random.split(key, 3)
-        images = views[:, 0]
+        (x,) = views
+        images = x[:, 0]
         targets = mix.smooth(batch["label"], self.classes, self.label_smoothing)
         if self.erasing:
             images = mix.erase(erase_key, images, self.erasing)
@@ -128,7 +129,7 @@ class Finetune(Stage):
 
     def snapshot(self, state: TrainState, images: jax.Array, ids: jax.Array) -> dict:
         """`ranked` of images uint8 `[Q, H, W, C]`."""
-        x = augment.normalise_pixels(images, self.recipe.mean, self.recipe.std)
+        x = augment.normalise_pixels(images, self.recipes[0].mean, self.recipes[0].std)
         return {"ranked": self.ranked(state.params, state.frozen, x)}
 
     def flops_per_step(self, batch_size: int) -> int:

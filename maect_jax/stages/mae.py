@@ -11,7 +11,7 @@ from maect_jax.data import augment
 from maect_jax.errors import UserError
 from maect_jax.models import mae, positions, vit
 from maect_jax.stages import base, losses
-from maect_jax.stages.base import Stage, over_microbatches
+from maect_jax.stages.base import Stage, Views, over_microbatches
 from maect_jax.stages.state import TrainState
 
 
@@ -92,8 +92,9 @@ class MAE(Stage):
         loss = losses.reconstruction(prediction, target, mask)
         return dict(loss=loss, latent=latent, restore=restore, mask=mask, prediction=prediction)
 
-    def loss(self, params, state: TrainState, views: jax.Array, batch: dict, key: jax.Array):
-        images = views.reshape(-1, *views.shape[2:])
+    def loss(self, params, state: TrainState, views: Views, batch: dict, key: jax.Array):
+        (x,) = views
+        images = x.reshape(-1, *x.shape[2:])
         noise = jax.random.uniform(key, (len(images), self._patches))
         outputs = self.forward(params, images, noise, self.microbatches)
         return outputs["loss"], ({}, {"mask": outputs["mask"]})
@@ -101,7 +102,7 @@ class MAE(Stage):
     def snapshot(self, state: TrainState, images: jax.Array, ids: jax.Array) -> dict:
         """`mask` bool `[Q, H, W]`, true where the images lack pixels, the same at every call; and
         `filled` uint8 `[Q, H, W, C]`, the images with the reconstruction there."""
-        recipe, patch = self.recipe, self.encoder.patch_size
+        recipe, patch = self.recipes[0], self.encoder.patch_size
         x = augment.normalise_pixels(images, recipe.mean, recipe.std)
         noise = jax.random.uniform(jax.random.key(0), (len(x), self._patches))
         outputs = self.forward(state.params, x, noise)

@@ -18,7 +18,7 @@ from maect_jax.data import augment
 from maect_jax.errors import UserError
 from maect_jax.models import nnclr, vit
 from maect_jax.stages import base, losses, optim, support_queue
-from maect_jax.stages.base import Stage
+from maect_jax.stages.base import Stage, Views
 from maect_jax.stages.state import TrainState
 
 _SNAPSHOT_NEIGHBOURS = 3
@@ -127,10 +127,11 @@ class NNCLR(Stage):
             projected.append(jax.lax.stop_gradient(support_queue.normalise(z)))
         return jnp.stack(projected, 1), jnp.stack(predicted, 1), stats
 
-    def loss(self, params, state: TrainState, views: jax.Array, batch: dict, key: jax.Array):
+    def loss(self, params, state: TrainState, views: Views, batch: dict, key: jax.Array):
         """The symmetric NNCLR loss."""
         assert state.queue is not None
-        features = self.features(params, state.frozen, views, self.microbatches)
+        (x,) = views
+        features = self.features(params, state.frozen, x, self.microbatches)
         projected, predicted, stats = self.head(params, state.batch_stats, state.target, features)
         queries, ids = projected.reshape(-1, projected.shape[-1]), jnp.repeat(batch["index"], 2)
         with jax.named_scope("queue"):
@@ -171,7 +172,7 @@ class NNCLR(Stage):
         As in training, but with running statistics; rows with the same `ids [Q]` are excluded.
         """
         assert state.queue is not None
-        x = augment.normalise_pixels(images, self.recipe.mean, self.recipe.std)
+        x = augment.normalise_pixels(images, self.recipes[0].mean, self.recipes[0].std)
         features = self.features(state.params, state.frozen, x[:, None])[:, 0]
         projector = state.target.get("projector", state.params["projector"])
         variables = {"params": projector, "batch_stats": state.batch_stats["projector"]}

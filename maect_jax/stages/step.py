@@ -21,7 +21,7 @@ def gradients(stage: Stage, state: TrainState, batch: dict):
     """`((loss, (metrics, aux)), grads)` of a step: `stage.loss` and its gradient."""
     key = jax.random.fold_in(state.rng, state.step)
     with jax.named_scope("views"):
-        views = augment.views(batch, stage.recipe)
+        views = tuple(augment.views(batch, recipe) for recipe in stage.recipes)
     return jax.value_and_grad(stage.loss, has_aux=True)(state.params, state, views, batch, key)
 
 

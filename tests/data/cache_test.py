@@ -14,6 +14,7 @@ from maect_jax.data.cache import Reduced
 from maect_jax.data.decode import Decoding
 from maect_jax.data.folder import Folder
 from maect_jax.data.loader import EvalRecord, Order, TrainRecord
+from maect_jax.data.transforms import Crops
 from maect_jax.errors import BadImageError, UserError
 from tests.helpers.common import save
 
@@ -34,7 +35,7 @@ def photos(folder):
 
 def batches(source):
     """All fields of what training and an evaluation read, with a torn image among them."""
-    make = TrainRecord(source, RGB, (8, 8), ((0.5, 1.0),) * 2, (0, 0))
+    make = TrainRecord(source, RGB, (Crops((8, 8), (0.5, 1.0), 2),), (0, 0))
     yield from loader.train_batches(Order(7, 7, 2, (0, 0), range(7)), make, workers=0)
     yield from loader.eval_batches(EvalRecord(source, RGB, (8, 8), 10), 4, 0, np.arange(4))
 

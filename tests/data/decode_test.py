@@ -12,6 +12,7 @@ from maect_jax import sharding
 from maect_jax.data import bad_images, decode, loader
 from maect_jax.data.decode import Decoding
 from maect_jax.data.folder import Folder
+from maect_jax.data.transforms import Crops
 from maect_jax.errors import BadImageError, RunFailedError
 from tests.helpers.fuzz import only
 
@@ -91,7 +92,7 @@ def test_crops_of_a_jpeg_that_is_decoded_smaller(rng, mode, channels, monkeypatc
     for epoch in range(20):
         sides = (
             loader.TrainRecord(
-                source, Decoding(channels), (60, 50), ((0.08, 1.0),) * 2, (0,), scaled
+                source, Decoding(channels), (Crops((60, 50), (0.08, 1.0), 2),), (0,), scaled
             )
             for scaled in (True, False)
         )
@@ -108,7 +109,7 @@ def test_crops_of_a_jpeg_that_is_decoded_smaller(rng, mode, channels, monkeypatc
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 3), (3, 20_000)])
 def test_images_of_odd_sizes_have_views(size):
     source = only(saved(Image.new("RGB", size, (9, 8, 7)), "JPEG"))
-    view = loader.TrainRecord(source, RGB, (16, 16), ((0.08, 1.0),) * 2, (0,))((0, 0))
+    view = loader.TrainRecord(source, RGB, (Crops((16, 16), (0.08, 1.0), 2),), (0,))((0, 0))
     crop = loader.EvalRecord(source, RGB, (16, 16), 18)(0)
     for image in (*view["image"], crop["image"]):
         assert image.shape == (16, 16, 3)
@@ -132,7 +133,7 @@ def damaged(images):
 
 
 def test_the_next_image_stands_for_one_that_cannot_be_read(damaged):
-    make = loader.TrainRecord(damaged, RGB, (8, 8), ((0.2, 1.0),) * 2, (0, 2))
+    make = loader.TrainRecord(damaged, RGB, (Crops((8, 8), (0.2, 1.0), 2),), (0, 2))
     whole, second, third = make((0, 1)), make((0, 2)), make((0, 3))
     assert [x["bad"] for x in (whole, second, third)] == [-1, 2, 3]
     assert [x["index"] for x in (whole, second, third)] == [1, 4, 4]
@@ -188,6 +189,8 @@ def test_an_evaluation_leaves_bad_images_out(damaged):
 def test_a_source_without_any_image_ends_the_run(images):
     for path in (images / "train").rglob("*.*"):
         path.write_bytes(b"")
-    make = loader.TrainRecord(Folder(str(images / "train")), RGB, (8, 8), ((0.2, 1.0),), (0,))
+    make = loader.TrainRecord(
+        Folder(str(images / "train")), RGB, (Crops((8, 8), (0.2, 1.0), 1),), (0,)
+    )
     with pytest.raises(RunFailedError, match=r"100 images in a row .* one .*99\.JPG: cannot"):
         make((0, 5))

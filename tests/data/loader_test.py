@@ -18,6 +18,7 @@ from maect_jax.data import arrays, decode, loader, sources, transforms
 from maect_jax.data.base import AbsentError
 from maect_jax.data.folder import Folder
 from maect_jax.data.loader import EvalRecord, Order, TrainRecord
+from maect_jax.data.transforms import Crops
 from maect_jax.errors import UserError
 
 
@@ -111,7 +112,7 @@ def test_the_sets_of_the_configs_are_read_as_tfds_lays_them_out(tmp_path, name, 
     source = sources.make(data_section(path=str(tmp_path), name=name), "train", channels=3)
     assert (len(source), source.shape) == (3, shape)
     assert len(source.classes) == info.features["label"].num_classes
-    example = TrainRecord(source, decode.Decoding(3), (8, 8), ((0.2, 1.0),) * 2, (0,))((0, 2))
+    example = TrainRecord(source, decode.Decoding(3), (Crops((8, 8), (0.2, 1.0), 2),), (0,))((0, 2))
     assert example["image"].shape == ((32, 32, 3) if shape else (2, 8, 8, 3))
     assert (example["label"], example["image"].max()) == (2, 20)
 
@@ -231,7 +232,7 @@ def test_processes_read_their_rows_of_the_same_global_batches():
 
 def example_of(images):
     source = Folder(str(images / "train"))
-    return TrainRecord(source, decode.Decoding(3), (8, 8), ((0.2, 1.0),) * 2, (0, 2))
+    return TrainRecord(source, decode.Decoding(3), (Crops((8, 8), (0.2, 1.0), 2),), (0, 2))
 
 
 def assert_batches_equal(a, b):
@@ -256,7 +257,7 @@ def test_the_same_views_with_worker_processes_and_after_a_restart(images, worker
 def test_a_batch_of_arrays_is_what_its_records_are(rng):
     pixels = rng.integers(0, 256, (23, 5, 4, 3), dtype=np.uint8)
     source = arrays.Arrays(pixels, rng.integers(0, 9, 23), [])
-    make = TrainRecord(source, decode.Decoding(3), (8, 8), ((0.2, 1.0),) * 2, (7, 2))
+    make = TrainRecord(source, decode.Decoding(3), (Crops((8, 8), (0.2, 1.0), 2),), (7, 2))
     order = Order(records=23, batch_size=6, steps=8, seed=(7, 2), rows=(1, 2, 5))
     batches = list(loader.train_batches(order, make, workers=2))
     assert len(batches) == 8

@@ -22,6 +22,7 @@ from maect_jax import pipeline
 from maect_jax.data import decode, loader, shard_files, sources, subsets, tars
 from maect_jax.data.base import AbsentError
 from maect_jax.data.folder import Folder
+from maect_jax.data.transforms import Crops
 from maect_jax.errors import RunFailedError, UserError
 from tests.helpers import CONFIGS
 from tests.helpers.common import run_on
@@ -100,7 +101,7 @@ def test_shards_give_the_batches_of_the_same_files_in_a_folder(tmp_path, kind):
     order = loader.Order(10, 4, 5, (0, 1), range(4))
     batches = []
     for source in (opened(tmp_path / "set")["train"], Folder(str(tmp_path / "files" / "train"))):
-        make = loader.TrainRecord(source, RGB, (6, 6), ((0.2, 1.0),) * 2, (0, 1))
+        make = loader.TrainRecord(source, RGB, (Crops((6, 6), (0.2, 1.0), 2),), (0, 1))
         batches.append(list(loader.train_batches(order, make, 0)))
     for ours, theirs in zip(*batches, strict=True):
         for key in theirs:
@@ -505,7 +506,7 @@ def test_a_shard_that_is_replaced_while_it_is_read_ends_the_run(shards, tmp_path
     else:
         members = members_of(tmp_path, [0, 1, 2, 0], 20)
         tar(path, {f"x{name}": x for name, x in members.items()})
-    record = loader.TrainRecord(source, RGB, (4, 4), ((0.2, 1.0),), (0,))
+    record = loader.TrainRecord(source, RGB, (Crops((4, 4), (0.2, 1.0), 1),), (0,))
     assert record((0, 3))["bad"] == -1
     with pytest.raises(RunFailedError, match=r"train-001\.tar: was changed after it was indexed"):
         record((0, 4))

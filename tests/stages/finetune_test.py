@@ -18,6 +18,7 @@ from maect_jax import pipeline
 from maect_jax.data import arrays, augment, folder, loader, mix, subsets
 from maect_jax.data.augment import Photometric, Recipe
 from maect_jax.data.decode import Decoding
+from maect_jax.data.transforms import Crops
 from maect_jax.errors import UserError
 from maect_jax.evals.classifier import accuracies
 from maect_jax.models import vit
@@ -39,7 +40,7 @@ FULL = dict(drop_path=0.5, label_smoothing=0.1, mixup_alpha=0.8, cutmix_alpha=1.
 def stage_of(**changes):
     settings = dict(
         encoder=ENCODER, image_shape=SHAPE, pool="cls", classes=CLASSES,
-        recipe=Recipe(SHAPE[:2], (0.5, 1.0), MEAN, STD, (Photometric(),)),
+        recipes=(Recipe(SHAPE[:2], (0.5, 1.0), MEAN, STD, (Photometric(),)),),
         groups={"encoder": optim.Group(0.003, 0.05, 0.75, 4),
                 "classifier": optim.Group(0.003, 0.05)},
         steps=60, warmup=5,
@@ -228,9 +229,9 @@ def test_loss_without_regularisation_equals_numpy():
     assert kernel.shape == (16, CLASSES)
     assert 0.005 < kernel.std() < 0.015
     assert not now.params["classifier"]["bias"].any()
-    views = augment.views(batch, stage.recipe)
+    views = augment.views(batch, *stage.recipes)
     assert views.shape == (BATCH, 1, *SHAPE)
-    loss, _ = jax.jit(stage.loss)(now.params, now, views, batch, jax.random.key(0))
+    loss, _ = jax.jit(stage.loss)(now.params, now, (views,), batch, jax.random.key(0))
     tokens = ENCODER.apply({"params": now.params["encoder"]}, views[:, 0])
     logits = np.asarray(tokens[:, 0]) @ kernel
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
@@ -284,7 +285,7 @@ def test_training_learns_to_tell_images_apart(settings):
 
     def accuracy(now):
         batches = [batch_of(1000 + seed) for seed in range(4)]
-        moments = stage.recipe.mean, stage.recipe.std
+        moments = stage.recipes[0].mean, stage.recipes[0].std
         seen = [augment.normalise_pixels(batch["image"][:, 0], *moments) for batch in batches]
         found = [rank(now.params, now.frozen, images) for images in seen]
         labels = np.concatenate([batch["label"] for batch in batches])
@@ -305,7 +306,7 @@ def test_flops_formula_equals_the_compilers_count():
     views = jax.ShapeDtypeStruct((BATCH, 1, 28, 28, 3), "float32")
     labels = {"label": jax.ShapeDtypeStruct((BATCH,), "int32")}
     grad = jax.jit(jax.grad(stage.loss, has_aux=True))
-    lowered = grad.lower(now.params, now, views, labels, jax.eval_shape(jax.random.key, 0))
+    lowered = grad.lower(now.params, now, (views,), labels, jax.eval_shape(jax.random.key, 0))
     counted = lowered.compile().cost_analysis()["flops"]
     assert stage.flops_per_step(BATCH) == pytest.approx(counted, rel=0.05)
 
@@ -320,7 +321,9 @@ def test_accuracies_by_hand():
 
 def test_records_do_not_depend_on_workers(images):
     source = folder.Folder(str(images / "train"))
-    make = loader.FinetuneRecord(source, Decoding(3), (8, 8), ((0.3, 1.0),), (5, 3), False, MEAN)
+    make = loader.FinetuneRecord(
+        source, Decoding(3), (Crops((8, 8), (0.3, 1.0), 1),), (5, 3), False, MEAN
+    )
     order = loader.Order(len(source), 8, 4, make.seed, range(8))
     threads = list(loader.train_batches(order, make, workers=0))
     processes = list(loader.train_batches(order, make, workers=2))
@@ -350,7 +353,7 @@ def test_images_in_memory_are_cut_on_the_host_in_the_same_way(part):
     if part:
         source = subsets.select(source, "10%", 0)
     make = loader.FinetuneRecord(
-        source, Decoding(1), (14, 14), ((0.3, 1.0),), (5, 3), False, (0.3,)
+        source, Decoding(1), (Crops((14, 14), (0.3, 1.0), 1),), (5, 3), False, (0.3,)
     )
     order = loader.Order(len(source), 16, 2, make.seed, range(4, 8))
     for step_, batch in enumerate(loader.train_batches(order, make, workers=8)):

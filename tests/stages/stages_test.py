@@ -92,18 +92,18 @@ def test_view_0_enters_the_queue_and_own_rows_are_excluded():
     batch = batch_of(0)
     run = jax.jit(stage.loss)
     views = jnp.asarray(batch["image"], jnp.float32) / 255
-    _, (_, aux) = run(train_state.params, train_state, views, batch, jax.random.key(0))
+    _, (_, aux) = run(train_state.params, train_state, (views,), batch, jax.random.key(0))
     pushed = stage.update_buffers(train_state, aux, True).queue
     np.testing.assert_array_equal(pushed.rows[0], aux["projected"][:, 0])
     np.testing.assert_array_equal(pushed.ids[0], batch["index"])
     np.testing.assert_array_equal(pushed.labels[0], batch["label"])
     # The same images again: the nearest row is the image's own, and must not be chosen.
     train_state = train_state.replace(queue=pushed)
-    _, (metrics, aux) = run(train_state.params, train_state, views, batch, jax.random.key(0))
+    _, (metrics, aux) = run(train_state.params, train_state, (views,), batch, jax.random.key(0))
     own = np.arange(BATCH)
     assert not (aux["positions"][:, 0] == own).any()
     free = train_state.replace(queue=pushed.replace(ids=jnp.full_like(pushed.ids, -1)))
-    _, (_, unchecked) = run(free.params, free, views, batch, jax.random.key(0))
+    _, (_, unchecked) = run(free.params, free, (views,), batch, jax.random.key(0))
     np.testing.assert_array_equal(unchecked["positions"][:, 0], own)
     # Neighbour accuracy: view 0's neighbours, by the labels in the queue.
     labels = np.asarray(pushed.labels).ravel()[aux["positions"][:, 0]]
@@ -115,7 +115,7 @@ def test_loss_is_symmetric_and_mixes_neighbour_and_prediction():
     train_state, batch = started(stage), batch_of(0)
     views = jnp.asarray(batch["image"], jnp.float32) / 255
     loss, (_, aux) = jax.jit(stage.loss)(
-        train_state.params, train_state, views, batch, jax.random.key(0)
+        train_state.params, train_state, (views,), batch, jax.random.key(0)
     )
     queue = np.asarray(train_state.queue.rows).reshape(48, -1)
     neighbours = queue[np.asarray(aux["positions"])]
@@ -133,7 +133,7 @@ def test_the_head_alone_gets_gradients_through_the_predictor_only():
     train_state = started(stage)
     views = jnp.asarray(batch["image"], jnp.float32) / 255
     _, (_, aux) = jax.jit(stage.loss)(
-        train_state.params, train_state, views, batch, jax.random.key(0)
+        train_state.params, train_state, (views,), batch, jax.random.key(0)
     )
     features = stage.features(train_state.params, train_state.frozen, views)
     z, _ = stage.projector.apply(
