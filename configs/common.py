@@ -2,6 +2,7 @@
 
 A config has the keys that all stages share and one section for each stage that it runs. Learning
 rates are base rates, multiplied by batch * views / 256; an image has two views, in fine-tuning one.
+Those of MIM-Refiner are multiplied by batch / 256.
 """
 
 from ml_collections import ConfigDict
@@ -151,17 +152,21 @@ def add_mae(config: ConfigDict, batch_size: int) -> ConfigDict:
     )
 
 
-def _nnclr(temperature: float) -> dict:
+def _contrast(temperature: float, crop_scale: tuple[float, float], photometric: ConfigDict) -> dict:
+    """What a stage with contrastive heads has."""
     return {
-        "warmup_fraction": 0.2,
         "temperature": temperature,
         "queue_size": 65536,
         "projector_hidden": 2048,
         "projector_out": 256,
         "predictor_hidden": 4096,
-        "crop_scale": (0.08, 1.0),
-        "photometric": _photometric(),
+        "crop_scale": crop_scale,
+        "photometric": photometric,
     }
+
+
+def _nnclr(temperature: float) -> dict:
+    return {"warmup_fraction": 0.2, **_contrast(temperature, (0.08, 1.0), _photometric())}
 
 
 def add_head(config: ConfigDict, batch_size: int) -> ConfigDict:
@@ -176,25 +181,83 @@ def add_head(config: ConfigDict, batch_size: int) -> ConfigDict:
     })  # fmt: skip
 
 
+def _tuning(base_lr: float, frozen_blocks: int) -> dict:
+    """What a stage has that also tunes the encoder."""
+    return {
+        "base_lr": base_lr,  # of the encoder
+        "weight_decay": 0.05,
+        "layer_decay": 0.65,
+        "frozen_blocks": frozen_blocks,
+        "head_base_lr": base_lr,
+        "head_weight_decay": 1e-5,
+        "top_k": 20,
+        "ema_decay": 0.9999,
+    }
+
+
 def add_ct(config: ConfigDict, batch_size: int, frozen_blocks: int, **changes) -> ConfigDict:
     """Stage 3: contrastive tuning of the upper blocks."""
     settings = {
         "epochs": 20,
         "batch_size": batch_size,
-        "base_lr": 1e-4,  # of the encoder
-        "weight_decay": 0.05,
-        "layer_decay": 0.65,
-        "frozen_blocks": frozen_blocks,
-        "head_base_lr": 1e-4,
-        "head_weight_decay": 1e-5,
-        "top_k": 20,
         "target_factor": 0.99,
-        "ema_decay": 0.9999,
+        **_tuning(1e-4, frozen_blocks),
         **_nnclr(0.15),
     }
     section = _add(config, "ct", settings)
     section.update(changes)
     return section
+
+
+def _refiner(temperature: float, blocks: tuple[int, ...] | None) -> dict:
+    return {
+        # A head is behind each of these, counted from 0, and on the final feature; None: those from
+        # two thirds of the depth on, but the last.
+        "blocks": placeholder(tuple) if blocks is None else blocks,
+        "warmup_epochs": 4,
+        "end_lr": 1e-6,  # where the schedule ends; not scaled
+        **_contrast(temperature, (0.25, 1.0), strong_photometric()),
+        # Small crops, which the large ones are compared with; 0 views: none.
+        "local": {
+            "views": 10,
+            # (height, width); None: 96 for 224 pixels, and whole patches.
+            "size": placeholder(tuple),
+            "crop_scale": (0.05, 0.25),
+            "photometric": _photometric(jitter=0.8, blur=0.5, grayscale=0.2, solarize=0.0),
+        },
+    }
+
+
+def add_refine_head(
+    config: ConfigDict,
+    batch_size: int,
+    temperature: float = 0.2,
+    blocks: tuple[int, ...] | None = None,
+) -> ConfigDict:
+    """MIM-Refiner's first stage: contrastive heads on the frozen encoder."""
+    return _add(config, "refine_head", {
+        "epochs": 20,
+        "batch_size": batch_size,
+        "base_lr": 2e-4,  # times batch / 256
+        "weight_decay": 1e-5,
+        "top_k": 1,
+        **_refiner(temperature, blocks),
+    })  # fmt: skip
+
+
+def add_refine(
+    config: ConfigDict,
+    batch_size: int,
+    temperature: float = 0.2,
+    blocks: tuple[int, ...] | None = None,
+) -> ConfigDict:
+    """MIM-Refiner's second stage: the encoder and the heads."""
+    return _add(config, "refine", {
+        "epochs": 30,
+        "batch_size": batch_size,
+        **_tuning(4e-4, 0),  # rates times batch / 256
+        **_refiner(temperature, blocks),
+    })  # fmt: skip
 
 
 def add_finetune(config: ConfigDict, batch_size: int) -> ConfigDict:
@@ -311,6 +374,8 @@ def _tiny(config: ConfigDict) -> ConfigDict:
     for stage in config.stages:
         config[stage].batch_size = 256
         config[stage].update(_TINY[stage])
+        if "local" in config[stage]:
+            config[stage].local.views = 2
     return config
 
 
@@ -318,10 +383,13 @@ _SMALL = 32  # pixels; the tiny variants of configs for larger images use the pa
 _TINY_HEAD = dict(
     epochs=1, queue_size=512, projector_hidden=64, projector_out=32, predictor_hidden=64
 )
+_TINY_REFINER = dict(blocks=(1, 2), warmup_epochs=0, **_TINY_HEAD)
 _TINY = {
     "mae": dict(epochs=2, warmup_epochs=1, decoder=dict(width=32, depth=1, heads=2)),
     "head": _TINY_HEAD,
     "ct": dict(frozen_blocks=2, **_TINY_HEAD),
+    "refine_head": _TINY_REFINER,
+    "refine": _TINY_REFINER,
     "finetune": dict(epochs=2, warmup_epochs=1),
     "eval": dict(
         knn=dict(k=(1, 10)),

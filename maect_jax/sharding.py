@@ -21,9 +21,9 @@ from maect_jax.errors import OTHER_HOST, UserError
 AXES = ("data", "fsdp")
 BATCH = P(AXES)
 
-# Ordered (pattern searched in the path of a leaf, placement of its last axes); `tree_shardings` uses
-# the first that matches. The same rules serve parameters, their optimiser moments and their
-# averages, with or without a leading axis of layers or heads, [layer, in, out]; of a block's kernels
+# Ordered (pattern searched in the path of a leaf, placement of its last axes); `tree_shardings`
+# uses the first that matches. The same rules serve parameters, their optimiser moments and their
+# averages, with or without a leading axis of layers or heads, [layer, in, out]; of a block's kernel
 # the axis of the encoder's width is split. An axis whose size the mesh axis does not divide is
 # replicated, as are biases, norms and tokens.
 RULES = (

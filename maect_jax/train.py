@@ -124,7 +124,8 @@ def run(training: Training) -> None:
             batch = sharding.put_batch(batch, mesh)
             state, metrics = logger.profiled(step, train_step, state, batch)
             if not images.labelled:
-                metrics.pop("nn_accuracy", None)  # of no image
+                # Those of no image.
+                metrics = {k: x for k, x in metrics.items() if not k.startswith("nn_accuracy")}
             metrics["action"] = sharding.max_over_hosts(proposed, mesh)
             action = logger.add(step, metrics, batch["index"])  # of the step before
             if logger.has_line(step):

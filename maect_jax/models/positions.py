@@ -63,9 +63,7 @@ def _cubic(old: int, new: int, smooth: bool) -> np.ndarray:
     return matrix
 
 
-def resize(
-    table: Table, old: tuple[int, int], new: tuple[int, int], smooth: bool = False
-) -> Table:
+def resize(table: Table, old: tuple[int, int], new: tuple[int, int], smooth: bool = False) -> Table:
     """Resizes a position embedding fp32 `[N, D]` from patch grid `old` to `new`, bicubic, with or
     without antialiasing (`smooth`); in float64, but within a jitted function."""
     rows, cols = (_cubic(a, b, smooth) for a, b in zip(old, new, strict=True))

@@ -515,7 +515,8 @@ def from_config(model, frozen_blocks: int = 0, remat: str = "none") -> ViT:
     return ViT(*size_of(model), frozen_blocks=frozen_blocks, remat=remat, **settings)
 
 
-def _are_sides(sides: tuple[int, ...], model) -> bool:
+def are_sides(sides: tuple[int, ...], model) -> bool:
+    """Whether they are the height and width of images that a model takes."""
     fit = (0 < side <= MAX_PIXELS and side % model.patch_size == 0 for side in sides)
     return len(sides) == 2 and all(fit)
 
@@ -539,7 +540,7 @@ RULES: Rules = {
             and (v != "cudnn" or (jax.default_backend() == "gpu" and model.dtype == "bfloat16"))
         ),
     ),
-    "image_size": Rule(f"{_SIDES}{MAX_PIXELS:,}", _are_sides),
+    "image_size": Rule(f"{_SIDES}{MAX_PIXELS:,}", are_sides),
 }
 
 

@@ -16,7 +16,6 @@ from maect_jax.models import positions, vit
 from maect_jax.run import checkpoints
 from maect_jax.stages import SAVED, STAGES
 from maect_jax.stages.base import Stage
-from maect_jax.stages.nnclr import check_same_head
 
 _LOGGER = logging.getLogger(__name__)
 RANDOM = "random"
@@ -127,8 +126,9 @@ def check_fits(saved: Saved, config: ConfigDict) -> None:
     takes = set(STAGES[first].takes) if first in STAGES else set()
     if not takes <= set(SAVED[saved.stage].hands_on):
         raise UserError(f"{where}: has no head; stage {first} must start from a run with one")
-    if "projector" in takes:
-        check_same_head(old[saved.stage], config[first], f"the run that {where} names")
+    if takes > {"encoder"}:
+        before, now = old[saved.stage], config[first]
+        STAGES[first].check_taken(before, now, f"the run that {where} names")
 
 
 def find(

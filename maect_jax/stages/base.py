@@ -27,7 +27,8 @@ from maect_jax.stages import optim
 from maect_jax.stages.state import TrainState
 
 # Keys of a section that change the colours of gray or RGB images.
-_OF_COLOURS = ("photometric.jitter", "photometric.grayscale", "randaugment")
+_COLOURS = ("photometric.jitter", "photometric.grayscale")
+_OF_COLOURS = (*_COLOURS, *(f"local.{key}" for key in _COLOURS), "randaugment")
 _PER_VIEW = ("jitter", "blur", "grayscale", "solarize")  # keys of `photometric` with a value a view
 
 Views = tuple[jax.Array, ...]  # normalised `[B, V, H, W, C]`, for each size of views
@@ -98,6 +99,8 @@ class Stage(Saved, abc.ABC):
 
     number: ClassVar[int]  # from 0; enters the seeds: no stage repeats another's random numbers
     views: ClassVar[int] = 2  # of an image in a batch, of the size of the model's images
+    lr_per_view: ClassVar[bool] = True  # whether base rates are of 256 views, or of 256 images
+    undecayed: ClassVar[tuple[str, ...]] = optim.UNDECAYED  # parameters without weight decay
     needs_labels: ClassVar[bool] = False
     learns_features: ClassVar[bool] = True  # without labels: then the monitor measures k-NN
     starts_from: ClassVar[tuple[str, ...]] = ()  # stages of another run, the preferred one first
@@ -139,6 +142,15 @@ class Stage(Saved, abc.ABC):
                     f"device (config.{cls.name}.batch_size={batch}, views: {views.count}, devices: "
                     f"{devices})"
                 )
+
+    @classmethod
+    def check_taken(cls, before, now, where: str) -> None:
+        """Checks that the stage's section `now` fits what it takes over beside the encoder, which
+        was made with the section `before`, of a stage that `where` names.
+
+        Raises:
+          UserError: they differ in what must be the same.
+        """
 
     @classmethod
     def from_config(cls, config, records: int, classes: int = 0) -> Self:
@@ -202,10 +214,15 @@ class Stage(Saved, abc.ABC):
     @classmethod
     def _group(cls, config, prefix: str = "", layer_decay: float = 1.0) -> optim.Group:
         """The optimiser's settings that the keys `<prefix>base_lr` and so on of a section give."""
-        section = config[cls.name]
-        lr = optim.scaled_lr(section[f"{prefix}base_lr"], section.batch_size, cls.views)
-        depth = vit.size_of(config.model).depth
-        return optim.Group(lr, section[f"{prefix}weight_decay"], layer_decay, depth)
+        section, views = config[cls.name], cls.views if cls.lr_per_view else 1
+        return optim.Group(
+            lr=optim.scaled_lr(section[f"{prefix}base_lr"], section.batch_size, views),
+            weight_decay=section[f"{prefix}weight_decay"],
+            layer_decay=layer_decay,
+            depth=vit.size_of(config.model).depth,
+            end_lr=section.get("end_lr", 0.0),
+            undecayed=cls.undecayed,
+        )
 
     @classmethod
     def training_images(cls, config, images: Source) -> Source:

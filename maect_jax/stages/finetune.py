@@ -36,7 +36,7 @@ class Finetune(Stage):
     learns_features = False
     saved = ("params", "frozen")
     encoder_in = ("frozen", "params")
-    starts_from = ("ct", "head", "mae", "finetune")
+    starts_from = ("refine", "ct", "refine_head", "head", "mae", "finetune")
     rules = base.TRAINING | {
         "warmup_epochs": base.WARMUP_EPOCHS,
         "images": Rule(

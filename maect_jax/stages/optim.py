@@ -29,9 +29,9 @@ class Group:
     undecayed: tuple[str, ...] = UNDECAYED
 
 
-def scaled_lr(base_lr: float, samples: int) -> float:
-    """Linear scaling rule: the base rate is that of 256 samples in a batch."""
-    return base_lr * samples / 256
+def scaled_lr(base_lr: float, batch_size: int, views: int) -> float:
+    """Linear scaling rule; of an image so many views count as samples."""
+    return base_lr * batch_size * views / 256
 
 
 def schedule(steps: int, warmup: int, end: float = 0.0) -> Callable[[jax.Array], jax.Array]:
