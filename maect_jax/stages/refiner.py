@@ -125,14 +125,14 @@ class Refiner(NNCLR):
         return jax.vmap(super()._rebatched, in_axes=(_QUEUES,), out_axes=_QUEUES)(queue)
 
     def loss(self, params, state: TrainState, views: Views, batch: dict, key: jax.Array):
-        """The sum of all heads' losses; metrics tell the heads apart."""
+        """The sum of all heads' losses; metrics also tell the heads apart (`_head_names`)."""
         features = self.features(params, state.frozen, views, self.microbatches)
         heads = {name: params[name] for name in ("projector", "predictor")}
         stacked = dict(params=heads, batch_stats=state.batch_stats, target={}, queue=state.queue)
         axes = dict(params=0, batch_stats=0, target=0, queue=_QUEUES)
         contrast = jax.vmap(partial(self._contrast, batch=batch), in_axes=(axes, 2))
         each, accuracies, aux = contrast(stacked, features, key=self._split_key(key))
-        metrics = {"nn_accuracy": accuracies[-1]}
+        metrics = {"nn_accuracy": accuracies.mean()}
         for i, name in enumerate(self._head_names):
             metrics[f"loss_{name}"] = each[i]
             metrics[f"nn_accuracy_{name}"] = accuracies[i]

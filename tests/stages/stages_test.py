@@ -135,7 +135,7 @@ def test_the_head_alone_gets_gradients_through_the_predictor_only():
     _, (_, aux) = jax.jit(stage.loss)(
         train_state.params, train_state, (views,), batch, jax.random.key(0)
     )
-    features = stage.features(train_state.params, train_state.frozen, views)
+    features = stage.features(train_state.params, train_state.frozen, (views,))[:, :, 0]
     z, _ = stage.projector.apply(
         {
             "params": train_state.params["projector"],
