@@ -7,7 +7,8 @@ the same number of worker processes and give batches of uint8 views (`turns`).
 With a width the first 64 photographs are enlarged to it, and noise replaces the missing detail.
 `scaled` is this package's loader with `config.data.scaled_jpeg`; its error is the mean difference
 of its pixels from those of the whole JPEG. `one_view` and `evaluation`, one random crop and the
-centre of an image, are this loader's, too.
+centre of an image, are this loader's, too, and so is `multi_crop`, which has ten more views of 96
+pixels, as MIM-Refiner.
 """
 
 import argparse
@@ -28,13 +29,14 @@ from maect_jax.data.folder import Folder
 from maect_jax.data.transforms import Crops
 
 SIZE, SHORT_SIDE, SCALE = (224, 224), 256, (0.08, 1.0)
+TWO = Crops(SIZE, SCALE, 2)
+TEN_SMALL = Crops((96, 96), (0.05, 0.25), 10)
 ENLARGED, NOISE = 64, 8.0
 
 
-def ours(folder: str, workers: int, batch_size: int, views: int = 2, scaled_jpeg: bool = False):
+def ours(folder: str, workers: int, batch_size: int, crops=(TWO,), scaled_jpeg: bool = False):
     """This package's loader."""
     source = Folder(f"{folder}/train")
-    crops = (Crops(SIZE, SCALE, views),)
     make = loader.TrainRecord(source, Decoding(3), crops, (0, 0), scaled_jpeg)
     order = loader.Order(len(source), batch_size, 10**6, (0, 0), range(batch_size))
     return loader.train_batches(order, make, workers)
@@ -47,7 +49,12 @@ def scaled(folder: str, workers: int, batch_size: int):
 
 def one_view(folder: str, workers: int, batch_size: int):
     """The same, with one view of each image."""
-    return ours(folder, workers, batch_size, views=1)
+    return ours(folder, workers, batch_size, crops=(Crops(SIZE, SCALE, 1),))
+
+
+def multi_crop(folder: str, workers: int, batch_size: int):
+    """The same, with ten small views more."""
+    return ours(folder, workers, batch_size, crops=(TWO, TEN_SMALL))
 
 
 def evaluation(folder: str, workers: int, batch_size: int):
@@ -115,7 +122,7 @@ def error(folder: str) -> float:
 
 
 def main(folder: str, workers: int, batch_size: int, batches: int) -> None:
-    makers = (ours, scaled, one_view, evaluation, one_decode, decode_a_view)
+    makers = (ours, scaled, one_view, multi_crop, evaluation, one_decode, decode_a_view)
     sides = {make.__name__: make(folder, workers, batch_size) for make in makers}
     print(f"{workers} worker processes, numpy {np.__version__}, torch {torch.__version__}")
     turns.compare(sides, batch_size, batches)

@@ -453,14 +453,16 @@ def _described(config: ConfigDict, images: sources.Source) -> Iterator[str]:
     for kind in training_stages(config):
         own, section = kind.training_images(config, images), config[kind.name]
         stage, batch = kind.for_images(config, own), section.batch_size
-        views = kind.views_of_image(config)
+        crops, *smaller = (crops for crops, _ in kind.view_sets(config))
+        count, views = crops.count, kind.views_of_image(config)
+        local = "".join(" and {} of {} x {}".format(x.count, *x.size) for x in smaller)
         state = jax.eval_shape(stage.init, jax.random.key(0), {})
         memory = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
         steps, cost = stage.steps, stage.flops_per_step(batch)
         rows = {
             "steps": f"{steps:,} ({section.epochs} epochs of {len(own):,} images, "
             f"warm-up {stage.warmup:,})",
-            "batch": f"{batch:,} images x {views} view{'s' * (views > 1)}",
+            "batch": f"{batch:,} images x {count} view{'s' * (count > 1)}{local}",
             "images seen": f"{steps * batch:,} ({steps * batch * views:,} views)",
             "parameters trained": f"{parameter_overview.count_parameters(state.params):,}",
             "parameters frozen": f"{parameter_overview.count_parameters(state.frozen):,}",

@@ -145,11 +145,12 @@ def seen(content):
             assert min(pixels.shape) > 0
             assert (pixels.dtype, pixels.shape[2]) == (np.uint8, channels)
             assert min(decode.shape(content, Decoding(channels))) > 0
+    crops = (Crops((8, 8), (0.2, 1.0), 1), Crops((4, 6), (0.05, 0.25), 2))
     with one_line():  # no other image can replace the only one
-        make = loader.TrainRecord(
-            only(content), Decoding(3), (Crops((8, 8), (0.2, 1.0), 1),), (0,), scaled_jpeg=True
-        )
-        assert make((0, 0))["image"].shape == (1, 8, 8, 3)
+        make = loader.TrainRecord(only(content), Decoding(3), crops, (0,), scaled_jpeg=True)
+        example = make((0, 0))
+        assert example["image"].shape == (1, 8, 8, 3)
+        assert example["local"].shape == (2, 4, 6, 3)
     assert loader.EvalRecord(only(content), Decoding(3), (8, 8), 8)(0)["image"].shape == (8, 8, 3)
 
 

@@ -266,11 +266,17 @@ def _views(recipe: Recipe, images: jax.Array, seeds: jax.Array) -> jax.Array:
     crop = jax.vmap(partial(random_crop, recipe=recipe))
     # Channels first in memory, too: the layout of later operations must not spread to these.
     pin = partial(with_layout_constraint, layouts=Layout((0, 1, 2, 3)))
-    views = []
-    for v, colours in enumerate(recipe.photometric):
-        own = jax.vmap(partial(jax.random.fold_in, data=recipe.first + v))(keys)
-        view_keys = jax.vmap(jax.random.split)(own)
-        x = crop(images, view_keys[:, 0]) if whole else images[:, v]
+
+    def view(colours, number):
+        own = jax.vmap(jax.random.fold_in, (0, None))(keys, recipe.first + number)
+        crop_keys, colour_keys = jax.vmap(jax.random.split, out_axes=1)(own)
+        x = crop(images, crop_keys) if whole else images[:, number]
         change = jax.vmap(partial(photometric, recipe=colours))
-        views.append(pin(change(pin(x.astype(jnp.float32) / 255), view_keys[:, 1])))
-    return normalise(jnp.moveaxis(jnp.stack(views, axis=1), -3, -1), recipe.mean, recipe.std)
+        return pin(change(pin(x.astype(jnp.float32) / 255), colour_keys))
+
+    # Views of the same colours are a loop, which is compiled once.
+    all_colours = recipe.photometric
+    runs = itertools.groupby(range(len(all_colours)), all_colours.__getitem__)
+    views = [jax.lax.map(partial(view, colours), jnp.array([*run])) for colours, run in runs]
+    channels_last = jnp.moveaxis(jnp.concatenate(views), (1, 0, 2), (0, 1, 4))
+    return normalise(channels_last, recipe.mean, recipe.std)

@@ -6,8 +6,11 @@ One block a stage, one row an image: the raw image, then its views in three epoc
 sees them.
 """
 
+import math
 import os
 import sys
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from etils import epy
@@ -31,51 +34,99 @@ _IMAGES, _EPOCHS = 8, 3
 _TILE, _GAP, _TITLE = 144, 6, 26  # pixels
 
 
-def views_of(config: ConfigDict, stage: "type[base.Stage]", images: "sources.Source") -> list[list]:
-    """For some of the images, the raw one and the views of a stage, uint8 `[H, W, C]`."""
+class Panel(NamedTuple):
+    """Images that stand together in a row, in a block no higher than a tile."""
+
+    title: str
+    side: int  # pixels of each
+    images: list[np.ndarray]  # uint8 `[H, W, C]`
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Images in (rows, columns)."""
+        rows = min(len(self.images), (_TILE + _GAP) // (self.side + _GAP))
+        return rows, math.ceil(len(self.images) / rows)
+
+    @property
+    def width(self) -> int:
+        return self.grid[1] * (self.side + _GAP)
+
+    def draw(self, sheet: Image.Image, left: int, top: int) -> None:
+        rows, columns = self.grid
+        step = self.side + _GAP
+        top += (_TILE + _GAP - rows * step) // 2
+        for i, image in enumerate(self.images):
+            row, column = divmod(i, columns)
+            sheet.paste(_tile(image, self.side), (left + column * step, top + row * step))
+
+
+Row = list[list[Panel]]  # the image, then each epoch
+
+
+def views_of(config: ConfigDict, stage: "type[base.Stage]", images: "sources.Source") -> list[Row]:
+    """Some of the images, with the views that a stage makes of them."""
     images = stage.training_images(config, images)
-    recipe = stage.for_images(config, images).recipes[0]
-    make_views = jax.jit(lambda batch: augment.views(batch, recipe))
+    recipes = stage.for_images(config, images).recipes
+    make_views = jax.jit(lambda batch: [augment.views(batch, recipe) for recipe in recipes])
     make_example = stage.example_maker(config, images)
     chosen, epochs = data_base.evenly_spaced(len(images), _IMAGES), []
     for epoch in range(_EPOCHS):
         examples = [make_example((epoch, record)) for record in chosen]
         batch = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
-        views = augment.denormalise(make_views(batch), config.data.mean, config.data.std)
-        epochs.append(np.asarray(views))  # [images, views, H, W, C]
+        views = [
+            np.asarray(augment.denormalise(x, config.data.mean, config.data.std))
+            for x in make_views(batch)
+        ]  # [images, views, H, W, C]
+        epochs.append([_panels(epoch, of_image) for of_image in zip(*views, strict=True)])
     # An image that cannot be read is replaced by another, whose number is its index.
     decoding = sources.decoding(config)
     raw = [decode.pixels(images[int(i)][0], decoding) for i in batch["index"]]
-    return [[image, *views] for image, views in zip(raw, np.concatenate(epochs, 1), strict=True)]
+    shown = [[Panel("image", _TILE, [image])] for image in raw]
+    return [list(row) for row in zip(shown, *epochs, strict=True)]
 
 
-def _tile(image: np.ndarray) -> Image.Image:
+def _panels(epoch: int, views: Sequence[np.ndarray]) -> list[Panel]:
+    """An image's views in an epoch, those of each size `[V, H, W, C]`: the first ones each in a
+    tile, smaller ones together, in proportion to their pixels."""
+    first, *others = views
+    panels = [Panel(f"epoch {epoch}, view {i}", _TILE, [x]) for i, x in enumerate(first)]
+    for local in others:
+        ratio = min(1, max(local.shape[1:3]) / max(first.shape[1:3]))
+        side = max(_GAP, round(ratio * (_TILE + _GAP)) - _GAP)  # two of a half are as high as one
+        panels.append(Panel(f"{len(local)} local", side, [*local]))
+    return panels
+
+
+def _tile(image: np.ndarray, side: int) -> Image.Image:
     """An image uint8 `[H, W, C]` as large as a tile allows, on white; a small one in its pixels."""
-    method = Image.Resampling.NEAREST if max(image.shape) < _TILE else Image.Resampling.LANCZOS
+    method = Image.Resampling.NEAREST if max(image.shape) < side else Image.Resampling.LANCZOS
     tile = Image.fromarray(style.to_rgb_image(image))
-    return ImageOps.pad(tile, (_TILE, _TILE), method, "white")
+    return ImageOps.pad(tile, (side, side), method, "white")
 
 
-def sheet(blocks: "dict[type[base.Stage], list[list[np.ndarray]]]") -> Image.Image:
+def sheet(blocks: "dict[type[base.Stage], list[Row]]") -> Image.Image:
     """A contact sheet of the `views_of` each stage."""
     font, step = ImageFont.load_default(size=15), _TILE + _GAP
-    columns = max(len(rows[0]) for rows in blocks.values())
+    # Between epochs there is more room than between the views of one.
+    width = max(
+        sum(sum(panel.width for panel in group) + 2 * _GAP for group in rows[0])
+        for rows in blocks.values()
+    )
     height = sum(2 * _TITLE + step * len(rows) for rows in blocks.values()) + _GAP
-    drawn = Image.new("RGB", (columns * step + (_EPOCHS + 1) * 2 * _GAP, height), "white")
+    drawn = Image.new("RGB", (width, height), "white")
     ink, top = ImageDraw.Draw(drawn), _GAP
     for stage, rows in blocks.items():
-        # Between epochs there is more room than between the views of one.
-        epochs = [-1, *(i // stage.views for i in range(_EPOCHS * stage.views))]
-        left = [_GAP + i * step + (epoch + 1) * 2 * _GAP for i, epoch in enumerate(epochs)]
-        ink.text((left[0], top), f"stage {stage.name}", "black", font)
-        for i, epoch in enumerate(epochs):
-            title = f"epoch {epoch}, view {(i - 1) % stage.views}" if i else "image"
-            ink.text((left[i], top + _TITLE), title, "#555555", font)
-        top += 2 * _TITLE
-        for row in rows:
-            for x, image in zip(left, row, strict=True):
-                drawn.paste(_tile(image), (x, top))
-            top += step
+        ink.text((_GAP, top), f"stage {stage.name}", "black", font)
+        for i, row in enumerate(rows):
+            left = _GAP
+            for group in row:
+                for panel in group:
+                    if not i:
+                        ink.text((left, top + _TITLE), panel.title, "#555555", font)
+                    panel.draw(drawn, left, top + 2 * _TITLE + i * step)
+                    left += panel.width
+                left += 2 * _GAP
+        top += 2 * _TITLE + step * len(rows)
     return drawn
 
 

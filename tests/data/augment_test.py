@@ -1,6 +1,7 @@
 """Device-side views against Pillow and colorsys."""
 
 import colorsys
+import dataclasses
 import itertools
 import re
 from functools import partial
@@ -225,6 +226,30 @@ def test_devices_send_each_other_nothing_to_make_views(picture):
             views = jax.jit(lambda batch: augment.views(batch, recipe))
             program = views.lower(sharding.put_batch(batch, mesh)).compile().as_text()
         assert not re.findall(r"all-\w+|reduce-scatter|collective-\w+", program)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_views_of_a_second_size_are_the_further_ones_of_an_image(picture, whole):
+    """No two views share random numbers, of whichever size they are."""
+    colour = Photometric(blur=1.0, solarize=0.5)
+    every = Recipe((32, 40), (0.2, 0.6), (0.0,) * 3, (1.0,) * 3, (Photometric(), *[colour] * 4))
+    further = dataclasses.replace(every, photometric=every.photometric[2:], field="local", first=2)
+    seeds = np.arange(8, dtype=np.uint32).reshape(4, 2)
+    images = np.broadcast_to(picture, (4, *((5,) * (not whole)), *picture.shape))
+    five = jax.jit(lambda batch: augment.views(batch, every))({"image": images, "seed": seeds})
+    batch = {"image": images if whole else images[:, :2], "seed": seeds}
+    batch |= {} if whole else {"local": images[:, 2:]}
+    three = jax.jit(lambda batch: augment.views(batch, further))(batch)
+    np.testing.assert_allclose(three, five[:, 2:], atol=1e-6)
+    distinct = np.asarray(five[:, 1:]).reshape(16, -1).round(3)
+    assert len(np.unique(distinct, axis=0)) == 16
+    small = dataclasses.replace(further, size=(16, 8), crop_scale=(0.05, 0.25))
+    batch |= {} if whole else {"local": images[:, 2:, :16, :8]}
+    views, backwards = jax.jit(lambda batch: augment.views(batch, small)), slice(None, None, -1)
+    got = views(batch)
+    assert (got.shape, got.dtype) == ((4, 3, 16, 8, 3), "float32")
+    other = views({key: x[backwards] for key, x in batch.items()})  # another batch of these images
+    np.testing.assert_allclose(other[backwards], got, atol=1e-6)
 
 
 def test_gray_images_pass_every_operation(rng):

@@ -89,18 +89,19 @@ def test_crops_of_a_jpeg_that_is_decoded_smaller(rng, mode, channels, monkeypatc
         return found
 
     monkeypatch.setattr(decode, "pixels", spied)
+    crops = (Crops((60, 50), (0.08, 1.0), 2), Crops((20, 25), (0.05, 0.25), 3))
     for epoch in range(20):
         sides = (
-            loader.TrainRecord(
-                source, Decoding(channels), (Crops((60, 50), (0.08, 1.0), 2),), (0,), scaled
-            )
+            loader.TrainRecord(source, Decoding(channels), crops, (0,), scaled)
             for scaled in (True, False)
         )
         small, whole = (side((epoch, 0)) for side in sides)
         assert small["seed"].tolist() == whole["seed"].tolist()
         assert small["image"].shape == (2, 60, 50, channels)
-        difference = np.abs(small["image"].astype(int) - whole["image"])
-        assert difference.mean() < 2
+        for field in ("image", "local"):
+            difference = np.abs(small[field].astype(int) - whole[field])
+            assert difference.mean() < 2
+    assert len(shapes) == 60  # one decoding an image, of a whole one then its pixels once again
     smaller = [shape for shape in shapes if shape != (500, 700)]
     assert len(smaller) > 15
     assert min(smaller) == (125, 175)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
+from scipy import stats
 
 from maect_jax.data import arrays, decode, loader, sources, transforms
 from maect_jax.data.base import AbsentError
@@ -20,6 +21,7 @@ from maect_jax.data.folder import Folder
 from maect_jax.data.loader import EvalRecord, Order, TrainRecord
 from maect_jax.data.transforms import Crops
 from maect_jax.errors import UserError
+from tests.helpers.fuzz import only
 
 
 def prepare(folder, name, version, features, sizes):
@@ -230,9 +232,11 @@ def test_processes_read_their_rows_of_the_same_global_batches():
             assert mine == [whole[step * 8 + row] for row in rows]
 
 
+CROPS = (Crops((8, 8), (0.2, 1.0), 2), Crops((6, 4), (0.05, 0.25), 3))
+
+
 def example_of(images):
-    source = Folder(str(images / "train"))
-    return TrainRecord(source, decode.Decoding(3), (Crops((8, 8), (0.2, 1.0), 2),), (0, 2))
+    return TrainRecord(Folder(str(images / "train")), decode.Decoding(3), CROPS, (0, 2))
 
 
 def assert_batches_equal(a, b):
@@ -247,6 +251,7 @@ def test_the_same_views_with_worker_processes_and_after_a_restart(images, worker
     batches = list(loader.train_batches(order, example_of(images), workers=0))
     assert len(batches) == 10
     assert batches[0]["image"].shape == (4, 2, 8, 8, 3)
+    assert batches[0]["local"].shape == (4, 3, 6, 4, 3)
     later = dataclasses.replace(order, done=6)
     for again, number in ((later, workers), (later, 0)):
         rest = list(loader.train_batches(again, example_of(images), workers=number))
@@ -278,6 +283,41 @@ def test_views_differ_between_epochs_and_follow_the_record(images):
     assert not np.array_equal(one["seed"], later["seed"])
     assert one["index"] == later["index"] == 5
     assert not np.array_equal(one["image"][0], one["image"][1])
+
+
+def test_crops_of_each_size_have_their_scale_and_boxes_of_their_own(monkeypatch, rng):
+    source = only(rng.integers(0, 256, (300, 400, 3), dtype=np.uint8))
+    make = TrainRecord(source, decode.Decoding(3), CROPS, (0,))
+    alone = TrainRecord(source, decode.Decoding(3), CROPS[:1], (0,))
+    example = make((0, 0))
+    pixels = [example["image"], example["local"]]
+    assert [(x.shape, x.dtype) for x in pixels] == [
+        ((2, 8, 8, 3), "uint8"),
+        ((3, 6, 4, 3), "uint8"),
+    ]
+    assert make.nbytes == sum(x.nbytes for x in pixels)
+    drawn, crop_resize = {make: [], alone: []}, transforms.crop_resize
+
+    def spied(image, box, size, shape):
+        drawn[maker].append(box)
+        return crop_resize(image, box, size, shape)
+
+    monkeypatch.setattr(transforms, "crop_resize", spied)
+    for maker in drawn:
+        for epoch in range(400):
+            maker((epoch, 0))
+    boxes = np.array(drawn[make]).reshape(400, 5, 4)
+    assert len(np.unique(boxes.reshape(-1, 4), axis=0)) > 1990  # no two views share their draws
+    # Further sizes leave the first one's boxes as they are.
+    np.testing.assert_array_equal(boxes[:, :2], np.array(drawn[alone]).reshape(400, 2, 4))
+    area = boxes[:, 2:, 2:].prod(-1) / (300 * 400)
+    assert stats.kstest(area.ravel(), "uniform", (0.05, 0.2)).pvalue > 1e-3
+
+
+def test_a_smaller_image_has_enough_pixels_for_each_crop():
+    boxes, sizes = [(0, 0, 100, 200), (5, 5, 40, 40)], [(50, 50), (8, 30)]
+    assert transforms.min_scale(boxes, sizes) == 0.75
+    assert transforms.min_scale(boxes, sizes[::-1]) == 1.0
 
 
 def test_evaluation_sees_every_image_once(images):

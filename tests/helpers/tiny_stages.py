@@ -68,6 +68,18 @@ TINY_STAGES = {
 }
 
 
+def with_local_views(crops):
+    """Stage `head` with further views of a second size."""
+
+    class WithLocalViews(STAGES["head"]):
+        @classmethod
+        def view_sets(cls, config):
+            local = Photometric(blur=0.5)
+            return (*super().view_sets(config), (crops, (local,) * crops.count))
+
+    return WithLocalViews
+
+
 def batch_of(seed):
     rng = np.random.default_rng(seed)
     return dict(

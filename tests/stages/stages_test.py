@@ -7,11 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maect_jax import config as configs
+from maect_jax import pipeline
+from maect_jax.data import sources
+from maect_jax.data.transforms import Crops
+from maect_jax.errors import UserError
 from maect_jax.models import vit
 from maect_jax.stages import STAGES, support_queue
-from maect_jax.stages.step import step
-from tests.helpers.common import assert_trees_equal
-from tests.helpers.tiny_stages import BATCH, SHAPE, TINY_STAGES, batch_of, contrast_stage, started
+from maect_jax.stages.step import abstract_batch, gradients, step
+from tests.helpers import CONFIGS
+from tests.helpers.common import assert_trees_equal, mesh_of
+from tests.helpers.tiny_stages import (
+    BATCH,
+    SHAPE,
+    TINY_STAGES,
+    batch_of,
+    contrast_stage,
+    started,
+    with_local_views,
+)  # fmt: skip
 
 
 @cache
@@ -153,6 +167,36 @@ def test_the_head_alone_gets_gradients_through_the_predictor_only():
 
     for leaf in jax.tree.leaves(jax.jit(jax.grad(look_up))(train_state.params)):
         assert not leaf.any()
+
+
+def test_a_stage_may_have_views_of_two_sizes(monkeypatch):
+    crops = Crops((14, 21), (0.05, 0.25), 3)
+    kind, config = with_local_views(crops), configs.load(str(CONFIGS / "quickstart.py:test"), [])
+    pipeline.check(config, devices=1)
+    images = sources.make(config.data, "train", 1)
+    stage, make = kind.for_images(config, images), kind.example_maker(config, images)
+    assert make.crops == (Crops((28, 28), config.head.crop_scale, 2), crops)
+    assert [(r.size, r.field, r.first) for r in stage.recipes] == [
+        ((28, 28), "image", 0), ((14, 21), "local", 2)
+    ]  # fmt: skip
+    assert kind.views_of_image(config) == 5
+    # Each size goes through the encoder by itself, in equal parts on each device.
+    config.encoder_microbatches = 64
+    kind.check(config, devices=4)
+    config.encoder_microbatches = 128
+    with pytest.raises(UserError, match=r"encoder_microbatches=128: .* 192 crops.* views: 3, dev"):
+        kind.check(config, devices=4)
+    seen = []
+
+    def loss(self, params, state, views, batch, key):
+        seen.extend(x.shape for x in views)
+        return sum(x.sum() for x in jax.tree.leaves(params)), ({}, {})
+
+    monkeypatch.setattr(kind, "loss", loss)
+    state = jax.eval_shape(stage.init, jax.random.key(0), {})
+    batch = abstract_batch(kind, config, images, mesh_of(1, 1))
+    jax.eval_shape(partial(gradients, stage), state, batch)
+    assert seen == [(256, 2, 28, 28, 1), (256, 3, 14, 21, 1)]
 
 
 @pytest.mark.parametrize("name", ["mae", "ct"])
