@@ -125,6 +125,11 @@ def _photometric(jitter=(0.0, 0.0), blur=(0.0, 0.0), grayscale=(0.0, 0.0), solar
     }
 
 
+def no_photometric() -> ConfigDict:
+    """Colours as they are."""
+    return ConfigDict(_photometric())
+
+
 def strong_photometric() -> ConfigDict:
     """The colour augmentations of MAE-CT_aug, different for each view."""
     settings = _photometric(

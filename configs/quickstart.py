@@ -1,6 +1,7 @@
 """All stages and an evaluation on Fashion-MNIST, which is part of the package.
 
     maect run --config=quickstart
+    maect run --config=quickstart:refine
     maect run --config=quickstart:long
     maect run --config=quickstart:photos --config.data.path=MY_IMAGES
 
@@ -23,33 +24,60 @@ def get_config(argument=""):
     config.log_every = 20
     config.remat = "none"  # faster on a CPU
     config.checkpoint.every = 1
-
-    mae = common.add_mae(config, batch_size=32)
-    mae.update(epochs=12, warmup_epochs=1, base_lr=4e-3, crop_scale=(0.6, 1.0))
-    mae.decoder.update(width=64, depth=2, heads=4)
-
-    small_head = dict(
-        queue_size=1024, projector_hidden=256, projector_out=64, predictor_hidden=512,
-        crop_scale=(0.5, 1.0),
-    )  # fmt: skip
-    head = common.add_head(config, batch_size=64)
-    head.update(epochs=4, base_lr=2e-3, **small_head)
-
-    ct = common.add_ct(config, batch_size=64, frozen_blocks=3, base_lr=3e-3, head_base_lr=2e-3)
-    ct.update(epochs=13, layer_decay=1.0, top_k=5, ema_decay=0.995, **small_head)
+    if argument == "refine":
+        _add_refiner(config)
+    else:
+        _add_stages(config, epochs=(72, 16, 78) if argument == "long" else (12, 4, 13))
 
     evaluation = common.add_eval(config)
-    evaluation.pixels = True
+    evaluation.pixels = argument != "refine"
     evaluation.map = "tsne"
     evaluation.knn.update(k=(1, 10, 20), standardise=True)
 
     if argument == "long":
         config.name += "_long"
         config.checkpoint.every = 5
-        mae.epochs, head.epochs, ct.epochs = 72, 16, 78
     if argument == "photos":
         _photos(config)
-    return common.finish(config, argument, variants=("long", "photos"))
+    return common.finish(config, argument, variants=("refine", "long", "photos"))
+
+
+def _small_head(crop_scale):
+    return dict(
+        queue_size=1024, projector_hidden=256, projector_out=64, predictor_hidden=512,
+        crop_scale=crop_scale,
+    )  # fmt: skip
+
+
+def _add_stages(config, epochs):
+    mae = common.add_mae(config, batch_size=32)
+    mae.update(warmup_epochs=1, base_lr=4e-3, crop_scale=(0.6, 1.0))
+    mae.decoder.update(width=64, depth=2, heads=4)
+
+    head = common.add_head(config, batch_size=64)
+    head.update(base_lr=2e-3, **_small_head((0.5, 1.0)))
+
+    ct = common.add_ct(config, batch_size=64, frozen_blocks=3, base_lr=3e-3, head_base_lr=2e-3)
+    ct.update(layer_decay=1.0, top_k=5, ema_decay=0.995, **_small_head((0.5, 1.0)))
+    mae.epochs, head.epochs, ct.epochs = epochs
+
+
+def _add_refiner(config):
+    config.name += "_refine"
+    config.init_from = "runs/quickstart"
+    head = common.add_refine_head(config, batch_size=64, temperature=0.15, blocks=(3, 4))
+    head.update(epochs=2, base_lr=4e-3)
+    refine = common.add_refine(config, batch_size=64, temperature=0.15, blocks=(3, 4))
+    refine.update(
+        epochs=8, base_lr=6e-3, head_base_lr=4e-3, layer_decay=1.0, top_k=5, ema_decay=0.995,
+        frozen_blocks=3,
+    )  # fmt: skip
+    for stage in head, refine:
+        stage.update(warmup_epochs=1, **_small_head((0.5, 1.0)))
+        stage.local.update(views=4, crop_scale=(0.2, 0.5))
+        # Small grey images have no colours to change, and little to blur.
+        stage.photometric = common.no_photometric()
+        stage.local.photometric.update(jitter=0.0, blur=0.0, grayscale=0.0)
 
 
 def _photos(config):

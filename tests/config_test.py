@@ -8,15 +8,22 @@ from clu.parameter_overview import count_parameters
 
 from maect_jax import config as configs
 from maect_jax import files, pipeline
+from maect_jax.data.augment import Photometric
+from maect_jax.data.transforms import FIELDS
 from maect_jax.errors import UserError
-from maect_jax.models import vit
+from maect_jax.models import nnclr, vit
 from maect_jax.stages import STAGES
 from maect_jax.stages.base import warmup_updates
 from maect_jax.stages.step import step
 from tests.helpers import CONFIGS, ROOT
 
 PIPELINES = ("cifar10", "quickstart")
-OF_A_RUN = ("eval", "finetune", "tune_my_images")  # which take their model from a run
+OF_A_RUN = (
+    "eval",
+    "finetune",
+    "tune_my_images",
+    "refine_my_images",
+)  # which take their model from a run
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "common")
 
 # The paper's hyper-parameters (arXiv 2304.10520) as its authors published them.
@@ -38,6 +45,10 @@ TUNING = {
     "ct_aug_vith16": (40, 5e-4, 0.35, 0.995, 20),
     "ct_aug_vith14": (40, 5e-4, 0.35, 0.995, 20),
 }
+# The hyper-parameters of MIM-Refiner (arXiv 2402.10093) as its authors published them.
+# size: blocks with heads, temperature, batch
+REFINER = {"l16": (range(16, 23), 0.2, 1024), "h14": (range(20, 31), 0.3, 512)}
+REFINED = {f"{kind}_vit{size}" for kind in ("refine_head", "refine") for size in REFINER}
 
 
 def load(name, *overrides):
@@ -48,7 +59,7 @@ def load(name, *overrides):
 def test_every_row_of_the_tables_has_its_config():
     expected = {f"mae_vit{size}" for size in ("b16", "l16", "h16")}
     expected |= {f"{kind}_vit{size}" for size in SIZES for kind in ("head", "head_aug")}
-    assert set(NAMES) == expected | set(TUNING) | {*OF_A_RUN, *PIPELINES}
+    assert set(NAMES) == expected | set(TUNING) | REFINED | {*OF_A_RUN, *PIPELINES}
 
 
 def test_long_is_the_quickstart_on_more_epochs():
@@ -56,7 +67,9 @@ def test_long_is_the_quickstart_on_more_epochs():
     changed = {line.partition(":")[0] for line in configs.differences(quick, long)}
     assert changed == {"name", "checkpoint.every", "mae.epochs", "head.epochs", "ct.epochs"}
     assert all(long[stage].epochs > 3 * quick[stage].epochs for stage in ("mae", "head", "ct"))
-    with pytest.raises(UserError, match="no argument or 'test' or 'long' or 'photos', not 'lung'"):
+    with pytest.raises(
+        UserError, match="no argument or 'test' or 'refine' or 'long' or 'photos', not"
+    ):
         load("quickstart:lung")
 
 
@@ -74,7 +87,7 @@ def test_only_small_models_cut_from_images_that_are_kept():
         pipeline.check(wide, devices=1)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in (*OF_A_RUN, *PIPELINES)])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in (*OF_A_RUN, *PIPELINES, *REFINED)])
 def test_config_has_the_papers_numbers(name):
     config = load(name)
     kind, _, size = name.rpartition("_vit")
@@ -126,6 +139,42 @@ def test_config_has_the_papers_numbers(name):
         assert set(probabilities.values()) == {(0.0, 0.0)}
 
 
+@pytest.mark.parametrize("name", sorted(REFINED))
+def test_config_has_the_numbers_of_the_refiner(name):
+    config, (stage, _, size) = load(name), name.rpartition("_vit")
+    blocks, temperature, batch = REFINER[size]
+    section, built = config[stage], STAGES[stage].from_config(config, pipeline.IMAGENET_TRAIN)
+    assert config.stages == (stage,)
+    assert built.blocks == tuple(blocks)
+    assert (section.batch_size, section.temperature) == (batch, temperature)
+    assert (section.queue_size, section.warmup_epochs, section.end_lr) == (65536, 4, 1e-6)
+    assert built.projector.clone(parent=None) == nnclr.Projector(
+        2048, 256, "bfloat16", vit.gelu, vit.xavier
+    )
+    assert built.predictor.clone(parent=None) == nnclr.Predictor(
+        4096, 256, "bfloat16", vit.gelu, vit.xavier, last_norm=True
+    )
+    head_lr = built.groups["projector"]
+    tuning = stage == "refine"
+    assert (section.epochs, section.top_k) == ((30, 20) if tuning else (20, 1))
+    assert head_lr.lr == pytest.approx((4e-4 if tuning else 2e-4) * batch / 256)
+    assert (head_lr.weight_decay, head_lr.end_lr) == (1e-5, 1e-6)
+    if tuning:
+        encoder = built.groups["encoder"]
+        assert (encoder.lr, encoder.weight_decay) == (head_lr.lr, 0.05)
+        assert (encoder.layer_decay, section.frozen_blocks, section.ema_decay) == (0.65, 0, 0.9999)
+        assert encoder.undecayed == ("bias", "scale", "cls_token")
+    large, small = built.recipes
+    assert (large.size, large.crop_scale) == ((224, 224), (0.25, 1.0))
+    side = {"l16": 96, "h14": 98}[size]
+    assert (small.size, small.crop_scale) == ((side, side), (0.05, 0.25))
+    jitter = dict(jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, grayscale=0.2)
+    assert large.photometric == (
+        Photometric(blur=1.0, **jitter), Photometric(blur=0.1, solarize=0.2, **jitter)
+    )  # fmt: skip
+    assert small.photometric == (Photometric(blur=0.5, **jitter),) * 10
+
+
 def test_eval_config_has_the_protocols_numbers():
     section = load("eval").eval
     assert section.probe.base_lrs == (0.1, 0.09, 0.08, 0.07, 0.06, 0.05, 0.04, 0.03, 0.02, 0.01)
@@ -138,11 +187,12 @@ def batch_of(config, stage):
     """Shapes of a batch of cut views."""
     rows = (config[stage].batch_size,)
     shapes = {
-        "image": ((*rows, 2, *config.model.image_size, config.model.channels), "uint8"),
         "index": (rows, "int32"),
         "label": (rows, "int32"),
         "seed": ((*rows, 2), "uint32"),
     }
+    for field, (crops, _) in zip(FIELDS, STAGES[stage].view_sets(config), strict=False):
+        shapes[field] = (*rows, crops.count, *crops.size, config.model.channels), "uint8"
     return {key: jax.ShapeDtypeStruct(*value) for key, value in shapes.items()}
 
 
@@ -156,7 +206,7 @@ def test_config_builds_locks_and_its_full_state_has_a_shape(name, variant):
         if stage != "eval":
             built = STAGES[stage].from_config(config, pipeline.IMAGENET_TRAIN)
             state = jax.eval_shape(built.init, jax.random.key(0), {})
-            assert state.queue is None or state.queue.rows.shape[1] == config[stage].batch_size
+            assert state.queue is None or state.queue.ids.shape[1] == config[stage].batch_size
             after, metrics = jax.eval_shape(partial(step, built), state, batch_of(config, stage))
             assert after == state
             assert metrics["loss"].dtype == "float32"
@@ -173,7 +223,8 @@ def test_test_variants_chain_in_folders_of_their_own():
         assert tiny.stages == full.stages
         assert full.is_locked
         assert tiny.is_locked
-    assert load("head_vith14:test").init_from == "random"
+    for name in ("head_vith14:test", "refine_head_vith14:test"):
+        assert load(name).init_from == "random"
 
 
 @pytest.mark.parametrize("percent", [0, 20, 29, 57, 70, 100])
