@@ -1,8 +1,10 @@
 """All stages on CIFAR-10, at 32 pixels.
 
     maect run --config=cifar10
+    maect run --config=cifar10:refine
 
 A ViT with patches of 4 pixels is trained by mae, head and ct and evaluated against raw pixels.
+`refine` trains refine_head and refine from the mae of the first run, `runs/cifar10`.
 Images: TensorFlow Datasets' cifar10, prepared as array_record; or a file of arrays,
 `--config.data.path=FILE.npz --config.data.val_split=val` (`maect_jax/data/arrays.py` explains its
 keys).
@@ -25,10 +27,19 @@ def get_config(argument=""):
 
     config.remat = "none"  # small images need little memory
     config.checkpoint.every = config.monitor.every = 25
-    small_head = dict(queue_size=16_384, crop_scale=(0.2, 1.0))
+    if argument == "refine":
+        _add_refiner(config)
+    else:
+        _add_stages(config)
+    common.add_eval(config).pixels = argument != "refine"
+    return common.finish(config, argument, variants=("refine",))
+
+
+def _add_stages(config):
     mae = common.add_mae(config, batch_size=256)
     mae.update(epochs=100, warmup_epochs=10, crop_scale=(0.4, 1.0), base_lr=1e-3)
     mae.decoder.update(width=128, depth=4, heads=4)
+    small_head = dict(queue_size=16_384, crop_scale=(0.2, 1.0))
     head = common.add_head(config, batch_size=256)
     head.update(epochs=10, base_lr=5e-4, **small_head)
     ct = common.add_ct(config, batch_size=256, frozen_blocks=4)
@@ -38,5 +49,20 @@ def get_config(argument=""):
     )  # fmt: skip
     for stage in head, ct:  # by colours alone crops of one image are found too easily
         stage.photometric.update(jitter=(0.8, 0.8), grayscale=(0.2, 0.2))
-    common.add_eval(config).pixels = True
-    return common.finish(config, argument)
+
+
+def _add_refiner(config):
+    config.name += "_refine"
+    config.init_from = "runs/cifar10"
+    head = common.add_refine_head(config, batch_size=256)
+    head.update(epochs=10, base_lr=1e-3)
+    refine = common.add_refine(config, batch_size=256)
+    refine.update(
+        epochs=40, base_lr=1e-3, head_base_lr=1e-3, layer_decay=0.9, top_k=10, ema_decay=0.999,
+        frozen_blocks=4,
+    )  # fmt: skip
+    for stage in head, refine:
+        stage.update(queue_size=16_384, crop_scale=(0.2, 1.0))
+        stage.local.update(views=4, crop_scale=(0.1, 0.4))
+        stage.photometric.update(blur=(0.0, 0.0), solarize=(0.0, 0.0))  # too strong for 32 pixels
+        stage.local.photometric.blur = 0.0
