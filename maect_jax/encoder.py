@@ -97,8 +97,8 @@ def load_encoder(
     ln_eps: float | None = None,
     key: str | None = None,
 ) -> Encoder:
-    """Loads the encoder of a run (of its last stage; of ct the average), or of a PyTorch,
-    safetensors or HuggingFace file, onto the first device.
+    """Loads the encoder of a run (of its last stage; of ct and refine the average), or of a
+    PyTorch, safetensors or HuggingFace file, onto the first device.
 
     Args:
       where: the folder of a run, or what `maect import` takes, such as "hf://ORG/NAME".

@@ -321,6 +321,33 @@ def test_value_that_is_not_allowed_is_one_clear_line(override, message):
         check()
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("refine.blocks=(6,)", r"refine.blocks=\(6,\): must be different numbers from 0 to 5"),
+        ("refine.blocks=(3,3)", r"refine.blocks=\(3, 3\): must be different"),
+        ("refine.blocks=(3,)", r"refine.blocks=\(3,\): must be \(3, 4\), as in config.refine_head"),
+        ("refine.projector_out=32", "refine.projector_out=32: must be 64"),
+        ("refine.local.size=(13,14)", r"size=\(13, 14\): must be .* multiple of the patch size 7"),
+        ("refine.local.size=(14,35)", r"size=\(14, 35\): must be .* at most \(28, 28\)"),
+        ("refine.local.views=-1", "local.views=-1: must be from 0 to 64"),
+        ("refine.local.crop_scale=(0.5,0.2)", "local.crop_scale=.*low <= high"),
+        ("refine.local.photometric.jitter=2", "local.photometric.jitter=2.0: must be from 0 to 1"),
+        ("refine.end_lr=0.0011", "end_lr=0.0011: must be at most .* 0.001 "),
+        ("refine.local.views=3 encoder_microbatches=16", "=16: must divide the 24 crops"),
+        (
+            "model.channels=2 data.mean=(0,0) data.std=(1,1) refine.local.photometric.jitter=0.5",
+            "refine.local.photometric.jitter=0.5: is for gray and RGB",
+        ),
+        ("refine.batch_size=60", "refine.batch_size=60: must be"),
+    ],
+)
+def test_value_of_the_refiner_that_is_not_allowed_is_one_clear_line(override, message):
+    config = load("quickstart:refine", *override.split())
+    with pytest.raises(UserError, match=message):
+        pipeline.check(config, devices=8)
+
+
 def test_overrides_are_typed():
     config = load(
         "ct_vitb16", "ct.base_lr=1", "model.width=96", "data.path=a b", "ct.crop_scale=(0.3, 1.0)"
@@ -355,24 +382,34 @@ def test_config_survives_its_file(tmp_path):
     assert configs.differences(config, again) == [f"ct.epochs: {config.ct.epochs!r} -> 99"]
 
 
-@pytest.mark.parametrize("name", ["mae", "ct"])
+@pytest.mark.parametrize("name", ["mae", "ct", "refine_head", "refine"])
 def test_flops_formula_equals_the_compilers_count(name):
+    own = (
+        "mae.decoder.depth=1", "ct.frozen_blocks=1", "mae.decoder.width=128", "mae.batch_size=64",
+        "ct.batch_size=64", "ct.queue_size=64", "head.queue_size=64", "mae.mask_ratio=0.5",
+    )  # fmt: skip
+    if name.startswith("refine"):
+        stages = ("refine_head", "refine")
+        own = [f"{stage}.{one}" for stage in stages for one in ("queue_size=64", "blocks=(0,1)")]
+        own += ["refine.frozen_blocks=1"]
     # One layer a scan: the compiler counts a loop's body once.
     config = load(
-        "quickstart", "model.depth=2", "mae.decoder.depth=1", "ct.frozen_blocks=1",
-        "model.width=256", "model.heads=4", "mae.decoder.width=128", "mae.batch_size=64",
-        "ct.batch_size=64", "ct.queue_size=64", "head.queue_size=64", "mae.mask_ratio=0.5",
-        "model.cls_tokens=4", "model.registers=3", "model.rope_theta=100",
+        "quickstart:refine" if name.startswith("refine") else "quickstart", *own,
+        "model.depth=2", "model.width=256", "model.heads=4", "model.cls_tokens=4",
+        "model.registers=3", "model.rope_theta=100",
     )  # fmt: skip
     if name == "mae":
         with config.unlocked():
             config.model.depth = 1
     stage = STAGES[name].from_config(config, 8000)
     state = jax.eval_shape(stage.init, jax.random.key(0), {})
-    views = jax.ShapeDtypeStruct((64, 2, 28, 28, 1), "float32")
+    views = tuple(
+        jax.ShapeDtypeStruct((64, len(recipe.photometric), *recipe.size, 1), "float32")
+        for recipe in stage.recipes
+    )
     rows = {key: jax.ShapeDtypeStruct((64,), "int32") for key in ("index", "label")}
     grad = jax.jit(jax.grad(stage.loss, has_aux=True))
-    lowered = grad.lower(state.params, state, (views,), rows, jax.eval_shape(jax.random.key, 0))
+    lowered = grad.lower(state.params, state, views, rows, jax.eval_shape(jax.random.key, 0))
     counted = lowered.compile().cost_analysis()["flops"]
     assert stage.flops_per_step(64) == pytest.approx(counted, rel=0.05)
 

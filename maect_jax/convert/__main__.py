@@ -31,8 +31,8 @@ _EXPORT = """
 Writes the encoder of a run for others, with a model card beside it. timm: for
 timm.create_model(checkpoint_path=FILE). hf: FILE is a folder for transformers' from_pretrained.
 mae: MAE's names, with the decoder. maect: the names of MAE-CT's authors, the head (or the probe) in
-a second file. timm is safetensors, mae and maect what the ending of FILE says (.safetensors; .pth
-needs PyTorch).
+a second file; of refine those of MIM-Refiner's, without heads. timm is safetensors, mae and maect
+what the ending of FILE says (.safetensors; .pth needs PyTorch).
 """
 
 
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add("file", type=files.user_path, metavar="FILE", help="a new file, for hf a folder")
     add("--format", required=True, choices=exporting.FORMATS)
     add("--stage", help="of a run with several; by default its last")
-    averaged = "of stage ct: the encoder's average, which is what is evaluated, or the last encoder"
+    averaged = "of ct and refine: the encoder's average, which is evaluated, or the last encoder"
     add("--weights", choices=("ema", "trained"), default="ema", help=averaged)
     return parser
 

@@ -80,6 +80,11 @@ class Model:
         return 0 if normalised else len(self.parts["params"].get("classifier", {}).get("bias", ()))
 
     @property
+    def refined(self) -> bool:
+        """Whether it is of MIM-Refiner, with heads on several blocks."""
+        return "heads" in SAVED[self.stage].hands_on
+
+    @property
     def hf_classifier(self) -> bool:
         """Whether HuggingFace's model has the classifier, which there reads a certain feature."""
         kind = _HF_KINDS.get(self.hf_kind, _HFKind(""))
@@ -139,6 +144,8 @@ def export(model: Model, file: Path, format: str) -> list[str]:
     left_out = [f"The run's classifier is left out: {format} has no place for it"]
     if complete or "classifier" not in model.parts["params"]:
         left_out = []
+    if format == "maect" and model.refined:
+        left_out = ["The run's heads are left out: the files of MIM-Refiner's authors have none"]
     try:
         parent.mkdir(parents=True, exist_ok=True)
         # Everything is written aside, and then moved into place.
@@ -270,12 +277,12 @@ def _mae(model: Model, file: Path) -> None:
 def _maect(model: Model, file: Path) -> None:
     section = model.config.model
     encoder = names.encoder_to_torch(model.encoder, section.patch_size, model.grid)
-    if section.post_norm:  # as in their MIM-Refiner
+    if section.post_norm or model.refined:  # as in their MIM-Refiner
         encoder["pos_embed"] = encoder["pos_embed"].reshape(1, *model.grid, -1)
         encoder = names.to_files(encoder, part="encoder", column="pytorch", kind="refiner")
     tensors.write(file, encoder, wrapper="state_dict", metadata=_metadata(model))
     kind, weights = "probe", _classifier(model, "layer.2", "layer.1")
-    if "queue" in model.parts:
+    if "queue" in model.parts and not model.refined:
         size = model.config[model.stage].queue_size
         kind, weights = "head", names.head_to_torch(model.parts, size)
     if weights:

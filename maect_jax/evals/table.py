@@ -4,11 +4,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from maect_jax.stages import STAGES
+from maect_jax.stages.mae import MAE
+
 _K = 10
 _CLUSTERS = {
     "acc": "k-means ACC", "nmi": "NMI", "ami": "AMI", "ari": "ARI", "silhouette": "silhouette",
 }  # fmt: skip
 SUBSET_NAMES = {"imagenet_dogs15": "Dogs-15", "imagenet10": "ImageNet-10"}
+
+# Stages that tune an MAE's encoder without labels.
+_TUNING = [s.name for s in STAGES.values() if s.takes and s.learns_features and not s.needs_labels]
 
 Rows = dict[str, dict[str, str]]  # cells as text, by row and column
 
@@ -57,15 +63,17 @@ _COLUMNS = {
 
 
 def percentages(results: Mapping[str, dict]) -> dict[str, dict[str, float]]:
-    """The numbers of the table, in percent, by row and column; if MAE and CT are both there, a row
-    with what tuning has changed as well."""
+    """The numbers of the table, in percent, by row and column; for a stage that tunes an MAE,
+    if both are there, a row with what it has changed as well."""
     rows = {}
     for name, result in results.items():
         parts = [of(result[key]) for key, of in _COLUMNS.items() if there(result, key)]
         rows[name] = {column: 100 * value for part in parts for column, value in part.items()}
-    if {"mae", "ct"} <= set(rows):
-        before, after = rows["mae"], rows["ct"]
-        rows["ct - mae"] = {key: after[key] - before[key] for key in after if key in before}
+    for name in _TUNING if MAE.name in rows else ():
+        if after := rows.get(name):
+            before = rows[MAE.name]
+            change = {key: after[key] - before[key] for key in after if key in before}
+            rows[f"{name} - {MAE.name}"] = change
     return rows
 
 

@@ -39,6 +39,7 @@ _CURVES = {
     "nn_accuracy": ("neighbour accuracy", _PERCENT),
     "knn_accuracy": ("k-NN accuracy", _PERCENT),
 }
+_OF_HEAD = re.compile(r"(.+)_(?:block)?(\d+|final)")  # a key of one head: the quantity, its block
 _UNFIT = (LookupError, TypeError, ValueError, AttributeError, OverflowError, jinja2.TemplateError)
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("maect_jax.report", package_path=""),
@@ -87,6 +88,8 @@ def report(run: Path, images: Mapping[str, Source]) -> Path:
         with _reading(run / "metrics.jsonl"):
             timings = stage_timings(history)
             figures, numbers = curves(history, colours={})
+            by_head, numbers_by_head = curves_by_head(history)
+            figures, numbers = figures | by_head, numbers | numbers_by_head
         with _reading(run / "results.json", runner.AGAIN):
             evaluation = _evaluation(config, images, results)
             measured = evaluation["measured"]
@@ -126,8 +129,9 @@ def read_history(run: Path, images: Mapping[str, Source]) -> list[dict]:
     """The lines of a run's `metrics.jsonl`, in the order of the stages: those of a stage that was
     trained again are at the end of the file."""
     history = in_order(jsonl.read(run / "metrics.jsonl"))
-    if not images["train"].labelled:  # it is logged, as the accuracy on no image
-        history = [line | {"nn_accuracy": None} for line in history]
+    if not images["train"].labelled:  # earlier versions have logged it, as that of no image
+        unknown = "nn_accuracy"
+        history = [{k: x for k, x in line.items() if not k.startswith(unknown)} for line in history]
     return history
 
 
@@ -157,6 +161,26 @@ def curves(history: Sequence[dict], colours: Mapping[str, str]) -> tuple[dict, d
                 shown = (form.format(values[run]) if run in values else "-" for run in runs)
                 lines.append([stage, f"{step:,}", *shown])
             numbers[key] = lines
+    return figures, numbers
+
+
+def curves_by_head(history: Sequence[dict]) -> tuple[dict, dict]:
+    """What `curves` does, of stages with several heads: a colour a head, by key and "_by_head"."""
+    lines = [
+        {"stage": line["stage"], "step": line["step"], "run": match[2], match[1]: value}
+        for line in history
+        for key, value in line.items()
+        if (match := _OF_HEAD.fullmatch(key))
+    ]
+    final = "final"
+    blocks = sorted({line["run"] for line in lines} - {final}, key=int)
+    colours = dict(zip(blocks, style.depths(len(blocks)), strict=True)) | {final: style.ORANGE}
+    figures, numbers = curves(lines, colours)
+    for figure in filter(None, figures.values()):
+        plots.legend(figure, "head behind block", colours)
+    figures, numbers = (
+        {f"{key}_by_head": x for key, x in found.items()} for found in (figures, numbers)
+    )
     return figures, numbers
 
 

@@ -5,12 +5,14 @@ from functools import partial
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from maect_jax.report import style
 
 _FEW_POINTS = 10  # of a curve, which are marked: one point alone has no line
 _WINDOWS = 20  # of the running mean, in a curve
+_MANY_RUNS = 5  # whose running means are thin
 _LEGEND_WIDTH = 55  # characters in a line
 _MARKERS = "osD^vP*Xph"  # with ten colours; they tell classes apart without colour, too
 _GRID = dict(axis="y", color=style.GREY, alpha=0.3, linewidth=0.6)
@@ -56,7 +58,7 @@ def curves(found: Curves, label: str, colours: Mapping[str, str]) -> Figure | No
             if window > 1:
                 kernel = np.full(window, 1 / window)
                 means = (np.convolve(values, kernel, "valid") for values in curve)
-                panel.plot(*means, color=colour, linewidth=1.8)
+                panel.plot(*means, color=colour, linewidth=1.8 if len(runs) < _MANY_RUNS else 1.0)
         panel.set(title=stage, xlabel="step")
         panel.margins(x=0.02)
         panel.grid(**_GRID)
@@ -64,6 +66,14 @@ def curves(found: Curves, label: str, colours: Mapping[str, str]) -> Figure | No
         panel.locator_params(axis="y", nbins=5)
     panels[0].set_ylabel(label)
     return figure
+
+
+def legend(figure: Figure, title: str, colours: Mapping[str, str]) -> None:
+    """Adds what the colours of a figure's lines stand for, below them."""
+    lines = [Line2D([], [], color=colour, linewidth=1.8) for colour in colours.values()]
+    sizes = dict(fontsize=7, title_fontsize=7, handlelength=0.8, handletextpad=0.3, columnspacing=1)
+    options = dict(title=title, ncols=min(len(lines), 12), **sizes)
+    figure.legend(lines, list(colours), loc="outside lower center", **options)
 
 
 def single_points(found: Curves) -> dict[tuple[str, int], dict[str, float]]:

@@ -25,7 +25,10 @@ GREY = "#7a828b"  # readable on light and on dark
 GREY_RGB = (122, 130, 139)
 BLUE, ORANGE = "#2f7ed8", "#e0662b"
 # By row of the results; grey for what is no stage.
-COLOURS = defaultdict(lambda: GREY, zip(STAGES, (BLUE, "#8e5bd6", ORANGE, "#2a9d6f"), strict=False))
+_OF_STAGES = (BLUE, "#8e5bd6", ORANGE, "#b58a1c", "#d1478c", "#2a9d6f")
+COLOURS = defaultdict(lambda: GREY, zip(STAGES, _OF_STAGES, strict=True))
+# From the first block to the last; none is too light or too dark for its background.
+_DEPTHS = LinearSegmentedColormap.from_list("depths", ["#5fae4e", "#2aa3b5", "#4f7fe0", "#a04fd0"])
 # From transparent to orange, so that it fits any background.
 SHADES = LinearSegmentedColormap.from_list("shades", [(*to_rgb(ORANGE), a) for a in (0, 1)])
 WIDTH = 4.4  # inches; narrow enough to be read on a phone
@@ -39,6 +42,11 @@ def palette(count: int) -> list[str]:
     """So many colours, as different as can be."""
     few, many = color_sequences["tab10"], colormaps["turbo"](np.linspace(0.1, 0.9, count))
     return [to_hex(colour) for colour in (few if count <= len(few) else many)][:count]
+
+
+def depths(count: int) -> list[str]:
+    """So many colours in the order of depth."""
+    return [to_hex(colour) for colour in _DEPTHS(np.linspace(0, 1, count))]
 
 
 def class_name(classes: Sequence[str], label: int) -> str:

@@ -125,7 +125,11 @@ def check_fits(saved: Saved, config: ConfigDict) -> None:
         raise UserError(f"{where}: was trained with pool='fc_norm'; set config.model.pool=fc_norm")
     takes = set(STAGES[first].takes) if first in STAGES else set()
     if not takes <= set(SAVED[saved.stage].hands_on):
-        raise UserError(f"{where}: has no head; stage {first} must start from a run with one")
+        able = " or ".join(name for name, s in STAGES.items() if takes <= set(s.hands_on))
+        raise UserError(
+            f"{where}: its stage {saved.stage} has no head for stage {first}, which must start "
+            f"from a run of {able}"
+        )
     if takes > {"encoder"}:
         before, now = old[saved.stage], config[first]
         STAGES[first].check_taken(before, now, f"the run that {where} names")

@@ -393,16 +393,24 @@ TRAINING: Rules = {
     "crop_scale": CROP_SCALE,
 }
 WARMUP_EPOCHS = Rule("from 0 to the {epochs} epochs", lambda v, section: 0 <= v <= section.epochs)
+
+
+def photometric(key: str, probability: Rule) -> Rules:
+    """Of a subsection `key` with colours; `probability` of what may happen to a view."""
+    rules = {
+        "solarize_threshold": not_negative,
+        "brightness": between(0, 1),
+        "contrast": between(0, 1),
+        "saturation": between(0, 1),
+        "hue": between(0, 0.5),
+        "blur_sigma": _range(2),
+        **dict.fromkeys(_PER_VIEW, probability),
+    }
+    return {f"{key}.{name}": rule for name, rule in rules.items()}
+
+
 _PROBABILITIES = Rule(
     f"{Stage.views} probabilities, one for each view",
     lambda v, _: len(v) == Stage.views and all(0 <= p <= 1 for p in v),
 )
-PHOTOMETRIC: Rules = {
-    "photometric.solarize_threshold": not_negative,
-    "photometric.brightness": between(0, 1),
-    "photometric.contrast": between(0, 1),
-    "photometric.saturation": between(0, 1),
-    "photometric.hue": between(0, 0.5),
-    "photometric.blur_sigma": _range(2),
-    **{f"photometric.{key}": _PROBABILITIES for key in _PER_VIEW},
-}
+PHOTOMETRIC = photometric("photometric", _PROBABILITIES)

@@ -14,6 +14,7 @@ same images, so that only its rows have the axis.
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
+from operator import gt
 from typing import Any, ClassVar
 
 import jax
@@ -24,6 +25,7 @@ from maect_jax import config as configs
 from maect_jax.config import Rule, between, not_negative
 from maect_jax.data.augment import Photometric
 from maect_jax.data.transforms import Crops
+from maect_jax.errors import UserError
 from maect_jax.models import vit
 from maect_jax.stages import base, losses, optim
 from maect_jax.stages.base import Views
@@ -50,22 +52,32 @@ class Refiner(NNCLR):
         "end_lr": not_negative,
         "local.views": between(0, 64),
         "local.crop_scale": base.CROP_SCALE,
+        **base.photometric("local.photometric", between(0, 1)),
     }
     rules = NNCLR.rules | own_rules
 
     @classmethod
     def check(cls, config, devices: int) -> None:
         model, depth = config.model, vit.size_of(config.model).depth
+        sides = model.image_size
         blocks = Rule(
             f"different numbers from 0 to {depth - 1}, or None",
             lambda v, _: v is None or (len(set(v)) == len(v) and set(v) <= set(range(depth))),
         )
         size = Rule(
-            f"(height, width), each a multiple of the patch size {model.patch_size}, or None",
-            lambda v, _: v is None or vit.are_sides(v, model),
+            f"(height, width), each a multiple of the patch size {model.patch_size} and at most "
+            f"{sides}, or None",
+            lambda v, _: v is None or (vit.are_sides(v, model) and not any(map(gt, v, sides))),
         )
         configs.check(config, cls.name, {"blocks": blocks, "local.size": size})
         super().check(config, devices)
+        least = min(group.lr for group in cls._parts(config, 1, 0)["groups"].values())
+        end_lr = config[cls.name].end_lr
+        if end_lr > least:
+            raise UserError(
+                f"config.{cls.name}.end_lr={end_lr}: must be at most the lowest learning rate, "
+                f"{least:g} (a base_lr times batch_size / 256)"
+            )
 
     @classmethod
     def _blocks(cls, config) -> tuple[int, ...]:

@@ -371,6 +371,27 @@ def test_the_classifiers_of_two_tokens_are_left_out_and_one_is_written_for_both(
     assert_close("kinds, scores", peer.eval()(pixels(images)).detach(), want, FORWARD)
 
 
+def test_a_refined_encoder_is_written_without_its_heads(tmp_path, rng):
+    kind, config = SAVED["refine"], configs.load(str(CONFIGS / "refine_vitl16.py:test"))
+    state = jax.jit(kind.from_config(config, 512).init)(jax.random.key(0), {})
+    parts = jax.device_get({field: getattr(state, field) for field in kind.saved})
+    parts["ema"] = jax.tree.map(lambda x: x + np.float32(0.01), parts["ema"])
+    encoder = kind.encoder_params(parts)
+    model = exporting.Model(stage="refine", config=config, encoder=encoder, parts=parts)
+    images = rng.normal(size=(2, 28, 28, 1)).astype(np.float32)
+    want = vit.features(vit.from_config(config.model), encoder, images, "cls")
+    for format, feature in (("timm", of_timm), ("hf", pooled)):
+        peer = exported_peer(model, tmp_path / f"{format}.safetensors", format)
+        assert_close("kinds, refined", feature(peer, pixels(images)), want, FORWARD)
+    path = tmp_path / "refined.th"
+    written = exporting.export(model, path, "maect")
+    assert written[:2] == [str(path), f"{path}.md"]
+    assert "heads are left out" in written[2]
+    assert "cls_tokens.tokens" in torch.load(path)["state_dict"]
+    found = importing.recognised([path], Overrides(heads=2, ln_eps=1e-6))
+    assert_close("kinds, refined", features(found, images), want, FORWARD)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "formats"),

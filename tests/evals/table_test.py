@@ -45,6 +45,14 @@ def test_several_runs_are_reported_by_mean_and_deviation():
     assert lines[-1].split()[0] == "ARI"
 
 
+def test_what_each_tuning_of_an_mae_has_changed_is_a_row():
+    results = {"mae": result(0.5, 0.4), "refine_head": result(0.5, 0.4), "ct": result(0.6, 0.5)}
+    rows = table.percentages(results | {"refine": result(0.75, 0.5)})
+    assert [row for row in rows if table.is_difference(row)] == ["ct - mae", "refine - mae"]
+    assert rows["refine - mae"]["k-NN"] == 25
+    assert not any(map(table.is_difference, table.percentages({"refine": result(0.5, 0.4)})))
+
+
 def test_what_a_run_lacks_are_rows_and_columns_of_another():
     good = {"mae": result(0.5, 0.4), "ct": result(0.6, 0.5)}
     assert table.lacking({"a": good, "b": good}) == {}
@@ -85,4 +93,6 @@ def test_the_papers_figures_are_for_imagenet_alone():
         assert set(row) <= set(ours)  # under the names of our columns
     assert rows["paper, MAE-CT H/16"]["k-means ACC"] == "58.0"
     assert paper.figures("L", 16)["paper, MAE-CT_aug L/16"]["low-shot, 1 %"] == "74.2"
+    refined = paper.figures("H", 14)["paper, MIM-Refiner H/14"]
+    assert refined == {"linear probe": "83.7", "k-means ACC": "64.6"}
     assert paper.figures("Ti", 16) == {}

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 import xml.etree.ElementTree as ET
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from maect_jax import errors, files, pipeline
 from maect_jax.errors import UserError
 from maect_jax.evals import features, maps, runner
 from maect_jax.report import __main__ as command
-from maect_jax.report import build
+from maect_jax.report import build, style
 from tests.helpers import CONFIGS
 from tests.helpers.commands import QUICK
 from tests.helpers.reports import Report
@@ -158,6 +159,33 @@ def test_a_single_point_is_a_number_and_no_chart(run, tmp_path):
     ):
         start = report.cells.index(number[0])
         assert report.cells[start : start + 4] == number
+
+
+def test_curves_of_heads_are_coloured_by_depth():
+    history = [
+        dict(stage=stage, step=step, loss=9.0, loss_final=1.0, loss_block2=2.0, loss_block10=10.0)
+        for stage, steps in (("refine_head", 2), ("refine", 1))
+        for step in range(steps)
+    ]
+    figures, numbers = build.curves_by_head(history)
+    (panel,) = figures["loss_by_head"].axes
+    colours = {line.get_ydata()[0]: line.get_color() for line in panel.lines}
+    assert colours == dict(zip((2, 10, 1), (*style.depths(2), style.ORANGE), strict=True))
+    (legend,) = figures["loss_by_head"].legends
+    assert [text.get_text() for text in legend.texts] == ["2", "10", "final"]
+    head, line = numbers["loss_by_head"]
+    assert head == ["", "step", "2", "10", "final"]
+    assert line == ["refine", "0", "2", "10", "1"]
+    assert figures["nn_accuracy_by_head"] is None
+
+
+def test_an_accuracy_of_no_image_is_not_shown(tmp_path):
+    line = dict(stage="refine", step=1, loss=2.0, nn_accuracy=0.0, nn_accuracy_block2=0.0)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line))
+    for labelled, keys in ((False, {"stage", "step", "loss"}), (True, set(line))):
+        images = {"train": SimpleNamespace(labelled=labelled)}
+        (read,) = build.read_history(tmp_path, images)
+        assert set(read) == keys
 
 
 def test_a_report_of_an_unfinished_run_has_what_exists(run, tmp_path):
