@@ -48,6 +48,38 @@ def test_loss_falls_on_one_batch(name):
     assert train_state.step == 40
 
 
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        ("refine_head", "ct"),
+        ("refine", "refine_head"),
+        ("refine", "refine"),
+        ("refine_head", "refine"),
+        ("head", "refine"),
+    ],
+)
+def test_a_stage_starts_with_what_the_one_before_hands_on(name, before):
+    pages = [configs.load(f"{CONFIGS}/quickstart.py{variant}") for variant in ("", ":refine")]
+    stages = {
+        stage: STAGES[stage].from_config(page, 1024)
+        for page in pages
+        for stage in page.stages
+        if stage in (name, before)
+    }
+
+    def started(key, taken):
+        first = stages[before].init(key, {})
+        parts = {field: getattr(first, field) for field in STAGES[before].saved}
+        handed = STAGES[before].handover(parts)
+        return stages[name].init(key, {part: handed[part] for part in taken})
+
+    key = jax.eval_shape(jax.random.key, 0)
+    alone, after = (
+        jax.eval_shape(partial(started, taken=taken), key) for taken in ((), STAGES[name].takes)
+    )
+    assert after == alone
+
+
 def test_averages_follow_their_formula():
     """Encoder EMA and target projector: decay * old + (1 - decay) * new, from the first update."""
     states = [started(TINY_STAGES["ct"])]
