@@ -178,10 +178,9 @@ def curves_by_head(history: Sequence[dict]) -> tuple[dict, dict]:
     figures, numbers = curves(lines, colours)
     for figure in filter(None, figures.values()):
         plots.legend(figure, "head behind block", colours)
-    figures, numbers = (
-        {f"{key}_by_head": x for key, x in found.items()} for found in (figures, numbers)
-    )
-    return figures, numbers
+    # A line a head: there may be more than a screen has room for.
+    numbers = {f"{key}_by_head": [*zip(*lines, strict=True)] for key, lines in numbers.items()}
+    return {f"{key}_by_head": figure for key, figure in figures.items()}, numbers
 
 
 def stage_timings(history: Sequence[dict]) -> list[dict]:

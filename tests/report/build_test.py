@@ -173,9 +173,9 @@ def test_curves_of_heads_are_coloured_by_depth():
     assert colours == dict(zip((2, 10, 1), (*style.depths(2), style.ORANGE), strict=True))
     (legend,) = figures["loss_by_head"].legends
     assert [text.get_text() for text in legend.texts] == ["2", "10", "final"]
-    head, line = numbers["loss_by_head"]
-    assert head == ["", "step", "2", "10", "final"]
-    assert line == ["refine", "0", "2", "10", "1"]
+    assert numbers["loss_by_head"] == [
+        ("", "refine"), ("step", "0"), ("2", "2"), ("10", "10"), ("final", "1")
+    ]  # fmt: skip
     assert figures["nn_accuracy_by_head"] is None
 
 
