@@ -26,6 +26,7 @@ class Row:
       name: of the row.
       images, bad_images: by split, the images and the counters of unreadable ones.
       encode: from normalised images to features.
+      encode_blocks: to those behind `config.eval.blocks`, side by side; None for raw pixels.
       classifier: on the features, kernel fp32 `[D, C]` and bias `[C]`, if the encoder has one.
       made_of: by split, what the features are made of, plain JSON.
       features: by split, "train" and "val"; only "train" if no images are held out.
@@ -36,6 +37,7 @@ class Row:
     images: Mapping[str, Source]
     bad_images: Mapping[str, BadImages]
     encode: Encode
+    encode_blocks: Encode | None = None
     classifier: tuple[np.ndarray, np.ndarray] | None = None
     made_of: dict[str, dict] = field(default_factory=dict)
     features: dict[str, Features] = field(default_factory=dict)
@@ -65,6 +67,7 @@ class Protocol:
       section: of `config.eval`, with its settings; empty if it has none.
       rules: of that section, by the key within it.
       needs_labels: whether it is skipped unless there are held-out images and all have labels.
+      of_blocks: whether it also measures the features behind `config.eval.blocks`.
       needs_classifier: of those that run by themselves, whether only where the encoder has one.
       arrays: the names of its arrays, if it has any.
     """
@@ -73,6 +76,7 @@ class Protocol:
     section: ClassVar[str] = ""
     rules: ClassVar[Rules] = {}
     needs_labels: ClassVar[bool] = True
+    of_blocks: ClassVar[bool] = False
     needs_classifier: ClassVar[bool] = False
     arrays: ClassVar[tuple[str, ...]] = ()
 
