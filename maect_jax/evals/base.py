@@ -26,7 +26,6 @@ class Row:
       name: of the row.
       images, bad_images: by split, the images and the counters of unreadable ones.
       encode: from normalised images to features.
-      encode_blocks: to those behind `config.eval.blocks`, side by side; None for raw pixels.
       classifier: on the features, kernel fp32 `[D, C]` and bias `[C]`, if the encoder has one.
       made_of: by split, what the features are made of, plain JSON.
       features: by split, "train" and "val"; only "train" if no images are held out.
@@ -37,7 +36,6 @@ class Row:
     images: Mapping[str, Source]
     bad_images: Mapping[str, BadImages]
     encode: Encode
-    encode_blocks: Encode | None = None
     classifier: tuple[np.ndarray, np.ndarray] | None = None
     made_of: dict[str, dict] = field(default_factory=dict)
     features: dict[str, Features] = field(default_factory=dict)

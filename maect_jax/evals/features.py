@@ -40,23 +40,15 @@ class Features(NamedTuple):
         return bool((self.labels >= 0).all())
 
 
-_vit_features = jax.jit(vit.features, static_argnums=(0, 3))
+@partial(jax.jit, static_argnums=(0, 3, 4))
+def _vit_features(model, params, images, pool, blocks):
+    return vit.block_features(model, params, images, pool, blocks=blocks).reshape(len(images), -1)
 
 
-@partial(jax.jit, static_argnums=(0, 3), static_argnames="blocks")
-def _inner_features(model, params, images, pool, *, blocks):
-    inner = vit.block_features(model, params, images, pool, blocks=blocks)[:, :-1]
-    return inner.reshape(len(images), -1)
-
-
-def encoder(model: vit.ViT, params: dict, pool: str) -> Encode:
-    """The pooled features of a ViT (`vit.pool`), jitted."""
-    return lambda images: _vit_features(model, params, images, pool)
-
-
-def block_encoder(model: vit.ViT, params: dict, pool: str, blocks: tuple[int, ...]) -> Encode:
-    """The features behind K blocks (`vit.block_features`) side by side, `[B, K * D]`, jitted."""
-    return lambda images: _inner_features(model, params, images, pool, blocks=blocks)
+def encoder(model: vit.ViT, params: dict, pool: str, blocks: tuple[int, ...] = ()) -> Encode:
+    """The pooled features of a ViT, jitted; before them, side by side, those behind some of its
+    blocks (`vit.block_features`)."""
+    return lambda images: _vit_features(model, params, images, pool, blocks)
 
 
 def pixels(mean: tuple[float, ...], std: tuple[float, ...]) -> Encode:

@@ -4,7 +4,7 @@ import importlib.util
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -129,11 +129,13 @@ class Extraction:
         self.bad_images.check()
 
 
-def _encoder(config: ConfigDict, saved: lineage.Saved | None, mesh) -> tuple[dict, dict]:
-    """How a row encodes, as values of its attributes, and what with, plain JSON."""
+def _encoder(config: ConfigDict, saved: lineage.Saved | None, mesh):
+    """How the features of a row are extracted, with those behind blocks before them; its `encode`
+    and `classifier`; and what the features are made of, plain JSON."""
     data, section, model = config.data, config.eval, config.model
     if saved is None:
-        return {"encode": features.pixels(data.mean, data.std)}, {"kind": "raw pixels"}
+        encode = features.pixels(data.mean, data.std)
+        return encode, {"encode": encode}, {"kind": "raw pixels"}
     parts = saved.read(mesh)
     params = SAVED[saved.stage].encoder_params(parts)
     pool, dtype = section.pool or model.pool, section.dtype or model.dtype
@@ -148,11 +150,8 @@ def _encoder(config: ConfigDict, saved: lineage.Saved | None, mesh) -> tuple[dic
         eps = saved.config[saved.stage].get("bn_eps", 0.0)
         classifier = fold_batch_norm(sharding.to_host(heads), eps)
         made_of["classifier"] = features.fingerprint(dict(enumerate(classifier)))
-    return {
-        "encode": features.encoder(module, params, pool),
-        "encode_blocks": features.block_encoder(module, params, pool, section.blocks),
-        "classifier": classifier,
-    }, made_of
+    encoder = {"encode": features.encoder(module, params, pool), "classifier": classifier}
+    return features.encoder(module, params, pool, section.blocks), encoder, made_of
 
 
 def described(config: ConfigDict, images: sources.Source) -> dict:
@@ -207,21 +206,6 @@ def _remove_outdated(rows: Sequence[base.Row]) -> None:
         _LOGGER.warning("%s: computed anew; changed: %s", first_of(folders), keys)
 
 
-def _extract(rows: Sequence[base.Row], encode: features.Encode, title: str) -> None:
-    """Computes the features of rows on the same images, which `encode` gives side by side."""
-    _remove_outdated(rows)
-    run = rows[0].run
-    for split, source in rows[0].images.items():
-        size = run.config.eval.batch_size
-        extraction = Extraction(run, source, rows[0].bad_images[split], batch_size=size)
-        features.store(
-            {folder_of(run.folder, row.name) / split: row.made_of[split] for row in rows},
-            images=len(source),
-            batch_size=size,
-            batches=partial(extraction.batches, encode, title=f"{title} {split}"),
-        )
-
-
 def _with_features(row: base.Row) -> base.Row:
     """A row with its features, which have been computed."""
     folder, found = folder_of(row.run.folder, row.name), {}
@@ -235,12 +219,22 @@ def _with_features(row: base.Row) -> base.Row:
 
 
 def _row(run: Run, name: str, saved: lineage.Saved | None, images, bad_images) -> base.Row:
-    """A row of the results with its features."""
-    encoder, made_of = _encoder(run.config, saved, run.mesh)
+    """A row of the results with its features. Those behind blocks come from the same pass."""
+    extract, encoder, made_of = _encoder(run.config, saved, run.mesh)
     row = base.Row(run, name, images=images, bad_images=bad_images, **encoder)
     for split, source in images.items():
         row.made_of[split] = made_of | described(run.config, source)
-    _extract([row], row.encode, title=name)
+    inner = [_block_row(row, block) for block in run.config.eval.blocks if saved]
+    _remove_outdated([row, *inner])
+    for split, source in images.items():
+        size = run.config.eval.batch_size
+        extraction = Extraction(run, source, bad_images[split], batch_size=size)
+        features.store(
+            {folder_of(run.folder, x.name) / split: x.made_of[split] for x in (*inner, row)},
+            images=len(source),
+            batch_size=size,
+            batches=partial(extraction.batches, extract, title=f"{name} {split}"),
+        )
     return _with_features(row)
 
 
@@ -253,22 +247,6 @@ def _block_row(row: base.Row, block: int) -> base.Row:
     for made in made_of.values():
         made.pop("classifier", None)
     return replace(row, name=f"{row.name}/blocks/{block}", made_of=made_of, features={})
-
-
-def _blocks(row: base.Row, entry: dict) -> Iterator[tuple[base.Row, dict]]:
-    """Yields a row for each of `config.eval.blocks` with its features, and its entry in that of the
-    encoder's row."""
-    blocks = row.config.eval.blocks
-    if row.encode_blocks is None or not blocks:
-        return
-    start, rows = time.monotonic(), [_block_row(row, block) for block in blocks]
-    _extract(rows, row.encode_blocks, title=f"{row.name} blocks")
-    seconds = round((time.monotonic() - start) / len(blocks), 1)  # one pass for all
-    entries = entry.setdefault("blocks", {})
-    for block, inner in zip(map(str, blocks), rows, strict=True):
-        entries[block] = _entry(entries.get(block, {}), inner.made_of)
-        entries[block]["seconds"].setdefault("features", seconds)
-        yield _with_features(inner), entries[block]
 
 
 def _drop_outdated_blocks(row: base.Row, entry: dict) -> None:
@@ -331,10 +309,15 @@ def run(
                     files.write_json(path, results)
                 bar.update(protocol in requested)
             of_blocks = [p for p in requested if p.of_blocks and not p.skip_reason(row)]
-            for inner, of_block in _blocks(row, entry) if of_blocks else ():
+            for block in section.blocks if saved and of_blocks else ():
+                inner, blocks = (
+                    _with_features(_block_row(row, block)),
+                    entry.setdefault("blocks", {}),
+                )
+                found = blocks[str(block)] = _entry(blocks.get(str(block), {}), inner.made_of)
                 for protocol in of_blocks:
                     bar.set_postfix_str(f"{inner.name} {protocol.name}")
-                    _evaluate(inner, protocol, of_block)
+                    _evaluate(inner, protocol, found)
                     if is_writer:
                         files.write_json(path, results)
                 bar.update()
