@@ -60,13 +60,13 @@ read_clusters = PROTOCOLS["cluster"].read_arrays
 
 def check(config: ConfigDict, devices: int) -> None:
     """Checks the `eval` section of a config for a number of devices. Raises `UserError`."""
-    configs.check(config, "eval", RULES)
+    configs.check(config, "eval", RULES | {"blocks": vit.blocks_rule(config.model)})
     vit.check_pool(config.model, "config.eval.pool", config.eval.pool)
-    vit.check_blocks(config.model, "config.eval.blocks", config.eval.blocks)
     if config.eval.blocks and not any(p.of_blocks for p in _requested(config)):
         able = " or ".join(name for name, p in ON_REQUEST.items() if p.of_blocks)
         raise UserError(
-            f"config.eval.protocols={config.eval.protocols}: config.eval.blocks needs {able}"
+            f"config.eval.protocols={config.eval.protocols}: must have {able}, which measure "
+            f"config.eval.blocks={config.eval.blocks}"
         )
     sharding.check_batch("config.eval.batch_size", config.eval.batch_size, devices)
     if config.eval.map == "umap" and not importlib.util.find_spec("umap"):

@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from maect_jax import config as configs
 from maect_jax import sharding
 from maect_jax.config import Rule, Rules, between, one_of, positive
-from maect_jax.errors import UserError, shown
+from maect_jax.errors import UserError
 from maect_jax.models import positions
 
 DTYPES = ("float32", "bfloat16")  # of activations
@@ -556,23 +556,23 @@ def check(config) -> None:
         )
 
 
+def blocks_rule(model) -> Rule:
+    """Different blocks of the encoder, by their numbers."""
+    depth = size_of(model).depth
+    return Rule(
+        f"different numbers of blocks, from 0 to {depth - 1}",
+        lambda v, _: (
+            len(set(v)) == len(v) and all(type(block) is int and 0 <= block < depth for block in v)
+        ),
+    )
+
+
 def check_pool(model, key: str, how: str) -> None:
     """Raises `UserError` where a feature, of this key, needs what the encoder does not have."""
     if "cls" in how.split("+") and not model.cls_tokens:
         raise UserError(f"{key}={how!r}: the encoder has no class token; use mean or fc_norm")
     if how == "fc_norm" and model.post_norm:
         raise UserError(f"{key}={how!r}: a post-norm encoder has no final norm; use cls or mean")
-
-
-def check_blocks(model, key: str, blocks: tuple[int, ...]) -> None:
-    """Raises `UserError` unless these, of this key, are different blocks of the encoder."""
-    depth = size_of(model).depth
-    known = all(type(block) is int and 0 <= block < depth for block in blocks)
-    if not known or len(set(blocks)) < len(blocks):
-        raise UserError(
-            f"{key}={shown(repr(blocks))}: must be different numbers of blocks, from 0 to "
-            f"{depth - 1}"
-        )
 
 
 def check_width(model, key: str, width: int, heads: int) -> None:
