@@ -303,6 +303,8 @@ def add_eval(config: ConfigDict) -> ConfigDict:
             "pool": "",  # cls, mean, fc_norm or cls+mean; empty: the model's
             "final_norm": True,  # features after the final norm, or before it
             "dtype": "",  # of the encoder's activations; empty: the model's
+            # Blocks, from 0, behind which knn and cluster also measure the features: (4, 8, 11).
+            "blocks": (),
             "memory_mb": 1024,  # for k-NN and k-means on each device
             "knn": {"k": (1, 10, 20, 100, 200), "temperature": 0.07, "standardise": False},
             "probe": {

@@ -48,6 +48,7 @@ _ADDED: dict[str, dict[str, Any]] = {
         "rope_theta": None,
         "post_norm": False,
     },
+    "eval": {"blocks": ()},
 }
 _REPLACED = {"tensorboard": "loggers=tensorboard"}  # keys of earlier versions
 # What names files, or may.
@@ -366,7 +367,8 @@ def read(path: Path) -> ConfigDict:
     require(path, content, "model", _MODEL_KEYS)
     require(path, content, "data")
     for section, values in _ADDED.items():
-        content[section] = values | content[section]
+        if isinstance(content.get(section), dict):  # not all runs have an evaluation
+            content[section] = values | content[section]
     had_events = content.pop("tensorboard", False)  # what runs of earlier versions have
     content.setdefault("loggers", ["tensorboard"] if had_events else [])
     return ConfigDict(tuples(content))

@@ -308,6 +308,11 @@ def test_a_config_with_a_misspelt_key_is_one_clear_line(tmp_path):
         ("model.heads=5", "model.width=96: must be a multiple of 4 and of the 5 heads"),
         ("ct.projector_out=32", "ct.projector_out=32: must be 64"),
         ("eval.knn.k=(0,)", "eval.knn.k"),
+        ("eval.blocks=(0,6)", r"eval.blocks=\(0, 6\): must be different .* from 0 to 5"),
+        ("eval.blocks=(-1,)", "eval.blocks"),
+        ("eval.blocks=(1,1)", "eval.blocks"),
+        ("eval.blocks=(1.0,)", "eval.blocks"),
+        ("eval.blocks=(1,) eval.protocols=probe", r"eval.protocols=.*: must have knn or cluster"),
     ],
 )
 def test_value_that_is_not_allowed_is_one_clear_line(override, message):

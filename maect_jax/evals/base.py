@@ -65,6 +65,7 @@ class Protocol:
       section: of `config.eval`, with its settings; empty if it has none.
       rules: of that section, by the key within it.
       needs_labels: whether it is skipped unless there are held-out images and all have labels.
+      of_blocks: whether it also measures the features behind `config.eval.blocks`.
       needs_classifier: of those that run by themselves, whether only where the encoder has one.
       arrays: the names of its arrays, if it has any.
     """
@@ -73,6 +74,7 @@ class Protocol:
     section: ClassVar[str] = ""
     rules: ClassVar[Rules] = {}
     needs_labels: ClassVar[bool] = True
+    of_blocks: ClassVar[bool] = False
     needs_classifier: ClassVar[bool] = False
     arrays: ClassVar[tuple[str, ...]] = ()
 

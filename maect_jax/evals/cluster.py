@@ -144,6 +144,7 @@ class Cluster(Protocol):
 
     name = section = "cluster"
     needs_labels = False
+    of_blocks = True
     arrays = ("clusters", "distance", "index", "labels")
     rules: ClassVar = {
         "runs": positive,

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,12 +40,15 @@ class Features(NamedTuple):
         return bool((self.labels >= 0).all())
 
 
-_vit_features = jax.jit(vit.features, static_argnums=(0, 3))
+@partial(jax.jit, static_argnums=(0, 3, 4))
+def _vit_features(model, params, images, pool, blocks):
+    return vit.block_features(model, params, images, pool, blocks=blocks).reshape(len(images), -1)
 
 
-def encoder(model: vit.ViT, params: dict, pool: str) -> Encode:
-    """The pooled features of a ViT (`vit.pool`), jitted."""
-    return lambda images: _vit_features(model, params, images, pool)
+def encoder(model: vit.ViT, params: dict, pool: str, blocks: tuple[int, ...] = ()) -> Encode:
+    """The pooled features of a ViT, jitted; before them, side by side, those behind some of its
+    blocks (`vit.block_features`)."""
+    return lambda images: _vit_features(model, params, images, pool, blocks)
 
 
 def pixels(mean: tuple[float, ...], std: tuple[float, ...]) -> Encode:
@@ -90,52 +94,64 @@ def _readable(x: np.ndarray, labels: np.ndarray, valid: np.ndarray) -> Features:
     return Features(x if len(index) == len(x) else x[index], labels[index], index)
 
 
-def stored(
-    folder: Path, made_of: dict, images: int, batch_size: int, batches: Callable[[int], Batches]
-) -> Features:
-    """Reads the features in a folder; computes those that are not there yet.
+def store(
+    made_of: Mapping[Path, dict], images: int, batch_size: int, batches: Callable[[int], Batches]
+) -> None:
+    """Computes the features that are not yet in their folders, of all folders in one pass.
 
-    All processes call it and see the same folder; process 0 writes.
+    All processes call it and see the same folders; process 0 writes.
 
     Args:
-      folder: holds `x.npy`, `labels.npy` and `valid.npy`, and in `settings.json` what they are made
-        of and how many images are done.
-      made_of: plain JSON. What is made of something else, or is damaged, is computed again.
+      made_of: by folder, plain JSON. A folder holds `x.npy`, `labels.npy` and `valid.npy`, and in
+        `settings.json` what they are made of and how many images are done. What is made of
+        something else, or is damaged, is computed again.
       images: number of images.
       batch_size: images a batch.
-      batches: the batches from a number on.
+      batches: the batches from a number on; in `x` the features of the folders are side by side.
     """
-    saved = _saved(folder)
-    done = saved["done"] if saved and saved["settings"] == as_json(made_of) else 0
+    done = {}
+    for folder, settings in made_of.items():
+        saved = _saved(folder)
+        done[folder] = saved["done"] if saved and saved["settings"] == as_json(settings) else 0
     sharding.all_hosts(True)  # all have read before one writes
-    if done < images:
-        first = done // batch_size
-        state = {"settings": as_json(made_of), "images": images, "done": first * batch_size}
-        _write(folder, state, batches(first))
+    if min(done.values()) < images:
+        start = min(done.values()) // batch_size * batch_size
+        states = {
+            folder: {"settings": as_json(made_of[folder]), "images": images, "done": start}
+            for folder in made_of
+            if done[folder] < images
+        }
+        _write(list(made_of), states, batches(start // batch_size))
     sharding.all_hosts(True)
-    return load(folder)
 
 
-def _write(folder: Path, state: dict, batches: Batches) -> None:
-    """Writes the rows of the batches after those that are `done`; `state` is `settings.json`."""
-    opened, is_writer, images = {}, jax.process_index() == 0, state["images"]
-    if is_writer and not state["done"]:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
+def _write(folders: Sequence[Path], states: Mapping[Path, dict], batches: Batches) -> None:
+    """Writes the rows of the batches, with the features of `folders` side by side, into those that
+    have a state, `settings.json`: after those that are `done`."""
+    opened, is_writer = {}, jax.process_index() == 0
+    for folder, state in states.items() if is_writer else ():
+        if not state["done"]:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        for number, batch in enumerate(batches, start=1):
-            rows = min(len(batch[0]), images - state["done"])
-            for name, x in zip(_ARRAYS if is_writer else (), batch, strict=False):
-                x = np.ascontiguousarray(x, _ARRAYS[name][0])
-                if name not in opened:
-                    file = _open(folder / f"{name}.npy", x, images, done=state["done"])
-                    opened[name] = stack.enter_context(file)
-                opened[name].write(x[:rows])
-            state["done"] += rows
-            if is_writer and (number % _SAVE_EVERY == 0 or state["done"] == images):
+        for number, (x, *others) in enumerate(batches, start=1):
+            parts = dict(zip(folders, np.split(x, len(folders), axis=1), strict=True))
+            for folder, state in states.items() if is_writer else ():
+                rows = min(len(x), state["images"] - state["done"])
+                for name, array in zip(_ARRAYS, (parts[folder], *others), strict=True):
+                    path = folder / f"{name}.npy"
+                    array = np.ascontiguousarray(array, _ARRAYS[name][0])
+                    if path not in opened:
+                        file = _open(path, array, state["images"], done=state["done"])
+                        opened[path] = stack.enter_context(file)
+                    opened[path].write(array[:rows])
+                state["done"] += rows
+            whole = all(state["done"] == state["images"] for state in states.values())
+            if is_writer and (number % _SAVE_EVERY == 0 or whole):
                 for file in opened.values():
                     files.fsync(file)
-                files.write_json(folder / "settings.json", state)
+                for folder, state in states.items():
+                    files.write_json(folder / "settings.json", state)
 
 
 def _open(path: Path, rows: np.ndarray, images: int, done: int):

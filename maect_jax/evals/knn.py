@@ -170,6 +170,7 @@ class KNN(Protocol):
     """k-NN among the training images."""
 
     name = section = "knn"
+    of_blocks = True
     rules: ClassVar = {"k": numbers_above_0, "temperature": positive}
 
     def check_training_images(self, config, images) -> None:

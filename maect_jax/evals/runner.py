@@ -4,8 +4,8 @@ import importlib.util
 import logging
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from maect_jax import files, sharding
 from maect_jax.config import Rules, one_of, positive, some_of
 from maect_jax.data import augment, loader, sources
 from maect_jax.data.bad_images import BadImages
-from maect_jax.errors import UserError
+from maect_jax.errors import UserError, first_of
 from maect_jax.evals import AUTOMATIC, ON_REQUEST, PROTOCOLS, base, features, maps
 from maect_jax.evals.classifier import fold_batch_norm
 from maect_jax.models import vit
@@ -60,23 +60,33 @@ read_clusters = PROTOCOLS["cluster"].read_arrays
 
 def check(config: ConfigDict, devices: int) -> None:
     """Checks the `eval` section of a config for a number of devices. Raises `UserError`."""
-    configs.check(config, "eval", RULES)
+    configs.check(config, "eval", RULES | {"blocks": vit.blocks_rule(config.model)})
     vit.check_pool(config.model, "config.eval.pool", config.eval.pool)
+    if config.eval.blocks and not any(p.of_blocks for p in _requested(config)):
+        able = " or ".join(name for name, p in ON_REQUEST.items() if p.of_blocks)
+        raise UserError(
+            f"config.eval.protocols={config.eval.protocols}: must have {able}, which measure "
+            f"config.eval.blocks={config.eval.blocks}"
+        )
     sharding.check_batch("config.eval.batch_size", config.eval.batch_size, devices)
     if config.eval.map == "umap" and not importlib.util.find_spec("umap"):
         raise UserError("config.eval.map='umap': needs the extra: pip install -e '.[umap]'")
 
 
+def _requested(config: ConfigDict) -> list[base.Protocol]:
+    return [ON_REQUEST[name] for name in config.eval.protocols]
+
+
 def check_training_images(config: ConfigDict, images: sources.Source) -> None:
     """Raises `UserError` if there are too few for a protocol's settings."""
-    for name in config.eval.protocols:
-        ON_REQUEST[name].check_training_images(config, images)
+    for protocol in _requested(config):
+        protocol.check_training_images(config, images)
 
 
 def check_images(config: ConfigDict, images: Mapping[str, sources.Source]) -> None:
     """Raises `UserError` if a protocol's settings do not fit the images, by split."""
-    for name in config.eval.protocols:
-        ON_REQUEST[name].check_images(config, images)
+    for protocol in _requested(config):
+        protocol.check_images(config, images)
 
 
 def record(config: ConfigDict, images: sources.Source) -> loader.EvalRecord:
@@ -120,10 +130,12 @@ class Extraction:
 
 
 def _encoder(config: ConfigDict, saved: lineage.Saved | None, mesh):
-    """How a row encodes, what with (plain JSON), and the classifier of its features or None."""
+    """How the features of a row are extracted, with those behind blocks before them; its `encode`
+    and `classifier`; and what the features are made of, plain JSON."""
     data, section, model = config.data, config.eval, config.model
     if saved is None:
-        return features.pixels(data.mean, data.std), {"kind": "raw pixels"}, None
+        encode = features.pixels(data.mean, data.std)
+        return encode, {"encode": encode}, {"kind": "raw pixels"}
     parts = saved.read(mesh)
     params = SAVED[saved.stage].encoder_params(parts)
     pool, dtype = section.pool or model.pool, section.dtype or model.dtype
@@ -138,7 +150,8 @@ def _encoder(config: ConfigDict, saved: lineage.Saved | None, mesh):
         eps = saved.config[saved.stage].get("bn_eps", 0.0)
         classifier = fold_batch_norm(sharding.to_host(heads), eps)
         made_of["classifier"] = features.fingerprint(dict(enumerate(classifier)))
-    return features.encoder(module, params, pool), made_of, classifier
+    encoder = {"encode": features.encoder(module, params, pool), "classifier": classifier}
+    return features.encoder(module, params, pool, section.blocks), encoder, made_of
 
 
 def described(config: ConfigDict, images: sources.Source) -> dict:
@@ -173,45 +186,81 @@ def is_outdated(run: Path, row: str, images: Mapping[str, sources.Source]) -> bo
     return False
 
 
-def _remove_outdated(row: base.Row) -> None:
-    """Removes the arrays of protocols that are of other features than the row's now, and says what
-    has changed; the features themselves are written anew."""
-    folder = folder_of(row.run.folder, row.name)
-    for split, made_of in row.made_of.items():
-        before, now = features.saved_made_of(folder / split), features.as_json(made_of)
-        changed = [key for key in now if before and before.get(key) != now[key]]
-        if not changed or jax.process_index() != 0:
-            continue
-        if difference := row.images[split].identity.difference(before.get("images")):
-            changed[changed.index("images")] += f" ({difference.text})"
-        _LOGGER.warning("%s: computed anew; changed: %s", folder / split, ", ".join(changed))
-        for path in folder.glob("*.npz"):
-            path.unlink()
+def _remove_outdated(rows: Sequence[base.Row]) -> None:
+    """Removes the arrays of protocols that are of other features than those of the rows now, and
+    says what has changed; the features themselves are written anew."""
+    told: dict[str, list[str]] = {}
+    for row in rows:
+        folder = folder_of(row.run.folder, row.name)
+        for split, made_of in row.made_of.items():
+            before, now = features.saved_made_of(folder / split), features.as_json(made_of)
+            changed = [key for key in now if before and before.get(key) != now[key]]
+            if not changed or jax.process_index() != 0:
+                continue
+            if difference := row.images[split].identity.difference(before.get("images")):
+                changed[changed.index("images")] += f" ({difference.text})"
+            told.setdefault(", ".join(changed), []).append(str(folder / split))
+            for path in folder.glob("*.npz"):
+                path.unlink()
+    for keys, folders in told.items():
+        _LOGGER.warning("%s: computed anew; changed: %s", first_of(folders), keys)
+
+
+def _with_features(row: base.Row) -> base.Row:
+    """A row with its features, which have been computed."""
+    folder, found = folder_of(row.run.folder, row.name), {}
+    for split, source in row.images.items():
+        found[split] = features.load(folder / split)
+        # Those that an earlier call could not read count as well.
+        bad = row.bad_images[split]
+        bad.collect({"bad": np.setdiff1d(np.arange(len(source)), found[split].records)})
+        bad.check()
+    return replace(row, features=found)
 
 
 def _row(run: Run, name: str, saved: lineage.Saved | None, images, bad_images) -> base.Row:
-    """A row of the results with its features."""
-    config = run.config
-    encode, encoder, classifier = _encoder(config, saved, run.mesh)
-    inputs = dict(images=images, bad_images=bad_images, encode=encode, classifier=classifier)
-    row = base.Row(run, name, **inputs)
+    """A row of the results with its features. Those behind blocks come from the same pass."""
+    extract, encoder, made_of = _encoder(run.config, saved, run.mesh)
+    row = base.Row(run, name, images=images, bad_images=bad_images, **encoder)
     for split, source in images.items():
-        row.made_of[split] = encoder | described(config, source)
-    _remove_outdated(row)
+        row.made_of[split] = made_of | described(run.config, source)
+    inner = [_block_row(row, block) for block in run.config.eval.blocks if saved]
+    _remove_outdated([row, *inner])
     for split, source in images.items():
-        bad, size = bad_images[split], config.eval.batch_size
-        extraction = Extraction(run, source, bad, batch_size=size)
-        row.features[split] = features.stored(
-            folder_of(run.folder, name) / split,
-            row.made_of[split],
+        size = run.config.eval.batch_size
+        extraction = Extraction(run, source, bad_images[split], batch_size=size)
+        features.store(
+            {folder_of(run.folder, x.name) / split: x.made_of[split] for x in (*inner, row)},
             images=len(source),
             batch_size=size,
-            batches=partial(extraction.batches, encode, title=f"{name} {split}"),
+            batches=partial(extraction.batches, extract, title=f"{name} {split}"),
         )
-        # Those that an earlier call could not read count as well.
-        bad.collect({"bad": np.setdiff1d(np.arange(len(source)), row.features[split].records)})
-        bad.check()
-    return row
+    return _with_features(row)
+
+
+def _block_row(row: base.Row, block: int) -> base.Row:
+    """The features behind a block of a row's encoder, as a row of its own."""
+    section, model = row.config.eval, row.config.model
+    pool = (section.pool or model.pool).replace("fc_norm", "mean")
+    kind = f"{pool}, after block {block}, without the final norm"
+    made_of = {split: made | {"kind": kind} for split, made in row.made_of.items()}
+    for made in made_of.values():
+        made.pop("classifier", None)
+    return replace(row, name=f"{row.name}/blocks/{block}", made_of=made_of, features={})
+
+
+def _drop_outdated_blocks(row: base.Row, entry: dict) -> None:
+    """Removes what was measured behind blocks on other features than those of the row now, or with
+    other settings: all that stays can be compared."""
+    for block, found in list(entry.get("blocks", {}).items()):
+        inner = _block_row(row, int(block))
+        for name, made_with in list(found["made_with"].items()):
+            if made_with != _made_with(inner, PROTOCOLS[name]):
+                del found[name], found["made_with"][name]
+        if not found["made_with"]:
+            del entry["blocks"][block]
+    if not entry.get("blocks"):
+        entry.pop("blocks", None)
 
 
 def run(
@@ -231,17 +280,18 @@ def run(
       encoders: by the name of their row in the results.
 
     Returns:
-      The content of `results.json`: `{row: {protocol: metrics}}`.
+      The content of `results.json`: `{row: {protocol: metrics}}`, in which a row may have
+      `{"blocks": {block: {protocol: metrics}}}` as well.
     """
     section, is_writer = run.config.eval, jax.process_index() == 0
     measured: dict[str, lineage.Saved | None] = {PIXELS: None} if section.pixels else {}
     measured |= encoders
-    requested = [ON_REQUEST[name] for name in section.protocols]
+    requested = _requested(run.config)
     path, results = run.folder / "results.json", read_results(run.folder)
     for name in [name for name in results if name not in measured]:
         if is_outdated(run.folder, name, images):
             del results[name]
-    steps = len(measured) * (1 + len(requested))
+    steps = len(measured) * (1 + len(requested)) + len(encoders) * len(section.blocks)
     with tqdm(total=steps, desc="eval", unit="step", disable=not is_writer) as bar:
         for name, saved in measured.items():
             bar.set_postfix_str(f"{name} features")
@@ -249,6 +299,7 @@ def run(
             row = _row(run, name, saved, images=images, bad_images=bad_images)
             entry = results[name] = _entry(results.get(name, {}), row.made_of)
             entry["seconds"].setdefault("features", round(time.monotonic() - start, 1))
+            _drop_outdated_blocks(row, entry)
             bar.update()
             automatic = [p for p in AUTOMATIC.values() if row.classifier or not p.needs_classifier]
             for protocol in (*automatic, *requested):
@@ -257,6 +308,19 @@ def run(
                 if is_writer:
                     files.write_json(path, results)
                 bar.update(protocol in requested)
+            of_blocks = [p for p in requested if p.of_blocks and not p.skip_reason(row)]
+            for block in section.blocks if saved and of_blocks else ():
+                inner, blocks = (
+                    _with_features(_block_row(row, block)),
+                    entry.setdefault("blocks", {}),
+                )
+                found = blocks[str(block)] = _entry(blocks.get(str(block), {}), inner.made_of)
+                for protocol in of_blocks:
+                    bar.set_postfix_str(f"{inner.name} {protocol.name}")
+                    _evaluate(inner, protocol, found)
+                    if is_writer:
+                        files.write_json(path, results)
+                bar.update()
             if is_writer and section.export:
                 _export(row, entry)
                 files.write_json(path, results)
@@ -275,11 +339,16 @@ def _entry(entry: dict, made_of: dict) -> dict:
     return {key: entry[key] for key in entry if key not in PROTOCOLS | fresh} | fresh
 
 
+def _made_with(row: base.Row, protocol: base.Protocol) -> str:
+    """A digest of all that a protocol's results depend on."""
+    return features.digest({"features": row.made_of} | protocol.settings(row.config))
+
+
 def _evaluate(row: base.Row, protocol: base.Protocol, entry: dict) -> None:
     """Notes a protocol's metrics and what they were made with, and writes its arrays, unless they
     are there already."""
     name, path = protocol.name, folder_of(row.run.folder, row.name) / f"{protocol.name}.npz"
-    made_with = features.digest({"features": row.made_of} | protocol.settings(row.config))
+    made_with = _made_with(row, protocol)
     written = not protocol.arrays or path.exists() or "skipped" in entry.get(name, {})
     if entry["made_with"].get(name) == made_with and sharding.all_hosts(written):
         return

@@ -12,7 +12,7 @@ _CLUSTERS = {
     "acc": "k-means ACC", "nmi": "NMI", "ami": "AMI", "ari": "ARI", "silhouette": "silhouette",
 }  # fmt: skip
 SUBSET_NAMES = {"imagenet_dogs15": "Dogs-15", "imagenet10": "ImageNet-10"}
-
+_BY_BLOCK = ("k-NN", "k-means ACC", "silhouette")
 # Stages that tune an MAE's encoder without labels.
 _TUNING = [s.name for s in STAGES.values() if s.takes and s.learns_features and not s.needs_labels]
 
@@ -75,6 +75,25 @@ def percentages(results: Mapping[str, dict]) -> dict[str, dict[str, float]]:
             change = {key: after[key] - before[key] for key in after if key in before}
             rows[f"{name} - {MAE.name}"] = change
     return rows
+
+
+def by_block(results: Mapping[str, dict]) -> dict[str, dict[str, dict[str, float]]]:
+    """What was measured behind blocks, in percent: by column of the table (k-NN, and k-means ACC
+    or, without labels, the silhouette), row and block; "final" for the features of the row itself.
+    """
+    curves: dict[str, dict[str, dict[str, float]]] = {}
+    for row, result in results.items():
+        final = percentages({row: result})[row]
+        for block, part in result.get("blocks", {}).items():
+            for column, value in percentages({row: part})[row].items():
+                if column in _BY_BLOCK:
+                    line = curves.setdefault(column, {}).setdefault(row, {})
+                    line[block] = value
+                    if column in final:
+                        line["final"] = final[column]
+    if "k-means ACC" in curves:
+        curves.pop("silhouette", None)
+    return curves
 
 
 def is_difference(row: str) -> bool:

@@ -557,6 +557,17 @@ def check(config) -> None:
         )
 
 
+def blocks_rule(model) -> Rule:
+    """Different blocks of the encoder, by their numbers."""
+    depth = size_of(model).depth
+    return Rule(
+        f"different numbers of blocks, from 0 to {depth - 1}",
+        lambda v, _: (
+            len(set(v)) == len(v) and all(type(block) is int and 0 <= block < depth for block in v)
+        ),
+    )
+
+
 def check_pool(model, key: str, how: str) -> None:
     """Raises `UserError` where a feature, of this key, needs what the encoder does not have."""
     if "cls" in how.split("+") and not model.cls_tokens:

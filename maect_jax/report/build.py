@@ -95,6 +95,8 @@ def report(run: Path, images: Mapping[str, Source]) -> Path:
             measured = evaluation["measured"]
             probes = measured["probe"] | measured["probe_augmented"]
             figures["probes"] = plots.probes(probes)
+            blocks = table.by_block(results)
+            figures["blocks"] = plots.blocks(blocks, vit.size_of(config.model).depth)
             if one_epoch := [
                 [row, "1", _PERCENT.format(result["best_last_epoch"]["top1"])]
                 for row, result in probes.items()
@@ -214,7 +216,9 @@ def _evaluation(config: ConfigDict, images: Mapping[str, Source], results: Mappi
     rows, published = table.cells(results), {}
     if rows and paper.is_imagenet(images["train"].classes):
         published = paper.figures(config.model.variant, config.model.patch_size)
-    seconds = sum(sum(times.values()) for times in measured["seconds"].values())
+    inner = (block for blocks in measured["blocks"].values() for block in blocks.values())
+    timed = [*measured["seconds"].values(), *(block["seconds"] for block in inner)]
+    seconds = sum(sum(times.values()) for times in timed)
     values = dict(config=config, dataset=title(config.data), results=results)
     values |= dict(measured=measured, eval_seconds=seconds)
     values |= dict(rows=rows | published, about_paper=paper.NOTE if published else "")

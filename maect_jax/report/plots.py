@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from maect_jax.report import style
 
@@ -127,6 +128,35 @@ def probes(results: Mapping[str, dict]) -> Figure | None:
         panel.grid(**_GRID)
         panel.locator_params(nbins=4)
     panels[0].set_ylabel("top-1, percent")
+    return figure
+
+
+def blocks(found: Mapping[str, Mapping[str, dict[str, float]]], depth: int) -> Figure | None:
+    """Draws a panel for each column of `table.by_block` with a line for each row, and, as a diamond
+    at `depth`, its final features. None if nothing was measured behind blocks."""
+    if not found:
+        return None
+    figure = style.new_figure(2.5)
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    for panel, (column, rows) in zip(panels, found.items(), strict=True):
+        for row, values in rows.items():
+            line = sorted((int(block), x) for block, x in values.items() if block != "final")
+            options = dict(color=style.COLOURS[row], clip_on=False)
+            points = np.transpose(line)
+            panel.plot(*points, "o-", markersize=3, linewidth=1.4, label=row, **options)
+            if "final" in values:
+                end = np.transpose([line[-1], (depth, values["final"])])
+                panel.plot(*end, "D:", markersize=5, markevery=[1], linewidth=1, **options)
+        first = int(panel.dataLim.x0)
+        ticks = MaxNLocator(4, integer=True).tick_values(first, depth)
+        ticks = [int(tick) for tick in ticks if first <= tick <= depth - (depth - first) / 6]
+        panel.set_xticks([*ticks, depth], [*map(str, ticks), "final"])
+        panel.set(title=column, xlabel="block")
+        panel.grid(**_GRID)
+        panel.locator_params(axis="y", nbins=5)
+    panels[0].set_ylabel("percent")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4)
     return figure
 
 

@@ -15,10 +15,12 @@ from maect_jax import files, pipeline
 from maect_jax.data import arrays, sources
 from maect_jax.data.bad_images import BadImages
 from maect_jax.errors import RunFailedError, UserError
-from maect_jax.evals import ON_REQUEST, PROTOCOLS, cluster, features, runner
+from maect_jax.evals import ON_REQUEST, PROTOCOLS, cluster, features, knn, runner
+from maect_jax.models import vit
 from maect_jax.report import build
-from maect_jax.run import jsonl
+from maect_jax.run import jsonl, lineage
 from maect_jax.run.folder import Run
+from maect_jax.stages import SAVED
 from tests.helpers import CONFIGS, SMALL
 from tests.helpers.common import mesh_of, run_on
 from tests.helpers.rows import row_of
@@ -34,7 +36,7 @@ def evaluated(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "run"
     settings = (*SHORT, f"eval.protocols={ALL}", "eval.export=npz", "monitor.every=1")
     settings += ("eval.probe.held_out=0.1", "monitor.images=500", "eval.pool=cls+mean")
-    settings += ("eval.lowshot.splits=2",)
+    settings += ("eval.lowshot.splits=2", "eval.blocks=(3,1)")
     with pytest.MonkeyPatch.context() as patch:
         run_on(patch, (1, 2), configs.load(QUICK, settings), workdir, report=False)
     return workdir, settings
@@ -72,6 +74,10 @@ def test_the_same_command_computes_nothing_again(evaluated, tmp_path, monkeypatc
     before = (workdir / "results.json").read_bytes()
     run_on(monkeypatch, (1, 2), configs.load(QUICK, evaluated[1]), workdir, report=False)
     assert (workdir / "results.json").read_bytes() == before
+    # Nor is what is not asked for any more removed, as it is of these features.
+    fewer = configs.load(QUICK, [*evaluated[1], "eval.blocks=()"])
+    run_on(monkeypatch, (1, 2), fewer, workdir, report=False)
+    assert (workdir / "results.json").read_bytes() == before
     # What was lost is made again, on the same features.
     lost = runner.folder_of(workdir, "mae") / "cluster.npz"
     clusters = runner.read_clusters(workdir, "mae")["clusters"]
@@ -85,6 +91,10 @@ def test_the_same_command_computes_nothing_again(evaluated, tmp_path, monkeypatc
     assert new["mae"]["knn"] != old["mae"]["knn"]
     for protocol in set(ALL) - {"knn"}:
         assert new["mae"][protocol] == old["mae"][protocol]
+    for block in ("3", "1"):
+        mine, theirs = (results["mae"]["blocks"][block] for results in (new, old))
+        assert mine["knn"] != theirs["knn"]
+        assert mine["cluster"] == theirs["cluster"]
     assert configs.read(workdir / "config.json").eval.knn.temperature == 0.5
 
 
@@ -92,6 +102,7 @@ def test_features_are_made_anew_where_what_makes_them_has_changed(evaluated, tmp
     workdir = tmp_path / "run"
     shutil.copytree(evaluated[0], workdir)
     other = [*evaluated[1], "eval.pool=mean", "eval.protocols=('knn',)", "eval.pixels=False"]
+    other.append("eval.blocks=(1,)")
     place = runner.folder_of(workdir, "mae") / "val"
     both = np.array(features.load(place).x)
     run_on(monkeypatch, (1, 2), configs.load(QUICK, other), workdir, report=False)
@@ -101,14 +112,43 @@ def test_features_are_made_anew_where_what_makes_them_has_changed(evaluated, tmp
     # Nothing is left of what was measured on others.
     result = results_of(workdir)["mae"]
     assert {"knn"} == set(ALL) & set(result)
+    blocks = result["blocks"]
+    assert blocks.keys() == {"1"}
+    assert "cluster" not in blocks["1"]
     assert result["features"] == "mean, after the final norm"
     kept = json.loads((place / "settings.json").read_text())
     assert kept["settings"]["kind"] == "mean, after the final norm"
     other.append("eval.final_norm=False")
     run_on(monkeypatch, (1, 2), configs.load(QUICK, other), workdir, report=False)
+    assert results_of(workdir)["mae"]["blocks"] == blocks  # they have no norm in either case
     raw = features.load(place).x
     # A norm whose scale and bias have hardly moved leaves each token a mean of nought.
     assert np.abs(mean.mean(1)).mean() < 0.02 < np.abs(raw.mean(1)).mean()
+
+
+def test_blocks_are_measured_as_the_encoder_is(evaluated):
+    """On the features that the encoder has behind them, by the settings of the protocols."""
+    workdir, settings = evaluated
+    results, config, mesh = results_of(workdir), configs.load(QUICK, settings), mesh_of(1, 1)
+    assert "blocks" not in results["pixels"]
+    assert results["mae"]["blocks"].keys() == {"1", "3"}
+    model, images = vit.from_config(config.model), arrays.fashion_mnist("val").images[:32] / 255
+    images = np.float32((images - config.data.mean) / config.data.std)
+    for place, block in enumerate(("1", "3")):
+        found, name = results["mae"]["blocks"][block], f"mae/blocks/{block}"
+        assert found["features"] == f"cls+mean, after block {block}, without the final norm"
+        folder = runner.folder_of(workdir, name)
+        train, val = (features.load(folder / split) for split in ("train", "val"))
+        with jax.set_mesh(mesh):
+            params = SAVED["mae"].encoder_params(lineage.SavedStage(workdir, "mae").read(mesh))
+            want = vit.block_features(model, params, images, "cls+mean", blocks=(1, 3))[:, place]
+            search = knn.Search(mesh, 64, config.eval.knn.standardise)
+            near = knn.classify(search, train, val, config.eval.knn.k)
+        np.testing.assert_allclose(val.x[:32], want, rtol=1e-4, atol=1e-5)
+        for mine, theirs in zip(found["knn"], near, strict=True):
+            assert mine["accuracy"] == pytest.approx(theirs["accuracy"], abs=2e-3)
+        groups = runner.read_clusters(workdir, name)["clusters"]
+        assert found["cluster"]["best"]["acc"] == np.mean(groups == val.labels)
 
 
 @pytest.mark.parametrize("batch_size", [4, 3])
@@ -125,25 +165,33 @@ def test_features_go_on_where_they_were_stopped(tmp_path, rng, batch_size):
                     raise KeyboardInterrupt
                 rows = np.arange(start, start + size)
                 places = np.minimum(rows, 21)
-                yield x[places], labels[places], valid[places] & (rows < 22)
+                both = np.concatenate([x, -x], 1)
+                yield both[places], labels[places], valid[places] & (rows < 22)
 
         return make
 
-    settings = {"weights": "a"}
+    made_of = {tmp_path / name: {"weights": "a", "sign": name} for name in "+-"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features, "_SAVE_EVERY", 2)
         with pytest.raises(KeyboardInterrupt):
-            features.stored(tmp_path, settings, 22, 4, batches(4, stop=12))
-        assert files.read_json(tmp_path / "settings.json")["done"] == 8
-        found = features.stored(tmp_path, settings, 22, batch_size, batches(batch_size))
+            features.store(made_of, 22, 4, batches(4, stop=12))
+        for folder in made_of:
+            assert files.read_json(folder / "settings.json")["done"] == 8
+        features.store(made_of, 22, batch_size, batches(batch_size))
+    found, other = map(features.load, made_of)
+    np.testing.assert_array_equal(other.x, -x[valid])
     assert asked == [0, 8 // batch_size]
     np.testing.assert_array_equal(found.x, x[valid])
     np.testing.assert_array_equal(found.labels, labels[valid])
     np.testing.assert_array_equal(found.records, np.flatnonzero(valid))
-    # Whole, nothing is asked for; of other weights, everything.
-    features.stored(tmp_path, settings, 22, batch_size, None)
-    features.stored(tmp_path, {"weights": "b"}, 22, 11, batches(11))
+    # Whole, nothing is asked for; of other weights, everything, and what is whole is not touched.
+    features.store(made_of, 22, batch_size, None)
+    first, second = made_of
+    (second / "cluster.npz").touch()
+    features.store(made_of | {first: {"weights": "b"}}, 22, 11, batches(11))
     assert asked[2:] == [0]
+    np.testing.assert_array_equal(features.load(first).x, x[valid])
+    assert (second / "cluster.npz").exists()
 
 
 def test_weights_have_one_fingerprint_on_any_mesh(rng):
@@ -221,12 +269,15 @@ def test_images_without_labels_are_clustered_and_the_rest_is_said_to_be_skipped(
     photos, monkeypatch
 ):
     workdir = photos / "run"
-    settings = ("eval.cluster.clusters=2", "data.cache=32")  # decoded once
+    settings = ("eval.cluster.clusters=2", "eval.blocks=(2,)", "data.cache=32")  # decoded once
     run_on(monkeypatch, (1, 1), of_photos(photos, *settings), workdir)
     assert len(list((workdir / "cache").iterdir())) == 1
     result = results_of(workdir)["pixels"]
     assert result["knn"] == result["probe"] == {"skipped": "the images have no labels"}
     assert "acc" not in result["cluster"]["best"]
+    block = results_of(workdir)["mae"]["blocks"]["2"]
+    assert "knn" not in block
+    assert "silhouette" in block["cluster"]["best"]
     with (workdir / "clusters.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 59
@@ -236,7 +287,7 @@ def test_images_without_labels_are_clustered_and_the_rest_is_said_to_be_skipped(
     html = (workdir / "report.html").read_text()
     assert "knn was skipped: the images have no labels." in html
     pictures = {path.stem for path in (workdir / "pictures").iterdir()}
-    assert {"clusters", "retrieval", "map_mae"} <= pictures
+    assert {"clusters", "retrieval", "map_mae", "blocks"} <= pictures
     assert "confusion" not in pictures
     near = runner.read_retrieval(workdir, "pixels")
     assert (near["index"] % 2 == near["neighbours"].T % 2).all()  # of their colour
@@ -343,7 +394,7 @@ def test_a_page_of_an_evaluation_that_was_stopped_has_what_is_whole(evaluated, t
     build.report(workdir, pipeline.open_images(config))
     pictures = {path.stem for path in (workdir / "pictures").iterdir()}
     assert "map_mae" not in pictures
-    assert {"clusters", "knn_accuracy"} <= pictures
+    assert {"clusters", "knn_accuracy", "blocks"} <= pictures
 
 
 def test_images_without_labels_want_a_number_of_clusters(photos):

@@ -81,6 +81,22 @@ def test_a_figure_that_a_row_lacks_is_a_dash():
     assert lines[-1] == "| fine-tuned | - | 80.0 | - |"
 
 
+def test_blocks_are_curves_and_no_columns():
+    mae = result(0.5, 0.4)
+    inner = {"3": result(0.6, 0.3), "0": {"knn": result(0.2, 0)["knn"]}}
+    mae["cluster"]["best"]["silhouette"] = 0.1
+    results = {"mae": mae | {"blocks": inner}, "ct": mae}
+    assert table.cells(results) == table.cells({"mae": mae, "ct": mae})
+    knn = {"final": 50.0, "3": 60.0, "0": 20.0}
+    curves = {"k-NN": {"mae": knn}, "k-means ACC": {"mae": {"final": 40.0, "3": 30.0}}}
+    assert table.by_block(results) == curves
+    without = {"cluster": {"best": {"silhouette": 0.25}, "mean": {}}}
+    assert table.by_block({"b": without | {"blocks": {"1": without}}}) == {
+        "silhouette": {"b": {"final": 25.0, "1": 25.0}}
+    }
+    assert table.by_block({"mae": mae}) == {}
+
+
 def test_the_papers_figures_are_for_imagenet_alone():
     wnids = [f"n{i:08}" for i in range(1000)]
     assert paper.is_imagenet(wnids)

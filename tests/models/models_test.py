@@ -277,6 +277,26 @@ def test_split_encoder_is_the_same_function_and_merges_back(rng, frozen):
     assert "pos_embed" not in trained
 
 
+@pytest.mark.parametrize(
+    ("kind", "how", "frozen"),
+    [({"registers": 2, "cls_tokens": 0}, "fc_norm", 2), ({"post_norm": True}, "cls+mean", 0)],
+)
+def test_features_behind_a_block_are_those_of_an_encoder_that_ends_there(rng, kind, how, frozen):
+    model, blocks = vit.ViT(16, 3, 2, 4, **kind), (2, 0)
+    images = rng.normal(size=(2, 8, 8, 3)).astype(np.float32)
+    params = perturbed_vit(rng, model, images)
+    trained, kept = vit.split_blocks(params, frozen)
+    whole = model.clone(frozen_blocks=frozen)
+    get = jax.jit(partial(vit.block_features, whole, how=how), static_argnames="blocks")
+    got, final = (get(trained | kept, images, blocks=numbers) for numbers in (blocks, ()))
+    np.testing.assert_allclose(got[:, -1:], final, atol=2e-6)
+    for place, block in enumerate(blocks):
+        ends = model.clone(depth=block + 1, final_norm=False)
+        stack = jax.tree.map(lambda x, n=block: x[: n + 1], params["blocks"])
+        want = vit.features(ends, params | {"blocks": stack}, images, how)
+        np.testing.assert_allclose(got[:, place], want, atol=2e-6)
+
+
 def test_pool(rng):
     tokens, model = rng.normal(size=(2, 5, 3)).astype(np.float32), vit.ViT(3, 1, 1, 1)
     np.testing.assert_array_equal(vit.pool(model, tokens, "cls"), tokens[:, 0])

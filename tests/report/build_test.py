@@ -289,7 +289,7 @@ def evaluation_of_folder(root, kinds, each, labelled=True):
     x = np.eye(kinds)[numbers] + 0.1 * np.random.default_rng(0).normal(size=(count, kinds))
     folder = runner.folder_of(run, "ct")
     batches = [(x.astype(np.float32), labels, np.ones(count, bool))]
-    features.stored(folder / "val", {}, count, count, lambda first: iter(batches))
+    features.store({folder / "val": {}}, count, count, lambda first: iter(batches))
     arrays = dict(labels=labels, clusters=numbers, index=np.arange(count))
     files.write_arrays(folder / "cluster.npz", distance=np.zeros(count), **arrays)
     found = dict(index=np.array([0, count - 1]), neighbours=np.array([[0, 1], [2, 3]]))

@@ -50,6 +50,20 @@ def test_a_long_curve_has_its_running_mean():
     np.testing.assert_array_equal(mean.get_ydata(), np.full(39, 0.5))
 
 
+def test_blocks_are_in_order_and_end_with_the_final_features():
+    found = {"k-NN": {"mae": {"final": 5.0, "10": 7.0, "9": 6.0}, "ct": {"0": 8.0}}}
+    (panel,) = plots.blocks(found, depth=12).axes
+    mae, final, ct = panel.lines
+    np.testing.assert_array_equal(mae.get_xydata(), [[9, 6], [10, 7]])
+    np.testing.assert_array_equal(final.get_xydata(), [[10, 7], [12, 5]])
+    np.testing.assert_array_equal(ct.get_xydata(), [[0, 8]])
+    ticks = zip(panel.get_xticks(), panel.get_xticklabels(), strict=True)
+    shown = {int(tick): label.get_text() for tick, label in ticks}
+    assert shown.pop(12) == "final"
+    assert shown == {tick: str(tick) for tick in shown}
+    assert plots.blocks({}, depth=12) is None
+
+
 def image(value):
     return np.full((2, 2, 1), value, np.uint8)
 

@@ -41,7 +41,7 @@ def made(run):
     line = {"stage": "mae", "loss": 1.0, "images_per_second": 9.0, "seconds": 1.0}
     names = dict.fromkeys(["maect_jax", "jax", "python", "device_kind"], "x")
     numbers = dict.fromkeys(["devices", "hosts", "cpu_cores"], 1)
-    features.stored(run / "features" / "mae" / "val", {"of": 1}, 20, 5, extracted)
+    features.store({run / "features" / "mae" / "val": {"of": 1}}, 20, 5, extracted)
     files.write_json(run / "config.json", config)
     files.write_json(run / "environment.json", names | numbers)
     files.write_json(run / "origin.json", {"from": [{"file": "x", "sha256": "y"}]})
@@ -126,8 +126,8 @@ def read_whole(run):
         with one_line():
             read()
     if not (place / "settings.json").is_dir():  # which ends a run as a disk does that is full
-        found = features.stored(place, {"of": 1}, 20, 5, extracted)
-        assert found.x.shape == (20, 3)
+        features.store({place: {"of": 1}}, 20, 5, extracted)
+        assert features.load(place).x.shape == (20, 3)
 
 
 @pytest.mark.parametrize("name", ALL)
