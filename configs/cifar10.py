@@ -59,7 +59,6 @@ def _add_refiner(config):
     refine = common.add_refine(config, batch_size=256)
     refine.update(
         epochs=40, base_lr=1e-3, head_base_lr=1e-3, layer_decay=0.9, top_k=10, ema_decay=0.999,
-        frozen_blocks=4,
     )  # fmt: skip
     for stage in head, refine:
         stage.update(queue_size=16_384, crop_scale=(0.2, 1.0))

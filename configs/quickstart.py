@@ -30,7 +30,10 @@ def get_config(argument=""):
         _add_stages(config, epochs=(72, 16, 78) if argument == "long" else (12, 4, 13))
 
     evaluation = common.add_eval(config)
-    evaluation.pixels = argument != "refine"
+    if argument == "refine":
+        evaluation.blocks = tuple(range(6))
+    else:
+        evaluation.pixels = True
     evaluation.map = "tsne"
     evaluation.knn.update(k=(1, 10, 20), standardise=True)
 
@@ -69,8 +72,7 @@ def _add_refiner(config):
     head.update(epochs=2, base_lr=4e-3)
     refine = common.add_refine(config, batch_size=64, temperature=0.15, blocks=(3, 4))
     refine.update(
-        epochs=8, base_lr=6e-3, head_base_lr=4e-3, layer_decay=1.0, top_k=5, ema_decay=0.995,
-        frozen_blocks=3,
+        epochs=5, base_lr=6e-3, head_base_lr=4e-3, layer_decay=1.0, top_k=5, ema_decay=0.995,
     )  # fmt: skip
     for stage in head, refine:
         stage.update(warmup_epochs=1, **_small_head((0.5, 1.0)))

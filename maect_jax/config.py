@@ -308,6 +308,11 @@ def some_of(options: Iterable) -> Rule:
     return Rule(f"some of {options}", lambda v, _: set(v) <= set(options))
 
 
+def or_none(rule: Rule) -> Rule:
+    """The rule, or None."""
+    return Rule(f"{rule.allowed}, or None", lambda v, part: v is None or rule.holds(v, part))
+
+
 def check(config: ConfigDict, section: str, rules: Rules) -> None:
     """Checks a section ("" for the top level) by the rules of its owner.
 

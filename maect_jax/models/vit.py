@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maect_jax import config as configs
 from maect_jax import sharding
-from maect_jax.config import Rule, Rules, between, one_of, positive
+from maect_jax.config import Rule, Rules, at_most, between, one_of, or_none, positive
 from maect_jax.errors import UserError
 from maect_jax.models import positions
 
@@ -521,16 +521,14 @@ def are_sides(sides: tuple[int, ...], model) -> bool:
     return len(sides) == 2 and all(fit)
 
 
-_UNITS = Rule(
-    f"above 0 and at most {MAX_UNITS:,}, or None", lambda v, _: v is None or 0 < v <= MAX_UNITS
-)
+_UNITS = or_none(at_most(MAX_UNITS))
 _SIDES = "(height, width), each a multiple of the patch size {patch_size}, and at most "
 RULES: Rules = {
     "variant": one_of(VARIANTS),
     **dict.fromkeys(Size._fields, _UNITS),
     **dict.fromkeys(("patch_size", "channels", "ln_eps"), positive),
     **dict.fromkeys(("cls_tokens", "registers"), between(0, _MAX_TOKENS)),
-    "rope_theta": Rule("above 0, or None", lambda v, _: v is None or v > 0),
+    "rope_theta": or_none(positive),
     "pool": one_of(POOLS),
     "dtype": one_of(DTYPES),
     "attention": Rule(

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maect_jax import config as configs
-from maect_jax.config import Rule, between, not_negative
+from maect_jax.config import Rule, between, not_negative, or_none
 from maect_jax.data.augment import Photometric
 from maect_jax.data.transforms import Crops
 from maect_jax.errors import UserError
@@ -58,18 +58,14 @@ class Refiner(NNCLR):
 
     @classmethod
     def check(cls, config, devices: int) -> None:
-        model, depth = config.model, vit.size_of(config.model).depth
-        sides = model.image_size
-        blocks = Rule(
-            f"different numbers from 0 to {depth - 1}, or None",
-            lambda v, _: v is None or (len(set(v)) == len(v) and set(v) <= set(range(depth))),
-        )
+        model, sides = config.model, config.model.image_size
         size = Rule(
             f"(height, width), each a multiple of the patch size {model.patch_size} and at most "
-            f"{sides}, or None",
-            lambda v, _: v is None or (vit.are_sides(v, model) and not any(map(gt, v, sides))),
+            f"{sides}",
+            lambda v, _: vit.are_sides(v, model) and not any(map(gt, v, sides)),
         )
-        configs.check(config, cls.name, {"blocks": blocks, "local.size": size})
+        rules = {"blocks": vit.blocks_rule(model), "local.size": size}
+        configs.check(config, cls.name, {key: or_none(rule) for key, rule in rules.items()})
         super().check(config, devices)
         least = min(group.lr for group in cls._parts(config, 1, 0)["groups"].values())
         end_lr = config[cls.name].end_lr
