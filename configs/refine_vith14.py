@@ -15,6 +15,8 @@ from configs import common
 def get_config(argument=""):
     config = common.base("refine_vith14", "H", patch_size=14)
     config.init_from = "runs/refine_head_vith14"
+    # Memory: the encoder sees a quarter of the batch at a time (docs/scaling.md).
+    config.encoder_microbatches = 4
     # Heads are behind blocks 20 to 30, and on the final feature.
     common.add_refine(config, 512, temperature=0.3, blocks=tuple(range(20, 31)))
     return common.finish(config, argument)

@@ -15,6 +15,8 @@ from configs import common
 def get_config(argument=""):
     config = common.base("refine_vitl16", "L", patch_size=16)
     config.init_from = "runs/refine_head_vitl16"
+    # Memory: the encoder sees a quarter of the batch at a time (docs/scaling.md).
+    config.encoder_microbatches = 4
     # Heads are behind blocks 16 to 22, and on the final feature.
     common.add_refine(config, batch_size=1024)
     return common.finish(config, argument)
