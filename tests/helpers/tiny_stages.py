@@ -1,5 +1,7 @@
 """Tiny stages and their batches."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -37,7 +39,9 @@ def mae_stage():
     )
 
 
-LOCAL = Recipe((4, 4), (0.05, 0.25), *RECIPE[2:4], RECIPE[4][:1] * 3, "local", 2)
+LOCAL = dataclasses.replace(
+    RECIPE, size=(4, 4), photometric=(Photometric(),) * 3, field="local", first=2
+)
 
 
 def contrast_stage(name, **changes):
