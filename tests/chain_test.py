@@ -15,7 +15,7 @@ from maect_jax.run import checkpoints, jsonl, lineage
 from maect_jax.stages import STAGES
 from tests.helpers import CONFIGS, SMALL
 from tests.helpers.commands import QUICK, QUICK_SETTINGS, metrics_of, run_main
-from tests.helpers.common import assert_trees_equal, logger_at, mesh_of, run_on
+from tests.helpers.common import assert_trees_equal, few_pictures, logger_at, mesh_of, run_on
 
 CHAIN = ("mae", "head", "ct")
 
@@ -238,3 +238,33 @@ def test_pages_chain_from_run_to_run(finished, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=re.escape(message)):
             run_on(monkeypatch, (1, 1), loaded, tmp_path / "bad")
         assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.slow
+def test_refine_follows_its_heads_and_resumes_bit_equal(tmp_path, monkeypatch):
+    """On 2 x 2 devices, with crops of both sizes in microbatches."""
+    heads, run = tmp_path / "heads", tmp_path / "run"
+    folder = checkpoints.stage_folder(run, "refine")
+    shared = (*few_pictures(tmp_path), "log_every=1", "encoder_microbatches=2", "checkpoint.keep=9")
+
+    def trained(stage, workdir, start):
+        own = (f"init_from={start}", f"{stage}.batch_size=8", f"{stage}.epochs=2")
+        loaded = config.load(str(CONFIGS / f"{stage}_vitl16.py:test"), [*shared, *own])
+        run_on(monkeypatch, (2, 2), loaded, workdir, report=False)
+
+    def left():
+        parts = ("params", "frozen", "batch_stats", "opt_state", "ema", "queue", "rng")
+        return jax.device_get(checkpoints.read_parts(folder, parts, mesh_of(1, 1)))
+
+    trained("refine_head", heads, "random")
+    trained("refine", run, heads)
+    want, metrics = left(), jsonl.read(run / "metrics.jsonl")
+    first, last = checkpoints.steps_of(folder)
+    shutil.rmtree(folder / str(last))
+    trained("refine", run, heads)
+    assert_trees_equal(left(), want)
+    losses = [
+        [(line["step"], line["loss"]) for line in lines if "loss" in line and line["step"] > first]
+        for lines in (metrics, jsonl.read(run / "metrics.jsonl"))
+    ]
+    assert losses[0] == losses[1]

@@ -1,7 +1,7 @@
 """One program on 1, 2, 4 and 8 devices: the same masks, neighbours, losses and parameters.
 
-Marked slow: most of the meshes, and the head, whose step is a part of ct's (`pytest -m slow
-tests/devices_test.py`).
+Marked slow: most of the meshes, and the heads, whose steps are a part of the tuning's (`pytest -m
+slow tests/devices_test.py`).
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from tests.helpers.golden_figures import (
     norm,
     optimiser_bound,
 )
-from tests.helpers.gradient_bounds import assert_gradients, grad_parts, update_bound
+from tests.helpers.gradient_bounds import assert_gradients, grad_parts, scale_of, update_bound
 from tests.helpers.rows import row_of
 from tests.helpers.tiny_stages import ENCODER, TINY_STAGES, batch_of
 
@@ -41,6 +41,7 @@ on_meshes = pytest.mark.parametrize(
     ids=lambda shape: f"{shape[0]}x{shape[1]}",
 )  # fmt: skip
 CT = figures.cases("ct")[0]
+HEADS = ("head", "refine_head")
 
 
 @on_meshes
@@ -48,7 +49,7 @@ def test_three_steps_of_ct_follow_the_authors_as_on_one_device(shape):
     """The bounds are those of one device (`parity_test`)."""
     one, many = run(CT, "start"), run(CT, "start", shape=shape)
     for first, other in zip(one, many, strict=True):
-        np.testing.assert_array_equal(other.neighbours, first.neighbours)
+        np.testing.assert_equal(other.neighbours, first.neighbours)
         assert_close("devices, loss", other.scalars["loss"], first.scalars["loss"], FORWARD)
         assert_gradients("devices, ct", other.grads, first.grads, GRADIENT, contrastive=True)
     assert_parameters("devices, ct", CT, many, "start", _off)
@@ -66,7 +67,11 @@ def _to_torch(params):
     if "decoder" in params:
         parts["decoder"] = convert.decoder_to_torch(params["decoder"])
     if "projector" in params:
-        parts["head"] = convert.head_to_torch({"params": params})
+        heads = {name: params[name] for name in ("projector", "predictor")}
+        stacked = heads["projector"]["fc1"]["kernel"].ndim == 3
+        for i in range(len(heads["projector"]["fc1"]["kernel"]) if stacked else 1):
+            own = jax.tree.map(lambda x, i=i: x[i], heads) if stacked else heads
+            parts[f"heads/{i}"] = convert.head_to_torch({"params": own})
     return grad_parts(figures.prefixed(**parts))
 
 
@@ -90,16 +95,18 @@ def one_step(name, shape):
 
 
 @on_meshes
-@pytest.mark.parametrize("name", ["mae", pytest.param("head", marks=pytest.mark.slow)])
-def test_a_step_of_mae_and_head_equals_that_of_one_device(name, shape):
+@pytest.mark.parametrize(
+    "name", ["mae", "refine", *(pytest.param(x, marks=pytest.mark.slow) for x in HEADS)]
+)
+def test_a_step_equals_that_of_one_device(name, shape):
     """Masks and neighbours are equal; the gradients are compared, and so Adam hides nothing."""
-    stage, contrastive = TINY_STAGES[name], name == "head"
+    stage, contrastive = TINY_STAGES[name], name != "mae"
     loss, drawn, grads, before, params, _ = one_step(name, (1, 1))
     got_loss, got_drawn, got_grads, _, got_params, _ = one_step(name, shape)
     np.testing.assert_array_equal(got_drawn, drawn)
     assert_close("devices, loss", got_loss, loss, FORWARD)
     (lr,) = {group.lr for group in stage.groups.values()}
-    lr *= float(optim.schedule(stage.steps, stage.warmup)(0))
+    lr *= max(map(float, optim.factors(stage.groups, stage.steps, stage.warmup, step=0).values()))
     assert params.keys() == got_params.keys()
     for part, want in params.items():
         off = GRADIENT * norm(grads[part])
@@ -109,7 +116,7 @@ def test_a_step_of_mae_and_head_equals_that_of_one_device(name, shape):
         error = norm(got_params[part] - want)
         assert_within("devices, parameters", error / size, bound / size)
     for part in grads:
-        if "qkv.bias[k]" not in part and not part.endswith("projector.7.bias"):
+        if scale_of(part, contrastive) is None:
             assert_close("devices, gradients", got_grads[part], grads[part], GRADIENT)
 
 

@@ -3,6 +3,8 @@
 The folder is `MAECT_GOLDEN` where set, else `tests/golden`, whose README explains the arrays.
 """
 
+import os
+
 import jax
 import numpy as np
 import optax
@@ -11,13 +13,16 @@ import pytest
 from maect_jax.convert import names as convert
 from maect_jax.evals import knn
 from maect_jax.evals.features import Features
-from maect_jax.models import mae, vit
+from maect_jax.models import mae
 from maect_jax.stages import optim
 from tests.helpers import golden_figures as figures
 from tests.helpers.common import assert_trees_equal, mesh_of
 from tests.helpers.contrast_run import (
     assert_parameters,
+    head_tensors,
+    of_heads,
     run,
+    split,
     started,
     trained_to_torch,
     trained_tree,
@@ -32,19 +37,40 @@ from tests.helpers.golden_figures import (
 )
 from tests.helpers.gradient_bounds import assert_gradients, grad_parts
 
-MAE, CT, KNN = (figures.cases(kind) for kind in ("mae", "ct", "knn"))
-GIVEN = ("start", "drift", "all")  # what the reference gives (`contrast_run.run`)
+KINDS = ("mae", "knn", "ct", "refine")
+MAE, KNN, CT, REFINE = map(figures.cases, KINDS)
+# What the reference gives (`contrast_run.run`). Between MIM-Refiner's projections and the drift of
+# what has no gradient there is no averaged projector: what is exact is so from step to step.
+GIVEN = {"ct": ("start", "drift", "all"), "refine": ("drift", "all")}
+EXACT = {"ct": ("drift", "all"), "refine": ("all",)}
+WHOLE = GIVEN | {"refine": EXACT["refine"]}  # also where only ct's averaged projector drifts
 
 
-def parametrize_ct(test):
-    by_case = pytest.mark.parametrize("case", CT, ids=str)
-    return by_case(pytest.mark.parametrize("given", GIVEN)(test))
+def marks(case):
+    """The heads' step is a part of the whole one's: of the figures here it is slow."""
+    own = "MAECT_GOLDEN" not in os.environ
+    return [pytest.mark.slow] if own and case.name == "refine_heads" else []
+
+
+by_contrast = pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=marks(case), id=str(case)) for case in CT + REFINE]
+)
+
+
+def parametrize_contrast(given):
+    """With all cases, each with what is given by its kind."""
+    return pytest.mark.parametrize(
+        ("case", "given"),
+        [
+            pytest.param(case, how, marks=marks(case), id=f"{case}-{how}")
+            for case in CT + REFINE
+            for how in given[case.kind]
+        ],
+    )
 
 
 def test_every_file_of_the_folder_is_of_a_known_kind():
-    kinds = {case.name: case.meta["kind"] for case in figures.CASES}
-    unknown = {name: kind for name, kind in kinds.items() if kind not in ("mae", "ct", "knn")}
-    assert not unknown
+    assert not {case.name: case.kind for case in figures.CASES if case.kind not in KINDS}
 
 
 @pytest.mark.parametrize("case", MAE, ids=str)
@@ -79,101 +105,129 @@ def test_mae(case):
     assert_gradients("mae", ours, theirs, GRADIENT, contrastive=False)
 
 
-@parametrize_ct
-def test_ct_forward(case, given):
+@parametrize_contrast(WHOLE)
+def test_contrast_forward(case, given):
     for s, step in enumerate(run(case, given)):
-        for view in (0, 1):
-            np.testing.assert_array_equal(step.neighbours[view], case[f"step{s}/nn{view}"])
-            for name in ("predicted", "projected")[: 1 if given == "start" else 2]:
-                got = step.aux[name][:, view]
-                assert_close(f"ct {name}", got, case[f"step{s}/{name}{view}"], FORWARD)
-        assert_close("ct loss", step.scalars["loss"], case[f"step{s}/loss"], FORWARD)
-        accuracy = case[f"step{s}/nn_accuracy"]
-        assert_close("ct nn_accuracy", step.scalars["nn_accuracy"], accuracy, 1e-6)
-        # Less the final norm's bias, which is added last and drifts.
-        bias = trained_to_torch(case, step.before.params)["encoder/norm.bias"]
-        start = case.under(f"step{s - 1}/after/" if s else "init/")
-        tokens = case[f"step{s}/tokens"] - start["encoder/norm.bias"]
-        assert_close("ct tokens", step.tokens - bias, tokens, FORWARD)
+        np.testing.assert_equal(step.neighbours, case.neighbours(s))
+        for name in ("predicted", "projected")[: 2 if given in EXACT[case.kind] else 1]:
+            got, want = of_heads(case, step.aux[name]), case.by_view(s, name)
+            for head in case.heads:
+                assert_close(f"{case.kind} {name}", got[head], want[head], FORWARD)
 
 
-@parametrize_ct
-def test_ct_gradients(case, given):
+@parametrize_contrast(WHOLE)
+def test_contrast_features(case, given):
+    """The final ones less the final norm's bias, which is added last and drifts."""
+    for s, step in enumerate(run(case, given)):
+        after = case.under(f"step{s - 1}/after/") if s else {}
+        theirs = (case.under("init/") | after)["encoder/norm.bias"]
+        ours = trained_to_torch(case, step.before.params).get("encoder/norm.bias", theirs)
+        if case.kind == "ct":
+            wanted, *others = [(step.features, case[f"step{s}/tokens"])]
+        else:
+            each = case.by_view(s, "features")
+            *others, wanted = zip(step.features, each.values(), strict=True)
+        for got, want in (*others, (wanted[0] - ours, wanted[1] - theirs)):
+            assert_close(f"{case.kind} features", got, want, FORWARD)
+
+
+@parametrize_contrast(WHOLE)
+def test_contrast_losses_and_accuracies(case, given):
+    """In the authors' code an image without a label counts, too."""
+    heads = {"": ""}
+    if case.kind == "refine":
+        heads = {f"{block}/": f"_block{block}" for block in case.meta["blocks"]}
+        heads["main/"] = "_final"
+    for s, step in enumerate(run(case, given)):
+        names = [("loss", f"step{s}/loss")]
+        for theirs, ours in heads.items():
+            names += [(f"{x}{ours}", f"step{s}/{theirs}{x}") for x in ("loss", "nn_accuracy")]
+        for ours, theirs in names:
+            if ours.startswith("loss"):
+                assert_close(f"{case.kind} loss", step.scalars[ours], case[theirs], FORWARD)
+            elif (case[f"step{s}/labels"] >= 0).all():
+                got, want = step.scalars[ours], case[theirs]
+                assert_close(f"{case.kind} nn_accuracy", got, want, 1e-6)
+
+
+@parametrize_contrast(WHOLE)
+def test_contrast_gradients(case, given):
     for s, step in enumerate(run(case, given)):
         theirs = case.under(f"step{s}/grad/")
-        assert_gradients("ct", step.grads, theirs, GRADIENT, contrastive=True)
+        assert_gradients(case.kind, step.grads, theirs, GRADIENT, contrastive=True)
         whole = np.sqrt(sum(norm(x) ** 2 for x in theirs.values()))
-        assert_close("ct norm of the gradients", step.scalars["grad_norm"], whole, GRADIENT)
+        name = f"{case.kind} norm of the gradients"
+        assert_close(name, step.scalars["grad_norm"], whole, GRADIENT)
 
 
-@parametrize_ct
-def test_ct_parameters_and_target_after_each_step(case, given):
+@parametrize_contrast(GIVEN)
+def test_contrast_parameters_and_target_after_each_step(case, given):
     def off(s, name):
         return GRADIENT * norm(grad_parts(case.under(f"step{s}/grad/"))[name])
 
-    assert_parameters("ct", case, run(case, given), given, off)
+    assert_parameters(case.kind, case, run(case, given), given, off)
 
 
-@pytest.mark.parametrize("case", CT, ids=str)
-@pytest.mark.parametrize("given", GIVEN[1:])
-def test_ct_running_statistics_after_each_step(case, given):
+@parametrize_contrast(EXACT)
+def test_contrast_running_statistics_after_each_step(case, given):
     """Those of the target are the online projector's, as in the authors' code."""
     for s, step in enumerate(run(case, given)):
-        theirs = figures.under(case.under(f"step{s}/after/"), "head/")
-        ours = convert.head_to_torch(
-            {"target": step.after.target, "batch_stats": step.after.batch_stats}
-        )
+        theirs = case.under(f"step{s}/after/")
+        state = dict(target=step.after.target, batch_stats=step.after.batch_stats)
+        ours = head_tensors(case, **state)
         names = [name for name in theirs if "running_" in name]
-        assert len(names) == 2 * (3 + 1 + 3)
+        assert len(names) == len(case.heads) * 2 * (3 + (4 if case.kind == "ct" else 2))
         for name in names:
-            assert_close("ct running statistics", ours[name], theirs[name], FORWARD)
+            assert_close(f"{case.kind} running statistics", ours[name], theirs[name], FORWARD)
 
 
-@parametrize_ct
-def test_ct_frozen_is_bit_equal(case, given):
+@parametrize_contrast(GIVEN)
+def test_contrast_frozen_is_bit_equal(case, given):
     encoder = convert.encoder_from_torch(case.under("init/encoder/"), case.grid)
-    _, frozen = vit.split_blocks(encoder, case.meta["frozen_blocks"])
+    _, frozen = split(case, encoder)
     for step in run(case, given):
         assert_trees_equal(step.after.frozen["encoder"], frozen)
 
 
-@parametrize_ct
-def test_ct_queue_in_the_end(case, given):
-    last = case.meta["steps"] - 1
-    theirs = case.under(f"step{last}/after/head/")
-    ours = convert.head_to_torch({"queue": run(case, given)[-1].after.queue}, len(theirs["queue"]))
-    oldest_first = [
-        np.roll(np.arange(len(x["queue"])), -int(x["queue_ptr"].item())) for x in (ours, theirs)
-    ]
-    mine, order = oldest_first
-    for name in ("queue_id", "queue_y"):
-        np.testing.assert_array_equal(ours[name][mine], theirs[name][order])
-    if given != "start":
-        assert_close("ct queue", ours["queue"][mine], theirs["queue"][order], FORWARD)
+@parametrize_contrast(GIVEN)
+def test_contrast_queues_in_the_end(case, given):
+    theirs = case.under(f"step{case.meta['steps'] - 1}/after/")
+    ours = head_tensors(case, queue=run(case, given)[-1].after.queue)
+    for head in case.heads:
+        mine, order = (
+            np.roll(np.arange(case.meta["queue_size"]), -int(x[f"{head}/queue_ptr"].item()))
+            for x in (ours, theirs)
+        )  # oldest first
+        for name in ("queue_id", "queue_y"):
+            got, want = (x[f"{head}/{name}"] for x in (ours, theirs))
+            np.testing.assert_array_equal(got[mine], want[order])
+        if given in EXACT[case.kind]:
+            got, want = (x[f"{head}/queue"] for x in (ours, theirs))
+            assert_close(f"{case.kind} queue", got[mine], want[order], FORWARD)
 
 
-@pytest.mark.parametrize("case", CT, ids=str)
-def test_ct_learning_rate_and_weight_decay_of_every_tensor(case):
+@by_contrast
+def test_contrast_learning_rate_and_weight_decay_of_every_tensor(case):
     """Also that what has no rate is frozen and the other way round."""
-    stage, meta = figures.stage_of(case), case.meta
+    stage = figures.stage_of(case)
     params = started(case, stage).params
     lrs, decays = optim.per_tensor(params, stage.groups)
-    per_layer = jax.tree.map(np.broadcast_to, lrs, jax.tree.map(np.shape, params))
     full = jax.tree.map(lambda decay, p: np.full(p.shape, decay), decays, params)
-    lrs, decays = (trained_to_torch(case, tree) for tree in (per_layer, full))
-    factor = optim.schedule(stage.steps, stage.warmup)
-    groups = figures.prefixed(encoder=meta["encoder_groups"], head=meta["head_groups"])
-    assert groups.keys() == lrs.keys()
-    for name, (scale, decay) in groups.items():
-        part = int(name.startswith("head/"))
+    decays = trained_to_torch(case, full)
+    assert case.groups.keys() == decays.keys()
+    for name, (_, decay) in case.groups.items():
         np.testing.assert_allclose(decays[name], decay, rtol=1e-6)
-        assert np.ptp(lrs[name]) == 0
-        for s, base in enumerate(meta["base_lr_per_step"]):
-            lr = lrs[name].flat[0] * float(factor(s))
-            assert_close("ct learning rate", lr, base[part] * scale, 1e-6)
+    for s in range(case.meta["steps"]):
+        now = optim.factors(stage.groups, stage.steps, stage.warmup, step=s)
+        scaled = {part: jax.tree.map(lambda x, f=now[part]: f * x, lrs[part]) for part in lrs}
+        full = jax.tree.map(lambda lr, p: np.broadcast_to(lr, p.shape), scaled, params)
+        for name, lr in trained_to_torch(case, full).items():
+            assert np.ptp(lr) == 0
+            want = case.learning_rate(s, name)
+            assert_close(f"{case.kind} learning rate", lr.flat[0], want, 1e-6)
 
 
-@pytest.mark.parametrize("case", CT, ids=str)
+@by_contrast
 def test_the_optimiser_alone_turns_golden_gradients_into_golden_parameters(case):
     stage = figures.stage_of(case)
     params = started(case, stage).params
@@ -188,11 +242,11 @@ def test_the_optimiser_alone_turns_golden_gradients_into_golden_parameters(case)
         for name, x in trained_to_torch(case, params).items():
             moved[name] = moved.get(name, 0.0) + norm(after[name] - before[name])
             bound = optimiser_bound(after[name], moved[name], s + 1) / max(norm(after[name]), TINY)
-            assert_close("ct optimiser alone", x, after[name], bound)
+            assert_close(f"{case.kind} optimiser alone", x, after[name], bound)
         before = after
 
 
-@parametrize_ct
+@parametrize_contrast(GIVEN)
 def test_the_step_applies_its_optimiser_to_its_gradients(case, given):
     """So that what Adam hides of a gradient is not hidden: with the gradients at 1e-4 and the
     optimiser alone at 1e-6, nothing of an update is left unseen."""
@@ -206,7 +260,8 @@ def test_the_step_applies_its_optimiser_to_its_gradients(case, given):
         for name, x in trained_to_torch(case, step.after.params).items():
             size = max(norm(want[name]), TINY)
             bound = optimiser_bound(want[name], want[name] - before[name], 1) / size
-            assert_close("ct update of the step's own gradients", x, want[name], bound)
+            quantity = f"{case.kind} update of the step's own gradients"
+            assert_close(quantity, x, want[name], bound)
 
 
 @pytest.mark.parametrize("case", KNN, ids=str)

@@ -14,7 +14,7 @@ BETA1, BETA2, EPS = 0.9, 0.95, 1e-8
 ZERO_GRADIENT = {
     "attn.qkv.bias[k]": "attn.qkv.bias[q]",
     "encoder/norm.bias": "encoder/norm.weight",
-    "head/projector.7.bias": "head/projector.7.weight",
+    "projector.7.bias": "projector.7.weight",
 }
 
 

@@ -1,5 +1,7 @@
 """Tiny stages and their batches."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -37,14 +39,23 @@ def mae_stage():
     )
 
 
+LOCAL = dataclasses.replace(
+    RECIPE, size=(4, 4), photometric=(Photometric(),) * 3, field="local", first=2
+)
+
+
 def contrast_stage(name, **changes):
     kind, groups = STAGES[name], {"projector": HEAD, "predictor": HEAD}
     tuning = {}
-    if name == "ct":
+    if name in ("ct", "refine"):
         groups["encoder"] = optim.Group(0.01, 0.05, 0.65, 4)
-        tuning = dict(target_momentum=0.9, ema_decay=0.99)
+        tuning = dict(ema_decay=0.99)
+    if name == "ct":
+        tuning["target_momentum"] = 0.9
+    if name.startswith("refine"):
+        tuning |= dict(recipes=(RECIPE, LOCAL), blocks=(1, 2))
     settings = dict(
-        encoder=ENCODER.clone(frozen_blocks=2 if tuning else 0),
+        encoder=ENCODER.clone(frozen_blocks=2 if name == "ct" else 0),
         projector=nnclr.Projector(24, 8),
         predictor=nnclr.Predictor(24, 8),
         image_shape=SHAPE,
@@ -65,6 +76,8 @@ TINY_STAGES = {
     "mae": mae_stage(),
     "head": contrast_stage("head", top_k=1),
     "ct": contrast_stage("ct"),
+    "refine_head": contrast_stage("refine_head", top_k=1),
+    "refine": contrast_stage("refine"),
 }
 
 
@@ -87,6 +100,7 @@ def batch_of(seed):
         index=rng.permutation(100)[:BATCH].astype(np.int32),
         label=rng.integers(0, 3, BATCH).astype(np.int32),
         seed=rng.integers(0, 2**32, (BATCH, 2), dtype=np.uint32),
+        local=rng.integers(0, 256, (BATCH, 3, 4, 4, 3), dtype=np.uint8),
     )
 
 
