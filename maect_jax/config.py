@@ -188,6 +188,8 @@ def _parse(text: str, kind: type, before):
     if kind is tuple and re.fullmatch(r"([A-Za-z]\w*(,[A-Za-z]\w*)*)?", text):
         text = repr(tuple(filter(None, text.split(","))))  # names need no quotes
     value = ast.literal_eval(text.capitalize() if kind is bool else text)
+    if kind is tuple and not before and type(value) is int:  # nor does one number need a comma
+        value = (value,)
     if kind is tuple and isinstance(value, tuple) and before:
         return tuple(_typed(element, type(before[0])) for element in value)
     return value if value is None and before is None else _typed(value, kind)

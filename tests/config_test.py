@@ -365,6 +365,8 @@ def test_overrides_are_typed():
     assert (config.data.path, config.ct.crop_scale) == ("a b", (0.3, 1.0))
     evaluation = load("eval", "eval.cluster.subsets=", "eval.protocols=knn,cluster").eval
     assert (evaluation.cluster.subsets, evaluation.protocols) == ((), ("knn", "cluster"))
+    refine = load("refine_my_images", "refine.blocks=7", "eval.blocks=4")
+    assert (refine.refine.blocks, refine.eval.blocks) == ((7,), (4,))
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ class Refine(Tuning, Refiner):
 
     name = "refine"
     number = 5
-    title = "contrastive tuning of the upper {} blocks by heads on several (MIM-Refiner)"
+    title = "contrastive tuning of {} blocks by heads on several (MIM-Refiner)"
     row = "the average of the refined encoder"
     starts_from = ("refine_head", "refine", "mae", "head", "ct", "finetune")
     takes = Refiner.hands_on
