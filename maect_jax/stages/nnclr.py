@@ -39,6 +39,10 @@ class NNCLR(Stage):
     )  # fmt: skip
     rules: ClassVar[configs.Rules] = base.TRAINING | base.PHOTOMETRIC | {
         **dict.fromkeys((*_SIZES, "temperature"), positive),
+        "batch_size": Rule(
+            "above 1, as the negatives of an image are the others of its batch",
+            lambda v, section: v > 1 and positive.holds(v, section),
+        ),
         "top_k": Rule(
             "above 0, and at most the queue size, {queue_size}",
             lambda v, section: 0 < v <= section.queue_size,
