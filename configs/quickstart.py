@@ -10,11 +10,17 @@ pixels. The run's folder, `runs/quickstart`, gets a report with pictures, `repor
 Hardware: two CPU cores and 1.4 GiB. Duration: 5 minutes; `long`, with six times the epochs, 40.
 Expected: tuning raises the accuracy of k-means clusters from 53 to 62 %, in `long` from 55 to 61 %;
 `docs/quickstart.md` has all figures, for three seeds, and what else was tried.
+`refine` tunes the mae of `runs/quickstart` by MIM-Refiner (`docs/refiner.md`).
 `photos` is the same model at 56 pixels, in colour, for a few hundred photographs of your own
 (`docs/guide_laptop.md`).
 """
 
 from configs import common
+
+_SMALL_HEAD = dict(
+    queue_size=1024, projector_hidden=256, projector_out=64, predictor_hidden=512,
+    crop_scale=(0.5, 1.0),
+)  # fmt: skip
 
 
 def get_config(argument=""):
@@ -45,23 +51,16 @@ def get_config(argument=""):
     return common.finish(config, argument, variants=("refine", "long", "photos"))
 
 
-def _small_head(crop_scale):
-    return dict(
-        queue_size=1024, projector_hidden=256, projector_out=64, predictor_hidden=512,
-        crop_scale=crop_scale,
-    )  # fmt: skip
-
-
 def _add_stages(config, epochs):
     mae = common.add_mae(config, batch_size=32)
     mae.update(warmup_epochs=1, base_lr=4e-3, crop_scale=(0.6, 1.0))
     mae.decoder.update(width=64, depth=2, heads=4)
 
     head = common.add_head(config, batch_size=64)
-    head.update(base_lr=2e-3, **_small_head((0.5, 1.0)))
+    head.update(base_lr=2e-3, **_SMALL_HEAD)
 
     ct = common.add_ct(config, batch_size=64, frozen_blocks=3, base_lr=3e-3, head_base_lr=2e-3)
-    ct.update(layer_decay=1.0, top_k=5, ema_decay=0.995, **_small_head((0.5, 1.0)))
+    ct.update(layer_decay=1.0, top_k=5, ema_decay=0.995, **_SMALL_HEAD)
     mae.epochs, head.epochs, ct.epochs = epochs
 
 
@@ -75,7 +74,7 @@ def _add_refiner(config):
         epochs=5, base_lr=6e-3, head_base_lr=4e-3, layer_decay=1.0, top_k=5, ema_decay=0.995,
     )  # fmt: skip
     for stage in head, refine:
-        stage.update(warmup_epochs=1, **_small_head((0.5, 1.0)))
+        stage.update(warmup_epochs=1, **_SMALL_HEAD)
         stage.local.update(views=4, crop_scale=(0.2, 0.5))
         # Small grey images have no colours to change, and little to blur.
         stage.photometric = common.no_photometric()

@@ -337,6 +337,7 @@ def test_value_that_is_not_allowed_is_one_clear_line(override, message):
         ("refine.blocks=(3,)", r"refine.blocks=\(3,\): must be \(3, 4\), as in config.refine_head"),
         ("refine.projector_out=32", "refine.projector_out=32: must be 64"),
         ("refine.local.size=(13,14)", r"size=\(13, 14\): must be .* multiple of the patch size 7"),
+        ("refine.local.size=(14.0,14)", r"size=\(14.0, 14\): must be .* multiple"),
         ("refine.local.size=(14,35)", r"size=\(14, 35\): must be .* at most \(28, 28\)"),
         ("refine.local.views=-1", "local.views=-1: must be from 0 to 64"),
         ("refine.local.crop_scale=(0.5,0.2)", "local.crop_scale=.*low <= high"),
@@ -347,6 +348,7 @@ def test_value_that_is_not_allowed_is_one_clear_line(override, message):
             "model.channels=2 data.mean=(0,0) data.std=(1,1) refine.local.photometric.jitter=0.5",
             "refine.local.photometric.jitter=0.5: is for gray and RGB",
         ),
+        ("refine.batch_size=1", "refine.batch_size=1: must be above 1"),
         ("refine.batch_size=60", "refine.batch_size=60: must be"),
     ],
 )

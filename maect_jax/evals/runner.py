@@ -310,10 +310,8 @@ def run(
                 bar.update(protocol in requested)
             of_blocks = [p for p in requested if p.of_blocks and not p.skip_reason(row)]
             for block in section.blocks if saved and of_blocks else ():
-                inner, blocks = (
-                    _with_features(_block_row(row, block)),
-                    entry.setdefault("blocks", {}),
-                )
+                inner = _with_features(_block_row(row, block))
+                blocks = entry.setdefault("blocks", {})
                 found = blocks[str(block)] = _entry(blocks.get(str(block), {}), inner.made_of)
                 for protocol in of_blocks:
                     bar.set_postfix_str(f"{inner.name} {protocol.name}")

@@ -1,6 +1,7 @@
 """Positions of a grid of patches: MAE's fixed embedding, resizing to another grid, rotary ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -67,10 +68,11 @@ def resize(table: Table, old: tuple[int, int], new: tuple[int, int], smooth: boo
     """Resizes a position embedding fp32 `[N, D]` from patch grid `old` to `new`, bicubic, with or
     without antialiasing (`smooth`); in float64, but within a jitted function."""
     rows, cols = (_cubic(a, b, smooth) for a, b in zip(old, new, strict=True))
-    matrix = np.einsum("ar,bc->abrc", rows, cols).reshape(new[0] * new[1], -1)
+    einsum: Callable = partial(np.einsum, optimize=True)
     if isinstance(table, jax.core.Tracer):
-        return jnp.matmul(matrix.astype(np.float32), table, precision="highest")
-    return (matrix @ np.asarray(table, np.float64)).astype(np.float32)
+        einsum = partial(jnp.einsum, precision="highest")
+    out = einsum("ar,bc,rcd->abd", rows, cols, table.reshape(*old, -1))
+    return out.reshape(new[0] * new[1], -1).astype(np.float32)
 
 
 def is_smooth(registers: int) -> bool:

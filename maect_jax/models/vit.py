@@ -517,7 +517,10 @@ def from_config(model, frozen_blocks: int = 0, remat: str = "none") -> ViT:
 
 def are_sides(sides: tuple[int, ...], model) -> bool:
     """Whether they are the height and width of images that a model takes."""
-    fit = (0 < side <= MAX_PIXELS and side % model.patch_size == 0 for side in sides)
+    fit = (
+        type(side) is int and 0 < side <= MAX_PIXELS and side % model.patch_size == 0
+        for side in sides
+    )
     return len(sides) == 2 and all(fit)
 
 

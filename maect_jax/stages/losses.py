@@ -61,29 +61,31 @@ def nearest_neighbour(neighbours: jax.Array, predicted: jax.Array, temperature: 
 
 
 def alignment(
-    projected: jax.Array, neighbours: jax.Array, predicted: jax.Array, temperature: float
+    projected: jax.Array, neighbours: jax.Array, predicted: jax.Array, *, temperature: float
 ) -> jax.Array:
-    """Nearest-neighbour alignment of one view with others (MIM-Refiner, Alkin et al., 2024).
+    """Nearest-neighbour alignment (MIM-Refiner, Alkin et al., 2024) of each of G views with each of
+    V: their losses `[G, V]`.
 
     The positive is the cosine with the neighbour, the negatives are those with the view itself: a
     neighbour of another row may be an image of the row's own object.
 
     Args:
-      projected: unit vectors `[B, D]` of the view, without gradient.
-      neighbours: unit vectors `[B, D]`, its neighbours, likewise.
-      predicted: `[B, V, D]`, the predictor's output for V other views; the negatives of a row are
+      projected: unit vectors `[B, G, D]` of the views, without gradient.
+      neighbours: unit vectors `[B, G, D]`, their neighbours, likewise.
+      predicted: `[B, V, D]`, the predictor's output for the V views; the negatives of a row are
         all other rows of the global batch.
       temperature: divides the cosines.
     """
     predicted = normalise(predicted)
     dot = partial(jnp.einsum, precision="highest")
-    negatives = dot("ad,bvd->vab", projected, predicted)
-    positives = dot("ad,avd->va", neighbours, predicted)
+    negatives = dot("agd,bvd->gvab", projected, predicted)
+    positives = dot("agd,avd->gva", neighbours, predicted)
     is_positive = jnp.eye(len(projected), dtype=bool)
     return _own_row(jnp.where(is_positive, positives[..., None], negatives) / temperature)
 
 
 def _own_row(logits: jax.Array) -> jax.Array:
-    """Mean cross entropy of `[..., B, B]`, the right class of each row being its own number."""
+    """Mean cross entropy `[...]` of logits `[..., B, B]`, the right class of a row being its own
+    number."""
     labels = jnp.broadcast_to(jnp.arange(logits.shape[-1]), logits.shape[:-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(-1)

@@ -24,7 +24,6 @@ from maect_jax.stages.base import Stage, Views, over_microbatches
 from maect_jax.stages.state import TrainState
 from maect_jax.stages.support_queue import Queue
 
-GLOBAL = 2  # views of an image that are looked up in the queue
 _SNAPSHOT_NEIGHBOURS = 3
 _SIZES = ("projector_hidden", "projector_out", "predictor_hidden", "queue_size")
 
@@ -39,6 +38,10 @@ class NNCLR(Stage):
     )  # fmt: skip
     rules: ClassVar[configs.Rules] = base.TRAINING | base.PHOTOMETRIC | {
         **dict.fromkeys((*_SIZES, "temperature"), positive),
+        "batch_size": Rule(
+            "above 1, as the negatives of an image are the others of its batch",
+            lambda v, section: v > 1 and positive.holds(v, section),
+        ),
         "top_k": Rule(
             "above 0, and at most the queue size, {queue_size}",
             lambda v, section: 0 < v <= section.queue_size,
@@ -183,19 +186,20 @@ class NNCLR(Stage):
         projected, predicted, stats = self.head(
             head["params"], head["batch_stats"], head["target"], features
         )
-        projected = projected[:, :GLOBAL]
-        queries, ids = projected.reshape(-1, self.projector.out), batch["index"]
+        projected = projected[:, : self.views]  # local ones are not looked up
+        queries = projected.reshape(-1, self.projector.out)
         with jax.named_scope("queue"):
             sizes = dict(size=self.queue_size, k=self.top_k)
-            found = support_queue.nearest(head["queue"], queries, jnp.repeat(ids, GLOBAL), **sizes)
+            ids = jnp.repeat(batch["index"], self.views)
+            found = support_queue.nearest(head["queue"], queries, ids, **sizes)
             chosen = support_queue.choose(found, key)
             rows, labels = support_queue.take(head["queue"], chosen)
         loss = self._loss(projected, rows.reshape(projected.shape), predicted)
         known = (batch["label"] >= 0)[:, None]
-        measured = labels.reshape(-1, GLOBAL)[:, : self.measured_views]
+        measured = labels.reshape(-1, self.views)[:, : self.measured_views]
         hits = (measured == batch["label"][:, None]) & known
         accuracy = hits.sum() / jnp.maximum(known.sum() * self.measured_views, 1)
-        chosen = chosen.reshape(-1, GLOBAL)
+        chosen = chosen.reshape(-1, self.views)
         aux = dict(batch_stats=stats, projected=projected, predicted=predicted, positions=chosen)
         return loss, accuracy, aux
 
@@ -269,9 +273,9 @@ class NNCLR(Stage):
         out, views = self.projector.out, sum(count for count, _ in self._sizes)
         encoder = sum(count * self._encoder_flops(patches) for count, patches in self._sizes)
         predictor = 2 * 2 * out * self.predictor.hidden
-        pairs = GLOBAL * (views - 1)  # of views, whose rows are compared
+        pairs = self.views * (views - 1)  # of views, whose rows are compared
         head = 3 * (views * (self._projector_flops() + predictor) + pairs * 2 * batch_size * out)
-        look_up = GLOBAL * 2 * self.queue_size * out
+        look_up = self.views * 2 * self.queue_size * out
         return batch_size * (encoder + (len(self.blocks) + 1) * (head + look_up))
 
 

@@ -29,7 +29,7 @@ from maect_jax.errors import UserError
 from maect_jax.models import vit
 from maect_jax.stages import base, losses, optim
 from maect_jax.stages.base import Views
-from maect_jax.stages.nnclr import GLOBAL, NNCLR, Tuning
+from maect_jax.stages.nnclr import NNCLR, Tuning
 from maect_jax.stages.state import TrainState
 from maect_jax.stages.support_queue import Queue
 
@@ -44,7 +44,7 @@ class Refiner(NNCLR):
     hands_on = ("encoder", "heads")
     head_keys = (*NNCLR.head_keys, "blocks")
     together = True
-    measured_views = GLOBAL
+    measured_views = NNCLR.views
     lr_per_view = False
     undecayed = (*optim.UNDECAYED, "cls_token")
     own_rules: ClassVar[configs.Rules] = {
@@ -154,12 +154,13 @@ class Refiner(NNCLR):
         published, counts them from view 0 on: they are both global views and all local ones but
         the last two. So it is here.
         """
-        local, terms = predicted.shape[1] - GLOBAL, []
-        for view in range(GLOBAL):
-            others = [*range(GLOBAL)[:view], *range(GLOBAL)[view + 1 :], *range(local)]
-            unit = projected[:, view], neighbours[:, view]
-            terms.append(losses.alignment(*unit, predicted[:, np.array(others)], self.temperature))
-        return jnp.stack(terms).mean()
+        views, local = self.views, predicted.shape[1] - self.views
+        pairs = np.zeros((views, max(views, local)))  # how often each counts
+        pairs[:, :views] = 1 - np.eye(views)
+        pairs[:, :local] += 1
+        others = predicted[:, : pairs.shape[1]]
+        terms = losses.alignment(projected, neighbours, others, temperature=self.temperature)
+        return jnp.average(terms, weights=pairs)
 
     def _push(self, queue: Queue, rows: jax.Array, aux: dict, keep: jax.Array) -> Queue:
         push = partial(super()._push, aux=aux, keep=keep)

@@ -19,10 +19,10 @@ class TrainState(PyTreeNode, kw_only=True):
     # projector (the authors copy them over at each step).
     batch_stats: Any = field(default_factory=dict)
     opt_state: Any  # the optimiser's moments and counters
-    # Averages in stage 3: of the encoder's trained part, which is evaluated, and of the projector.
+    # Averages: of the encoder's tuned part, which is evaluated, and in `ct` of the projector.
     ema: Any = field(default_factory=dict)
     target: Any = field(default_factory=dict)
-    queue: Queue | None = None  # the support queue (stages 2 and 3)
+    queue: Queue | None = None  # the support queue of contrastive stages
     rng: jax.Array  # typed key; the randomness of a step is `fold_in(rng, step)`
 
 

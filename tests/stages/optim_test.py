@@ -74,3 +74,21 @@ def test_adamw_equals_numpy(rng):
         want = jax.tree.map(update, want, m, v, decay)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
+def test_each_group_ends_at_its_own_rate():
+    groups = {
+        "encoder": optim.Group(0.1, 0.0, end_lr=1e-3),
+        "projector": optim.Group(0.2, 0.0, end_lr=1e-3),
+        "predictor": optim.Group(0.2, 0.0),
+    }
+    params = {name: {"kernel": jnp.ones(2)} for name in groups}
+    tx = optim.adamw(params, groups, steps=4, warmup=1)
+    opt_state = tx.init(params)
+    for step in range(5):
+        # Adam's update for a constant gradient of 1 is the learning rate.
+        updates, opt_state = tx.update(params, opt_state, params)
+        for name, group in groups.items():
+            fall = (1 + np.cos(np.pi * (step - 1) / 3)) / 2
+            wanted = group.end_lr + (group.lr - group.end_lr) * fall if step else group.lr / 2
+            np.testing.assert_allclose(-updates[name]["kernel"], wanted, rtol=1e-5, atol=1e-9)

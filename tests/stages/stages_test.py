@@ -88,6 +88,24 @@ def test_a_stage_starts_with_what_the_one_before_hands_on(name, before):
     assert after == alone
 
 
+def test_heads_start_from_different_random_weights_and_the_last_is_the_final_one():
+    config = configs.load(f"{CONFIGS}/quickstart.py:refine")
+    stage = STAGES["refine_head"].from_config(config, 1024)
+
+    @jax.jit
+    def heads(key):
+        state = stage.init(key, {})
+        final, queue = stage._final_head(state)
+        kernels = [state.params[part]["fc1"]["kernel"] for part in ("projector", "predictor")]
+        return (*kernels, state.queue.rows), (final["params"]["fc1"]["kernel"], queue.rows)
+
+    of_all, of_final = heads(jax.random.key(0))
+    for stack in of_all:
+        assert len(np.unique(stack[:, 0].reshape(3, -1), axis=0)) == 3
+    for stack, last in zip(of_all[::2], of_final, strict=True):
+        np.testing.assert_array_equal(stack[-1], last)
+
+
 def test_averages_follow_their_formula():
     """Encoder EMA and target projector: decay * old + (1 - decay) * new, from the first update."""
     states = [started(TINY_STAGES["ct"])]
