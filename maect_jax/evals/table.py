@@ -13,7 +13,8 @@ _CLUSTERS = {
 }  # fmt: skip
 SUBSET_NAMES = {"imagenet_dogs15": "Dogs-15", "imagenet10": "ImageNet-10"}
 _BY_BLOCK = ("k-NN", "k-means ACC", "silhouette")
-# Stages that tune an MAE's encoder without labels.
+# Rows of an MAE's encoder as it was pre-trained, and stages that tune it without labels.
+_BEFORE = (MAE.name, *(s.name for s in STAGES.values() if s.encoder_of == MAE.name))
 _TUNING = [s.name for s in STAGES.values() if s.takes and s.learns_features and not s.needs_labels]
 
 Rows = dict[str, dict[str, str]]  # cells as text, by row and column
@@ -69,11 +70,12 @@ def percentages(results: Mapping[str, dict]) -> dict[str, dict[str, float]]:
     for name, result in results.items():
         parts = [of(result[key]) for key, of in _COLUMNS.items() if there(result, key)]
         rows[name] = {column: 100 * value for part in parts for column, value in part.items()}
-    for name in _TUNING if MAE.name in rows else ():
+    base = next((name for name in _BEFORE if name in rows), "")
+    before = rows.get(base, {})
+    for name in _TUNING if before else ():
         if after := rows.get(name):
-            before = rows[MAE.name]
             change = {key: after[key] - before[key] for key in after if key in before}
-            rows[f"{name} - {MAE.name}"] = change
+            rows[f"{name} - {base}"] = change
     return rows
 
 
