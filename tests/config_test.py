@@ -394,7 +394,7 @@ def test_config_survives_its_file(tmp_path):
     assert configs.differences(config, again) == [f"ct.epochs: {config.ct.epochs!r} -> 99"]
 
 
-@pytest.mark.parametrize("name", ["mae", "ct", "refine_head", "refine"])
+@pytest.mark.parametrize("name", ["mae", "ct", "refine"])
 def test_flops_formula_equals_the_compilers_count(name):
     own = (
         "mae.decoder.depth=1", "ct.frozen_blocks=1", "mae.decoder.width=128", "mae.batch_size=64",

@@ -180,7 +180,7 @@ def run(case: Case, given: str, dtype: str = "float32", shape=ONE) -> list[Step]
                     features=np.float32(features),
                     aux=jax.device_get(aux),
                     grads=trained_to_torch(case, grads),
-                    neighbours=_flat_rows(case, s, before.queue, aux["positions"]),
+                    neighbours=_flat_rows(case, s, before.queue, jax.device_get(aux["positions"])),
                     scalars=jax.device_get(scalars),
                     after=jax.device_get(now.replace(rng=None)),
                 )
