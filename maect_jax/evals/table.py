@@ -151,7 +151,8 @@ def _formatted(tables: Sequence[Mapping[str, dict[str, float]]]) -> Rows:
         for column in row:
             values = [table[name][column] for table in tables]
             spread = f" +- {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-            rows[name][column] = form.format(np.mean(values)) + spread
+            mean = form.format(np.mean(values)).replace("-0.0", "+0.0")  # which is no loss
+            rows[name][column] = mean + spread
     return rows
 
 

@@ -50,6 +50,8 @@ def test_what_each_tuning_of_an_mae_has_changed_is_a_row():
     rows = table.percentages(results | {"refine": result(0.75, 0.5)})
     assert [row for row in rows if table.is_difference(row)] == ["ct - mae", "refine - mae"]
     assert rows["refine - mae"]["k-NN"] == 25
+    same = table.cells({"mae": result(0.5, 0.4), "ct": result(0.4999, 0.4)})
+    assert same["ct - mae"]["k-NN"] == "+0.0"
     # The encoder under the heads is the MAE's.
     alone = {"refine_head": result(0.5, 0.4), "refine": result(0.75, 0.5)}
     assert table.percentages(alone)["refine - refine_head"]["k-NN"] == 25
