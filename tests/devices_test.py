@@ -41,7 +41,7 @@ on_meshes = pytest.mark.parametrize(
     ids=lambda shape: f"{shape[0]}x{shape[1]}",
 )  # fmt: skip
 CT = figures.cases("ct")[0]
-SLOWER = ("head", "refine_head", "refine")
+SLOWER = ("mae", "head", "refine_head")
 
 
 @on_meshes
@@ -96,7 +96,7 @@ def one_step(name, shape):
 
 @on_meshes
 @pytest.mark.parametrize(
-    "name", ["mae", *(pytest.param(x, marks=pytest.mark.slow) for x in SLOWER)]
+    "name", ["refine", *(pytest.param(x, marks=pytest.mark.slow) for x in SLOWER)]
 )
 def test_a_step_equals_that_of_one_device(name, shape):
     """Masks and neighbours are equal; the gradients are compared, and so Adam hides nothing."""
