@@ -10,7 +10,7 @@ pixels. The run's folder, `runs/quickstart`, gets a report with pictures, `repor
 Hardware: two CPU cores and 1.4 GiB. Duration: 5 minutes; `long`, with six times the epochs, 40.
 Expected: tuning raises the accuracy of k-means clusters from 53 to 62 %, in `long` from 55 to 61 %;
 `docs/quickstart.md` has all figures, for three seeds, and what else was tried.
-`refine` tunes the mae of `runs/quickstart` by MIM-Refiner (`docs/refiner.md`).
+`refine` tunes the mae of `runs/quickstart` by MIM-Refiner in 3 minutes (`docs/refiner.md`).
 `photos` is the same model at 56 pixels, in colour, for a few hundred photographs of your own
 (`docs/guide_laptop.md`).
 """
