@@ -280,6 +280,19 @@ class NNCLR(Stage):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Frozen(NNCLR):
+    """A head alone: the encoder, an MAE's, stays as it is."""
+
+    learns_features = False
+    encoder_in = ("frozen",)
+    encoder_of = "mae"
+
+    @classmethod
+    def tuned_blocks(cls, config) -> int:
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Tuning(NNCLR):
     """A head and the encoder's upper blocks, whose average is the result."""
 
@@ -362,22 +375,15 @@ class Tuning(NNCLR):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Head(NNCLR):
+class Head(Frozen):
     """Stage 2: the head on the frozen encoder, whose own projections look the neighbours up."""
 
     name = "head"
     number = 1
     title = "a contrastive head on the frozen encoder"
     row = "the encoder under the head"
-    learns_features = False
-    encoder_in = ("frozen",)
-    encoder_of = "mae"
     starts_from = ("mae", "head", "ct", "refine_head", "refine", "finetune")
     rules = NNCLR.rules | {"warmup_fraction": fraction}
-
-    @classmethod
-    def tuned_blocks(cls, config) -> int:
-        return 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

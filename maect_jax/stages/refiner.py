@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from operator import gt
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from maect_jax.errors import UserError
 from maect_jax.models import vit
 from maect_jax.stages import base, losses, optim
 from maect_jax.stages.base import Views
-from maect_jax.stages.nnclr import NNCLR, Tuning
+from maect_jax.stages.nnclr import NNCLR, Frozen, Tuning
 from maect_jax.stages.state import TrainState
 from maect_jax.stages.support_queue import Queue
 
@@ -47,14 +47,13 @@ class Refiner(NNCLR):
     measured_views = NNCLR.views
     lr_per_view = False
     undecayed = (*optim.UNDECAYED, "cls_token")
-    own_rules: ClassVar[configs.Rules] = {
+    rules = NNCLR.rules | {
         "warmup_epochs": base.WARMUP_EPOCHS,
         "end_lr": not_negative,
         "local.views": between(0, 64),
         "local.crop_scale": base.CROP_SCALE,
         **base.photometric("local.photometric", between(0, 1)),
     }
-    rules = NNCLR.rules | own_rules
 
     @classmethod
     def check(cls, config, devices: int) -> None:
@@ -173,21 +172,14 @@ class Refiner(NNCLR):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RefineHead(Refiner):
+class RefineHead(Frozen, Refiner):
     """The heads on the frozen encoder."""
 
     name = "refine_head"
     number = 4
     title = "contrastive heads on the frozen encoder"
     row = "the encoder under the heads"
-    learns_features = False
-    encoder_in = ("frozen",)
-    encoder_of = "mae"
     starts_from = ("mae", "refine_head", "head", "ct", "refine", "finetune")
-
-    @classmethod
-    def tuned_blocks(cls, config) -> int:
-        return 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,4 +193,4 @@ class Refine(Tuning, Refiner):
     starts_from = ("refine_head", "refine", "mae", "head", "ct", "finetune")
     takes = Refiner.hands_on
     head_stage = "refine_head"
-    rules = Tuning.rules | Refiner.own_rules
+    rules = Tuning.rules | Refiner.rules
