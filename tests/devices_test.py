@@ -178,9 +178,9 @@ def test_an_evaluation_of_the_same_weights_is_the_same(rng):
             )
             train, test = (features.Features(*(a[s] for a in whole)) for s in halves)
             near = knn.classify(knn.Search(mesh, 64), train, test, (1, 5))
-            groups, assigned, _ = cluster.cluster(row, x, y, clusters=0)
+            groups, clustered = cluster.cluster(row, x, y, clusters=0)
         best = {k: v for k, v in groups["best"].items() if k != "chosen_by"}
-        found.append((x, [n["accuracy"] for n in near], best, assigned))
+        found.append((x, [n["accuracy"] for n in near], best, clustered["clusters"]))
     x, accuracies, best, assigned = found[0]
     assert 0.3 < accuracies[0] < 1  # there is something to tell apart
     for other in found[1:]:

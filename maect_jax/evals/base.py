@@ -67,7 +67,7 @@ class Protocol:
       needs_labels: whether it is skipped unless there are held-out images and all have labels.
       of_blocks: whether it also measures the features behind `config.eval.blocks`.
       needs_classifier: of those that run by themselves, whether only where the encoder has one.
-      arrays: the names of its arrays, if it has any.
+      arrays: the names of its arrays that every version has, if it has any; of equal length.
     """
 
     name: ClassVar[str]
@@ -105,7 +105,7 @@ class Protocol:
         """Reads the arrays of a row; empty if there are none. Raises `UserError` on damage."""
         path = folder_of(folder, row) / f"{self.name}.npz"
         arrays = files.read_saved_arrays(path, *self.arrays) if path.exists() else {}
-        if len({array.shape[:1] for array in arrays.values()}) > 1:
+        if arrays and len({arrays[name].shape[:1] for name in self.arrays}) > 1:
             raise UserError(f"{path}: is damaged (its arrays differ in length); remove it")
         return arrays
 

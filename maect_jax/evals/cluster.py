@@ -15,10 +15,10 @@ from maect_jax import files
 from maect_jax.config import not_negative, one_of, positive, some_of
 from maect_jax.data import sources
 from maect_jax.errors import UserError
-from maect_jax.evals import kmeans
+from maect_jax.evals import assignment, kmeans
+from maect_jax.evals.assignment import Centres, Space
 from maect_jax.evals.base import Protocol, Result, Row
 
-_PART = 65_536  # images at a time whose distances are computed
 _SILHOUETTE = 10_000  # images, a random draw if there are more: it compares each with all
 
 # Well-known parts of ImageNet-1k, by WordNet ids.
@@ -36,8 +36,8 @@ SUBSETS = {
 
 
 def matched(labels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """Renumbers clusters int `[N]` by the class that the best one-to-one matching gives them, in
-    order; those without a class come after the classes."""
+    """The class that the best one-to-one matching gives each of the clusters that occur, in their
+    order, int32 `[K]`; those without a class have numbers after the classes'."""
     from scipy.optimize import linear_sum_assignment
     from sklearn.metrics.cluster import contingency_matrix
 
@@ -47,7 +47,7 @@ def matched(labels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     number[columns] = classes
     rest = np.flatnonzero(number < 0)
     number[rest] = len(counts) + np.arange(len(rest))
-    return number[np.unique(clusters, return_inverse=True)[1]].astype(np.int32)
+    return number.astype(np.int32)
 
 
 def agreement(labels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
@@ -55,8 +55,9 @@ def agreement(labels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
     from sklearn import metrics
 
     classes = np.unique(labels, return_inverse=True)[1]
+    places = np.unique(clusters, return_inverse=True)[1]
     return {
-        "acc": float((matched(labels, clusters) == classes).mean()),
+        "acc": float((matched(labels, clusters)[places] == classes).mean()),
         "nmi": float(metrics.normalized_mutual_info_score(labels, clusters)),
         "ami": float(metrics.adjusted_mutual_info_score(labels, clusters)),
         "ari": float(metrics.adjusted_rand_score(labels, clusters)),
@@ -77,7 +78,7 @@ def silhouette(x: np.ndarray, clusters: np.ndarray, seed: int) -> dict:
 
 def cluster(
     row: Row, x: np.ndarray, labels: np.ndarray | None, clusters: int
-) -> tuple[dict, np.ndarray, np.ndarray]:
+) -> tuple[dict, dict[str, np.ndarray]]:
     """Runs k-means many times, as `config.eval.cluster` says.
 
     Args:
@@ -88,16 +89,12 @@ def cluster(
 
     Returns:
       The settings; `best`, the metrics of the run with the lowest k-means loss, with its
-      silhouette; `mean` and standard `deviation` (not unbiased) over all runs. The clusters of that
-      best run, int32 `[N]`, cluster i being matched with the i-th class; and each image's distance
-      from its centre, fp32 `[N]`.
+      silhouette; `mean` and standard `deviation` (not unbiased) over all runs. The arrays of that
+      best run (`Cluster`), cluster i being matched with the i-th class.
     """
-    from sklearn.decomposition import PCA
-    from sklearn.preprocessing import normalize
-
     section, seed = row.config.eval.cluster, row.config.seed
-    x = normalize(x) if section.normalise else np.asarray(x)
-    x = PCA(section.pca, svd_solver="covariance_eigh").fit_transform(x) if section.pca else x
+    space = Space.of(x, normalise=section.normalise, pca=section.pca)
+    x = space(x)
     settings = kmeans.Settings(
         k=clusters if clusters or labels is None else len(np.unique(labels)),
         runs=section.runs,
@@ -107,16 +104,14 @@ def cluster(
     )
     clustering = kmeans.kmeans(x, settings, row.run.mesh)
     best = int(clustering.loss.argmin())
-    assigned = clustering.clusters[best]
-    distance = np.empty(len(x), np.float32)
-    for start in range(0, len(x), _PART):
-        part = slice(start, start + _PART)
-        distance[part] = np.linalg.norm(x[part] - clustering.centres[best][assigned[part]], axis=1)
+    places, assigned = np.unique(clustering.clusters[best], return_inverse=True)
+    numbers = places.astype(np.int32)
     runs = [{"loss": float(loss)} for loss in clustering.loss]
     if labels is not None:
         scores = (agreement(labels, clusters) for clusters in clustering.clusters)
         runs = [score | run for score, run in zip(scores, runs, strict=True)]
-        assigned = matched(labels, assigned)
+        numbers = matched(labels, assigned)
+    centres = clustering.centres[best][places]
     names = list(runs[0])
     values = np.array([[run[name] for name in names] for run in runs])
     metrics = {
@@ -130,7 +125,10 @@ def cluster(
         "mean": dict(zip(names, values.mean(0).tolist(), strict=True)),
         "deviation": dict(zip(names, values.std(0).tolist(), strict=True)),
     }
-    return metrics, assigned, distance
+    _, distance, margin = assignment.nearest(x, centres)
+    rank, rim = assignment.ranks(assigned, distance), assignment.rims(assigned, distance)
+    arrays = dict(clusters=numbers[assigned], distance=distance, margin=margin, rank=rank)
+    return metrics, arrays | Centres(space, centres, numbers, rim).arrays()
 
 
 def cluster_split(config: ConfigDict, splits: Mapping[str, object]) -> str:
@@ -139,8 +137,13 @@ def cluster_split(config: ConfigDict, splits: Mapping[str, object]) -> str:
 
 
 class Cluster(Protocol):
-    """k-means of the images of a split, and of well-known subsets; of each image of the split
-    `index`, `labels`, `clusters` and `distance` (from the centre) `[N]`."""
+    """k-means of the images of a split, and of well-known subsets.
+
+    Its arrays are of each image of the split `index`, `labels`, `clusters`, `distance` (from the
+    centre), `margin` (how much farther the next centre is) and `rank` (from 0 for the image nearest
+    to the centre) `[N]`; and those of the clusters, `Centres.arrays`. Earlier versions have only
+    `arrays`.
+    """
 
     name = section = "cluster"
     needs_labels = False
@@ -173,12 +176,11 @@ class Cluster(Protocol):
         section, split = row.config.eval.cluster, cluster_split(row.config, row.images)
         images = row.features[split]
         labels = images.labels if images.labelled else None
-        metrics, clusters, distance = cluster(row, images.x, labels, section.clusters)
+        metrics, arrays = cluster(row, images.x, labels, section.clusters)
         metrics = {"split": split} | metrics
         if section.subsets:
             metrics["subsets"] = {name: self._subset(row, split, name) for name in section.subsets}
-        arrays = dict(clusters=clusters, distance=distance, index=images.records)
-        return Result(metrics, arrays | {"labels": images.labels})
+        return Result(metrics, arrays | dict(index=images.records, labels=images.labels))
 
     def _subset(self, row: Row, split: str, name: str) -> dict:
         """The metrics of the classes of a subset, or why it is skipped."""
@@ -199,9 +201,12 @@ class Cluster(Protocol):
         labels: dict[int, int] = {}
         clusters: dict[str, dict[int, int]] = {}
         for name in rows:
-            if arrays := {key: x.tolist() for key, x in self.read_arrays(run.folder, name).items()}:
-                clusters[name] = dict(zip(arrays["index"], arrays["clusters"], strict=True))
-                labels |= zip(arrays["index"], arrays["labels"], strict=True)
+            if arrays := self.read_arrays(run.folder, name):
+                index, numbers, own = (
+                    arrays[key].tolist() for key in ("index", "clusters", "labels")
+                )
+                clusters[name] = dict(zip(index, numbers, strict=True))
+                labels |= zip(index, own, strict=True)
         titles = dict(enumerate(source.classes))  # as they are, also where they are no UTF-8
         text = io.StringIO()
         lines = csv.writer(text, lineterminator="\n")

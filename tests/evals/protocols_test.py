@@ -9,7 +9,8 @@ from sklearn.neighbors import NearestNeighbors
 
 from maect_jax.data import subsets
 from maect_jax.errors import UserError
-from maect_jax.evals import cluster, features, kmeans, knn, lowshot, probe
+from maect_jax.evals import assignment, cluster, features, kmeans, knn, lowshot, probe
+from maect_jax.evals.assignment import Centres
 from tests.helpers.common import mesh_of
 from tests.helpers.rows import row_of
 
@@ -315,41 +316,51 @@ def test_agreement_does_not_depend_on_names_and_knows_chance(rng):
 
 def test_clusters_are_numbered_by_the_class_that_they_are_matched_with():
     labels, clusters = np.array([3, 5, 9, 9, 3]), np.array([1, 2, 0, 0, 2])
-    assert cluster.matched(labels, clusters).tolist() == [0, 1, 2, 2, 1]
+    assert cluster.matched(labels, clusters).tolist() == [2, 0, 1]
     # More clusters than classes: the others come after.
-    assert cluster.matched(np.array([4, 4, 4, 6]), np.array([0, 0, 1, 2])).tolist() == [0, 0, 2, 1]
+    assert cluster.matched(np.array([4, 4, 4, 6]), np.array([0, 0, 1, 2])).tolist() == [0, 2, 1]
 
 
 def test_clustering_reports_best_by_loss_mean_and_deviation(rng, mesh, monkeypatch):
     def clustered(x, settings, mesh):
         """Run r has loss 10 - r, and clusters that get worse with r."""
         assert settings[:2] == (2, 2)
-        found = [[0, 0, 1, 1], [1, 0, 1, 1]]
-        return kmeans.Clustering(
-            np.zeros((2, 2, 3)), np.array(found), np.array([10.0, 9.0]), np.array([1, 1])
-        )
+        found, centres = np.array([[0, 0, 1, 1], [1, 0, 1, 1]]), np.zeros((2, 2, 3), np.float32)
+        centres[1, 0] = 9
+        return kmeans.Clustering(centres, found, np.array([10.0, 9.0]), np.array([1, 1]))
 
     monkeypatch.setattr(kmeans, "kmeans", clustered)
     labels, x = np.array([0, 0, 1, 1]), rng.normal(size=(4, 3))
     row = row_of({}, mesh, "eval.cluster.runs=2", "eval.cluster.normalise=False")
-    result, clusters, distance = cluster.cluster(row, x, labels, clusters=0)
-    assert clusters.tolist() == [1, 0, 1, 1]  # of the best run
+    result, arrays = cluster.cluster(row, x, labels, clusters=0)
+    assert arrays["clusters"].tolist() == [1, 0, 1, 1]  # of the best run
     assert result["best"]["acc"] == 0.75  # of the lowest loss, not of the highest accuracy
     assert result["best"]["loss"] == 9
     assert result["mean"]["acc"] == pytest.approx(0.875)
     assert result["deviation"]["acc"] == pytest.approx(0.125)
-    np.testing.assert_allclose(distance, np.linalg.norm(x, axis=1), rtol=1e-6)
-    bare, _, _ = cluster.cluster(row, x, None, clusters=2)
+    first, second = np.linalg.norm(x, axis=1), np.linalg.norm(x - 9, axis=1)
+    np.testing.assert_allclose(arrays["distance"], first, rtol=1e-6)
+    np.testing.assert_allclose(arrays["margin"], second - first, rtol=1e-6)
+    assert arrays["rank"][1] == 0
+    assert arrays["rank"][[0, 2, 3]].tolist() == np.argsort(np.argsort(first[[0, 2, 3]])).tolist()
+    bare, _ = cluster.cluster(row, x, None, clusters=2)
     assert set(bare["best"]) == {"loss", "silhouette", "silhouette_images", "chosen_by"}
 
 
-def test_clusters_of_separate_blobs_are_found(rng, mesh):
+def test_clusters_of_separate_blobs_are_found(rng, mesh, monkeypatch):
     labels = np.repeat(np.arange(4), 50)
     found = 20 * np.eye(4)[labels] + rng.normal(size=(200, 4))
     for setting in ("pca=0", "pca=3", "minibatch=64"):
         row = row_of({}, mesh, "eval.cluster.runs=5", f"eval.cluster.{setting}")
-        result, clusters, _ = cluster.cluster(row, found, 3 * labels, clusters=0)
-        np.testing.assert_array_equal(clusters, labels)  # numbered by class, in order
+        result, arrays = cluster.cluster(row, found, 3 * labels, clusters=0)
+        np.testing.assert_array_equal(arrays["clusters"], labels)  # numbered by class, in order
+        # The saved centres assign the same images alike, in parts or not.
+        monkeypatch.setattr(assignment, "_FLOATS", 300)
+        again = Centres.read(arrays).assign(found)
+        np.testing.assert_array_equal(again.cluster, labels)
+        np.testing.assert_allclose(again.distance, arrays["distance"], rtol=1e-5)
+        np.testing.assert_allclose(again.margin, arrays["margin"], rtol=1e-4)
+        assert again.beyond_rim.sum() == 4  # one of 50, in each
         best = {name: result["best"][name] for name in METRICS}
         assert best == pytest.approx(dict.fromkeys(METRICS, 1.0))
         assert result["best"]["silhouette"] > 0.8

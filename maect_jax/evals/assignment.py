@@ -1,0 +1,131 @@
+"""Assigning features to the clusters that k-means found."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+ARRAYS = ("centres", "numbers", "rim", "normalise", "mean", "components")  # of `Centres.arrays`
+_RIM = 0.99  # the fraction of a cluster's images that lie within its rim
+_FLOATS = 2**24  # of the products of a part of the images with all centres
+
+
+class Assigned(NamedTuple):
+    """The clusters of N images.
+
+    Attributes:
+      cluster: the number of the cluster with the nearest centre, int32 `[N]`.
+      distance: from that centre, fp32 `[N]`.
+      margin: how much farther the next centre is, fp32 `[N]`; infinite where there is one cluster.
+      beyond_rim: whether it is farther than 99 % of the images that the cluster was made of.
+    """
+
+    cluster: np.ndarray
+    distance: np.ndarray
+    margin: np.ndarray
+    beyond_rim: np.ndarray
+
+
+class Space(NamedTuple):
+    """Where distances are measured: features as k-means sees them.
+
+    Attributes:
+      normalise: whether features are L2-normalised first.
+      mean: fp32 `[D]`, subtracted then; zeros where there are no components.
+      components: fp32 `[P, D]`, the principal components that are kept; none, `[0, D]`, for all.
+    """
+
+    normalise: bool
+    mean: np.ndarray
+    components: np.ndarray
+
+    @classmethod
+    def of(cls, x: np.ndarray, *, normalise: bool, pca: int) -> "Space":
+        """The space of features `[N, D]`, with their first `pca` principal components, if any."""
+        from sklearn.decomposition import PCA
+
+        width = x.shape[1]
+        space = cls(normalise, np.zeros(width, np.float32), np.zeros((0, width), np.float32))
+        if not pca:
+            return space
+        fitted = PCA(pca, svd_solver="covariance_eigh").fit(space(x))
+        return space._replace(mean=fitted.mean_, components=fitted.components_)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Features fp32 `[N, D]` in this space, `[N, D]` or `[N, P]`."""
+        x = np.asarray(x, np.float32)
+        if self.normalise:
+            x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        return (x - self.mean) @ self.components.T if len(self.components) else x
+
+
+class Centres(NamedTuple):
+    """The clusters of a clustering that have an image, with which others are assigned.
+
+    Attributes:
+      space: that of `x`.
+      x: fp32 `[K, P]`.
+      numbers: of the clusters, int32 `[K]`.
+      rim: the distance from its centre within which 99 % of a cluster's images lie, fp32 `[K]`.
+    """
+
+    space: Space
+    x: np.ndarray
+    numbers: np.ndarray
+    rim: np.ndarray
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Its arrays, by name, to be saved; `read` takes them."""
+        space = {"normalise": np.array(self.space.normalise), "mean": self.space.mean}
+        own = {"centres": self.x, "numbers": self.numbers, "rim": self.rim}
+        return own | space | {"components": self.space.components}
+
+    @classmethod
+    def read(cls, arrays: Mapping[str, np.ndarray]) -> "Centres":
+        """Those whose `arrays` these are, among others."""
+        space = Space(bool(arrays["normalise"]), arrays["mean"], arrays["components"])
+        return cls(space, arrays["centres"], arrays["numbers"], arrays["rim"])
+
+    def assign(self, x: np.ndarray) -> Assigned:
+        """Assigns features `[N, D]`."""
+        places, distance, margin = nearest(self.space(x), self.x)
+        return Assigned(self.numbers[places], distance, margin, distance > self.rim[places])
+
+
+def nearest(x: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The nearest of centres `[K, P]` to each row of `[N, P]`, the first of equals; its distance;
+    and how much farther the next one is (infinite for K = 1): int32 and fp32 `[N]`."""
+    few = min(2, len(centres))
+    places = np.empty((len(x), few), np.int32)
+    apart = np.empty((len(x), few), np.float32)
+    size = max(1, _FLOATS // max(centres.shape))
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+        scores = x[part] @ centres.T - np.square(centres).sum(1) / 2
+        places[part] = np.argpartition(-scores, few - 1, axis=1)[:, :few]
+        # The products lose digits, which tell the nearest from the next.
+        for column in range(few):
+            differences = x[part] - centres[places[part, column]]
+            apart[part, column] = np.linalg.norm(differences, axis=1)
+    order = np.lexsort((places, apart))
+    first, distances = np.take_along_axis(places, order, 1)[:, 0], np.sort(apart, axis=1)
+    margin = distances[:, 1] - distances[:, 0] if few == 2 else np.full(len(x), np.inf, np.float32)
+    return first, distances[:, 0], margin
+
+
+def ranks(clusters: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    """The place of each image in its cluster, from 0 for the one nearest to the centre, int32
+    `[N]`; equals in their order."""
+    order = np.lexsort((distance, clusters))
+    starts = np.unique(clusters[order], return_index=True)[1]
+    sizes = np.diff(np.append(starts, len(order)))
+    found = np.empty(len(order), np.int32)
+    found[order] = np.arange(len(order)) - np.repeat(starts, sizes)
+    return found
+
+
+def rims(clusters: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    """The distance within which 99 % of the images of each cluster, from 0 to K - 1, lie, fp32
+    `[K]`."""
+    rims = [np.quantile(distance[clusters == k], _RIM) for k in np.unique(clusters)]
+    return np.array(rims, np.float32)
