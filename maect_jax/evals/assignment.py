@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from maect_jax.data.base import digest
+
 ARRAYS = ("centres", "numbers", "rim", "normalise", "mean", "components")  # of `Centres.arrays`
 _RIM = 0.99  # the fraction of a cluster's images that lie within its rim
 _FLOATS = 2**24  # of the products of a part of the images with all centres
@@ -85,6 +87,11 @@ class Centres(NamedTuple):
         """Those whose `arrays` these are, among others."""
         space = Space(bool(arrays["normalise"]), arrays["mean"], arrays["components"])
         return cls(space, arrays["centres"], arrays["numbers"], arrays["rim"])
+
+    @property
+    def digest(self) -> str:
+        """Tells these clusters from those of any other clustering, 16 characters."""
+        return digest(*(array for _, array in sorted(self.arrays().items())))
 
     def assign(self, x: np.ndarray) -> Assigned:
         """Assigns features `[N, D]`."""
