@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -45,9 +44,8 @@ class Encoder:
         self._params = params
 
         def encode(params, images):
-            uint8 = images.dtype == jnp.uint8
-            normalise = augment.normalise_pixels if uint8 else augment.normalise
-            return vit.features(model, params, normalise(images, self.mean, self.std), pool)
+            images = augment.normalise_pixels(images, self.mean, self.std)
+            return vit.features(model, params, images, pool)
 
         self._encode = jax.jit(encode)
         images = jax.ShapeDtypeStruct((1, *self.image_size, channels), np.uint8)
@@ -63,25 +61,7 @@ class Encoder:
           ValueError: there are none, or they have another shape, dtype or range. To see the range
             of floats that lie on a device it waits for them.
         """
-        images = images if isinstance(images, jax.Array) else np.asarray(images)
-        shape, dtype = (*self.image_size, self.channels), images.dtype
-        if images.shape[1:] != shape:
-            raise ValueError(
-                f"images of shape {images.shape}: must be (B, {', '.join(map(str, shape))})"
-            )
-        if dtype != np.uint8 and not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(
-                f"images of {dtype}: must be uint8 from 0 to 255, or floating point from 0 to 1"
-            )
-        if not len(images):
-            raise ValueError("images: must be at least one")
-        # Inside a function that is jitted there are no values yet.
-        if dtype != np.uint8 and not isinstance(images, jax.core.Tracer):
-            low, high = float(images.min()), float(images.max())
-            if not (low >= 0 and high <= 1):
-                raise ValueError(
-                    f"images from {low:.4g} to {high:.4g}: must be uint8 or floats from 0 to 1"
-                )
+        images = augment.checked(images, (*self.image_size, self.channels))
         return self._encode(self._params, images)
 
 

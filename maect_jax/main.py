@@ -180,6 +180,7 @@ _COMMANDS = {
     "run": ("maect_jax.main", "train and evaluate by a config"),
     "import": ("maect_jax.convert.__main__", "make a run of weights in PyTorch's formats"),
     "export": ("maect_jax.convert.__main__", "write a run's encoder for timm, HuggingFace or MAE"),
+    "assign": ("maect_jax.clusters", "tell the clusters of new images, by those of a run"),
     "report": ("maect_jax.report.__main__", "make reports of runs again, and compare them"),
     "views": ("maect_jax.report.views", "draw the images and views that a config trains on"),
     "compile": ("maect_jax.compile.__main__", "compile a config's steps for a TPU slice"),
@@ -201,8 +202,8 @@ def maect() -> None:
     module, modules = _COMMANDS[command][0], [module for module, _ in _COMMANDS.values()]
     # A module of several commands, `import` and `export`, reads the name of the command as well.
     sys.argv[:2] = ["maect", command] if modules.count(module) > 1 else [f"maect {command}"]
+    sys.modules["__main__"] = sys.modules[__name__]  # what worker processes import
     if command == "run":
-        sys.modules["__main__"] = sys.modules[__name__]  # what worker processes import
         faulthandler.enable()  # a crash of a library shows where Python was
         main()
     sys.exit(errors.run_command(lambda: importlib.import_module(module).main()))

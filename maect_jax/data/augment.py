@@ -14,7 +14,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
+from numpy.typing import ArrayLike
 
 from maect_jax import sharding
 from maect_jax.data import transforms
@@ -232,8 +234,39 @@ def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
 
 
 def normalise_pixels(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]):
-    """`normalise` of uint8 images `[..., C]`."""
-    return normalise(images.astype(jnp.float32) / 255, mean, std)
+    """`normalise` of images `[..., C]`, uint8 or in [0, 1]."""
+    if images.dtype == jnp.uint8:
+        images = images.astype(jnp.float32) / 255
+    return normalise(images, mean, std)
+
+
+def checked(images: ArrayLike, shape: tuple[int, int, int]) -> np.ndarray | jax.Array:
+    """Images as people give them to an encoder, which takes those of a shape (H, W, C).
+
+    Raises:
+      ValueError: they are none, or not `[B, H, W, C]`; or neither uint8 from 0 to 255 nor floating
+        point from 0 to 1. To see the range of floats that lie on a device it waits for them.
+    """
+    images = images if isinstance(images, jax.Array) else np.asarray(images)
+    if images.shape[1:] != shape:
+        raise ValueError(
+            f"images of shape {images.shape}: must be (B, {', '.join(map(str, shape))})"
+        )
+    is_float = jnp.issubdtype(images.dtype, jnp.floating)
+    if images.dtype != np.uint8 and not is_float:
+        raise ValueError(
+            f"images of {images.dtype}: must be uint8 from 0 to 255, or floating point from 0 to 1"
+        )
+    if not len(images):
+        raise ValueError("images: must be at least one")
+    # Inside a function that is jitted there are no values yet.
+    if is_float and not isinstance(images, jax.core.Tracer):
+        low, high = float(images.min()), float(images.max())
+        if not (low >= 0 and high <= 1):
+            raise ValueError(
+                f"images from {low:.4g} to {high:.4g}: must be uint8 or floats from 0 to 1"
+            )
+    return images
 
 
 def denormalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:

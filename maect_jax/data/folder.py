@@ -4,6 +4,7 @@ import logging
 import os
 import stat
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -105,6 +106,31 @@ class Folder(Source):
         start = self._ends[record - 1] + 1 if record else 0
         path = self._paths[start : self._ends[record]].tobytes()
         return os.path.join(self._root, os.fsdecode(path))
+
+
+class Files(Source):
+    """Image files by their paths, without labels."""
+
+    labelled = False
+
+    def __init__(self, paths: Sequence[str]):
+        self._paths, self.classes = list(paths), []
+        self.labels = np.full(len(self), -1, np.int32)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, record: int) -> tuple[bytes, int]:
+        return epath.Path(self._paths[record]).read_bytes(), -1
+
+    def name(self, record: int) -> str:
+        """The path of a file."""
+        return self._paths[record]
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Of the paths of all files, and of what is in some of them."""
+        return Identity(len(self), digest(*map(os.fsencode, self._paths), *self.sampled()))
 
 
 def _beside(root: str) -> str:

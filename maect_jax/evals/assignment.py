@@ -1,15 +1,23 @@
-"""Assigning features to the clusters that k-means found."""
+"""Assigning features to the clusters that k-means found, and the names that people give these."""
 
+import logging
+import unicodedata
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from maect_jax import files
 from maect_jax.data.base import digest
+from maect_jax.errors import UserError, first_of, shown
+
+NAMES = "names.json"  # in a run's folder
 
 ARRAYS = ("centres", "numbers", "rim", "normalise", "mean", "components")  # of `Centres.arrays`
 _RIM = 0.99  # the fraction of a cluster's images that lie within its rim
 _FLOATS = 2**24  # of the products of a part of the images with all centres
+_LOGGER = logging.getLogger(__name__)
 
 
 class Assigned(NamedTuple):
@@ -136,3 +144,60 @@ def rims(clusters: np.ndarray, distance: np.ndarray) -> np.ndarray:
     `[K]`."""
     rims = [np.quantile(distance[clusters == k], _RIM) for k in np.unique(clusters)]
     return np.array(rims, np.float32)
+
+
+class Names(NamedTuple):
+    """What people have named.
+
+    Attributes:
+      clusters: the name of a cluster by its number, of those that have one.
+      images: the name that an image was moved to, by its path below the folder of all images.
+    """
+
+    clusters: dict[int, str]
+    images: dict[str, str]
+
+
+def checked_names(path: Path, centres: Centres) -> Names:
+    """Reads names that were given to these clusters.
+
+    Raises:
+      UserError: there is no such file, it is damaged, or it names other clusters or images by what
+        is no text.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file")
+    content = files.read_json(path)
+    if (given := content.get("clustering")) != centres.digest:
+        raise UserError(
+            f"{path}: has the names of other clusters (clustering {shown(repr(given))}, these are "
+            f"{centres.digest}), as where a run was evaluated again; name these"
+        )
+    names, images = (content.get(key, {}) for key in ("names", "images"))
+    for key, given in {"names": names, "images": images}.items():
+        if not isinstance(given, dict):
+            raise UserError(f"{path}: {key!r} is {shown(repr(given))}; must be an object")
+        if wrong := [name for name, x in given.items() if not _is_text(x)]:
+            raise UserError(f"{path}: {key!r} must be text on one line, not of {first_of(wrong)}")
+    numbers = {str(number): number for number in centres.numbers.tolist()}
+    if unknown := [number for number in names if number not in numbers]:
+        raise UserError(
+            f"{path}: there is no cluster {first_of(unknown)}; they have the numbers "
+            f"{min(numbers.values())} to {max(numbers.values())}"
+        )
+    return Names({numbers[key]: name for key, name in names.items() if name}, images)
+
+
+def _is_text(name: object) -> bool:
+    return isinstance(name, str) and not {"Cc", "Cs"} & set(map(unicodedata.category, name))
+
+
+def read_names(run: Path, centres: Centres) -> Names:
+    """The names in a run's folder of its clusters; none where there is no such file. One that is
+    not of these clusters, or is damaged, is not used, and a warning says so."""
+    path = run / NAMES
+    try:
+        return checked_names(path, centres) if path.exists() else Names({}, {})
+    except UserError as error:
+        _LOGGER.warning("%s. The file is not used.", error)
+        return Names({}, {})

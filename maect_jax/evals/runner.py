@@ -25,10 +25,11 @@ from maect_jax.evals.classifier import fold_batch_norm
 from maect_jax.models import vit
 from maect_jax.run import lineage
 from maect_jax.run.folder import Run
-from maect_jax.stages import SAVED
+from maect_jax.stages import SAVED, STAGES
 
 _LOGGER = logging.getLogger(__name__)
 PIXELS = "pixels"
+BLOCKS = "/blocks/"  # in the name of a row, before the number of a block
 AGAIN = "remove it and run the same command to measure again"
 RULES: Rules = {
     "batch_size": positive,
@@ -50,7 +51,7 @@ _NOT_IN_EXAMPLES = (
     "max_bad_fraction",
     "scaled_jpeg",
 )
-_normalise = jax.jit(augment.normalise_pixels, static_argnums=(1, 2))
+normalise = jax.jit(augment.normalise_pixels, static_argnums=(1, 2))
 
 folder_of = base.folder_of
 # The arrays that a row has in a run's folder (`base.Protocol.read_arrays`).
@@ -119,7 +120,7 @@ class Extraction:
         bar = dict(desc=title, initial=first, total=total, disable=disable, leave=False)
         for local in tqdm(batches, **bar):
             batch = sharding.put_batch(self.bad_images.collect(local), mesh)
-            images = _normalise(batch["image"], data.mean, data.std)
+            images = normalise(batch["image"], data.mean, data.std)
             encoded = encode(images), batch["label"], batch["valid"]
             if pending is not None:  # one batch late, so that the device never waits
                 yield sharding.to_host(pending)
@@ -154,17 +155,41 @@ def _encoder(config: ConfigDict, saved: lineage.Saved | None, mesh):
     return features.encoder(module, params, pool, section.blocks), encoder, made_of
 
 
-def described(config: ConfigDict, images: sources.Source) -> dict:
-    """What the examples of an evaluation are made of (`record`), plain JSON."""
+def encoder_of(
+    config: ConfigDict, row: str, saved: lineage.Saved | None, mesh
+) -> tuple[features.Encode, dict]:
+    """How the features of a row of the results are computed, which may be those behind a block, and
+    what those of any images are made of, plain JSON (`features.saved_made_of`)."""
+    block = row.partition(BLOCKS)[2]
+    config = config.copy_and_resolve_references()
+    config.eval.blocks = (int(block),) if block else ()
+    extract, _, made_of = _encoder(config, saved, mesh)
+    made_of = features.as_json(made_of | _described(config))
+    if not block:
+        return extract, made_of
+
+    def encode(images):
+        x = extract(images)
+        return x[:, : x.shape[1] // 2]  # the others are those of the whole encoder
+
+    return encode, _of_block(config, int(block), made_of)
+
+
+def _described(config: ConfigDict) -> dict:
+    """What the examples of any images are made of (`record`), plain JSON."""
     data = {key: x for key, x in config.data.to_dict().items() if key not in _NOT_IN_EXAMPLES}
     if not config.data.cache:  # runs of earlier versions have no such key
         del data["cache"]
-    return {
-        "data": data,
-        "size": list(config.model.image_size),
+    return {"data": data, "size": list(config.model.image_size)}
+
+
+def described(config: ConfigDict, images: sources.Source) -> dict:
+    """What the examples of an evaluation are made of, plain JSON."""
+    of_images = {
         "images": images.identity._asdict(),
         "labels": sources.labels_digest(images),
     }
+    return _described(config) | of_images
 
 
 def is_outdated(run: Path, row: str, images: Mapping[str, sources.Source]) -> bool:
@@ -240,13 +265,15 @@ def _row(run: Run, name: str, saved: lineage.Saved | None, images, bad_images) -
 
 def _block_row(row: base.Row, block: int) -> base.Row:
     """The features behind a block of a row's encoder, as a row of its own."""
-    section, model = row.config.eval, row.config.model
-    pool = (section.pool or model.pool).replace("fc_norm", "mean")
+    made_of = {split: _of_block(row.config, block, made) for split, made in row.made_of.items()}
+    return replace(row, name=f"{row.name}{BLOCKS}{block}", made_of=made_of, features={})
+
+
+def _of_block(config: ConfigDict, block: int, made_of: Mapping) -> dict:
+    """What the features behind a block are made of, by what those of the whole encoder are."""
+    pool = (config.eval.pool or config.model.pool).replace("fc_norm", "mean")
     kind = f"{pool}, after block {block}, without the final norm"
-    made_of = {split: made | {"kind": kind} for split, made in row.made_of.items()}
-    for made in made_of.values():
-        made.pop("classifier", None)
-    return replace(row, name=f"{row.name}/blocks/{block}", made_of=made_of, features={})
+    return {key: x for key, x in made_of.items() if key != "classifier"} | {"kind": kind}
 
 
 def _drop_outdated_blocks(row: base.Row, entry: dict) -> None:
@@ -375,6 +402,14 @@ def _export(row: base.Row, entry: dict) -> None:
         part, source = row.features[split], row.images[split]
         features.export(path, part, [source.name(int(i)) for i in part.records])
     entry["made_with"]["export"] = made_with
+
+
+def ordered(results: Mapping[str, dict]) -> list[str]:
+    """The rows of results, by what they say of a run: stages that train without labels, from the
+    last one on, then the others, raw pixels last."""
+    stages = [name for name, stage in STAGES.items() if not stage.needs_labels][::-1]
+    rows = [row for row in dict.fromkeys([*stages, *results]) if row in results]
+    return sorted(rows, key=lambda row: row == PIXELS)
 
 
 def read_results(workdir: Path) -> dict[str, dict]:

@@ -258,12 +258,10 @@ class _RunFigures:
 
     @cached_property
     def rows(self) -> list[str]:
-        """Rows of the results with features of the images on disk, without raw pixels: stages that
-        train without labels, the last one first, then the others."""
-        order = [name for name, stage in STAGES.items() if not stage.needs_labels][::-1]
-        rows = [row for row in dict.fromkeys([*order, *self.results]) if row in self.results]
+        """Rows of the results with features of the images on disk (`runner.ordered`), without raw
+        pixels."""
+        rows = [row for row in runner.ordered(self.results) if row != runner.PIXELS]
         rows = [row for row in rows if runner.folder_of(self.folder, row).is_dir()]
-        rows = [row for row in rows if row != runner.PIXELS]
         return [row for row in rows if not runner.is_outdated(self.folder, row, self.images)]
 
     def draw(self) -> dict[str, Figure]:
