@@ -222,11 +222,11 @@ def _saved(run: Path, config: ConfigDict, row: str) -> "lineage.Saved | None":
 
 
 def _images(paths: Sequence[str]) -> "sources.Source":
-    """The images that people name: files, folders, or shards. Raises `UserError` if there are none,
-    or a file or folder is absent."""
+    """The images that people name: files and folders, or shards. Raises `UserError` if there are
+    none, or a file or folder is absent."""
     if all(map(shard_files.is_pattern, paths)):
         return shards.Shards(
-            [shard for x in paths for shard in shard_files.find(x, "", "train")], None
+            [x for path in paths for x in shard_files.find(path, "", "train")], None
         )
     names: list[str] = []
     for path in paths:
@@ -235,6 +235,8 @@ def _images(paths: Sequence[str]) -> "sources.Source":
             if len(paths) == 1:
                 return folder
             names += map(folder.name, range(len(folder)))
+        elif shard_files.is_pattern(path):
+            raise UserError(f"{shown(path)!r}: shards and other images must be assigned apart")
         elif os.path.lexists(path):
             names.append(os.path.abspath(path))
         else:
@@ -308,7 +310,10 @@ def main() -> None:
     if (channels := clusters.config.model.channels) not in (1, 3):
         raise UserError(f"{run}: is of images of {channels} channels, for which use load_clusters")
     flags.FLAGS.mark_as_parsed()  # which grain's worker processes read
-    images = _images(arguments.images)
+    try:
+        images = _images(arguments.images)
+    except UserError as error:  # this command has no such key
+        raise UserError(str(error).removeprefix("config.data.path: ")) from error
     values.check([images], sources.decoding(clusters.config))
     found, readable = clusters.of_source(images)
     if not readable.any():

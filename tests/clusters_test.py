@@ -16,13 +16,13 @@ from maect_jax.evals import assignment, runner
 from tests.helpers.commands import QUICK
 from tests.helpers.common import run_on
 
-ROWS = ("ct", "pixels", "ct/blocks/1")
+ROWS = ("mae", "pixels", "mae/blocks/1")
 TORN = 31
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, finished):
-    """An evaluation of another run's encoder on 60 images without labels, one of them torn."""
+    """An evaluation of another run's checkpoint on 60 images without labels, one of them torn."""
     top = tmp_path_factory.mktemp("clusters")
     (top / "photos" / "a" / "b").mkdir(parents=True)
     for i, image in enumerate(arrays.fashion_mnist("val").images[:60, ..., 0]):
@@ -30,7 +30,8 @@ def run(tmp_path_factory, finished):
         large.save(top / "photos" / ("a/b" if i % 2 else "") / f"{i:02}.jpg", quality=95)
     torn = top / "photos" / "a" / "b" / f"{TORN}.jpg"
     torn.write_bytes(torn.read_bytes()[:500])
-    settings = ("stages=('eval',)", f"init_from={finished.workdir}", "eval.protocols=('cluster',)")
+    settings = ("stages=('eval',)", f"init_from={finished.workdir}/checkpoints/mae/12")
+    settings += ("eval.protocols=('cluster',)",)
     settings += (f"data.path={top}", "data.source=folder", "data.train_split=photos")
     settings += ("data.labels=none", "data.cache=36", "data.max_bad_fraction=0.1")
     settings += ("eval.cluster.clusters=4", "eval.cluster.runs=2", "eval.cluster.pca=5")
@@ -157,7 +158,7 @@ def test_names_are_kept_and_used(own, tmp_path, monkeypatch, capsys, caplog):
     ],
 )
 def test_names_that_are_wrong_are_refused(run, tmp_path, monkeypatch, caplog, change, message):
-    centres = assignment.Centres.read(runner.read_clusters(run, "ct"))
+    centres = assignment.Centres.read(runner.read_clusters(run, "mae"))
     path = tmp_path / "names.json"
     content = {"clustering": centres.digest, "names": {"0": "a"}, "images": {}} | (change or {})
     path.write_text(json.dumps(content)[: None if change else -1])
@@ -168,7 +169,7 @@ def test_names_that_are_wrong_are_refused(run, tmp_path, monkeypatch, caplog, ch
     assert said.startswith(f"{path}: ")
 
 
-def test_what_cannot_be_assigned_is_one_line(run, own, finished, tmp_path, monkeypatch):
+def test_what_cannot_be_assigned_is_one_line(own, tmp_path, monkeypatch):
     def refused(message, *arguments):
         with pytest.raises(UserError, match=message):
             assign(monkeypatch, *arguments)
@@ -178,11 +179,14 @@ def test_what_cannot_be_assigned_is_one_line(run, own, finished, tmp_path, monke
     photos.mkdir()
     (photos / "empty.jpg").touch()
     refused("no config.json", tmp_path / "none", photos)
-    refused("row 'head'; it has those of ct, ct/blocks/1, mae, ", own, photos, "--row=head")
+    refused("row 'ct'; it has those of mae, mae/blocks/1, pixels", own, photos, "--row=ct")
     refused("'gone.jpg': there is no such file", own, "gone.jpg")
+    refused("'x.tar': shards", own, photos, "x.tar")
+    (photos / "none").mkdir()
+    refused("^no images below", own, photos / "none")
     refused("none of the 1 images can be read", own, photos)
     refused("names.json: there is no such file", own, photos, f"--names={tmp_path}/names.json")
-    path = runner.folder_of(own, "ct") / "cluster.npz"
+    path = runner.folder_of(own, "mae") / "cluster.npz"
     arrays = files.read_arrays(path)
     files.write_arrays(path, **{key: arrays[key] for key in runner.PROTOCOLS["cluster"].arrays})
     refused("has no centres, .* earlier version", own, photos)
@@ -193,7 +197,7 @@ def test_what_cannot_be_assigned_is_one_line(run, own, finished, tmp_path, monke
     refused("has no clusters", own, photos)
 
 
-def test_clusters_of_another_encoder_are_refused(own, finished, tmp_path):
+def test_clusters_of_another_encoder_are_refused(own, finished):
     for key, value in {"data.short_side": 30, "eval.pool": "mean"}.items():
         config = configs.read(run_config := own / "config.json")
         before = run_config.read_text()
@@ -202,8 +206,13 @@ def test_clusters_of_another_encoder_are_refused(own, finished, tmp_path):
         with pytest.raises(UserError, match=f"changed: {'data' if 'data' in key else 'kind'}"):
             load_clusters(own)
         run_config.write_text(before)
-    other = configs.read(own / "config.json")
-    other.init_from = str(finished.workdir / "checkpoints" / "head")
-    files.write_json(own / "config.json", other.to_dict())
-    with pytest.raises(UserError):
-        load_clusters(own)
+    checkpoints = finished.workdir / "checkpoints"
+    for other, message in (("mae/6", r"changed: weights\)"), ("ct/6", "no encoder 'mae' any more")):
+        config = configs.read(own / "config.json")
+        config.init_from = str(checkpoints / other)
+        files.write_json(own / "config.json", config.to_dict())
+        with pytest.raises(UserError, match=message):
+            load_clusters(own)
+    shutil.rmtree(runner.folder_of(own, "pixels") / "train")
+    with pytest.raises(UserError, match="absent or damaged"):
+        load_clusters(own, row="pixels")
