@@ -213,11 +213,11 @@ class Cluster(Protocol):
         for name in found:
             columns += [name, *(f"{name}_{key}" for key in list(_COLUMNS)[1:])]
         source = images[cluster_split(run.config, images)]
-        lines = partial(_lines, source, list(found.values()))
-        files.write_csv(run.folder / "clusters.csv", columns, lines)
+        of_images = partial(lines, source, list(found.values()))
+        files.write_csv(run.folder / "clusters.csv", columns, of_images)
 
 
-def _lines(source: Source, rows: Sequence[Mapping[str, np.ndarray]]) -> Iterator[Sequence]:
+def lines(source: Source, rows: Sequence[Mapping[str, np.ndarray]]) -> Iterator[Sequence]:
     """The lines of `clusters.csv`: of each image its name, its label, and by the arrays of each row
     its cluster and its place there, empty where a row does not have it."""
     titles = dict(enumerate(source.classes))  # as they are, also where they are no UTF-8
