@@ -329,7 +329,7 @@ def add_eval(config: ConfigDict) -> ConfigDict:
                 "normalise": True,
                 "pca": 0,  # components; 0: features as they are
                 "minibatch": 0,  # images of a mini-batch; 0: all at once
-                "duplicates": 0.95,  # pairs from this cosine on are listed; 0: none are
+                "duplicates": 0.99,  # pairs from this cosine on are listed; 0: none are
                 "subsets": (),  # also of these classes alone: imagenet_dogs15, imagenet10
             },
             "map": "pca",  # in the report: pca, tsne or umap

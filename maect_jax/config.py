@@ -49,7 +49,7 @@ _ADDED: dict[str, dict[str, Any]] = {
         "post_norm": False,
     },
     "eval": {"blocks": ()},
-    "eval.cluster": {"duplicates": 0.95},
+    "eval.cluster": {"duplicates": 0.99},
 }
 _REPLACED = {"tensorboard": "loggers=tensorboard"}  # keys of earlier versions
 # What names files, or may.

@@ -20,6 +20,8 @@ _LOGGER = logging.getLogger(__name__)
 _NEIGHBOURS = 10
 _ALL = 2**16  # images that are all compared with each other; of more, each with a sample
 _SAMPLE = 2**14
+_READ = 1024  # images whose distances from others are measured at a time
+_NARROWEST = 1e-3  # of the widest component's variance, which narrower ones count as, too
 _FENCE = 3  # interquartile ranges above the upper quartile
 _DUPLICATES = ("image", "duplicate", "cosine", "same_content")  # columns
 _OUTLIERS = ("image", "cluster", "score")
@@ -38,34 +40,59 @@ def centred(x: np.ndarray) -> Prepared:
 
 
 def nearest(search: knn.Search, x: Prepared, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest of rows `[N, D]` to each, and its distance from the tenth of these.
+    """Finds the nearest of features to each, and scores how far from these it is.
 
     Args:
       search: finds them.
-      x: of length 1.
-      seed: draws the sample that rows are compared with, if there are too many to compare all.
+      x: features `[N, D]` that are `centred`.
+      seed: draws the sample that they are compared with, if there are too many to compare all.
 
     Returns:
-      Row numbers int32 `[N, 10]`, the nearest first, -1 where there are fewer or rows were compared
-      with a sample; and fp32 `[N]`.
+      Row numbers int32 `[N, 10]`, the nearest first, -1 where there are fewer or they were compared
+      with a sample; and the scores fp32 `[N]`.
     """
     bank: features.Rows = x
     numbers = np.arange(len(x))
     if len(x) > _ALL:
         numbers = np.sort(np.random.default_rng(seed).choice(len(x), _SAMPLE, replace=False))
         bank = x[numbers]
-    cosines, places = search.nearest(bank, x, min(_NEIGHBOURS + 1, len(bank)))
+    _, places = search.nearest(bank, x, min(_NEIGHBOURS + 1, len(bank)))
     itself = numbers[places] == np.arange(len(x))[:, None]
     order = np.argsort(itself, axis=1, kind="stable")[:, :-1]  # the others, or all but the last
+    others = np.take_along_axis(places, order, 1)
     found = np.full((len(x), _NEIGHBOURS), -1, np.int32)
     if bank is x:
-        found[:, : order.shape[1]] = np.take_along_axis(places, order, 1)
-    last = np.take_along_axis(cosines, order[:, -1:], 1)[:, 0]
-    return found, np.sqrt(np.maximum(2 - 2 * last, 0))
+        found[:, : others.shape[1]] = others
+    return found, _scores(x.x, numbers, others)
+
+
+def _scores(x: np.ndarray, bank: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The distance of features `[N, D]` from the farthest of some others, fp32 `[N]`, where all
+    principal components are as wide: what is rare may be so in a narrow one.
+
+    Args:
+      x: all features.
+      bank: the rows `[M]` that others are among.
+      others: of each row, places in the bank `[N, k]`.
+    """
+    far = np.zeros(len(x), np.float32)
+    if not others.size:
+        return far
+    drawn = x[bank[:: -(-len(bank) // _SAMPLE)]].astype(np.float64)
+    mean = drawn.mean(0)
+    variance, axes = np.linalg.eigh((drawn - mean).T @ (drawn - mean) / len(drawn))
+    scaled = (axes / np.sqrt(variance.clip(0) + _NARROWEST * variance[-1])).astype(np.float32)
+    mean = mean.astype(np.float32)
+    places = (x[bank] - mean) @ scaled
+    for start in range(0, len(x), _READ):
+        part = slice(start, start + _READ)
+        apart = ((x[part] - mean) @ scaled)[:, None] - places[others[part]]
+        far[part] = np.linalg.norm(apart, axis=2).max(1)
+    return far
 
 
 def outliers(far: np.ndarray) -> np.ndarray:
-    """Which of the distances `[N]` are far above the others, bool `[N]`."""
+    """Which of the scores `[N]` are far above the others, bool `[N]`."""
     low, high = np.quantile(far, (0.25, 0.75))
     return far > high + _FENCE * (high - low)
 
@@ -76,7 +103,7 @@ class Near(Protocol):
 
     Its arrays are of each image `index`, `neighbours` int32 `[N, 10]` (record numbers, the nearest
     first, by the cosine of features minus their mean; -1 where there are fewer, or too many images
-    to compare all), `far` fp32 `[N]` (the distance from the tenth of these) and `outlier` bool
+    to compare all), `far` fp32 `[N]` (a distance from these, or of a sample's) and `outlier` bool
     `[N]`; of the duplicates `pairs` int32 `[P, 2]` (record numbers), `cosine` fp32 `[P]` and `same`
     bool `[P]` (whether their files, or pixels, are the same).
     """
