@@ -132,7 +132,7 @@ class Near(Protocol):
             if section.duplicates:
                 settings = dict(memory_mb=memory_mb, seed=row.config.seed)
                 found = duplicates.find(rows, section.duplicates, **settings)
-                self._explain(row, found)
+                self._explain(row, found, len(x))
         pairs = index[found.rows]
         same = _same_content(row.images[split], pairs)
         outlier = outliers(far)
@@ -142,24 +142,25 @@ class Near(Protocol):
             "outliers": int(outlier.sum()),
             "duplicates": len(pairs),
             "of_same_content": int(same.sum()),
+            "images_with_10": found.full,  # duplicates or more: the nearest are listed
         }
         neighbours = np.where(neighbours < 0, -1, index[neighbours])
         arrays = dict(index=index, neighbours=neighbours, far=far, outlier=outlier)
         return Result(metrics, arrays | dict(pairs=pairs, cosine=found.cosine, same=same))
 
-    def _explain(self, row: Row, found: duplicates.Pairs) -> None:
-        """Says where pairs are left out."""
+    def _explain(self, row: Row, found: duplicates.Pairs, count: int) -> None:
+        """Says where so many images are alike that the list says little."""
         key = f"config.eval.cluster.duplicates={row.config.eval.cluster.duplicates:g}"
-        if found.full:
+        if 2 * found.full > count:
             self._warn(
                 row,
-                f"{key}: {found.full} of the images have at least {duplicates.MOST} "
-                f"others above it; the {duplicates.MOST} nearest of each are listed",
+                f"{key}: {found.full} of {count} images have {duplicates.MOST} duplicates or more, "
+                f"of which the {duplicates.MOST} nearest are listed; set it higher",
             )
         if found.compared < 1:
             self._warn(
                 row,
-                f"{key}: too many images are alike; of {1 - found.compared:.0%} of the images the "
+                f"{key}: too many images are alike; of {1 - found.compared:.0%} of them the "
                 "duplicates are not all listed; set it higher",
             )
 

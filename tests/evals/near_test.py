@@ -83,7 +83,7 @@ def test_a_search_of_too_many_pairs_ends_and_says_so(rng, small_tiles, monkeypat
     x = rng.normal(size=(400, 8))
     x[:300] = 3 + 0.05 * rng.normal(size=(300, 8))
     near.Near().run(row(x, mesh))
-    (text,) = [text for text in caplog.messages if "set it higher" in text]
+    (text,) = [text for text in caplog.messages if "not all listed" in text]
     assert "config.eval.cluster.duplicates=0.9:" in text
 
 
@@ -112,6 +112,7 @@ def test_what_is_near_far_or_the_same_is_told_and_listed(rng, mesh, tmp_path):
     assert arrays["same"].tolist() == [True, False]
     assert metrics == {
         "split": "val", "images": 120, "outliers": 3, "duplicates": 2, "of_same_content": 1,
+        "images_with_10": 0,
     }  # fmt: skip
     _, cosines = brute(x, 0.9)
     np.fill_diagonal(cosines, -2)
@@ -147,13 +148,17 @@ def test_what_is_near_far_or_the_same_is_told_and_listed(rng, mesh, tmp_path):
     assert text[2].endswith(",0")
 
 
-def test_of_many_images_each_is_compared_with_a_sample(rng, mesh, monkeypatch):
+def test_of_many_images_each_is_compared_with_a_sample_on_any_devices(rng, monkeypatch):
     monkeypatch.setattr(near, "_ALL", 300)
     monkeypatch.setattr(near, "_SAMPLE", 100)
     x = np.repeat(5 * np.eye(6)[:3], 200, axis=0) + rng.normal(size=(600, 6))
     x[7] = 8 * np.eye(6)[4]
-    found = [near.nearest(knn.Search(m, 64), rows_of(x), 0) for m in (mesh, mesh)]
-    neighbours, far = found[0]
+    found = []
+    for mesh in (mesh_of(1, 1), mesh_of(2, 2)):
+        with jax.set_mesh(mesh):
+            found.append(near.nearest(knn.Search(mesh, 64), rows_of(x), seed=0))
+    (neighbours, far), (_, again) = found
+    np.testing.assert_allclose(far, again, rtol=1e-6)
     assert (neighbours == -1).all()
     assert far.argmax() == 7
     assert near.outliers(far)[7]
