@@ -305,7 +305,7 @@ def add_eval(config: ConfigDict) -> ConfigDict:
             "dtype": "",  # of the encoder's activations; empty: the model's
             # Blocks, from 0, behind which knn and cluster also measure the features: (4, 8, 11).
             "blocks": (),
-            "memory_mb": 1024,  # for k-NN and k-means on each device
+            "memory_mb": 1024,  # for k-NN and k-means on each device, for duplicates on the host
             "knn": {"k": (1, 10, 20, 100, 200), "temperature": 0.07, "standardise": False},
             "probe": {
                 "epochs": 50,
@@ -329,6 +329,7 @@ def add_eval(config: ConfigDict) -> ConfigDict:
                 "normalise": True,
                 "pca": 0,  # components; 0: features as they are
                 "minibatch": 0,  # images of a mini-batch; 0: all at once
+                "duplicates": 0.99,  # pairs from this cosine on are listed; 0: none
                 "subsets": (),  # also of these classes alone: imagenet_dogs15, imagenet10
             },
             "map": "pca",  # in the report: pca, tsne or umap

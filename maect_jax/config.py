@@ -49,6 +49,7 @@ _ADDED: dict[str, dict[str, Any]] = {
         "post_norm": False,
     },
     "eval": {"blocks": ()},
+    "eval.cluster": {"duplicates": 0.99},
 }
 _REPLACED = {"tensorboard": "loggers=tensorboard"}  # keys of earlier versions
 # What names files, or may.
@@ -374,8 +375,11 @@ def read(path: Path) -> ConfigDict:
     require(path, content, "model", _MODEL_KEYS)
     require(path, content, "data")
     for section, values in _ADDED.items():
-        if isinstance(content.get(section), dict):  # not all runs have an evaluation
-            content[section] = values | content[section]
+        part: Any = content
+        for key in section.split("."):
+            part = part.get(key) if isinstance(part, dict) else None
+        for key, value in values.items() if isinstance(part, dict) else ():  # not all have `eval`
+            part.setdefault(key, value)
     had_events = content.pop("tensorboard", False)  # what runs of earlier versions have
     content.setdefault("loggers", ["tensorboard"] if had_events else [])
     return ConfigDict(tuples(content))

@@ -1,12 +1,13 @@
 """Atomic writing: a reader finds the old content of a file or the new one, never half of it."""
 
+import csv
 import errno
 import json
 import logging
 import os
 import time
 from argparse import ArgumentTypeError
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,20 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, values: dict) -> None:
     """Writes a JSON file into an existing folder."""
     write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_csv(path: Path, columns: Sequence[str], lines: Callable[[], Iterable[Sequence]]) -> None:
+    """Writes a CSV file into an existing folder, line by line, encoded as by `write_text`. `lines`
+    is called again if the writing is tried again."""
+
+    def write(draft):
+        settings = dict(encoding="utf-8", errors="surrogateescape", newline="")
+        with draft.open("w", **settings) as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows(lines())
+
+    _write_atomically(path, write)
 
 
 def fsync(file) -> None:

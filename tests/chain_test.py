@@ -26,7 +26,7 @@ def test_run_leaves_its_files_and_a_table(finished):
     assert names == {
         "config.json", "environment.json", "images.json", "origin.json", "metrics.jsonl",
         "checkpoints", "watch", "results.json", "results.md", "features", "clusters.csv",
-        "report.html", "pictures",
+        "report.html", "pictures", "duplicates.csv", "outliers.csv",
     }  # fmt: skip
     # What it runs on, the table, where the report is, and nothing else.
     title, devices, *table = stdout.splitlines()

@@ -11,6 +11,7 @@ import numpy as np
 from maect_jax import files
 from maect_jax.data.base import digest
 from maect_jax.errors import UserError, first_of, shown
+from maect_jax.evals import features
 
 NAMES = "names.json"  # in a run's folder
 
@@ -52,14 +53,25 @@ class Space(NamedTuple):
     @classmethod
     def of(cls, x: np.ndarray, *, normalise: bool, pca: int) -> "Space":
         """The space of features `[N, D]`, with their first `pca` principal components, if any."""
-        from sklearn.decomposition import PCA
-
         width = x.shape[1]
         space = cls(normalise, np.zeros(width, np.float32), np.zeros((0, width), np.float32))
         if not pca:
             return space
-        fitted = PCA(pca, svd_solver="covariance_eigh").fit(space(x))
-        return space._replace(mean=fitted.mean_, components=fitted.components_)
+        total, products = np.zeros(width), np.zeros((width, width))
+        for part in features.in_parts(space.view(x)):
+            total += part.sum(0, dtype=np.float64)
+            products += part.T @ part.astype(np.float64)
+        mean = total / len(x)
+        components = np.linalg.eigh(products - len(x) * np.outer(mean, mean))[1].T[::-1][:pca]
+        largest = np.take_along_axis(components, np.abs(components).argmax(1)[:, None], 1)
+        components *= np.sign(largest)  # their signs are arbitrary
+        return space._replace(
+            mean=mean.astype(np.float32), components=components.astype(np.float32)
+        )
+
+    def view(self, x: np.ndarray) -> features.Prepared:
+        """Features `[N, D]` as rows of this space, made where they are read."""
+        return features.Prepared(x, self.__call__, len(self.components) or x.shape[1])
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Features fp32 `[N, D]` in this space, `[N, D]` or `[N, P]`."""
@@ -107,7 +119,7 @@ class Centres(NamedTuple):
         return Assigned(self.numbers[places], distance, margin, distance > self.rim[places])
 
 
-def nearest(x: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def nearest(x: features.Rows, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The nearest of centres `[K, P]` to each row of `[N, P]`, the first of equals; its distance;
     and how much farther the next one is (infinite for K = 1): int32 and fp32 `[N]`."""
     few = min(2, len(centres))
@@ -116,11 +128,12 @@ def nearest(x: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray,
     size = max(1, _FLOATS // max(centres.shape))
     for start in range(0, len(x), size):
         part = slice(start, start + size)
-        scores = x[part] @ centres.T - np.square(centres).sum(1) / 2
+        rows = x[part]
+        scores = rows @ centres.T - np.square(centres).sum(1) / 2
         places[part] = np.argpartition(-scores, few - 1, axis=1)[:, :few]
         # The products lose digits, which tell the nearest from the next.
         for column in range(few):
-            differences = x[part] - centres[places[part, column]]
+            differences = rows - centres[places[part, column]]
             apart[part, column] = np.linalg.norm(differences, axis=1)
     order = np.lexsort((places, apart))
     first, distances = np.take_along_axis(places, order, 1)[:, 0], np.sort(apart, axis=1)
@@ -142,8 +155,9 @@ def ranks(clusters: np.ndarray, distance: np.ndarray) -> np.ndarray:
 def rims(clusters: np.ndarray, distance: np.ndarray) -> np.ndarray:
     """The distance within which 99 % of the images of each cluster, from 0 to K - 1, lie, fp32
     `[K]`."""
-    rims = [np.quantile(distance[clusters == k], _RIM) for k in np.unique(clusters)]
-    return np.array(rims, np.float32)
+    ordered = distance[np.argsort(clusters, kind="stable")]
+    ends = np.cumsum(np.unique(clusters, return_counts=True)[1])[:-1]
+    return np.array([np.quantile(own, _RIM) for own in np.split(ordered, ends)], np.float32)
 
 
 class Names(NamedTuple):

@@ -66,6 +66,8 @@ class Protocol:
       rules: of that section, by the key within it.
       needs_labels: whether it is skipped unless there are held-out images and all have labels.
       of_blocks: whether it also measures the features behind `config.eval.blocks`.
+      of_main_row: whether it measures the main row alone.
+      goes_with: the protocol that it runs with, if it is not in `config.eval.protocols` itself.
       needs_classifier: of those that run by themselves, whether only where the encoder has one.
       arrays: the names of its arrays that every version has, if it has any; of equal length.
     """
@@ -75,6 +77,8 @@ class Protocol:
     rules: ClassVar[Rules] = {}
     needs_labels: ClassVar[bool] = True
     of_blocks: ClassVar[bool] = False
+    of_main_row: ClassVar[bool] = False
+    goes_with: ClassVar[str] = ""
     needs_classifier: ClassVar[bool] = False
     arrays: ClassVar[tuple[str, ...]] = ()
 
@@ -110,7 +114,8 @@ class Protocol:
         return arrays
 
     def summarise(self, run: Run, rows: Sequence[str], images: Mapping[str, Source]) -> None:
-        """Writes a file on all rows together, if it has one; process 0 calls it at the end."""
+        """Writes a file on all rows that it measures together, if it has one; process 0 calls it at
+        the end."""
 
 
 def folder_of(run: Path, row: str) -> Path:

@@ -3,22 +3,26 @@
 scikit-learn and SciPy take a second to import, so only the functions that need them do.
 """
 
-import csv
-import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from maect_jax import files
-from maect_jax.config import not_negative, one_of, positive, some_of
+from maect_jax.config import between, not_negative, one_of, positive, some_of
 from maect_jax.data import sources
+from maect_jax.data.sources import Source
 from maect_jax.errors import UserError
 from maect_jax.evals import assignment, kmeans
 from maect_jax.evals.assignment import Centres, Space
 from maect_jax.evals.base import Protocol, Result, Row
+from maect_jax.evals.features import Rows
 
+_LINES = 2**16  # of `clusters.csv` at a time
+# What it has of each image in each row, as Python formats it.
+_COLUMNS = {"clusters": "d", "distance": ".4g", "margin": ".4g", "rank": "d"}
 _SILHOUETTE = 10_000  # images, a random draw if there are more: it compares each with all
 
 # Well-known parts of ImageNet-1k, by WordNet ids.
@@ -64,16 +68,17 @@ def agreement(labels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
     }
 
 
-def silhouette(x: np.ndarray, clusters: np.ndarray, seed: int) -> dict:
+def silhouette(x: Rows, clusters: np.ndarray, seed: int) -> dict:
     """The silhouette, and the number of images that it is of; empty where it is not defined."""
     from sklearn.metrics import silhouette_score
 
+    drawn = np.arange(len(x))
     if len(x) > _SILHOUETTE:
         drawn = np.random.default_rng(seed).choice(len(x), _SILHOUETTE, replace=False)
-        x, clusters = x[drawn], clusters[drawn]
-    if not 1 < len(np.unique(clusters)) < len(x):
+    rows, clusters = x[drawn], clusters[drawn]
+    if not 1 < len(np.unique(clusters)) < len(rows):
         return {}
-    return {"silhouette": float(silhouette_score(x, clusters)), "silhouette_images": len(x)}
+    return {"silhouette": float(silhouette_score(rows, clusters)), "silhouette_images": len(rows)}
 
 
 def cluster(
@@ -94,7 +99,7 @@ def cluster(
     """
     section, seed = row.config.eval.cluster, row.config.seed
     space = Space.of(x, normalise=section.normalise, pca=section.pca)
-    x = space(x)
+    rows = space.view(x)
     settings = kmeans.Settings(
         k=clusters if clusters or labels is None else len(np.unique(labels)),
         runs=section.runs,
@@ -102,7 +107,7 @@ def cluster(
         memory_mb=row.config.eval.memory_mb,
         batch_size=section.minibatch,
     )
-    clustering = kmeans.kmeans(x, settings, row.run.mesh)
+    clustering = kmeans.kmeans(rows, settings, row.run.mesh)
     best = int(clustering.loss.argmin())
     places, assigned = np.unique(clustering.clusters[best], return_inverse=True)
     numbers = places.astype(np.int32)
@@ -121,11 +126,11 @@ def cluster(
         "l2_normalised": section.normalise,
         "pca": section.pca,
         "minibatch": section.minibatch,
-        "best": {**runs[best], **silhouette(x, assigned, seed), "chosen_by": "k-means loss"},
+        "best": {**runs[best], **silhouette(rows, assigned, seed), "chosen_by": "k-means loss"},
         "mean": dict(zip(names, values.mean(0).tolist(), strict=True)),
         "deviation": dict(zip(names, values.std(0).tolist(), strict=True)),
     }
-    _, distance, margin = assignment.nearest(x, centres)
+    _, distance, margin = assignment.nearest(rows, centres)
     rank, rim = assignment.ranks(assigned, distance), assignment.rims(assigned, distance)
     arrays = dict(clusters=numbers[assigned], distance=distance, margin=margin, rank=rank)
     return metrics, arrays | Centres(space, centres, numbers, rim).arrays()
@@ -153,6 +158,7 @@ class Cluster(Protocol):
         "runs": positive,
         "split": one_of(sources.SPLITS),
         **dict.fromkeys(("clusters", "pca", "minibatch"), not_negative),
+        "duplicates": between(0, 1),
         "subsets": some_of(SUBSETS),
     }
 
@@ -195,24 +201,40 @@ class Cluster(Protocol):
             return {"skipped": f"there are only {chosen.sum()} images of its classes"}
         return cluster(row, images.x[chosen], images.labels[chosen], 0)[0]
 
+    def settings(self, config) -> dict:
+        settings = super().settings(config)
+        del settings[self.name]["duplicates"]  # which `Near` finds
+        return settings
+
     def summarise(self, run, rows, images) -> None:
-        """Lists each image with its label and its cluster in every row."""
+        """Lists each image with its label, and with its cluster and place there in every row."""
+        found = {name: arrays for name in rows if (arrays := self.read_arrays(run.folder, name))}
+        columns = ["image", "label"]
+        for name in found:
+            columns += [name, *(f"{name}_{key}" for key in list(_COLUMNS)[1:])]
         source = images[cluster_split(run.config, images)]
-        labels: dict[int, int] = {}
-        clusters: dict[str, dict[int, int]] = {}
-        for name in rows:
-            if arrays := self.read_arrays(run.folder, name):
-                index, numbers, own = (
-                    arrays[key].tolist() for key in ("index", "clusters", "labels")
-                )
-                clusters[name] = dict(zip(index, numbers, strict=True))
-                labels |= zip(index, own, strict=True)
-        titles = dict(enumerate(source.classes))  # as they are, also where they are no UTF-8
-        text = io.StringIO()
-        lines = csv.writer(text, lineterminator="\n")
-        lines.writerow(["image", "label", *clusters])
-        for record, label in sorted(labels.items()):
-            title = titles.get(label, label) if label >= 0 else ""
-            numbers = (of_row.get(record, "") for of_row in clusters.values())
-            lines.writerow([source.name(record), title, *numbers])
-        files.write_text(run.folder / "clusters.csv", text.getvalue())
+        of_images = partial(lines, source, list(found.values()))
+        files.write_csv(run.folder / "clusters.csv", columns, of_images)
+
+
+def lines(source: Source, rows: Sequence[Mapping[str, np.ndarray]]) -> Iterator[Sequence]:
+    """The lines of `clusters.csv`: of each image its name, its label, and by the arrays of each row
+    its cluster and its place there, empty where a row does not have it."""
+    titles = dict(enumerate(source.classes))  # as they are, also where they are no UTF-8
+    all_records = [arrays["index"] for arrays in rows] or [np.zeros(0, np.int32)]
+    records = np.unique(np.concatenate(all_records))
+    for start in range(0, len(records), _LINES):
+        part = records[start : start + _LINES]
+        labels, columns = np.full(len(part), -1), []
+        for arrays in rows:
+            places = np.minimum(np.searchsorted(arrays["index"], part), len(arrays["index"]) - 1)
+            has = arrays["index"][places] == part
+            labels = np.where(has, arrays["labels"][places], labels)
+            for key, form in _COLUMNS.items():
+                shown = has & (key in arrays)  # not in those of earlier versions
+                values = arrays.get(key, arrays["clusters"])[places].tolist()
+                cells = zip(values, shown.tolist(), strict=True)
+                columns.append([f"{value:{form}}" if is_shown else "" for value, is_shown in cells])
+        names = map(source.name, part.tolist())
+        own = (titles.get(label, label) if label >= 0 else "" for label in labels.tolist())
+        yield from zip(names, own, *columns, strict=True)

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ import numpy as np
 from maect_jax import files, sharding
 from maect_jax.models import vit
 
-_PART = 8192  # images whose features are copied to the devices at a time
+_PART = 8192  # images whose features are read, or copied to the devices, at a time
 _SAVE_EVERY = 20  # batches, after which what is on disk counts as done
 _ARRAYS = {"x": (np.float32, 2), "labels": (np.int32, 1), "valid": (np.bool_, 1)}  # dtype, axes
 
@@ -38,6 +39,34 @@ class Features(NamedTuple):
     def labelled(self) -> bool:
         """Whether all images have a label."""
         return bool((self.labels >= 0).all())
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Features `[N, D]` that are prepared, to `width` numbers a row, where they are read
+    (`x[rows]`): of a million images there is no second copy."""
+
+    x: np.ndarray
+    prepare: Callable[[np.ndarray], np.ndarray]  # [n, D] -> [n, width], each row by itself
+    width: int
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.x), self.width
+
+    def __getitem__(self, rows) -> np.ndarray:
+        return self.prepare(self.x[rows])
+
+
+Rows = np.ndarray | Prepared  # [N, D]
+
+
+def in_parts(x: Rows) -> Iterator[np.ndarray]:
+    """Yields rows, some thousand at a time."""
+    return (x[start : start + _PART] for start in range(0, len(x), _PART))
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4))

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from maect_jax import sharding
+from maect_jax.evals import features
 
 _TILE = 512  # rows
+_READ = 8192  # rows that are read at a time
 _COLUMNS = 1024  # centres of all restarts side by side that fill a matrix unit
 _PASSES = 300
 _EPOCHS = 10  # of mini-batches
@@ -65,10 +67,30 @@ def layout(order: np.ndarray, devices: int, tile: int, in_turns: bool = False) -
     return numbers.reshape(-1, tile)
 
 
-def place(x: np.ndarray, mesh, numbers: np.ndarray) -> Rows:
-    """Puts rows `[N, D]` on the devices in a `layout`."""
-    rows = np.asarray(x, np.float32)[np.maximum(numbers, 0)], (numbers >= 0).astype(np.float32)
-    return Rows(*(sharding.put_rows(part, mesh) for part in rows))
+@partial(jax.jit, donate_argnums=0)
+def _filled(rows, part, start):
+    """Each device's rows `[G, T, D]`, with its part of `part` from its tile `start` on."""
+
+    def fill(rows, part, start):
+        return jax.lax.dynamic_update_slice(rows, part, (start, 0, 0))
+
+    return sharding.shard_map_batch(fill, replicated_args=1)(rows, part, start)
+
+
+def place(x: features.Rows, mesh, numbers: np.ndarray, middle: np.ndarray | float = 0) -> Rows:
+    """Puts rows `[N, D]`, minus `middle`, on the devices in a `layout`: a part at a time, so that
+    the host has no copy of all. `mesh` must be the current one."""
+    tiles, tile = numbers.shape
+    step = min(max(1, _READ // (tile * mesh.size)), tiles // mesh.size)  # tiles of a device
+    by_device = np.maximum(numbers, 0).reshape(mesh.size, -1, tile)
+    rows = jnp.zeros((*numbers.shape, x.shape[1]), device=sharding.batch_sharding(mesh))
+    for start in range(0, by_device.shape[1], step):
+        start = min(start, by_device.shape[1] - step)
+        part = by_device[:, start : start + step].reshape(-1)
+        part = np.asarray(x[part], np.float32) - np.float32(middle)
+        part = sharding.put_rows(part.reshape(-1, tile, x.shape[1]), mesh)
+        rows = _filled(rows, part, np.int32(start))
+    return Rows(rows, sharding.put_rows((numbers >= 0).astype(np.float32), mesh))
 
 
 def _nearest(x, centres):
@@ -247,22 +269,24 @@ def restarts_at_a_time(
     return max(1, min(memory_mb * 2**20 // (4 * floats), -(-_COLUMNS // k)))
 
 
-def kmeans(x: np.ndarray, settings: Settings, mesh) -> Clustering:
+def kmeans(x: features.Rows, settings: Settings, mesh) -> Clustering:
     """Clusters rows `[N, D]` in many seeded restarts. `mesh` must be the current one."""
     k, runs, seed, memory_mb, batch_size = settings
-    middle = np.float32(np.asarray(x).mean(0, dtype=np.float64))
-    # Far from the origin distances would lose their digits.
-    centred = np.asarray(x, np.float32) - middle
-    limit = np.float32(_TOLERANCE * centred.var(0).mean())
+    mean, squares = np.zeros(x.shape[1]), 0.0
+    for part in features.in_parts(x):
+        mean += part.sum(0, dtype=np.float64) / len(x)
+        squares += np.square(part, dtype=np.float64).sum() / len(x)
+    middle = mean.astype(np.float32)  # far from the origin distances would lose their digits
+    limit = np.float32(_TOLERANCE * max(squares - np.square(mean).sum(), 0) / len(mean))
     if batch_size:
         order = np.random.default_rng(seed).permutation(len(x))
         numbers = layout(order, mesh.size, -(-batch_size // mesh.size), in_turns=True)
-        rows = place(centred, mesh, numbers)
+        rows = place(x, mesh, numbers, middle)
         sample = order[: max(3 * batch_size, _SAMPLED * k)]
-        first_rows = place(centred, mesh, layout(sample, mesh.size, _TILE))
+        first_rows = place(x, mesh, layout(sample, mesh.size, _TILE), middle)
     else:
         numbers = layout(np.arange(len(x)), mesh.size, _TILE)
-        rows = first_rows = place(centred, mesh, numbers)
+        rows = first_rows = place(x, mesh, numbers, middle)
     limits, parts = dict(tile=numbers.shape[1], devices=mesh.size, memory_mb=memory_mb), []
     together = restarts_at_a_time(x.shape, k, **limits)
     for first in range(0, runs, together):

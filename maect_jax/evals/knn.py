@@ -17,14 +17,14 @@ from maect_jax import sharding
 from maect_jax.config import numbers_above_0, positive
 from maect_jax.errors import UserError
 from maect_jax.evals.base import Protocol, Result, Row
-from maect_jax.evals.features import Features
+from maect_jax.evals.features import Features, Rows
 
 _BLOCK = 1024  # queries, at most, that a device compares with a tile at a time
 _READ = 4096  # rows of the bank that its statistics are summed over at a time
 _QUERIES, _NEIGHBOURS = 8, 5  # of the report
 
 
-def moments(bank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def moments(bank: Rows) -> tuple[np.ndarray, np.ndarray]:
     """Mean and unbiased standard deviation + 1e-5 of each dimension `[D]` of `[N, D]`, float64."""
     parts = [slice(i, i + _READ) for i in range(0, len(bank), _READ)]
     zero = np.zeros(bank.shape[1])
@@ -86,9 +86,7 @@ class Search:
         block = min(_BLOCK, max(floats // 4 // (5 * (tile + k)), 1), per_device)
         return -(-per_device // block) * block * devices, block, tile
 
-    def nearest(
-        self, bank: np.ndarray, queries: np.ndarray, k: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def nearest(self, bank: Rows, queries: Rows, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Finds the k nearest rows of a bank.
 
         Args:

@@ -20,7 +20,7 @@ from maect_jax.config import Rules, one_of, positive, some_of
 from maect_jax.data import augment, loader, sources
 from maect_jax.data.bad_images import BadImages
 from maect_jax.errors import UserError, first_of
-from maect_jax.evals import AUTOMATIC, ON_REQUEST, PROTOCOLS, base, features, maps
+from maect_jax.evals import AUTOMATIC, ON_REQUEST, PROTOCOLS, WITH_OTHERS, base, features, maps
 from maect_jax.evals.classifier import fold_batch_norm
 from maect_jax.models import vit
 from maect_jax.run import lineage
@@ -57,6 +57,7 @@ folder_of = base.folder_of
 # The arrays that a row has in a run's folder (`base.Protocol.read_arrays`).
 read_retrieval = PROTOCOLS["retrieval"].read_arrays
 read_clusters = PROTOCOLS["cluster"].read_arrays
+read_near = PROTOCOLS["near"].read_arrays
 
 
 def check(config: ConfigDict, devices: int) -> None:
@@ -75,7 +76,9 @@ def check(config: ConfigDict, devices: int) -> None:
 
 
 def _requested(config: ConfigDict) -> list[base.Protocol]:
-    return [ON_REQUEST[name] for name in config.eval.protocols]
+    names = config.eval.protocols
+    with_them = (p for p in WITH_OTHERS.values() if p.goes_with in names)
+    return [*(ON_REQUEST[name] for name in names), *with_them]
 
 
 def check_training_images(config: ConfigDict, images: sources.Source) -> None:
@@ -313,7 +316,7 @@ def run(
     section, is_writer = run.config.eval, jax.process_index() == 0
     measured: dict[str, lineage.Saved | None] = {PIXELS: None} if section.pixels else {}
     measured |= encoders
-    requested = _requested(run.config)
+    requested, main = _requested(run.config), next(iter(ordered(encoders)), "")
     path, results = run.folder / "results.json", read_results(run.folder)
     for name in [name for name in results if name not in measured]:
         if is_outdated(run.folder, name, images):
@@ -331,7 +334,8 @@ def run(
             automatic = [p for p in AUTOMATIC.values() if row.classifier or not p.needs_classifier]
             for protocol in (*automatic, *requested):
                 bar.set_postfix_str(f"{name} {protocol.name}")
-                _evaluate(row, protocol, entry)
+                if name == main or not protocol.of_main_row:
+                    _evaluate(row, protocol, entry)
                 if is_writer:
                     files.write_json(path, results)
                 bar.update(protocol in requested)
@@ -350,7 +354,7 @@ def run(
                 _export(row, entry)
                 files.write_json(path, results)
     for protocol in requested if is_writer else ():
-        protocol.summarise(run, list(measured), images)
+        protocol.summarise(run, [main] if protocol.of_main_row else list(measured), images)
     return results
 
 
@@ -404,7 +408,7 @@ def _export(row: base.Row, entry: dict) -> None:
     entry["made_with"]["export"] = made_with
 
 
-def ordered(results: Mapping[str, dict]) -> list[str]:
+def ordered(results: Mapping[str, object]) -> list[str]:
     """The rows of results, by what they say of a run: stages that train without labels, from the
     last one on, then the others, raw pixels last."""
     stages = [name for name, stage in STAGES.items() if not stage.needs_labels][::-1]
