@@ -5,20 +5,26 @@ scikit-learn and SciPy take a second to import, so only the functions that need 
 
 import csv
 import io
+import logging
 from collections.abc import Mapping
 from typing import ClassVar
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from maect_jax import files
-from maect_jax.config import not_negative, one_of, positive, some_of
+from maect_jax.config import Rule, not_negative, one_of, positive, some_of
 from maect_jax.data import sources
 from maect_jax.errors import UserError
-from maect_jax.evals import assignment, kmeans
+from maect_jax.evals import assignment, hierarchy, kmeans, selection
 from maect_jax.evals.assignment import Centres, Space
 from maect_jax.evals.base import Protocol, Result, Row
+from maect_jax.stages import STAGES
 
+_LOGGER = logging.getLogger(__name__)
+AUTO = "auto"
 _SILHOUETTE = 10_000  # images, a random draw if there are more: it compares each with all
 
 # Well-known parts of ImageNet-1k, by WordNet ids.
@@ -77,7 +83,7 @@ def silhouette(x: np.ndarray, clusters: np.ndarray, seed: int) -> dict:
 
 
 def cluster(
-    row: Row, x: np.ndarray, labels: np.ndarray | None, clusters: int
+    row: Row, x: np.ndarray, labels: np.ndarray | None, clusters: int | str
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """Runs k-means many times, as `config.eval.cluster` says.
 
@@ -85,22 +91,26 @@ def cluster(
       row: config and mesh; its features are not used.
       x: features `[N, D]`; L2-normalised, then reduced to principal components, if the config says.
       labels: int `[N]`, used only to evaluate the clusters; `None` if there are none.
-      clusters: how many; 0 for as many as there are classes.
+      clusters: how many; 0 for as many as there are classes, "auto", or 0 without labels, for a
+        number that is chosen.
 
     Returns:
-      The settings; `best`, the metrics of the run with the lowest k-means loss, with its
-      silhouette; `mean` and standard `deviation` (not unbiased) over all runs. The arrays of that
-      best run (`Cluster`), cluster i being matched with the i-th class.
+      The settings; `selection`, how the number was chosen, if it was (`selection.select`); `best`,
+      the metrics of the run with the lowest k-means loss, with its silhouette; `mean` and standard
+      `deviation` (not unbiased) over all runs; and, where there are more clusters than classes,
+      `read_as_classes`, the metrics of the best run with its clusters merged into as many groups as
+      classes. The arrays of that best run (`Cluster`), cluster i being matched with the i-th class.
     """
     section, seed = row.config.eval.cluster, row.config.seed
     space = Space.of(x, normalise=section.normalise, pca=section.pca)
     x = space(x)
+    common = dict(seed=seed, memory_mb=row.config.eval.memory_mb)
+    classes, chosen = 0 if labels is None else len(np.unique(labels)), {}
+    if is_chosen(clusters, labels is not None):
+        chosen = {"selection": selection.select(x, mesh=row.run.mesh, **common)}
+        clusters = chosen["selection"]["chosen"]
     settings = kmeans.Settings(
-        k=clusters if clusters or labels is None else len(np.unique(labels)),
-        runs=section.runs,
-        seed=seed,
-        memory_mb=row.config.eval.memory_mb,
-        batch_size=section.minibatch,
+        k=int(clusters) or classes, runs=section.runs, batch_size=section.minibatch, **common
     )
     clustering = kmeans.kmeans(x, settings, row.run.mesh)
     best = int(clustering.loss.argmin())
@@ -121,14 +131,25 @@ def cluster(
         "l2_normalised": section.normalise,
         "pca": section.pca,
         "minibatch": section.minibatch,
+        **chosen,
         "best": {**runs[best], **silhouette(x, assigned, seed), "chosen_by": "k-means loss"},
         "mean": dict(zip(names, values.mean(0).tolist(), strict=True)),
         "deviation": dict(zip(names, values.std(0).tolist(), strict=True)),
     }
+    merges = hierarchy.merges(centres)
+    if labels is not None and len(centres) > classes:
+        groups = hierarchy.groups(merges, len(centres), classes)
+        metrics["read_as_classes"] = agreement(labels, groups[assigned])
     _, distance, margin = assignment.nearest(x, centres)
     rank, rim = assignment.ranks(assigned, distance), assignment.rims(assigned, distance)
     arrays = dict(clusters=numbers[assigned], distance=distance, margin=margin, rank=rank)
-    return metrics, arrays | Centres(space, centres, numbers, rim).arrays()
+    arrays |= Centres(space, centres, numbers, rim).arrays()
+    return metrics, arrays | dict(merges=merges)
+
+
+def is_chosen(clusters: int | str, labelled: bool) -> bool:
+    """Whether the number of clusters is chosen, by `config.eval.cluster.clusters`."""
+    return clusters == AUTO or (clusters == 0 and not labelled)
 
 
 def cluster_split(config: ConfigDict, splits: Mapping[str, object]) -> str:
@@ -141,8 +162,8 @@ class Cluster(Protocol):
 
     Its arrays are of each image of the split `index`, `labels`, `clusters`, `distance` (from the
     centre), `margin` (how much farther the next centre is) and `rank` (from 0 for the image nearest
-    to the centre) `[N]`; and those of the clusters, `Centres.arrays`. Earlier versions have only
-    `arrays`.
+    to the centre) `[N]`; and those of the clusters, `Centres.arrays` and `merges`
+    (`hierarchy.merges`). Earlier versions have only `arrays`.
     """
 
     name = section = "cluster"
@@ -152,21 +173,36 @@ class Cluster(Protocol):
     rules: ClassVar = {
         "runs": positive,
         "split": one_of(sources.SPLITS),
-        **dict.fromkeys(("clusters", "pca", "minibatch"), not_negative),
+        "clusters": Rule(
+            "0 (as many as classes), 'auto', or a number below 2^31",
+            lambda v, part: v == AUTO or (type(v) is int and not_negative.holds(v, part)),
+        ),
+        "groups": Rule(
+            "0, or at most the number of clusters",
+            lambda v, part: (
+                v >= 0 and (part.cluster.clusters in (0, AUTO) or v <= part.cluster.clusters)
+            ),
+        ),
+        **dict.fromkeys(("pca", "minibatch"), not_negative),
         "subsets": some_of(SUBSETS),
     }
+
+    def settings(self, config) -> dict:
+        found = super().settings(config)
+        found[self.name].pop("groups", None)  # which are read off the clusters
+        return found | {"saved": "merges"}  # earlier versions have none
 
     def check_images(self, config, images) -> None:
         section, split = config.eval.cluster, cluster_split(config, images)
         count = len(images[split])
-        if not section.clusters and not images[split].labelled:
+        if is_chosen(section.clusters, images[split].labelled) and count < selection.FEWEST:
             raise UserError(
-                f"config.eval.cluster.clusters=0: means as many as classes, but the {split} images "
-                f"have {images[split].no_labels}; set the number, such as "
-                "--config.eval.cluster.clusters=20"
+                f"config.eval.cluster.clusters={section.clusters!r}: to choose a number takes "
+                f"{selection.FEWEST} images, but there are {count} {split} images; set the number, "
+                "such as --config.eval.cluster.clusters=2"
             )
         for key in ("pca", "clusters"):
-            if section[key] > count:
+            if section[key] != AUTO and section[key] > count:
                 raise UserError(
                     f"config.eval.cluster.{key}={section[key]}: must be at most the number of "
                     f"{split} images ({count})"
@@ -176,8 +212,13 @@ class Cluster(Protocol):
         section, split = row.config.eval.cluster, cluster_split(row.config, row.images)
         images = row.features[split]
         labels = images.labels if images.labelled else None
-        metrics, arrays = cluster(row, images.x, labels, section.clusters)
+        clusters = section.clusters
+        if row.whole and is_chosen(clusters, images.labelled):
+            clusters = row.whole[self.name]["clusters"]
+        metrics, arrays = cluster(row, images.x, labels, clusters)
         metrics = {"split": split} | metrics
+        if "selection" in metrics and jax.process_index() == 0:
+            tqdm.write(f"{row.name}: {selection.text(metrics['selection'])}")
         if section.subsets:
             metrics["subsets"] = {name: self._subset(row, split, name) for name in section.subsets}
         return Result(metrics, arrays | dict(index=images.records, labels=images.labels))
@@ -196,7 +237,8 @@ class Cluster(Protocol):
         return cluster(row, images.x[chosen], images.labels[chosen], 0)[0]
 
     def summarise(self, run, rows, images) -> None:
-        """Lists each image with its label and its cluster in every row."""
+        """Lists each image with its label, its cluster in every row, and the group of the cluster
+        of the last row, if the config wants groups."""
         source = images[cluster_split(run.config, images)]
         labels: dict[int, int] = {}
         clusters: dict[str, dict[int, int]] = {}
@@ -207,6 +249,7 @@ class Cluster(Protocol):
                 )
                 clusters[name] = dict(zip(index, numbers, strict=True))
                 labels |= zip(index, own, strict=True)
+        clusters |= self._groups(run, rows)
         titles = dict(enumerate(source.classes))  # as they are, also where they are no UTF-8
         text = io.StringIO()
         lines = csv.writer(text, lineterminator="\n")
@@ -216,3 +259,22 @@ class Cluster(Protocol):
             numbers = (of_row.get(record, "") for of_row in clusters.values())
             lines.writerow([source.name(record), title, *numbers])
         files.write_text(run.folder / "clusters.csv", text.getvalue())
+
+    def _groups(self, run, rows) -> dict[str, dict[int, int]]:
+        """The column of the groups, by record number, if the config wants one; of the last row that
+        is trained without labels."""
+        count = run.config.eval.cluster.groups
+        rows = [name for name in rows if name not in STAGES or not STAGES[name].needs_labels]
+        arrays = self.read_arrays(run.folder, rows[-1]) if count and rows else {}
+        if "merges" not in arrays:
+            return {}
+        numbers = arrays["numbers"]
+        if count > len(numbers):
+            _LOGGER.warning(
+                "config.eval.cluster.groups=%d: there are only %d clusters of %s, each of which is "
+                "a group", count, len(numbers), rows[-1],
+            )  # fmt: skip
+        groups = hierarchy.groups(arrays["merges"], len(numbers), count)
+        of_number = dict(zip(numbers.tolist(), groups.tolist(), strict=True))
+        of_images = [of_number[number] for number in arrays["clusters"].tolist()]
+        return {"group": dict(zip(arrays["index"].tolist(), of_images, strict=True))}
