@@ -27,7 +27,7 @@ _SPLITS = 3  # into halves; as many draws of each kind of data without clusters
 _RESTARTS = 5
 _BETWEEN = 8  # numbers next to the best of the grid, at most, that are tried after it
 _STEP = 1.3  # numbers within this factor are not told apart
-_HEIGHT = 0.6  # of a runner-up, of the chosen number's score, at least
+_HEIGHT = 0.8  # of a runner-up, of the chosen number's score, at least
 # Data without clusters, from one Gaussian or uniform, in 2 to 64 dimensions, have half of it.
 _CLUSTERED = {"silhouette": 0.03, "halves": 0.1}
 
@@ -76,7 +76,7 @@ def select(x: np.ndarray, *, seed: int, memory_mb: int, mesh) -> dict:
 def text(selected: dict) -> str:
     """What was chosen (`select`), in words."""
     others = " and ".join(map(str, selected["runners_up"]))
-    return selected["words"] + (f" Other numbers to try: {others}." if others else "")
+    return selected["words"] + (f" Runners-up: {others}." if others else "")
 
 
 def _components(x: np.ndarray) -> np.ndarray:
@@ -170,61 +170,65 @@ def _near(a: int, b: int) -> bool:
     return max(a, b) <= _STEP * min(a, b) or abs(a - b) <= 1
 
 
+def _runners_up(counts: Sequence[int], score: np.ndarray, chosen: int) -> list[int]:
+    """At most two other peaks that are nearly as high as the chosen number, the higher first."""
+    best, padded = score.max(), np.pad(score, 1)
+    peaks = (score >= padded[:-2]) & (score >= padded[2:]) & (score > 0) & (score >= _HEIGHT * best)
+    found: list[int] = []
+    for place in np.argsort(-score, kind="stable"):
+        if peaks[place] and not any(_near(counts[place], number) for number in (chosen, *found)):
+            found.append(counts[place])
+    return found[:2]
+
+
 def _chosen(counts: Sequence[int], values: np.ndarray) -> dict:
     """The choice among K numbers of clusters by the criteria `[3, C, S, K]`.
 
     Returns:
-      `chosen`; `runners_up`, the two other peaks at most that have 60 % of its score, the highest
-      first; `sure`, which is clear, fair, weak or none, and its reason in `words`; `agree`, the
-      criteria that are highest near the chosen number; `grid`, the numbers; by number the `score`,
-      and, by criterion, the `value`, its `excess` and the standard `deviation` of that.
+      `chosen`; `runners_up`, at most two other peaks that have 80 % of its score, the higher first;
+      `sure`, which is clear, fair, weak or none, and in `words` why; `agree`, the criteria that are
+      highest near the chosen number; `grid`, the numbers; for each of them the `score` and, by
+      criterion, the `value`, its `excess` and the standard `deviation` of that.
     """
     excess, deviation = _excess(values)
     score = _score(excess)
     best = int(score.argmax())
     number = counts[best]
-    padded = np.pad(score, 1)
-    peaks = (score >= padded[:-2]) & (score >= padded[2:])
-    peaks &= score >= max(_HEIGHT * score[best], 1e-9)
-    others: list[int] = []
-    for place in np.argsort(-score, kind="stable"):
-        if peaks[place] and not any(_near(counts[place], k) for k in (number, *others)):
-            others.append(counts[place])
-    agree = [
-        name
-        for name, of_numbers in zip(CRITERIA, excess, strict=True)
-        if _near(counts[of_numbers.argmax()], number)
-    ]
+    others = _runners_up(counts, score, number)
+    highest = dict(zip(CRITERIA, (counts[place] for place in excess.argmax(1)), strict=True))
+    agree = [name for name, count in highest.items() if _near(count, number)]
     heights = dict(zip(CRITERIA, excess[:, best], strict=True))
-    rival = score[counts.index(others[0])] / max(score[best], 1e-9) if others else 0.0
+    are = "is" if len(agree) == 1 else "are"
+    reason = f"{len(agree) or 'None'} of the {len(CRITERIA)} criteria {are} highest near it"
+    reason += "".join(
+        f"; {other} has {score[counts.index(other)] / score[best]:.0%} of its score"
+        for other in others
+    )
     if any(heights[name] < least for name, least in _CLUSTERED.items()):
-        sure, reason = "none", "The images look hardly more like clusters than data without any do."
+        sure, reason = "none", "The images look hardly more like clusters than data without any do"
     elif _near(number, counts[-1]):
-        sure = "weak"
-        reason = f"More may fit better: {counts[-1]} is the largest number that is tried."
+        sure, reason = "weak", f"More may fit better: {counts[-1]} is the largest number tried"
+    elif len(agree) > 2 and not others:
+        sure = "clear"
     else:
-        sure = "clear" if len(agree) > 2 and rival < 0.8 else "fair" if len(agree) > 1 else "weak"
-        are = "is" if len(agree) == 1 else "are"
-        reason = f"{len(agree) or 'None'} of the {len(CRITERIA)} criteria {are} highest near it"
-        reason += f"; {others[0]} reaches {rival:.0%} of its score." if others else "."
-    says = {
+        sure = "fair" if len(agree) > 1 else "weak"
+    verdict = {
         "clear": f"{number} clusters are clear.",
         "fair": f"{number} clusters are likely.",
         "weak": f"{number} clusters fit best, but not clearly.",
         "none": f"There is no clear number of clusters; {number} is a guess.",
-    }
+    }[sure]
+    criteria = zip(CRITERIA, values[0].mean(1), excess, deviation, strict=True)
     return {
         "chosen": number,
-        "runners_up": others[:2],
+        "runners_up": others,
         "sure": sure,
-        "words": f"{says[sure]} {reason}",
+        "words": f"{verdict} {reason}.",
         "agree": agree,
         "grid": list(counts),
         "score": score.tolist(),
         "criteria": {
             name: {"value": value.tolist(), "excess": above.tolist(), "deviation": sd.tolist()}
-            for name, value, above, sd in zip(
-                CRITERIA, values[0].mean(1), excess, deviation, strict=True
-            )
+            for name, value, above, sd in criteria
         },
     }

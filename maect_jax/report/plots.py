@@ -161,9 +161,9 @@ def blocks(found: Mapping[str, Mapping[str, dict[str, float]]], depth: int) -> F
 
 
 def selection(selected: Mapping) -> Figure:
-    """Draws how the number of clusters was chosen (`evals.selection`): by number each criterion,
-    with its standard deviation, relative to its largest, and thick their mean; vertical lines are
-    the chosen number and, dotted, the runners-up."""
+    """Draws how the number of clusters was chosen (`evals.selection`): each criterion with its
+    standard deviation, relative to its largest, and thick the score; vertical lines are the chosen
+    number and, dotted, the runners-up."""
     figure = style.new_figure(2.9)
     axes, numbers = figure.subplots(squeeze=False)[0, 0], selected["grid"]
     criteria = selected["criteria"]
@@ -173,7 +173,7 @@ def selection(selected: Mapping) -> Figure:
         low, high = (excess - deviation) / scale, (excess + deviation) / scale
         axes.fill_between(numbers, low, high, color=colour, alpha=0.2, linewidth=0)
         axes.plot(numbers, excess / scale, color=colour, linewidth=1.0, label=name)
-    axes.plot(numbers, selected["score"], color=style.GREY, linewidth=2.4, label="mean")
+    axes.plot(numbers, selected["score"], color=style.GREY, linewidth=2.4, label="score")
     axes.axvline(selected["chosen"], color=style.ORANGE, linewidth=1.4)
     for number in selected["runners_up"]:
         axes.axvline(number, color=style.ORANGE, linewidth=1.2, linestyle=":")

@@ -85,11 +85,12 @@ def test_runners_up_are_other_peaks_and_words_follow_the_agreement():
                 of_criterion[:, counts.index(number)] = height
         return selection._chosen(counts, values)
 
-    found = chosen(*[{5: 1.0, 10: 0.7, 11: 0.65}] * 4)
-    assert (found["chosen"], found["runners_up"], found["sure"]) == (5, [10], "clear")
+    found = chosen(*[{5: 1.0, 6: 0.9, 10: 0.7}] * 4)
+    assert (found["chosen"], found["runners_up"], found["sure"]) == (5, [], "clear")
     assert found["agree"] == list(selection.CRITERIA)
-    found = chosen(*[{5: 1.0, 10: 0.9}] * 4)  # a rival
-    assert (found["runners_up"], found["sure"]) == ([10], "fair")
+    found = chosen(*[{2: 0.85, 3: 0.1, 5: 1.0, 10: 0.9, 11: 0.9, 16: 0.82}] * 4)
+    assert (found["runners_up"], found["sure"]) == ([10, 2], "fair")
+    assert "10 has 90% of its score" in found["words"]
     found = chosen({5: 1}, {16: 1, 5: 0.9}, {2: 1, 5: 0.9}, {10: 1, 5: 0.9})
     assert found["score"][counts.index(5)] == pytest.approx(0.95)  # the gap does not decide
     assert (found["chosen"], found["agree"], found["sure"]) == (5, ["silhouette"], "weak")
