@@ -5,7 +5,7 @@ rates are base rates, multiplied by batch * views / 256; an image has two views,
 Those of MIM-Refiner are multiplied by batch / 256.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -324,7 +324,9 @@ def add_eval(config: ConfigDict) -> ConfigDict:
             },
             "cluster": {
                 "split": "val",  # or train
-                "clusters": 0,  # 0: as many as classes
+                # 0: as many as classes, without labels as "auto", which chooses a number.
+                "clusters": FieldReference(0, field_type=object),
+                "groups": 0,  # in clusters.csv, of clusters that are alike; 0: none
                 "runs": 100,
                 "normalise": True,
                 "pca": 0,  # components; 0: features as they are

@@ -5,7 +5,8 @@
 k-NN; linear probes on augmented images, and on centre crops (the fast variant); low-shot logistic
 regression; k-means of all held-out images, of ImageNet-Dogs-15 and of ImageNet-10.
 The encoder's sizes come from the run. Images: as for training. Images without labels are only
-clustered (`--config.eval.cluster.clusters=K`); protocols that need labels are skipped.
+clustered, into a number of clusters that is chosen, or set by `--config.eval.cluster.clusters`;
+protocols that need labels are skipped.
 Hardware: any. Features are extracted once and saved. Run the same command to resume; after a change
 of `eval` keys it recomputes only what they change.
 Duration: one forward pass over train and val, and for `probe_augmented` one over train in each of

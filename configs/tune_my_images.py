@@ -1,7 +1,7 @@
 """Contrastive tuning of a public MAE on your own images: head, tuning, evaluation.
 
 maect run --config=tune_my_images --config.data.path=my_images \\
-  --config.init_from=hf://facebook/vit-mae-base --config.eval.cluster.clusters=20
+  --config.init_from=hf://facebook/vit-mae-base
 
 `my_images` contains `train/` with the images, in class folders or without: no labels are needed. It
 may contain `val/`, of the same layout, for the evaluation. `init_from` is an id of HuggingFace's
@@ -52,7 +52,7 @@ def get_config(argument=""):
     # k-NN and the probe need labels, k-means does not.
     evaluation.knn.k = (1, 10, 20)  # for small sets, too
     evaluation.protocols = ("knn", "probe", "cluster")
-    # 0: as many as classes. Without labels set the number that you expect.
+    # 0: as many as classes; without labels a number is chosen. Or the number that you expect.
     evaluation.cluster.clusters = 0
     evaluation.cluster.runs = 20  # the paper's are 100
     return common.finish(config, argument)

@@ -28,6 +28,7 @@ _IN_WHEEL = Path(__file__).parent / "configs"
 FOLDER = _IN_WHEEL if _IN_WHEEL.is_dir() else Path(__file__).parents[1] / "configs"  # a clone's
 _OVERRIDE = "--config."
 _LONGEST = 1000  # characters of a string: no name or path that people give has more
+_WORDS = {str: f"str of at most {_LONGEST:,} characters", object: "a number or a word"}
 # What the config of every run has, also that of an imported encoder.
 _MODEL_KEYS = (
     "variant", "width", "depth", "heads", "patch_size", "image_size", "channels", "ln_eps", "pool",
@@ -49,7 +50,7 @@ _ADDED: dict[str, dict[str, Any]] = {
         "post_norm": False,
     },
     "eval": {"blocks": ()},
-    "eval.cluster": {"duplicates": 0.99},
+    "eval.cluster": {"duplicates": 0.95, "groups": 0},
 }
 _REPLACED = {"tensorboard": "loggers=tensorboard"}  # keys of earlier versions
 # What names files, or may.
@@ -175,14 +176,16 @@ def _override(config: ConfigDict, override: str) -> None:
     try:
         section[leaf] = _parse(text, kind, values[key])
     except Exception as error:  # the parser has one for each kind of text
-        what = f"str of at most {_LONGEST:,} characters" if kind is str else kind.__name__
+        what = _WORDS.get(kind, kind.__name__)
         raise UserError(
             f"--config.{shown(override)}: expected {what}, such as {values[key]!r}"
         ) from error
 
 
 def _parse(text: str, kind: type, before):
-    if kind is str:
+    if kind is object and re.fullmatch(r"-?\d{1,18}", text):  # of a key that may have a word, too
+        return int(text)
+    if kind in _WORDS:
         if len(text) > _LONGEST or any(unicodedata.category(c) == "Cc" for c in text):
             raise ValueError("too long, or control characters")
         return text

@@ -183,6 +183,20 @@ def test_eval_config_has_the_protocols_numbers():
     assert section.cluster.runs == 100
 
 
+def test_clusters_are_a_number_or_auto_and_earlier_runs_have_no_groups(tmp_path):
+    for text, value in (("auto", "auto"), ("20", 20), ("0", 0)):
+        built = load("quickstart", f"eval.cluster.clusters={text}")
+        assert built.eval.cluster.clusters == value
+        pipeline.check(built, devices=1)
+    built.eval.cluster.clusters = "auto"  # as a config file does
+    built.eval.cluster.clusters = 20
+    content = built.to_dict()
+    del content["eval"]["cluster"]["groups"]
+    files.write_json(tmp_path / "config.json", content)
+    cluster = configs.read(tmp_path / "config.json").eval.cluster
+    assert (cluster.clusters, cluster.groups) == (20, 0)
+
+
 def batch_of(config, stage):
     """Shapes of a batch of cut views."""
     rows = (config[stage].batch_size,)
@@ -308,6 +322,12 @@ def test_a_config_with_a_misspelt_key_is_one_clear_line(tmp_path):
         ("model.heads=5", "model.width=96: must be a multiple of 4 and of the 5 heads"),
         ("ct.projector_out=32", "ct.projector_out=32: must be 64"),
         ("eval.knn.k=(0,)", "eval.knn.k"),
+        ("eval.cluster.clusters=Auto", "clusters='Auto': must be 0 .as many as classes., 'auto', "),
+        ("eval.cluster.clusters=-1", "clusters=-1: must be 0 .as many"),
+        ("eval.cluster.clusters=2.5", "clusters='2.5': must be 0 .as many"),
+        ("eval.cluster.clusters=2147483648", "clusters=2147483648: must be 0 .as many"),
+        ("eval.cluster.clusters=7 eval.cluster.groups=8", "groups=8: must be 0, or at most"),
+        ("eval.cluster.groups=-1", "groups=-1: must be 0, or at most"),
         ("eval.blocks=(0,6)", r"eval.blocks=\(0, 6\): must be different .* from 0 to 5"),
         ("eval.blocks=(-1,)", "eval.blocks"),
         ("eval.blocks=(1,1)", "eval.blocks"),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -29,6 +29,7 @@ class Row:
       classifier: on the features, kernel fp32 `[D, C]` and bias `[C]`, if the encoder has one.
       made_of: by split, what the features are made of, plain JSON.
       features: by split, "train" and "val"; only "train" if no images are held out.
+      whole: of features behind a block, the results of the row that they are inside.
     """
 
     run: Run
@@ -39,6 +40,7 @@ class Row:
     classifier: tuple[np.ndarray, np.ndarray] | None = None
     made_of: dict[str, dict] = field(default_factory=dict)
     features: dict[str, Features] = field(default_factory=dict)
+    whole: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> ConfigDict:

@@ -3,26 +3,32 @@
 scikit-learn and SciPy take a second to import, so only the functions that need them do.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import ClassVar
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from maect_jax import files
-from maect_jax.config import between, not_negative, one_of, positive, some_of
+from maect_jax.config import Rule, between, not_negative, one_of, positive, some_of
 from maect_jax.data import sources
 from maect_jax.data.sources import Source
 from maect_jax.errors import UserError
-from maect_jax.evals import assignment, kmeans
+from maect_jax.evals import assignment, hierarchy, kmeans, selection
 from maect_jax.evals.assignment import Centres, Space
 from maect_jax.evals.base import Protocol, Result, Row
 from maect_jax.evals.features import Rows
 
+_LOGGER = logging.getLogger(__name__)
+AUTO = "auto"
 _LINES = 2**16  # of `clusters.csv` at a time
 # What it has of each image in each row, as Python formats it.
 _COLUMNS = {"clusters": "d", "distance": ".4g", "margin": ".4g", "rank": "d"}
+_GROUP = {"group": "d"}  # where `config.eval.cluster.groups` asks for it
 _SILHOUETTE = 10_000  # images, a random draw if there are more: it compares each with all
 
 # Well-known parts of ImageNet-1k, by WordNet ids.
@@ -82,7 +88,7 @@ def silhouette(x: Rows, clusters: np.ndarray, seed: int) -> dict:
 
 
 def cluster(
-    row: Row, x: np.ndarray, labels: np.ndarray | None, clusters: int
+    row: Row, x: np.ndarray, labels: np.ndarray | None, clusters: int | str
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """Runs k-means many times, as `config.eval.cluster` says.
 
@@ -90,22 +96,26 @@ def cluster(
       row: config and mesh; its features are not used.
       x: features `[N, D]`; L2-normalised, then reduced to principal components, if the config says.
       labels: int `[N]`, used only to evaluate the clusters; `None` if there are none.
-      clusters: how many; 0 for as many as there are classes.
+      clusters: how many; 0 for as many as there are classes, "auto", or 0 without labels, for a
+        number that is chosen.
 
     Returns:
-      The settings; `best`, the metrics of the run with the lowest k-means loss, with its
-      silhouette; `mean` and standard `deviation` (not unbiased) over all runs. The arrays of that
-      best run (`Cluster`), cluster i being matched with the i-th class.
+      The settings; `selection`, how the number was chosen, if it was (`selection.select`); `best`,
+      the metrics of the run with the lowest k-means loss, with its silhouette; `mean` and standard
+      `deviation` (not unbiased) over all runs; and, where there are more clusters than classes,
+      `read_as_classes`, the metrics of the best run with its clusters merged into as many groups as
+      classes. The arrays of that best run (`Cluster`), cluster i being matched with the i-th class.
     """
     section, seed = row.config.eval.cluster, row.config.seed
     space = Space.of(x, normalise=section.normalise, pca=section.pca)
     rows = space.view(x)
+    common = dict(seed=seed, memory_mb=row.config.eval.memory_mb)
+    classes, chosen = 0 if labels is None else len(np.unique(labels)), {}
+    if is_chosen(clusters, labels is not None):
+        chosen = {"selection": selection.select(rows, mesh=row.run.mesh, **common)}
+        clusters = chosen["selection"]["chosen"]
     settings = kmeans.Settings(
-        k=clusters if clusters or labels is None else len(np.unique(labels)),
-        runs=section.runs,
-        seed=seed,
-        memory_mb=row.config.eval.memory_mb,
-        batch_size=section.minibatch,
+        k=int(clusters) or classes, runs=section.runs, batch_size=section.minibatch, **common
     )
     clustering = kmeans.kmeans(rows, settings, row.run.mesh)
     best = int(clustering.loss.argmin())
@@ -126,14 +136,25 @@ def cluster(
         "l2_normalised": section.normalise,
         "pca": section.pca,
         "minibatch": section.minibatch,
+        **chosen,
         "best": {**runs[best], **silhouette(rows, assigned, seed), "chosen_by": "k-means loss"},
         "mean": dict(zip(names, values.mean(0).tolist(), strict=True)),
         "deviation": dict(zip(names, values.std(0).tolist(), strict=True)),
     }
+    merges = hierarchy.merges(centres)
+    if labels is not None and len(centres) > classes:
+        groups = hierarchy.groups(merges, len(centres), classes)
+        metrics["read_as_classes"] = agreement(labels, groups[assigned])
     _, distance, margin = assignment.nearest(rows, centres)
     rank, rim = assignment.ranks(assigned, distance), assignment.rims(assigned, distance)
     arrays = dict(clusters=numbers[assigned], distance=distance, margin=margin, rank=rank)
-    return metrics, arrays | Centres(space, centres, numbers, rim).arrays()
+    arrays |= Centres(space, centres, numbers, rim).arrays()
+    return metrics, arrays | dict(merges=merges)
+
+
+def is_chosen(clusters: int | str, labelled: bool) -> bool:
+    """Whether the number of clusters is chosen, by `config.eval.cluster.clusters`."""
+    return clusters == AUTO or (clusters == 0 and not labelled)
 
 
 def cluster_split(config: ConfigDict, splits: Mapping[str, object]) -> str:
@@ -146,8 +167,8 @@ class Cluster(Protocol):
 
     Its arrays are of each image of the split `index`, `labels`, `clusters`, `distance` (from the
     centre), `margin` (how much farther the next centre is) and `rank` (from 0 for the image nearest
-    to the centre) `[N]`; and those of the clusters, `Centres.arrays`. Earlier versions have only
-    `arrays`.
+    to the centre) `[N]`; and those of the clusters, `Centres.arrays` and `merges`
+    (`hierarchy.merges`). Earlier versions have only `arrays`.
     """
 
     name = section = "cluster"
@@ -157,22 +178,37 @@ class Cluster(Protocol):
     rules: ClassVar = {
         "runs": positive,
         "split": one_of(sources.SPLITS),
-        **dict.fromkeys(("clusters", "pca", "minibatch"), not_negative),
         "duplicates": between(0, 1),
+        "clusters": Rule(
+            "0 (as many as classes), 'auto', or a number below 2^31",
+            lambda v, part: v == AUTO or (type(v) is int and not_negative.holds(v, part)),
+        ),
+        "groups": Rule(
+            "0, or at most the number of clusters",
+            lambda v, part: (
+                v >= 0 and (part.cluster.clusters in (0, AUTO) or v <= part.cluster.clusters)
+            ),
+        ),
+        **dict.fromkeys(("pca", "minibatch"), not_negative),
         "subsets": some_of(SUBSETS),
     }
+
+    def settings(self, config) -> dict:
+        found = super().settings(config)
+        found[self.name].pop("groups", None)  # which are read off the clusters
+        return found | {"saved": "merges"}  # earlier versions have none
 
     def check_images(self, config, images) -> None:
         section, split = config.eval.cluster, cluster_split(config, images)
         count = len(images[split])
-        if not section.clusters and not images[split].labelled:
+        if is_chosen(section.clusters, images[split].labelled) and count < selection.FEWEST:
             raise UserError(
-                f"config.eval.cluster.clusters=0: means as many as classes, but the {split} images "
-                f"have {images[split].no_labels}; set the number, such as "
-                "--config.eval.cluster.clusters=20"
+                f"config.eval.cluster.clusters={section.clusters!r}: to choose a number takes "
+                f"{selection.FEWEST} images, but there are {count} {split} images; set the number, "
+                "such as --config.eval.cluster.clusters=2"
             )
         for key in ("pca", "clusters"):
-            if section[key] > count:
+            if section[key] != AUTO and section[key] > count:
                 raise UserError(
                     f"config.eval.cluster.{key}={section[key]}: must be at most the number of "
                     f"{split} images ({count})"
@@ -182,8 +218,13 @@ class Cluster(Protocol):
         section, split = row.config.eval.cluster, cluster_split(row.config, row.images)
         images = row.features[split]
         labels = images.labels if images.labelled else None
-        metrics, arrays = cluster(row, images.x, labels, section.clusters)
+        clusters = section.clusters
+        if row.whole and is_chosen(clusters, images.labelled):
+            clusters = row.whole[self.name]["clusters"]
+        metrics, arrays = cluster(row, images.x, labels, clusters)
         metrics = {"split": split} | metrics
+        if "selection" in metrics and jax.process_index() == 0:
+            tqdm.write(f"{row.name}: {selection.text(metrics['selection'])}")
         if section.subsets:
             metrics["subsets"] = {name: self._subset(row, split, name) for name in section.subsets}
         return Result(metrics, arrays | dict(index=images.records, labels=images.labels))
@@ -209,17 +250,40 @@ class Cluster(Protocol):
     def summarise(self, run, rows, images) -> None:
         """Lists each image with its label, and with its cluster and place there in every row."""
         found = {name: arrays for name in rows if (arrays := self.read_arrays(run.folder, name))}
+        shown = _COLUMNS
+        if count := run.config.eval.cluster.groups:
+            found = {name: with_groups(arrays, count) for name, arrays in found.items()}
+            shown = _COLUMNS | _GROUP
         columns = ["image", "label"]
         for name in found:
-            columns += [name, *(f"{name}_{key}" for key in list(_COLUMNS)[1:])]
+            columns += [name, *(f"{name}_{key}" for key in list(shown)[1:])]
         source = images[cluster_split(run.config, images)]
-        of_images = partial(lines, source, list(found.values()))
+        of_images = partial(lines, source, list(found.values()), shown)
         files.write_csv(run.folder / "clusters.csv", columns, of_images)
 
 
-def lines(source: Source, rows: Sequence[Mapping[str, np.ndarray]]) -> Iterator[Sequence]:
+def with_groups(arrays: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    """The arrays of a row, with the `group` of each image; without, where an earlier version has
+    written them. Where there are fewer clusters, each is a group, and a warning says so."""
+    if "merges" not in arrays:
+        return dict(arrays)
+    numbers = arrays["numbers"]
+    if count > len(numbers):
+        _LOGGER.warning(
+            "config.eval.cluster.groups=%d: there are only %d clusters, each of which is a group",
+            count, len(numbers),
+        )  # fmt: skip
+    order = np.argsort(numbers)
+    places = order[np.searchsorted(numbers[order], arrays["clusters"])]
+    groups = hierarchy.groups(arrays["merges"], len(numbers), count)
+    return arrays | {"group": groups[places]}
+
+
+def lines(
+    source: Source, rows: Sequence[Mapping[str, np.ndarray]], shown: Mapping[str, str] = _COLUMNS
+) -> Iterator[Sequence]:
     """The lines of `clusters.csv`: of each image its name, its label, and by the arrays of each row
-    its cluster and its place there, empty where a row does not have it."""
+    what is `shown` of them, a format by its name; empty where a row does not have it."""
     titles = dict(enumerate(source.classes))  # as they are, also where they are no UTF-8
     all_records = [arrays["index"] for arrays in rows] or [np.zeros(0, np.int32)]
     records = np.unique(np.concatenate(all_records))
@@ -230,10 +294,10 @@ def lines(source: Source, rows: Sequence[Mapping[str, np.ndarray]]) -> Iterator[
             places = np.minimum(np.searchsorted(arrays["index"], part), len(arrays["index"]) - 1)
             has = arrays["index"][places] == part
             labels = np.where(has, arrays["labels"][places], labels)
-            for key, form in _COLUMNS.items():
-                shown = has & (key in arrays)  # not in those of earlier versions
+            for key, form in shown.items():
+                has_it = has & (key in arrays)  # not in those of earlier versions
                 values = arrays.get(key, arrays["clusters"])[places].tolist()
-                cells = zip(values, shown.tolist(), strict=True)
+                cells = zip(values, has_it.tolist(), strict=True)
                 columns.append([f"{value:{form}}" if is_shown else "" for value, is_shown in cells])
         names = map(source.name, part.tolist())
         own = (titles.get(label, label) if label >= 0 else "" for label in labels.tolist())

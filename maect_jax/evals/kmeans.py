@@ -7,6 +7,7 @@ once.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ _COLUMNS = 1024  # centres of all restarts side by side that fill a matrix unit
 _PASSES = 300
 _EPOCHS = 10  # of mini-batches
 _SAMPLED = 10  # rows a cluster, at least, of the sample that mini-batches start from
+_FAR = 1e9  # a coordinate; its square is a finite fp32
 _TOLERANCE = 1e-4  # of the mean variance: how far all centres together may still move (squared)
 
 
@@ -271,6 +273,16 @@ def restarts_at_a_time(
 
 def kmeans(x: features.Rows, settings: Settings, mesh) -> Clustering:
     """Clusters rows `[N, D]` in many seeded restarts. `mesh` must be the current one."""
+    return over(x, (settings.k,), settings, mesh)[settings.k]
+
+
+def over(x: features.Rows, counts: Sequence[int], settings: Settings, mesh) -> dict[int, Clustering]:
+    """Clusters rows `[N, D]` into each of several numbers of clusters, `settings.k` or fewer.
+
+    A restart draws the centres of all of them at once, as k-means++ adds one after the other; a
+    smaller number has the first ones. Numbers up to a power of two share a compiled program, in
+    which the centres that one lacks are far from all rows.
+    """
     k, runs, seed, memory_mb, batch_size = settings
     mean, squares = np.zeros(x.shape[1]), 0.0
     for part in features.in_parts(x):
@@ -287,15 +299,24 @@ def kmeans(x: features.Rows, settings: Settings, mesh) -> Clustering:
     else:
         numbers = layout(np.arange(len(x)), mesh.size, _TILE)
         rows = first_rows = place(x, mesh, numbers, middle)
-    limits, parts = dict(tile=numbers.shape[1], devices=mesh.size, memory_mb=memory_mb), []
+    limits = dict(tile=numbers.shape[1], devices=mesh.size, memory_mb=memory_mb)
+    parts: dict[int, list[Clustering]] = {count: [] for count in counts}
     together = restarts_at_a_time(x.shape, k, **limits)
     for first in range(0, runs, together):
         restarts = jnp.arange(first, min(first + together, runs))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), restarts)
-        centres = plus_plus(first_rows, keys, k=k)
-        found = mini_batch(rows, centres) if batch_size else lloyd(rows, centres, limit)
-        (centres, passes), (nearest, loss) = sharding.to_host((found, _assigned(rows, found[0])))
-        clusters = np.empty((len(restarts), len(x)), np.int32)
-        clusters[:, numbers[numbers >= 0]] = np.moveaxis(nearest, 1, 0)[:, numbers >= 0]
-        parts.append(Clustering(centres + middle, clusters, loss, passes))
-    return Clustering(*map(np.concatenate, zip(*parts, strict=True)))
+        drawn = plus_plus(first_rows, keys, k=k)
+        for count in counts:
+            lacking = jnp.arange(min(k, 2 ** (count - 1).bit_length())) >= count
+            centres = jnp.where(lacking[:, None], _FAR, drawn[:, : len(lacking)])
+            found = mini_batch(rows, centres) if batch_size else lloyd(rows, centres, limit)
+            (centres, passes), (nearest, loss) = sharding.to_host(
+                (found, _assigned(rows, found[0]))
+            )
+            clusters = np.empty((len(restarts), len(x)), np.int32)
+            clusters[:, numbers[numbers >= 0]] = np.moveaxis(nearest, 1, 0)[:, numbers >= 0]
+            parts[count].append(Clustering(centres[:, :count] + middle, clusters, loss, passes))
+    return {
+        count: Clustering(*map(np.concatenate, zip(*found, strict=True)))
+        for count, found in parts.items()
+    }

@@ -341,7 +341,7 @@ def run(
                 bar.update(protocol in requested)
             of_blocks = [p for p in requested if p.of_blocks and not p.skip_reason(row)]
             for block in section.blocks if saved and of_blocks else ():
-                inner = _with_features(_block_row(row, block))
+                inner = replace(_with_features(_block_row(row, block)), whole=entry)
                 blocks = entry.setdefault("blocks", {})
                 found = blocks[str(block)] = _entry(blocks.get(str(block), {}), inner.made_of)
                 for protocol in of_blocks:

@@ -23,7 +23,7 @@ from maect_jax import files
 from maect_jax.data.base import evenly_spaced
 from maect_jax.data.sources import Source, title
 from maect_jax.errors import UserError, first_of
-from maect_jax.evals import cluster, features, maps, paper, runner, table
+from maect_jax.evals import cluster, features, maps, paper, runner, selection, table
 from maect_jax.models import vit
 from maect_jax.report import plots, sheets, style
 from maect_jax.run import jsonl, snapshots
@@ -95,6 +95,10 @@ def report(run: Path, images: Mapping[str, Source]) -> Path:
             measured = evaluation["measured"]
             probes = measured["probe"] | measured["probe_augmented"]
             figures["probes"] = plots.probes(probes)
+            first_row = next(iter(run_figures.rows), "")
+            selected = measured["cluster"].get(first_row, {}).get("selection")
+            if selected:
+                figures["selection"] = plots.selection(selected)
             blocks = table.by_block(results)
             figures["blocks"] = plots.blocks(blocks, vit.size_of(config.model).depth)
             if one_epoch := [
@@ -117,7 +121,8 @@ def report(run: Path, images: Mapping[str, Source]) -> Path:
             pictures=dict.fromkeys(numbers, "") | pictures,
             numbers=numbers,
             maps=[name for name in pictures if name.startswith("map_")],
-            first_row=next(iter(run_figures.rows), ""),
+            first_row=first_row,
+            selected=selection.text(selected) if selected else "",
         )
     if results:
         paragraphs = [table.markdown(evaluation["rows"]).strip(), *evaluation["notes"]]

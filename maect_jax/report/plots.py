@@ -160,6 +160,34 @@ def blocks(found: Mapping[str, Mapping[str, dict[str, float]]], depth: int) -> F
     return figure
 
 
+def selection(selected: Mapping) -> Figure:
+    """Draws how the number of clusters was chosen (`evals.selection`): each criterion with its
+    standard deviation, relative to its largest, and thick the score; vertical lines are the chosen
+    number and, dotted, the runners-up."""
+    figure = style.new_figure(2.9)
+    axes, numbers = figure.subplots(squeeze=False)[0, 0], selected["grid"]
+    criteria = selected["criteria"]
+    for (name, values), colour in zip(criteria.items(), style.palette(len(criteria)), strict=True):
+        excess, deviation = (np.array(values[key]) for key in ("excess", "deviation"))
+        scale = max(excess.max(), 1e-9)
+        low, high = (excess - deviation) / scale, (excess + deviation) / scale
+        axes.fill_between(numbers, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(numbers, excess / scale, color=colour, linewidth=1.0, label=name)
+    axes.plot(numbers, selected["score"], color=style.GREY, linewidth=2.4, label="score")
+    axes.axvline(selected["chosen"], color=style.ORANGE, linewidth=1.4)
+    for number in selected["runners_up"]:
+        axes.axvline(number, color=style.ORANGE, linewidth=1.2, linestyle=":")
+    axes.set_xscale("log")
+    ticks = [number for number in numbers if number & (number - 1) == 0]
+    axes.set_xticks(ticks, [*map(str, ticks)])
+    axes.set_xticks([], minor=True)
+    axes.set(xlabel="clusters", ylabel="of the largest", ylim=(-0.25, 1.15))
+    axes.grid(**_GRID)
+    options = dict(ncols=5, fontsize=7, handlelength=1.2, columnspacing=1)
+    figure.legend(loc="outside lower center", **options)
+    return figure
+
+
 def confusion(labels: np.ndarray, clusters: np.ndarray, classes: Sequence[str]) -> Figure:
     """Draws how many images of each class (column) each cluster (row) holds; both int `[N]`.
 

@@ -272,8 +272,18 @@ def test_images_without_labels_are_clustered_and_the_rest_is_said_to_be_skipped(
     photos, monkeypatch
 ):
     workdir = photos / "run"
-    settings = ("eval.cluster.clusters=2", "eval.blocks=(2,)", "data.cache=32")  # decoded once
+    settings = ("eval.cluster.groups=1", "eval.blocks=(2,)", "data.cache=32")  # decoded once
     run_on(monkeypatch, (1, 1), of_photos(photos, *settings), workdir)
+    clusters = results_of(workdir)["mae"]["cluster"]
+    assert clusters["selection"]["chosen"] == clusters["clusters"] == 2  # of so few images
+    assert clusters["selection"]["images"] == 58
+    inner = results_of(workdir)["mae"]["blocks"]["2"]["cluster"]
+    assert inner["clusters"] == 2
+    assert "selection" not in inner  # it is that of the row
+    assert (
+        "2 clusters of pixels, 2 clusters of mae, each number chosen"
+        in (workdir / "results.md").read_text()
+    )
     assert len(list((workdir / "cache").iterdir())) == 1
     result = results_of(workdir)["pixels"]
     assert result["knn"] == result["probe"] == {"skipped": "the images have no labels"}
@@ -285,12 +295,13 @@ def test_images_without_labels_are_clustered_and_the_rest_is_said_to_be_skipped(
         rows = list(csv.DictReader(file))
     assert len(rows) == 59
     assert {row["label"] for row in rows} == {""}
+    assert {row["group"] for row in rows} == {"0"}
     by_colour = {(int(row["image"][-6:-4]) % 2, row["pixels"]) for row in rows}
     assert len(by_colour) == 2  # each cluster has one colour
     html = (workdir / "report.html").read_text()
     assert "knn was skipped: the images have no labels." in html
     pictures = {path.stem for path in (workdir / "pictures").iterdir()}
-    assert {"clusters", "retrieval", "map_mae", "blocks"} <= pictures
+    assert {"selection", "clusters", "retrieval", "map_mae", "blocks"} <= pictures
     assert "confusion" not in pictures
     near = runner.read_retrieval(workdir, "pixels")
     assert (near["index"] % 2 == near["neighbours"].T % 2).all()  # of their colour
@@ -400,13 +411,18 @@ def test_a_page_of_an_evaluation_that_was_stopped_has_what_is_whole(evaluated, t
     assert {"clusters", "knn_accuracy", "blocks"} <= pictures
 
 
-def test_images_without_labels_want_a_number_of_clusters(photos):
-    with pytest.raises(
-        UserError, match=r"eval\.cluster\.clusters=0: .* train images have no labels"
-    ):
-        pipeline.open_images(of_photos(photos))
+def test_a_number_of_clusters_is_chosen_of_enough_images_and_is_at_most_theirs(photos):
+    for setting in ("auto", "0"):
+        pipeline.open_images(of_photos(photos, f"eval.cluster.clusters={setting}"))
     with pytest.raises(UserError, match=r"eval\.cluster\.clusters=99: must be at most .*60"):
         pipeline.open_images(of_photos(photos, "eval.cluster.clusters=99"))
+    for path in sorted((photos / "photos").iterdir())[39:]:
+        path.unlink()
+    with pytest.raises(
+        UserError, match=r"clusters=0: to choose a number takes 40 images, but there are 39 train"
+    ):
+        pipeline.open_images(of_photos(photos))
+    pipeline.open_images(of_photos(photos, "eval.cluster.clusters=2"))
     pipeline.open_images(of_photos(photos, "eval.protocols=('knn',)"))
 
 

@@ -101,3 +101,17 @@ def test_montage_goes_from_the_centre_to_the_rim():
     assert [unlabelled[i].get_ylabel() for i in (0, 12)] == [
         "cluster 0\n2 images", "cluster 1\n3 images",
     ]  # fmt: skip
+
+
+def test_the_choice_of_a_number_is_drawn_with_its_runners_up():
+    values = {"excess": [0.1, 0.4, 0.2], "deviation": [0.01, 0.02, 0.01], "value": [0.0] * 3}
+    selected = {"grid": [2, 4, 8], "score": [0.2, 1.0, 0.6], "chosen": 4, "runners_up": [8]}
+    figure = plots.selection(selected | {"criteria": {"silhouette": values, "gap": values}})
+    (axes,) = figure.axes
+    *curves, chosen, other = axes.lines
+    assert [line.get_label() for line in curves] == ["silhouette", "gap", "score"]
+    assert curves[0].get_ydata().tolist() == [0.25, 1.0, 0.5]
+    assert (chosen.get_xdata()[0], other.get_xdata()[0]) == (4, 8)
+    assert chosen.get_linestyle() != other.get_linestyle()
+    assert axes.get_xscale() == "log"
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["2", "4", "8"]
