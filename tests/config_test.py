@@ -21,6 +21,7 @@ PIPELINES = ("cifar10", "quickstart")
 OF_A_RUN = (
     "eval",
     "finetune",
+    "finetune_my_images",
     "tune_my_images",
     "refine_my_images",
 )  # which take their model from a run

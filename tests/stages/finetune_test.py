@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from maect_jax import config as configs
-from maect_jax import pipeline
+from maect_jax import load_encoder, pipeline
+from maect_jax.convert import __main__ as convert
+from maect_jax.convert import exporting
 from maect_jax.data import arrays, augment, folder, loader, mix, subsets
 from maect_jax.data.augment import Photometric, Recipe
 from maect_jax.data.decode import Decoding
@@ -451,14 +453,14 @@ def test_plan_counts_the_chosen_images_and_one_view():
     config = configs.load(f"{FILE}:10percent", ["data.path=absent"])
     with config.unlocked():
         config.model = configs.load(str(CONFIGS / "mae_vitb16.py")).model
-    source, _ = pipeline.images_to_plan(config)
-    (text,) = pipeline._described(config, source)
+    images, _ = pipeline.images_to_plan(config)
+    (text,) = pipeline._described(config, images)
     assert "25,000 (50 epochs of 128,117 images, warm-up 2,500)" in text
     assert "256 images x 1 view\n" in text
     block, width = 12 * 768**2 + 13 * 768, 768
     trained = 12 * block + (768 + 1) * width + width + 2 * width + (width + 1) * 1000
     assert f"{trained:,}" in text
-    batch = abstract_batch(STAGES["finetune"], config, source, mesh_of(1, 8))
+    batch = abstract_batch(STAGES["finetune"], config, images["train"], mesh_of(1, 8))
     assert batch["image"].shape == (256, 1, 224, 224, 3)
 
 
@@ -508,6 +510,23 @@ def test_a_chain_ends_with_the_accuracy_of_the_classifier(tmp_path, monkeypatch,
     logits += parts["params"]["classifier"]["bias"]
     hits = np.asarray(logits).argmax(1) == held_out.labels
     assert abs(hits.mean() - found["top1"]) < 0.002
+    # And so has what people load, by the names of the classes.
+    encoder = load_encoder(run)
+    assert (encoder.mean, encoder.image_size) == (config.data.mean, (28, 28))
+    assert encoder.classes == held_out.classes
+    classified = encoder.classify(held_out.images)
+    assert classified.probabilities.dtype == np.float32
+    np.testing.assert_allclose(classified.probabilities.sum(1), 1, rtol=1e-5)
+    named = np.array(held_out.classes)[held_out.labels]
+    assert np.mean(np.array(classified.names) == named) == pytest.approx(found["top1"], abs=1e-9)
+    model = convert.read_run(run)
+    exporting.export(model, tmp_path / "hf", "hf")
+    labels = json.loads((tmp_path / "hf" / "config.json").read_text())["id2label"]
+    assert list(labels.values()) == held_out.classes
+    (run / "classes.json").rename(tmp_path / "classes.json")  # which earlier versions lack
+    assert load_encoder(run).classes == [str(i) for i in range(10)]
+    with pytest.raises(ValueError, match="no classifier on the feature 'mean'"):
+        load_encoder(run, pool="mean").classify(held_out.images[:1])
     # Called again, it trains no more, and says the same.
     run_on(monkeypatch, (2, 1), config, run, report=False)
     assert capsys.readouterr().out.splitlines() == told
