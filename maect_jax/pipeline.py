@@ -425,8 +425,9 @@ def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None
             for split, source in own.items()
         }
         measured = stage.learns_features and monitor.is_possible(config, images)
-        if stage.needs_labels and is_main:
-            folder.note_classes(run, name, own["train"].classes)
+        with sharding.together():
+            if stage.needs_labels and is_main:
+                folder.note_classes(run, name, own["train"].classes)
         start: Callable[[], dict] = dict  # of nothing: random weights
         if origin:
             start = partial(lineage.start, origin, config.model, stage=stage, mesh=run.mesh)

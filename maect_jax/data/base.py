@@ -86,8 +86,8 @@ class Identity(NamedTuple):
             return Difference(content=True, text=text)
         content = before.get("content", self.content)
         if content != self.content:
-            same_images = content.partition("-")[0] == self.content.partition("-")[0]
-            other = "with other labels" if same_images else "not the same"
+            same_labels = content.partition("-")[2] == self.content.partition("-")[2]
+            other = "not the same" if same_labels else "with other labels"
             return Difference(content=True, text=f"{self.images} images as before, but {other}")
         if before.get("times", self.times) != self.times:
             text = "the files have their names and sizes, but were written or copied since"

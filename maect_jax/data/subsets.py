@@ -43,8 +43,9 @@ class Subset(Source):
     @cached_property
     def identity(self) -> Identity:
         whole = self.source.identity
-        content = digest(whole.content.encode(), self.records.astype(np.int64))
-        return Identity(len(self), content, whole.times)
+        images, dash, labels = whole.content.partition("-")
+        content = digest(images.encode(), self.records.astype(np.int64))
+        return Identity(len(self), f"{content}{dash}{labels}", whole.times)
 
 
 def _ranks(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
