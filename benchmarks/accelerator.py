@@ -103,7 +103,7 @@ def program_of(case: Case) -> Program:
     config = case.load()
     pipeline.check(config, jax.device_count())
     mesh, kind = sharding.make_mesh(**config.mesh), STAGES[config.stages[0]]
-    images = pipeline.images_to_plan(config)[0]
+    images = pipeline.images_to_plan(config)[0]["train"]
     rng = np.random.default_rng(0)
     with jax.set_mesh(mesh):
         stage = kind.for_images(config, images)

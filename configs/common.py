@@ -54,7 +54,7 @@ def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -
     data.train_split = "train"
     data.val_split = "val"  # imagenet2012 calls it validation
     # auto: the class folders, or those of a file; one class is none. none: images without labels,
-    # where folders mean something else.
+    # where folders mean something else. FILE.csv: the labels of the images that it lists.
     data.labels = "auto"
     data.label_key = "label"  # shards: in .json, or the column of parquet files
     data.mean = IMAGENET_MEAN
@@ -265,8 +265,8 @@ def add_refine(
     })  # fmt: skip
 
 
-def add_finetune(config: ConfigDict, batch_size: int) -> ConfigDict:
-    """Full fine-tuning with labels.
+def add_finetune(config: ConfigDict, batch_size) -> ConfigDict:
+    """Full fine-tuning with labels. A placeholder is a batch that follows from the images' number.
 
     The settings are those that the authors' group published for later work, for 10 % of the images
     at batch 256. The optimiser's betas are (0.9, 0.95), as in all stages here.

@@ -54,7 +54,7 @@ _ADDED: dict[str, dict[str, Any]] = {
 }
 _REPLACED = {"tensorboard": "loggers=tensorboard"}  # keys of earlier versions
 # What names files, or may.
-_PATHS = ("init_from", "data.path", "finetune.images", "eval.lowshot.lists")
+_PATHS = ("init_from", "data.path", "data.labels", "finetune.images", "eval.lowshot.lists")
 _INT64 = 2**63 - 1
 _INT32 = 2**31  # steps, record numbers and sizes of arrays stay below it
 

@@ -1,7 +1,8 @@
-"""Features for people who want nothing else: `load_encoder`."""
+"""Features, and classes, for people who want nothing else: `load_encoder`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -9,8 +10,9 @@ from numpy.typing import ArrayLike
 
 from maect_jax import files, sharding
 from maect_jax.convert import importing
-from maect_jax.data import augment
+from maect_jax.data import augment, sources
 from maect_jax.errors import UserError
+from maect_jax.evals.classifier import linear_classifier
 from maect_jax.models import positions, vit
 from maect_jax.run import lineage
 from maect_jax.stages import SAVED
@@ -18,10 +20,32 @@ from maect_jax.stages import SAVED
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
+class Classifier(NamedTuple):
+    """A linear classifier on features: kernel fp32 `[D, C]`, bias `[C]`, names of the C classes."""
+
+    kernel: np.ndarray
+    bias: np.ndarray
+    classes: Sequence[str]
+
+
+class Classified(NamedTuple):
+    """The classes of B images.
+
+    Attributes:
+      names: of the most likely class of each.
+      probabilities: of all classes, in the order of `Encoder.classes`, fp32 `[B, C]`.
+    """
+
+    names: list[str]
+    probabilities: np.ndarray
+
+
 class Encoder:
     """A trained encoder: call it with images to get features.
 
     Attributes:
+      classes: the names of the classes that `classify` tells apart, or their numbers where they
+        have no names; empty without a classifier.
       image_size: (H, W) of the images.
       channels: C.
       mean, std: of each channel, of pixels from 0 to 1; images are normalised by them.
@@ -38,7 +62,10 @@ class Encoder:
         pool: str,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        classifier: Classifier | None = None,
     ):
+        self.classes = list(classifier.classes) if classifier else []
+        self._classifier = classifier
         self.image_size, self.channels, self.pool = image_size, channels, pool
         self.mean, self.std = mean, std
         self._params = params
@@ -64,6 +91,23 @@ class Encoder:
         images = augment.checked(images, (*self.image_size, self.channels))
         return self._encode(self._params, images)
 
+    def classify(self, images: ArrayLike) -> Classified:
+        """The classes of images, which are as `__call__` takes them.
+
+        Raises:
+          ValueError: as `__call__` does; or there is no classifier on this feature.
+        """
+        if self._classifier is None:
+            raise ValueError(
+                f"no classifier on the feature {self.pool!r}: fine-tune the encoder with labels "
+                "(the config finetune_my_images), and load that run, with its own pool"
+            )
+        kernel, bias, classes = self._classifier
+        # By default a TPU rounds the inputs of a matmul to bf16.
+        scores = jnp.matmul(self(images), kernel, precision="highest") + bias
+        probabilities = np.asarray(jax.nn.softmax(scores))
+        return Classified([classes[i] for i in probabilities.argmax(1)], probabilities)
+
 
 def load_encoder(
     where: str | Path,
@@ -78,7 +122,8 @@ def load_encoder(
     key: str | None = None,
 ) -> Encoder:
     """Loads the encoder of a run (of its last stage; of ct and refine the average), or of a
-    PyTorch, safetensors or HuggingFace file, onto the first device.
+    PyTorch, safetensors or HuggingFace file, onto the first device; with its classifier, if it has
+    one.
 
     Args:
       where: the folder of a run, or what `maect import` takes, such as "hf://ORG/NAME".
@@ -123,9 +168,15 @@ def load_encoder(
     if not len(mean) == len(std) == model.channels:
         raise UserError(f"{where}: give the mean and std of its {model.channels} channels")
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-    params = SAVED[saved.stage].encoder_params(saved.read(mesh))
+    parts = saved.read(mesh)
+    params = SAVED[saved.stage].encoder_params(parts)
     old, new = (positions.grid(s, model.patch_size) for s in (model.image_size, size))
     params = positions.fitted(params, old, new, rotary=model.rope_theta is not None)
     params = jax.device_put(params, jax.local_devices()[0])
     module = vit.from_config(model).clone(dtype=dtype)
-    return Encoder(module, params, size, model.channels, pool or model.pool, mean, std)
+    classifier = None
+    if pool in (None, model.pool) and (layer := linear_classifier(saved, parts)):
+        kernel, bias = layer
+        names = [sources.class_name(saved.classes, i) for i in range(len(bias))]
+        classifier = Classifier(kernel, bias, names)
+    return Encoder(module, params, size, model.channels, pool or model.pool, mean, std, classifier)

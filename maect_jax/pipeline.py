@@ -20,7 +20,7 @@ from maect_jax import config as configs
 from maect_jax import sharding, train
 from maect_jax.config import Rule, Rules, between, not_negative, one_of, positive, some_of
 from maect_jax.convert import hub, importing
-from maect_jax.data import cache, sources, values
+from maect_jax.data import cache, labels, sources, values
 from maect_jax.data.bad_images import BadImages
 from maect_jax.data.base import AbsentError, Identity
 from maect_jax.errors import RunFailedError, UserError
@@ -41,6 +41,7 @@ IMAGENET_TRAIN = 1_281_167
 # Training images, the shape that all have, and classes, of sets that need not be at hand.
 _KNOWN = {"imagenet2012": (IMAGENET_TRAIN, None, 1000), "cifar10": (50_000, (32, 32, 3), 10)}
 _MOST_STEPS = 2**31 - 1  # what an int32 counts
+_UPDATES, _LARGEST_BATCH = 8, 64  # of an epoch, and of a batch, where the config leaves it open
 _IDENTITIES = 256  # characters that hold those of all splits
 _LOGGER = logging.getLogger(__name__)
 
@@ -122,47 +123,63 @@ def check(config: ConfigDict, devices: int) -> None:
 
 
 def open_images(
-    config: ConfigDict, train: sources.Source | None = None
+    config: ConfigDict, images: Mapping[str, sources.Source] | None = None
 ) -> dict[str, sources.Source]:
-    """Opens the images, by split; the training images may be open already.
+    """Opens the images, by split; some may be open already.
 
     Held-out images are opened where a stage needs them or the monitor can use them. Without labels,
-    or to train alone, they need not be there.
+    with those of a file, or to train alone, they need not be there. Sets the batches that follow
+    from the number of images (`set_batch_sizes`).
 
     Raises:
       UserError: they are not there, are fewer than a batch, or have no labels where a stage cannot
         do without.
     """
-    labels_needed = [stage.name for stage in training_stages(config) if stage.needs_labels]
+    labels_needed = [stage for stage in training_stages(config) if stage.needs_labels]
     evaluated = labels_needed or EVAL in config.stages
     train_only = sources.SPLITS[:1]
     opened = partial(sources.splits, config.data, channels=config.model.channels)
-    images = {"train": train} if train else opened(train_only)
-    if evaluated or config.monitor.every:
+    images = dict(images or opened(train_only))
+    if (evaluated or config.monitor.every) and not labels.is_file(config.data.labels):
         try:
             images = opened(sources.SPLITS, opened=images)
         except AbsentError as error:
             _LOGGER.info("no held-out images: %s", error)
             if evaluated and images["train"].labelled:
                 raise
-    unlabelled = [split for split, source in images.items() if not source.labelled]
-    if labels_needed and unlabelled:
-        raise UserError(
-            f"config.data.path={config.data.path!r}: the images of {' and '.join(unlabelled)} have "
-            f"{images[unlabelled[0]].no_labels}, which {labels_needed[0]} needs; leave it out of "
-            "config.stages"
-        )
-    check_enough(config, images["train"])
+    for stage in labels_needed:
+        _check_labelled(config, stage, images)
+    set_batch_sizes(config, images)
+    check_enough(config, images)
     if EVAL in config.stages:
         runner.check_images(config, images)
     return images
+
+
+def _check_labelled(config: ConfigDict, stage: type[Stage], images: Mapping) -> None:
+    """Raises `UserError` where images that a stage sees have no labels. Says which are left out,
+    and which are held out of those to train on."""
+    own, train = stage.own_images(config, images), images["train"]
+    if unlabelled := [split for split, source in own.items() if not source.labelled]:
+        raise UserError(
+            f"config.data.path={config.data.path!r}: the images of {' and '.join(unlabelled)} have "
+            f"{own[unlabelled[0]].no_labels}, which {stage.name} needs; leave it out of "
+            "config.stages"
+        )
+    if not train.labelled:
+        _LOGGER.warning("%s leaves out the images without a label", stage.name)
+    if isinstance(own["val"], labels.HeldOut):
+        _LOGGER.warning(
+            "no held-out image has a label: %s holds out %d of the training images, a tenth of "
+            "each class, and trains on %d", stage.name, len(own["val"]), len(own["train"]),
+        )  # fmt: skip
 
 
 def _identities(config: ConfigDict, images: Mapping[str, sources.Source]) -> dict[str, Identity]:
     """What the images of each split and those of each training stage are."""
     found = dict(images)
     for stage in training_stages(config):
-        found[stage.name] = stage.training_images(config, images["train"])
+        found[stage.name] = stage.own_images(config, images)["train"]
     return {name: source.identity for name, source in found.items()}
 
 
@@ -201,12 +218,23 @@ def _check_same_start(config: ConfigDict, origin: lineage.Saved | None) -> None:
             )
 
 
-def check_enough(config: ConfigDict, images: sources.Source) -> None:
+def set_batch_sizes(config: ConfigDict, images: Mapping[str, sources.Source]) -> None:
+    """Sets batch sizes that are None: an eighth of a stage's images, at most 64, as the devices and
+    the parts of a batch can share it."""
+    unit = jax.device_count() * config.encoder_microbatches
+    for stage in training_stages(config):
+        if config[stage.name].batch_size is None:
+            count = len(stage.own_images(config, images)["train"])
+            size = min(count // _UPDATES, _LARGEST_BATCH)
+            config[stage.name].batch_size = max(size // unit, 1) * unit
+
+
+def check_enough(config: ConfigDict, images: Mapping[str, sources.Source]) -> None:
     """Raises `UserError` where a stage needs more training images, or has too many steps."""
     for stage in training_stages(config):
         section, where = config[stage.name], f"config.{stage.name}."
         size, epochs = section.batch_size, section.epochs
-        count = len(stage.training_images(config, images))
+        count = len(stage.own_images(config, images)["train"])
         if size > count:
             raise UserError(
                 f"{where}batch_size={size}: must be at most the {count} training images"
@@ -220,31 +248,38 @@ def check_enough(config: ConfigDict, images: sources.Source) -> None:
         if epochs > most:
             raise UserError(f"{where}epochs={epochs}: must be at most {most}, which are 2^31 steps")
     if EVAL in config.stages:
-        runner.check_training_images(config, images)
+        runner.check_training_images(config, images["train"])
 
 
-def images_to_plan(config: ConfigDict) -> tuple[sources.Source, str]:
-    """The training images and where they are from; without any, blank ones, as many as a known set
-    has (ImageNet-1k for a folder).
+def images_to_plan(config: ConfigDict) -> tuple[dict[str, sources.Source], str]:
+    """The training images, by split as `open_images` takes them, and where they are from; without
+    any, blank ones, as many as a known set has (ImageNet-1k for a folder). Sets the batches that
+    follow from their number.
 
     Raises:
       UserError: they exist but do not fit, or the set is not known.
     """
+    images, whose = _images_to_plan(config)
+    set_batch_sizes(config, images)
+    return images, whose
+
+
+def _images_to_plan(config: ConfigDict) -> tuple[dict[str, sources.Source], str]:
     data, channels = config.data, config.model.channels
     known = _KNOWN.get(data.name if data.source == "tfds" else "imagenet2012")
     try:
-        return sources.make(data, "train", channels), data.path or data.source
+        return sources.splits(data, ("train",), channels), data.path or data.source
     except UserError as error:
         prepared = data.source == "tfds" and not data.path.endswith(".npz")
         # For a bucket the source has said what is wrong.
         exists = data.source == "fashion_mnist" or "://" in data.path or os.path.exists(data.path)
         if data.source == "shards":
             exists |= not isinstance(error, AbsentError)
-        if not known or (exists and not prepared):
+        if not known or (exists and not prepared) or labels.is_file(data.labels):
             raise
     why = "it is not prepared" if data.source == "tfds" else f"there is no {data.path!r}"
     name = data.name if data.source == "tfds" else "ImageNet-1k"
-    return sources.Blank(known[0], channels, *known[1:]), f"{name}'s, as {why}"
+    return {"train": sources.Blank(known[0], channels, *known[1:])}, f"{name}'s, as {why}"
 
 
 def _find_origin(config: ConfigDict, fetch: Callable[[str], hub.Fetched]) -> lineage.Saved | None:
@@ -384,8 +419,15 @@ def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None
                 print(f"\n{table.text(table.cells(results))}", flush=True)
             continue
         stage = STAGES[name]
-        own = stage.training_images(config, images["train"])
+        own = stage.own_images(config, images)
+        counters = {
+            split: bad_images[split] if source is images.get(split) else count_bad(source)
+            for split, source in own.items()
+        }
         measured = stage.learns_features and monitor.is_possible(config, images)
+        with sharding.together():
+            if stage.needs_labels and is_main:
+                folder.note_classes(run, name, own["train"].classes)
         start: Callable[[], dict] = dict  # of nothing: random weights
         if origin:
             start = partial(lineage.start, origin, config.model, stage=stage, mesh=run.mesh)
@@ -393,8 +435,8 @@ def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None
             train.Training(
                 run=run,
                 stage=stage,
-                images=own,
-                bad_images=bad_images["train"] if own is images["train"] else count_bad(own),
+                images=own["train"],
+                bad_images=counters["train"],
                 start=start,
                 examples=examples,
                 monitor=monitor.Monitor(run, stage, images) if measured else None,
@@ -402,7 +444,7 @@ def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None
         )
         origin = lineage.SavedStage(run.folder, name)
         if stage.needs_labels:
-            result = finetuned.classify(run, images=images, bad_images=bad_images["val"])
+            result = finetuned.classify(run, images=own, bad_images=counters["val"])
             run.writers.add_results(table.percentages({name: {name: result}}))
             if is_main:
                 print(finetuned.text(result), flush=True)
@@ -427,11 +469,12 @@ def dry_run(config: ConfigDict) -> None:
     writers.check(config)
     mesh = sharding.make_mesh(**config.mesh)
     images, whose = images_to_plan(config)
-    if isinstance(images, sources.Blank):
+    if isinstance(images["train"], sources.Blank):
         check_enough(config, images)
     else:
-        values.check(open_images(config, images).values(), sources.decoding(config))
-    print(_title(config, images, whose, mesh))
+        images = open_images(config, images)
+        values.check(images.values(), sources.decoding(config))
+    print(_title(config, images["train"], whose, mesh))
     if config.stages[0] == EVAL or STAGES[config.stages[0]].takes:
         print(f"from {start}")
     print("\n".join(_described(config, images)))
@@ -448,10 +491,10 @@ def _title(config: ConfigDict, images: sources.Source, whose: str, mesh) -> str:
     )
 
 
-def _described(config: ConfigDict, images: sources.Source) -> Iterator[str]:
+def _described(config: ConfigDict, images: Mapping[str, sources.Source]) -> Iterator[str]:
     """A paragraph for each stage: steps, images seen, parameters, memory, FLOPs."""
     for kind in training_stages(config):
-        own, section = kind.training_images(config, images), config[kind.name]
+        own, section = kind.own_images(config, images)["train"], config[kind.name]
         stage, batch = kind.for_images(config, own), section.batch_size
         crops, *smaller = (crops for crops, _ in kind.view_sets(config))
         count, views = crops.count, kind.views_of_image(config)

@@ -34,7 +34,7 @@ class Training:
 
     run: Run  # config, folder and mesh
     stage: type[Stage]
-    images: sources.Source  # the stage's own training images (`Stage.training_images`)
+    images: sources.Source  # the stage's own training images (`Stage.own_images`)
     bad_images: BadImages  # counts those that cannot be read
     start: Callable[[], dict]  # reads what the stage takes over; called if there is no checkpoint
     examples: snapshots.Examples  # images whose snapshots are written at each checkpoint
@@ -55,8 +55,7 @@ def _resumed(training: Training, stage: Stage, checkpoints: Checkpoints):
     # Every stage of a pipeline draws random numbers of its own.
     key = jax.random.fold_in(jax.random.key(run.config.seed), stage.number)
     if saved_step:
-        abstract = abstract_state(stage, key, {}, run.mesh)
-        state, position = checkpoints.restore(saved_step, abstract)
+        position = read_position(stage_folder(run.folder, stage.name), saved_step)
         where = f"{run.folder}: stage {stage.name}, at step {saved_step} of {position['steps']}"
         if difference := images.identity.difference(_identity(position)):
             if difference.content:
@@ -65,6 +64,8 @@ def _resumed(training: Training, stage: Stage, checkpoints: Checkpoints):
                     "the images or use another --workdir."
                 )
             _warn("%s, goes on: %s", where, difference.text)
+        abstract = abstract_state(stage, key, {}, run.mesh)
+        state, _ = checkpoints.restore(saved_step, abstract)
     else:
         if jax.process_index() == 0:
             begun = {**training.examples.images, stage.name: images}

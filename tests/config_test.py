@@ -21,6 +21,7 @@ PIPELINES = ("cifar10", "quickstart")
 OF_A_RUN = (
     "eval",
     "finetune",
+    "finetune_my_images",
     "tune_my_images",
     "refine_my_images",
 )  # which take their model from a run
@@ -71,6 +72,20 @@ def test_long_is_the_quickstart_on_more_epochs():
         UserError, match="no argument or 'test' or 'refine' or 'long' or 'photos', not"
     ):
         load("quickstart:lung")
+
+
+def test_few_images_are_fine_tuned_in_batches_that_fit_them():
+    config, large = load("finetune_my_images"), load("finetune:10percent")
+    assert config.finetune.batch_size is None
+    # The same rate at 64 images as the large one's at 256.
+    assert 64 * config.finetune.base_lr == 256 * large.finetune.base_lr
+    changed = {line.partition(":")[0] for line in configs.differences(large, config)}
+    assert changed - {"name", "init_from", "data.path", "data.scaled_jpeg"} == {
+        f"finetune.{key}"
+        for key in ("images", "batch_size", "base_lr", "crop_scale", "erasing", "mixup_alpha",
+                    "cutmix_alpha", "drop_path")
+    }  # fmt: skip
+    assert load("finetune_my_images:test").finetune.batch_size == 256
 
 
 def test_only_small_models_cut_from_images_that_are_kept():

@@ -117,8 +117,8 @@ def report(config: ConfigDict, stage_type: type[Stage], topology: str, mesh) -> 
       RunFailedError: the compiler failed, and not because of the memory.
     """
     share, start = chips.find(topology).device(), time.monotonic()
-    images = cache.reduced(config, pipeline.images_to_plan(config)[0])
-    images = stage_type.training_images(config, images)
+    splits = pipeline.images_to_plan(config)[0]
+    images = cache.reduced(config, stage_type.own_images(config, splits)["train"])
     stage = stage_type.for_images(config, images)
     state = abstract_state(stage, jax.random.key(config.seed), {}, mesh)
     batch = abstract_batch(stage_type, config, images, mesh)

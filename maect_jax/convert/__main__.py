@@ -135,6 +135,7 @@ def read_run(path: Path, stage: str | None = None, weights: str = "ema") -> expo
         run=run.name,
         lineage=lineage.read_lineage(run),
         measured=measured,
+        class_names=saved.classes,
         held_out="k-NN" in measured or results.get("cluster", {}).get("split") == "val",
     )
 

@@ -61,6 +61,7 @@ class Model:
       lineage: where the weights that training started from are from, the last first.
       measured: figures of the evaluation, in percent.
       held_out: whether they are of images that training has not seen.
+      class_names: those of its classifier; empty where they have none.
     """
 
     stage: str
@@ -72,6 +73,7 @@ class Model:
     lineage: Sequence[Mapping] = ()
     measured: Mapping[str, float] = dataclasses.field(default_factory=dict)
     held_out: bool = False
+    class_names: Sequence[str] = ()
 
     @property
     def classes(self) -> int:
@@ -326,7 +328,8 @@ def _hf(model: Model, folder: Path) -> None:
     if model.hf_classifier:
         weights = {f"{model.hf_kind}.{name}": x for name, x in weights.items()}
         weights |= _classifier(model, "classifier")
-        classes = {str(i): f"class {i}" for i in range(model.classes)}
+        own = model.class_names or [f"class {i}" for i in range(model.classes)]
+        classes = {str(i): name for i, name in enumerate(own)}
         config |= {"id2label": classes, "label2id": {c: int(i) for i, c in classes.items()}}
     elif model.hf_kind == "vit":
         # ViTModel has a pooler: one that hands on the class token as it is.

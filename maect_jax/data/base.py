@@ -2,7 +2,8 @@
 
 import abc
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -65,7 +66,7 @@ class Identity(NamedTuple):
     Attributes:
       images: their number.
       content: a digest of the names and sizes of files and of what is in some of them, or of what
-        is in memory.
+        is in memory; where a file has the labels, with a digest of these behind a dash.
       times: a digest of when the files last changed; empty where that is not known.
     """
 
@@ -83,10 +84,11 @@ class Identity(NamedTuple):
             if "content" not in before and before["images"] < self.images:
                 text += "; since version 0.2 files with more endings count as images"
             return Difference(content=True, text=text)
-        if before.get("content", self.content) != self.content:
-            return Difference(
-                content=True, text=f"{self.images} images as before, but not the same"
-            )
+        content = before.get("content", self.content)
+        if content != self.content:
+            same_labels = content.partition("-")[2] == self.content.partition("-")[2]
+            other = "not the same" if same_labels else "with other labels"
+            return Difference(content=True, text=f"{self.images} images as before, but {other}")
         if before.get("times", self.times) != self.times:
             text = "the files have their names and sizes, but were written or copied since"
             return Difference(content=False, text=text)
@@ -154,3 +156,16 @@ class Source(abc.ABC):
         self.labels = np.full(len(self), -1, np.int32)
         self.classes, self.labelled, self.reads_labels = [], False, False
         self.no_labels = no_labels
+
+
+def relative_names(source: Source) -> list[str]:
+    """The names of all images below the folder that they share, by which files outside a run call
+    them, wherever the images are."""
+    return below_shared_folder([source.name(record) for record in range(len(source))])
+
+
+def below_shared_folder(names: Sequence[str]) -> list[str]:
+    """Names without the longest folder that all of them share."""
+    # `commonpath` would make one slash of the two in `gs://`.
+    start = os.path.commonprefix(names).rfind("/") + 1  # noqa: RUF071
+    return [name[start:] for name in names]

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +15,7 @@ from etils import epath
 
 from maect_jax import config as configs
 from maect_jax.config import Rule, Rules, between, one_of, positive
-from maect_jax.data import arrays, shard_files
+from maect_jax.data import arrays, labels, shard_files
 from maect_jax.data.base import AbsentError, Identity, Source, digest, path_error
 from maect_jax.data.decode import Decoding
 from maect_jax.data.folder import Folder
@@ -112,11 +113,11 @@ class Tfds(Source):
 KINDS: dict[str, Callable[..., Source]] = {
     "fashion_mnist": lambda data, name, **_: arrays.fashion_mnist(name),
     "folder": lambda data, name, **_: Folder(
-        os.path.join(data.path, name), labelled=data.labels != "none"
+        os.path.join(data.path, name), labelled=data.labels == labels.AUTO
     ),
     "shards": lambda data, name, split, **_: Shards(
         shard_files.find(data.path, name, split),
-        label_key=None if data.labels == "none" else data.label_key,
+        label_key=data.label_key if data.labels == labels.AUTO else None,
     ),
     "tfds": lambda data, name, channels, **_: Tfds(data.name, name, data.path, channels),
 }
@@ -124,7 +125,7 @@ _CHANNELS = {"fashion_mnist": (1,)}  # others decode image files, to gray or RGB
 
 
 def make(data, split: str, channels: int) -> Source:
-    """The source that the `data` section of a config asks for.
+    """The source that the `data` section of a config asks for, without the labels of a file.
 
     Args:
       data: the section. A path that ends in `.npz` is a file of arrays, whatever the source.
@@ -139,8 +140,8 @@ def make(data, split: str, channels: int) -> Source:
       UserError: the images are not what a source can be, or cannot have that many channels.
     """
     source = _opened(data, split, channels)
-    if data.labels == "none":
-        source.drop_labels("no labels (config.data.labels='none')")
+    if data.labels != labels.AUTO:
+        source.drop_labels(f"no labels (config.data.labels={data.labels!r})")
     elif split == "train" and (name := _only_class(source)):
         source.drop_labels(f"no labels (train has one class, {name!r})")
         _LOGGER.warning("the images have %s", source.no_labels)
@@ -178,9 +179,20 @@ def splits(
     data, needed: Sequence[str], channels: int, opened: Mapping[str, Source] | None = None
 ) -> dict[str, Source]:
     """The sources of splits, by name, with one numbering of the classes: that of the training
-    images, without whose labels all are without. Some may be `opened` already. Raises as `make`
-    does."""
+    images, without whose labels all are without. Some may be `opened` already.
+
+    Where a file has the labels, these are all splits that there are: it may list images of any.
+
+    Raises:
+      AbsentError, UserError: as `make` and `labels.from_file` do.
+    """
     images = dict(opened or {})
+    if labels.is_file(data.labels) and not images:
+        images["train"] = make(data, "train", channels)
+        with suppress(AbsentError):
+            images["val"] = make(data, "val", channels)
+            _check_apart("val", images["val"], images["train"])
+        return labels.from_file(data.labels, images)
     for split in needed:
         if split in images:
             continue
@@ -276,7 +288,10 @@ def labels_digest(source: Source) -> str:
 
 RULES: Rules = {
     "source": one_of(KINDS),
-    "labels": one_of(("auto", "none")),
+    "labels": Rule(
+        "'auto', 'none', or the path of a .csv file",
+        lambda v, _: v in (labels.AUTO, labels.NONE) or labels.is_file(v),
+    ),
     "short_side": Rule("above 0, and at most 16,384", lambda v, _: v is None or 0 < v <= _LARGEST),
     "workers": between(-1, 1024),
     "max_bad_fraction": between(0, 1),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from maect_jax.data import decode
+from maect_jax.data import base, decode
 from maect_jax.data.base import Identity, Source, digest
 from maect_jax.errors import UserError, first_of
 
@@ -19,12 +19,16 @@ class Subset(Source):
 
     def __init__(self, source: Source, records: np.ndarray):
         self.source, self.records = source, np.asarray(records)
-        self.shape, self.classes, self.labelled = source.shape, source.classes, source.labelled
+        self.shape, self.classes = source.shape, source.classes
         self.in_memory, self.reads_labels = source.in_memory, source.reads_labels
         self.no_labels = source.no_labels
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @cached_property
+    def labelled(self) -> bool:
+        return self.source.labelled or bool((self.labels >= 0).all())
 
     def __getitem__(self, record: int) -> tuple[bytes | np.ndarray, int]:
         return self.source[int(self.records[record])]
@@ -39,8 +43,9 @@ class Subset(Source):
     @cached_property
     def identity(self) -> Identity:
         whole = self.source.identity
-        content = digest(whole.content.encode(), self.records.astype(np.int64))
-        return Identity(len(self), content, whole.times)
+        images, dash, labels = whole.content.partition("-")
+        content = digest(images.encode(), self.records.astype(np.int64))
+        return Identity(len(self), f"{content}{dash}{labels}", whole.times)
 
 
 def _ranks(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -69,20 +74,36 @@ def fraction_of(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return np.flatnonzero(ranks < np.maximum(np.round(fraction * counts), 1))
 
 
+def held_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Record numbers, ascending, of this fraction of each class, at least one image; of a class
+    with a single image none."""
+    ranks, counts = _ranks(labels, seed)
+    most = np.minimum(np.maximum(np.round(fraction * counts), 1), counts - 1)
+    return np.flatnonzero(ranks < most)
+
+
 def _without_ending(path: str) -> str:
     ending = decode.ending(path)
     is_known = ending in decode.endings() or ending in decode.HEIF_ENDINGS
     return path[: -len(ending)] if is_known else path
 
 
-def _read_list(path: str) -> list[str]:
-    """The lines of a text file that are not empty. Names need not be UTF-8."""
+def read_text(path: str) -> str:
+    """The content of a text file. Names in it need not be UTF-8.
+
+    Raises:
+      OSError, ValueError: there is no such file, or it cannot be read.
+    """
     if not os.path.isfile(path):  # a pipe or a device may have no end
         raise FileNotFoundError("there is no such file")
     content = Path(path).read_bytes()
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = content.decode("utf-16" if is_utf16 else "utf-8-sig", "surrogateescape")
-    lines = (line.strip().removeprefix("./") for line in text.split("\n"))
+    return content.decode("utf-16" if is_utf16 else "utf-8-sig", "surrogateescape")
+
+
+def _read_list(path: str) -> list[str]:
+    """The lines of a text file that are not empty."""
+    lines = (line.strip().removeprefix("./") for line in read_text(path).split("\n"))
     return [line for line in lines if line]
 
 
@@ -99,18 +120,15 @@ def _records_by_tail(listed: set[str], paths: Sequence[str]) -> dict[str, list[i
 
 
 def from_list(path: str, names: Sequence[str]) -> np.ndarray:
-    """Record numbers of the images that the text file `path` lists, one name a line, in its order.
-
-    A line names the image with this path below the folder of all; else the one whose path ends in
-    it, with as many folders as the line has. If there is none, its ending does not matter, and it
-    may have none.
+    """Record numbers of the images that the text file `path` lists, one name a line, in its order
+    (`find`).
 
     Args:
       path: of the list.
       names: of all images, by record number.
 
     Raises:
-      UserError: there is no such file; a line names no image, or several; or two lines name one.
+      UserError: there is no such file, or it is empty; or as `find` does.
     """
     where = f"list {path!r}"
     try:
@@ -119,32 +137,57 @@ def from_list(path: str, names: Sequence[str]) -> np.ndarray:
         raise UserError(f"{where}: cannot be read: {error}") from error
     if not listed:
         raise UserError(f"{where}: is empty; expected one image name a line")
-    found = _records_by_tail(set(listed), names)
+    try:
+        return find(listed, names, base.below_shared_folder(names), kind="training images")
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def find(
+    listed: Sequence[str], names: Sequence[str], exact: Sequence[str], *, kind: str = "images"
+) -> np.ndarray:
+    """Record numbers of the images that are listed by name, in that order.
+
+    A listed name is that of the image with this `exact` name; else of the one whose path ends in
+    it, with as many folders as it has. If there is none, its ending does not matter, and it may
+    have none.
+
+    Args:
+      listed: names of images.
+      names: paths of all images, by record number.
+      exact: their names below the folder of all.
+      kind: what they are, for errors.
+
+    Raises:
+      UserError: one is the name of no image, or of several; or two are those of one image.
+    """
+    wanted = set(listed)
+    found: dict[str, list[int]] = {}
+    for record, name in enumerate(exact):  # `a/0.jpg` is not `b/a/0.jpg`, where there is the first
+        if name in wanted:
+            found.setdefault(name, []).append(record)
+    found = _records_by_tail(wanted - found.keys(), names) | found
     if rest := {line: _without_ending(line) for line in listed if line not in found}:
         stems = _records_by_tail(set(rest.values()), [_without_ending(name) for name in names])
         found |= {line: stems[stem] for line, stem in rest.items() if stem in stems}
-    root = os.path.commonpath([os.path.dirname(name) for name in names])
-    for line in found:  # `a/0.jpg` is not `b/a/0.jpg`, where there is the first
-        exact = [record for record in found[line] if names[record] == os.path.join(root, line)]
-        found[line] = exact or found[line]
     problems = []
     if absent := [line for line in listed if line not in found]:
         problems.append(
-            f"{len(absent)} of its {len(listed)} names are not among the {len(names)} training "
-            f"images: {first_of(absent)}"
+            f"{len(absent)} of its {len(listed)} names are not among the {len(names)} {kind}: "
+            f"{first_of(absent)}"
         )
-    if several := [line for line in found if len(found[line]) > 1]:
+    if several := [line for line in listed if len(found.get(line, ())) > 1]:
         candidates = first_of([names[record] for record in found[several[0]]])
         problems.append(
             f"{len(several)} of its {len(listed)} names are each of several images: "
             f"{first_of(several)} (the first is {candidates}); write more of their paths"
         )
     if problems:
-        raise UserError(f"{where}: {'; '.join(problems)}")
-    records = Counter(found[line][0] for line in listed)
-    if twice := [names[record] for record, lines in records.items() if lines > 1]:
-        raise UserError(f"{where}: images that are listed twice: {first_of(twice)}")
-    return np.array(list(records))
+        raise UserError("; ".join(problems))
+    records = [found[line][0] for line in listed]
+    if twice := [names[record] for record, lines in Counter(records).items() if lines > 1]:
+        raise UserError(f"images that are listed twice: {first_of(twice)}")
+    return np.array(records, int)
 
 
 @lru_cache(maxsize=1)  # a run asks several times, and names may take a pass over a prepared set

@@ -98,10 +98,10 @@ class Protocol:
 
     def skip_reason(self, row: Row) -> str:
         """Why it cannot run on these features; empty if it can."""
-        labelled = "val" in row.features and all(part.labelled for part in row.features.values())
-        if not self.needs_labels or labelled:
-            return ""
-        return f"the images have {row.images['train'].no_labels}"
+        unlabelled = [split for split, part in row.features.items() if not part.labelled]
+        if self.needs_labels and unlabelled:
+            return f"the images have {row.images[unlabelled[0]].no_labels}"
+        return "no images are held out" if self.needs_labels and "val" not in row.features else ""
 
     def run(self, row: Row) -> Result:
         """Evaluates a row; all processes call it."""

@@ -2,7 +2,9 @@
 
 import numpy as np
 
+from maect_jax import sharding
 from maect_jax.evals.base import Protocol, Result, Row
+from maect_jax.run.lineage import Saved
 
 _PART = 8192  # images that are classified at a time
 
@@ -23,6 +25,17 @@ def fold_batch_norm(parts: dict, bn_eps: float) -> tuple[np.ndarray, np.ndarray]
         kernel = kernel / np.sqrt(var + bn_eps)[:, None]
         bias = bias - mean @ kernel
     return kernel.astype(np.float32), bias.astype(np.float32)
+
+
+def linear_classifier(saved: Saved, parts: dict) -> tuple[np.ndarray, np.ndarray] | None:
+    """The classifier of a stage that is saved, of whose fields `parts` are: kernel fp32 `[D, C]`
+    and bias `[C]` on the model's feature; None if it has none."""
+    fields = [key for key in ("params", "batch_stats") if "classifier" in parts.get(key, {})]
+    if not fields:
+        return None
+    heads = {key: parts[key]["classifier"] for key in fields}
+    eps = saved.config[saved.stage].get("bn_eps", 0.0)
+    return fold_batch_norm(sharding.to_host(heads), eps)
 
 
 def accuracies(ranked: np.ndarray, labels: np.ndarray) -> dict[str, float]:

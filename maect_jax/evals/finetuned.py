@@ -7,6 +7,7 @@ import jax
 
 from maect_jax import files
 from maect_jax.data.bad_images import BadImages
+from maect_jax.data.labels import HeldOut, is_file
 from maect_jax.data.sources import Source
 from maect_jax.evals import features, runner
 from maect_jax.evals.classifier import accuracies
@@ -22,12 +23,13 @@ def classify(run: Run, images: Mapping[str, Source], bad_images: BadImages) -> d
 
     Args:
       run: has a checkpoint of the stage, whose name its row and its entry in the results have.
-      images: "train", which number the labels, and "val".
+      images: those that the stage sees, "train" and "val".
       bad_images: counts the held-out images that cannot be read; they are left out.
 
     Returns:
-      `top1` and `top5` (0 to 1), `images` and `training_images` (numbers), `settings`, and
-      `made_of`, a digest of the weights and the held-out images.
+      `top1` and `top5` (0 to 1), `images` and `training_images` (numbers), `drawn`, whether the
+      held-out images are a tenth of those with a label, `labels`, where these are from,
+      `settings`, and `made_of`, a digest of the weights and the held-out images.
     """
     config, results, name = run.config, runner.read_results(run.folder), Finetune.name
     section = config[name]
@@ -37,14 +39,15 @@ def classify(run: Run, images: Mapping[str, Source], bad_images: BadImages) -> d
     made_of = features.digest(weights | runner.described(config, images["val"]))
     row, size = results.setdefault(name, {}), section.batch_size
     if row.get(name, {}).get("made_of") != made_of:
-        trained = Finetune.training_images(config, images["train"])
-        stage = Finetune.for_images(config, trained)
+        stage = Finetune.for_images(config, images["train"])
         rank = partial(jax.jit(stage.ranked), parts["params"], parts["frozen"])
         extraction = runner.Extraction(run, images["val"], bad_images, batch_size=size)
         ranked = features.collected(extraction.batches(rank))
         row[name] = accuracies(ranked.x, ranked.labels) | {
             "images": len(ranked.labels),
-            "training_images": len(trained),
+            "training_images": len(images["train"]),
+            "drawn": isinstance(images["val"], HeldOut),
+            "labels": config.data.labels,
             "settings": section.to_dict(),
             "made_of": made_of,
         }
@@ -56,4 +59,9 @@ def classify(run: Run, images: Mapping[str, Source], bad_images: BadImages) -> d
 def text(metrics: dict) -> str:
     """Formats what `classify` returns as one line."""
     top1, top5 = (f"{100 * metrics[key]:.1f} %" for key in ("top1", "top5"))
-    return f"finetune: top-1 {top1}, top-5 {top5} of {metrics['images']:,} held-out images"
+    line = f"finetune: top-1 {top1}, top-5 {top5} of {metrics['images']:,} held-out images"
+    if metrics.get("drawn"):
+        line += ", a tenth of those with a label"
+    if is_file(metrics.get("labels", "")):
+        line += f", against the labels of {metrics['labels']}"
+    return line

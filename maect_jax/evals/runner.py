@@ -19,9 +19,10 @@ from maect_jax import files, sharding
 from maect_jax.config import Rules, one_of, positive, some_of
 from maect_jax.data import augment, loader, sources
 from maect_jax.data.bad_images import BadImages
+from maect_jax.data.labels import is_file
 from maect_jax.errors import UserError, first_of
 from maect_jax.evals import AUTOMATIC, ON_REQUEST, PROTOCOLS, WITH_OTHERS, base, features, maps
-from maect_jax.evals.classifier import fold_batch_norm
+from maect_jax.evals.classifier import linear_classifier
 from maect_jax.models import vit
 from maect_jax.run import lineage
 from maect_jax.run.folder import Run
@@ -147,12 +148,10 @@ def _encoder(config: ConfigDict, saved: lineage.Saved | None, mesh):
     kind = f"{pool}, {'after' if section.final_norm else 'before'} the final norm"
     made_of = {"kind": kind, "dtype": dtype, "weights": features.fingerprint(params)}
     made_of["model"] = model.to_dict()
-    may_have = [key for key in ("params", "batch_stats") if key in parts]
-    heads = {key: parts[key]["classifier"] for key in may_have if "classifier" in parts[key]}
     classifier = None
-    if heads and pool == model.pool and section.final_norm:  # the features it was trained on
-        eps = saved.config[saved.stage].get("bn_eps", 0.0)
-        classifier = fold_batch_norm(sharding.to_host(heads), eps)
+    if pool == model.pool and section.final_norm:  # the features it was trained on
+        classifier = linear_classifier(saved, parts)
+    if classifier:
         made_of["classifier"] = features.fingerprint(dict(enumerate(classifier)))
     encoder = {"encode": features.encoder(module, params, pool), "classifier": classifier}
     return features.encoder(module, params, pool, section.blocks), encoder, made_of
@@ -183,6 +182,8 @@ def _described(config: ConfigDict) -> dict:
     data = {key: x for key, x in config.data.to_dict().items() if key not in _NOT_IN_EXAMPLES}
     if not config.data.cache:  # runs of earlier versions have no such key
         del data["cache"]
+    if is_file(config.data.labels):  # what it says is in `labels`
+        del data["labels"]
     return {"data": data, "size": list(config.model.image_size)}
 
 

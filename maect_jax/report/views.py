@@ -64,8 +64,7 @@ Row = list[list[Panel]]  # the image, then each epoch
 
 
 def views_of(config: ConfigDict, stage: "type[base.Stage]", images: "sources.Source") -> list[Row]:
-    """Some of the images, with the views that a stage makes of them."""
-    images = stage.training_images(config, images)
+    """Some of the images that a stage sees, with the views that it makes of them."""
     recipes = stage.for_images(config, images).recipes
     make_views = jax.jit(lambda batch: [augment.views(batch, recipe) for recipe in recipes])
     make_example = stage.example_maker(config, images)
@@ -140,10 +139,12 @@ def main() -> None:
         raise UserError(f"--out={arguments.out}: its folder cannot be written, or does not exist")
     stages = pipeline.stages_to_show(config)
     pipeline.check(config, devices=1)
-    images = sources.make(config.data, "train", config.model.channels)
-    values.check([images], sources.decoding(config))
-    images = cache.reduced(config, images)
-    drawn = sheet({stage: views_of(config, stage, images) for stage in stages})
+    images = sources.splits(config.data, ("train",), config.model.channels)
+    values.check([images["train"]], sources.decoding(config))
+    images = {split: cache.reduced(config, source) for split, source in images.items()}
+    pipeline.set_batch_sizes(config, images)
+    own = {stage: stage.own_images(config, images)["train"] for stage in stages}
+    drawn = sheet({stage: views_of(config, stage, seen) for stage, seen in own.items()})
     try:
         drawn.save(arguments.out)
     except (OSError, ValueError) as error:  # ValueError: the file name has an unknown extension

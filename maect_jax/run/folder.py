@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 
 from maect_jax import __version__, files
 from maect_jax import config as configs
+from maect_jax.data import labels
 from maect_jax.data.base import Identity
-from maect_jax.errors import UserError
+from maect_jax.errors import UserError, first_of
 from maect_jax.run import checkpoints, lineage, lock
 from maect_jax.run.writers import NO_WRITERS, Writers
 
@@ -92,6 +93,8 @@ def _claim(run: Run, origin: lineage.Saved | None, images: Mapping[str, Identity
         same = _same_places(before, config)
         if noted and not changes:
             same += _WHERE_IMAGES_ARE
+            if labels.is_file(before.data.labels) and labels.is_file(config.data.labels):
+                same += ("data.labels:",)
         differing = [x for x in configs.differences(before, config) if not x.startswith(same)]
         if other := [line for line in differing if not line.startswith(_MAY_CHANGE)]:
             more = len(other) - _SHOWN
@@ -129,6 +132,18 @@ def note_images(folder: Path, images: Mapping[str, Identity]) -> None:
     files.write_json(folder / _IMAGES, noted)
 
 
+def note_classes(run: Run, stage: str, classes: Sequence[str]) -> None:
+    """Notes in a run's folder the names of the classes that a stage learns, empty where they have
+    none. Raises `UserError` if it has learned others."""
+    trained, before = checkpoints.stage_folder(run.folder, stage), lineage.classes(run.folder)
+    if checkpoints.steps_of(trained) and before not in ([], classes):
+        raise UserError(
+            f"--workdir={run.folder}: its stage {stage} knows the classes {first_of(before)}; the "
+            f"images now have {first_of(classes)}. Restore the labels or use another --workdir."
+        )
+    lineage.write_classes(run.folder, classes)
+
+
 def _may_be_new(path: Path) -> bool:
     """Whether a folder with this file in it may become a run's."""
     return path.name in _MAY_BE_THERE or path.suffix in _LOGS
@@ -142,7 +157,7 @@ def _same_places(before: ConfigDict, config: ConfigDict) -> tuple[str, ...]:
         is_path = isinstance(path, str) and path not in ("", lineage.RANDOM)
         return os.path.realpath(path) if is_path else f"no path: {path}"
 
-    places = {"data.path", "init_from"} & old.keys() & new.keys()
+    places = {"data.path", "data.labels", "init_from"} & old.keys() & new.keys()
     return tuple(f"{key}:" for key in places if place(old[key]) == place(new[key]))
 
 

@@ -20,7 +20,7 @@ from maect_jax.stages.base import Stage
 _LOGGER = logging.getLogger(__name__)
 RANDOM = "random"
 SCRATCH = {"start": "random weights"}  # the end of a lineage
-_FILE = "origin.json"
+_FILE, _CLASSES = "origin.json", "classes.json"
 
 
 class SavedStage:
@@ -43,6 +43,12 @@ class SavedStage:
         """Its fields (`Stage.saved`), each array placed by the rules of the mesh."""
         folder = checkpoints.stage_folder(self.run, self.stage)
         return checkpoints.read_parts(folder, SAVED[self.stage].saved, mesh, self.step)
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes that its run knows; none if they have no names, and in runs of
+        earlier versions."""
+        return classes(self.run)
 
     def rows(self) -> dict[str, "SavedStage"]:
         """What an evaluation of it measures, by name: of a run, all stages with an encoder.
@@ -75,6 +81,7 @@ class SavedFiles:
     ):
         self._imported = imported = importing.recognised(importing.paths_of(path), overrides, fetch)
         self.stage, self.config = imported.kind, imported.config
+        self.classes: list[str] = []
         self.lineage = cache(imported.origin)  # which reads all of the files
         for note in imported.notes:
             _LOGGER.warning("%s", note)
@@ -219,6 +226,21 @@ def read_lineage(run: Path) -> list[dict]:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{path}: is not a lineage. Remove it to do without.")
     return entries
+
+
+def classes(run: Path) -> list[str]:
+    """The names of the classes that a run knows; empty if none are noted. Raises `UserError` if the
+    file is damaged."""
+    path = run / _CLASSES
+    names = files.read_json(path).get("classes", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: does not hold names. Remove it to do without.")
+    return names
+
+
+def write_classes(run: Path, names: Sequence[str]) -> None:
+    """Notes in a run's folder the names of the classes that it knows."""
+    files.write_json(run / _CLASSES, {"classes": list(names)})
 
 
 def hub_ids(run: Path) -> dict[str, str]:

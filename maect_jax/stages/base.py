@@ -133,6 +133,8 @@ class Stage(Saved, abc.ABC):
                     f"it off for config.model.channels={channels}"
                 )
         batch, parts = config[cls.name].batch_size, config.encoder_microbatches
+        if batch is None:  # it follows from the number of images, and fits
+            return
         sharding.check_batch(f"config.{cls.name}.batch_size", batch, devices)
         for views, _ in cls.view_sets(config):
             crops = batch * views.count // devices
@@ -202,7 +204,7 @@ class Stage(Saved, abc.ABC):
 
     @classmethod
     def for_images(cls, config, images: Source) -> Self:
-        """The stage of a config, for its own training images (`training_images`)."""
+        """The stage of a config, for its own training images (`own_images`)."""
         classes = images.num_classes if cls.needs_labels else 0
         return cls.from_config(config, len(images), classes)
 
@@ -225,8 +227,8 @@ class Stage(Saved, abc.ABC):
         )
 
     @classmethod
-    def training_images(cls, config, images: Source) -> Source:
-        """Those of the training images that the stage sees."""
+    def own_images(cls, config, images: Mapping[str, Source]) -> Mapping[str, Source]:
+        """Those of the images that the stage sees, by split."""
         return images
 
     @classmethod

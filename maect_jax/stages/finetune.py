@@ -4,14 +4,15 @@ The recipe is that of MAE's fine-tuning (He et al., 2022, appendix A.1).
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from maect_jax.config import Rule, at_most, between, fraction, not_negative
-from maect_jax.data import augment, mix, subsets
+from maect_jax.config import Rule, at_most, between, fraction, not_negative, or_none, positive
+from maect_jax.data import augment, labels, mix, subsets
 from maect_jax.data.loader import FinetuneRecord, TrainRecord
 from maect_jax.data.sources import Source
 from maect_jax.models import vit
@@ -38,6 +39,7 @@ class Finetune(Stage):
     encoder_in = ("frozen", "params")
     starts_from = ("refine", "ct", "refine_head", "head", "mae", "finetune")
     rules = base.TRAINING | {
+        "batch_size": or_none(positive),
         "warmup_epochs": base.WARMUP_EPOCHS,
         "images": Rule(
             "'all', a share from above '0%' to '100%', or the path of a list of names",
@@ -65,9 +67,12 @@ class Finetune(Stage):
         return {"params": {"encoder": trained}, "frozen": {"encoder": frozen}}
 
     @classmethod
-    def training_images(cls, config, images: Source) -> Source:
-        """Those that `config.finetune.images` names. Raises as `subsets.select` does."""
-        return subsets.select(images, config.finetune.images, config.seed)
+    def own_images(cls, config, images: Mapping[str, Source]) -> Mapping[str, Source]:
+        """Those with a label (`labels.known`); of the training images those that
+        `config.finetune.images` names. Raises as `labels.known` and `subsets.select` do."""
+        known = labels.known(images, config.seed)
+        train = subsets.select(known["train"], config.finetune.images, config.seed)
+        return known | {"train": train}
 
     @classmethod
     def example_maker(

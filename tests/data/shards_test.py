@@ -593,10 +593,11 @@ def test_hosts_index_shards_before_they_meet(shards, cache, tmp_path):
 def test_a_plan_needs_no_shards_but_none_may_be_missing(shards):
     def planned(path):
         settings = ["data.source=shards", f"data.path={shards}/{path}", "model.channels=3"]
-        return pipeline.images_to_plan(configs.load(str(CONFIGS / "quickstart.py:test"), settings))
+        config = configs.load(str(CONFIGS / "quickstart.py:test"), settings)
+        return pipeline.images_to_plan(config)[0]["train"]
 
-    assert len(planned("x-{0..3}.tar")[0]) == pipeline.IMAGENET_TRAIN
-    assert len(planned("train-{000..002}.tar")[0]) == 12
+    assert len(planned("x-{0..3}.tar")) == pipeline.IMAGENET_TRAIN
+    assert len(planned("train-{000..002}.tar")) == 12
     with pytest.raises(UserError, match=r"no shard matches .*train-003\.tar"):
         planned("train-{000..003}.tar")
 

@@ -14,15 +14,19 @@ import numpy as np
 import pytest
 
 from maect_jax import config as configs
-from maect_jax import pipeline
-from maect_jax.data import arrays, augment, folder, loader, mix, subsets
+from maect_jax import load_encoder, pipeline
+from maect_jax.convert import __main__ as convert
+from maect_jax.convert import exporting
+from maect_jax.data import arrays, augment, folder, loader, mix, sources, subsets
 from maect_jax.data.augment import Photometric, Recipe
 from maect_jax.data.decode import Decoding
 from maect_jax.data.transforms import Crops
-from maect_jax.errors import UserError
+from maect_jax.errors import RunFailedError, UserError
+from maect_jax.evals import runner
 from maect_jax.evals.classifier import accuracies
 from maect_jax.models import vit
 from maect_jax.run import checkpoints
+from maect_jax.run.checkpoints import Checkpoints
 from maect_jax.stages import STAGES, optim, state
 from maect_jax.stages.finetune import Finetune
 from maect_jax.stages.step import abstract_batch, gradients, step
@@ -451,14 +455,14 @@ def test_plan_counts_the_chosen_images_and_one_view():
     config = configs.load(f"{FILE}:10percent", ["data.path=absent"])
     with config.unlocked():
         config.model = configs.load(str(CONFIGS / "mae_vitb16.py")).model
-    source, _ = pipeline.images_to_plan(config)
-    (text,) = pipeline._described(config, source)
+    images, _ = pipeline.images_to_plan(config)
+    (text,) = pipeline._described(config, images)
     assert "25,000 (50 epochs of 128,117 images, warm-up 2,500)" in text
     assert "256 images x 1 view\n" in text
     block, width = 12 * 768**2 + 13 * 768, 768
     trained = 12 * block + (768 + 1) * width + width + 2 * width + (width + 1) * 1000
     assert f"{trained:,}" in text
-    batch = abstract_batch(STAGES["finetune"], config, source, mesh_of(1, 8))
+    batch = abstract_batch(STAGES["finetune"], config, images["train"], mesh_of(1, 8))
     assert batch["image"].shape == (256, 1, 224, 224, 3)
 
 
@@ -508,6 +512,23 @@ def test_a_chain_ends_with_the_accuracy_of_the_classifier(tmp_path, monkeypatch,
     logits += parts["params"]["classifier"]["bias"]
     hits = np.asarray(logits).argmax(1) == held_out.labels
     assert abs(hits.mean() - found["top1"]) < 0.002
+    # And so has what people load, by the names of the classes.
+    encoder = load_encoder(run)
+    assert (encoder.mean, encoder.image_size) == (config.data.mean, (28, 28))
+    assert encoder.classes == held_out.classes
+    classified = encoder.classify(held_out.images)
+    assert classified.probabilities.dtype == np.float32
+    np.testing.assert_allclose(classified.probabilities.sum(1), 1, rtol=1e-5)
+    named = np.array(held_out.classes)[held_out.labels]
+    assert np.mean(np.array(classified.names) == named) == pytest.approx(found["top1"], abs=1e-9)
+    model = convert.read_run(run)
+    exporting.export(model, tmp_path / "hf", "hf")
+    labels = json.loads((tmp_path / "hf" / "config.json").read_text())["id2label"]
+    assert list(labels.values()) == held_out.classes
+    (run / "classes.json").rename(tmp_path / "classes.json")  # which earlier versions lack
+    assert load_encoder(run).classes == [str(i) for i in range(10)]
+    with pytest.raises(ValueError, match="no classifier on the feature 'mean'"):
+        load_encoder(run, pool="mean").classify(held_out.images[:1])
     # Called again, it trains no more, and says the same.
     run_on(monkeypatch, (2, 1), config, run, report=False)
     assert capsys.readouterr().out.splitlines() == told
@@ -516,3 +537,121 @@ def test_a_chain_ends_with_the_accuracy_of_the_classifier(tmp_path, monkeypatch,
     run_on(monkeypatch, (2, 1), config, run, report=False)
     again = json.loads((run / "results.json").read_text())["finetune"]["finetune"]
     assert (again["images"], again["top1"]) == (1000, pytest.approx(hits[:1000].mean(), abs=0.003))
+
+
+# Labels in a file.
+
+
+def labelled_pictures(folder):
+    """Writes 40 pictures, dark and bright in turn. Returns a function that labels the first ones,
+    and one that loads the config of their classifier."""
+    for i in range(40):
+        save(folder / "set" / "train" / f"{i:02}.png", (28, 28), 250 * (i % 2))
+
+    def label(even, odd, count=30):
+        lines = (f"{i:02}.png,{odd if i % 2 else even}\n" for i in range(count))
+        (folder / "labels.csv").write_text("image,label\n" + "".join(lines))
+
+    def load(*overrides):
+        settings = [f"data.labels={folder}/labels.csv", f"data.path={folder}/set", *overrides]
+        file = str(CONFIGS / "finetune_my_images.py")
+        config = configs.load(file, ["init_from=random", "data.short_side=28", *settings])
+        with config.unlocked():
+            config.model = configs.load(str(CONFIGS / "mae_vitb16.py:test")).model
+        config.model.channels = 3
+        return config
+
+    label("dark", "bright")
+    return label, load
+
+
+def test_a_batch_follows_from_the_images_with_a_label(tmp_path, caplog):
+    label, load = labelled_pictures(tmp_path)
+    config = load()
+    pipeline.check(config, devices=1)
+    images = pipeline.open_images(config)
+    own = Finetune.own_images(config, images)
+    assert {split: len(source) for split, source in own.items()} == {"train": 26, "val": 4}
+    assert not set(own["train"].records) & set(own["val"].records)
+    said = [record.getMessage() for record in caplog.records]
+    assert "labels 30 of 40 train images, as 2 classes: bright, dark." in said[0]
+    assert said[1:] == [
+        "finetune leaves out the images without a label",
+        "no held-out image has a label: finetune holds out 4 of the training images, a tenth of "
+        "each class, and trains on 26",
+    ]
+    unit = jax.device_count()
+    assert config.finetune.batch_size == max(26 // 8 // unit, 1) * unit
+    # Stages without labels use all images, and are no reason for an error.
+    assert STAGES["mae"].own_images(config, images)["train"] is images["train"]
+    large = load()
+    pipeline.set_batch_sizes(large, {"train": sources.Blank(10**6, 3)})
+    assert large.finetune.batch_size == 64
+    label("one", "one")
+    with pytest.raises(
+        UserError, match=r"train have no labels \(.*labels.csv has one class, 'one'"
+    ):
+        pipeline.open_images(config)
+    # What `eval` needs labels for is left out, and nothing else.
+    config.stages = ("eval",)
+    label("dark", "bright")
+    with config.unlocked():
+        config.eval = configs.load(str(CONFIGS / "eval.py:test")).eval
+    config.eval.protocols = ("knn",)
+    assert list(pipeline.open_images(config)) == ["train"]
+
+
+def test_named_images_become_a_classifier(tmp_path, monkeypatch, capsys):
+    settings = ["finetune.epochs=4", "finetune.base_lr=0.1", "finetune.layer_decay=1.0"]
+    plain = ["randaugment=False", *(f"{key}=0" for key in ("mixup_alpha", "cutmix_alpha"))]
+    settings += [f"finetune.{setting}" for setting in (*plain, "erasing=0", "drop_path=0")]
+    settings += ["checkpoint.every=1", "finetune.warmup_epochs=1"]
+    label, load = labelled_pictures(tmp_path)
+    run, calls, saved = tmp_path / "run", [], Checkpoints.save
+
+    def save_one(*arguments):
+        if len(calls) == 1:  # the first one is complete
+            raise RunFailedError("stopped")
+        saved(*arguments)
+        calls.append(arguments)
+
+    def start(*more):
+        run_on(monkeypatch, (1, 1), load(*settings, *more), run, report=False)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_one)
+        with pytest.raises(RunFailedError):
+            start()
+    assert json.loads((run / "classes.json").read_text()) == {"classes": ["bright", "dark"]}
+    label("bright", "dark")
+    with pytest.raises(
+        UserError, match=r"other images \(26 images as before, but with other labels"
+    ):
+        start()
+    label("dark", "bright")
+    capsys.readouterr()
+    start()
+    line = capsys.readouterr().out.splitlines()[2]
+    found = json.loads((run / "results.json").read_text())["finetune"]["finetune"]
+    assert (found["images"], found["training_images"], found["drawn"]) == (4, 26, True)
+    assert found["labels"] == str(tmp_path / "labels.csv")
+    assert line.endswith(
+        f"of 4 held-out images, a tenth of those with a label, against the labels of {tmp_path}"
+        "/labels.csv"
+    )
+    assert found["top1"] == 1
+    encoder = load_encoder(run)
+    pixels = runner.record(load(), pipeline.open_images(load())["train"])
+    classified = encoder.classify(np.stack([pixels(i)["image"] for i in (38, 39)]))
+    assert classified.names == ["dark", "bright"]
+    assert classified.probabilities.argmax(1).tolist() == [1, 0]
+    # It knows other classes than these.
+    label("dark", "light")
+    with pytest.raises(UserError, match="knows the classes bright, dark; the images now have dark"):
+        start()
+    # The file may be moved.
+    label("dark", "bright")
+    (tmp_path / "labels.csv").rename(tmp_path / "moved.csv")
+    before = (run / "results.json").read_text()
+    start(f"data.labels={tmp_path}/moved.csv")
+    assert (run / "results.json").read_text() == before
