@@ -2,6 +2,7 @@
 
 import abc
 import hashlib
+import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -154,3 +155,12 @@ class Source(abc.ABC):
         self.labels = np.full(len(self), -1, np.int32)
         self.classes, self.labelled, self.reads_labels = [], False, False
         self.no_labels = no_labels
+
+
+def relative_names(source: Source) -> list[str]:
+    """The names of all images below the folder that they share, by which files outside a run call
+    them, wherever the images are."""
+    names = [source.name(record) for record in range(len(source))]
+    # `commonpath` would make one slash of the two in `gs://`.
+    start = os.path.commonprefix(names).rfind("/") + 1  # noqa: RUF071
+    return [name[start:] for name in names]
