@@ -733,6 +733,7 @@
     }
     bringUpToDate = VIEWS[kind](kind === "image" ? image : byKind[kind] ?? argument);
     bringUpToDate();
+    view.dataset.view = address;
     if (!isFirst && !view.contains(document.activeElement)) view.focus({ preventScroll: true });
     scrollTo(0, scrolled.get(address) ?? 0);
     for (const list of lists) list.draw();
