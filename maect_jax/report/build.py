@@ -130,6 +130,11 @@ def report(run: Path, images: Mapping[str, Source]) -> Path:
     return path
 
 
+def show(report: Path) -> None:
+    """Prints the path of a report, and of the page of clusters beside it, if there is one."""
+    print(report, *report.parent.glob("clusters.html"), sep="\n", flush=True)
+
+
 def read_history(run: Path, images: Mapping[str, Source]) -> list[dict]:
     """The lines of a run's `metrics.jsonl`, in the order of the stages: those of a stage that was
     trained again are at the end of the file."""

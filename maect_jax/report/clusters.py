@@ -36,6 +36,7 @@ _LOGGER = logging.getLogger(__name__)
 _SCRIPT = Path(__file__).with_name("clusters.js")
 _MOST = 50_000  # images of a page
 _LISTED = 1_000  # borderline images, outliers, and pairs
+_BORDERLINE = 0.1  # of all images, at most
 _CENTRAL = 12  # images of each cluster that the list of clusters has room for
 _NEAREST = 8  # clusters
 _SAMPLED = 64  # images by which the size of thumbnails is found
@@ -150,8 +151,9 @@ def _listed(clustered: Clustered) -> dict[str, np.ndarray]:
     """The positions of borderline images and outliers, and those pairs `[P, 2]` that are listed,
     with their `cosine` and whether they are the `same`; the most remarkable first."""
     found, near = clustered.found, clustered.near
-    many = len(found["numbers"]) > 1  # or nothing is between clusters
-    listed = {"borderline": np.argsort(found["margin"], kind="stable")[: _LISTED * many]}
+    few = min(_LISTED, int(np.ceil(_BORDERLINE * len(found["margin"]))))
+    few *= len(found["numbers"]) > 1  # or nothing is between clusters
+    listed = {"borderline": np.argsort(found["margin"], kind="stable")[:few]}
     if near:
         outliers = np.flatnonzero(near["outlier"])
         far = np.argsort(-near["far"][outliers], kind="stable")

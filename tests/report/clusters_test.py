@@ -47,7 +47,7 @@ def unpacked(packed):
 
 
 def test_the_data_of_a_page_are_those_of_its_run(made):
-    run, source = made
+    run, _ = made
     data, found = data_of(run), runner.read_clusters(run, hand.ROW)
     records = unpacked(data["record"])
     assert sorted(records.tolist()) == list(range(len(hand.NAMES)))
@@ -65,7 +65,7 @@ def test_the_data_of_a_page_are_those_of_its_run(made):
     shown = [data["names"][i] for i in data["near"]["pairs"] + data["near"]["outliers"]]
     assert shown == ["2/00.png", "2/01.png", "2/39.png"]
     margins = found["margin"][records[data["borderline"]]]
-    np.testing.assert_array_equal(margins, np.sort(found["margin"]))
+    np.testing.assert_array_equal(margins, np.sort(found["margin"])[:7])
 
 
 def test_thumbnails_are_whole_images_in_the_order_of_the_page(made):
