@@ -449,7 +449,8 @@ def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None
             if is_main:
                 print(finetuned.text(result), flush=True)
     if is_main:
-        print(f"\n{build.report(run.folder, originals)}")
+        print()
+        build.show(build.report(run.folder, originals))
         run.writers.add_pictures()
 
 

@@ -26,19 +26,20 @@ def test_run_leaves_its_files_and_a_table(finished):
     assert names == {
         "config.json", "environment.json", "images.json", "origin.json", "metrics.jsonl",
         "checkpoints", "watch", "results.json", "results.md", "features", "clusters.csv",
-        "report.html", "pictures", "duplicates.csv", "outliers.csv",
+        "report.html", "pictures", "duplicates.csv", "outliers.csv", "clusters.html", "clusters",
     }  # fmt: skip
     # What it runs on, the table, where the report is, and nothing else.
     title, devices, *table = stdout.splitlines()
     assert title.startswith("quickstart_test: mae -> head -> ct -> eval; ")
     assert devices.startswith("on 1 cpu")
     assert table[1].split() == ["percent", "pixels", "mae", "ct", "ct", "-", "mae"]
-    columns = [" ".join(line.split()[:-4]) for line in table[3:-2]]
+    columns = [" ".join(line.split()[:-4]) for line in table[3:-3]]
     assert columns == [
         "k-NN", "probe, centre crops", "k-means ACC", "mean of runs", "NMI", "AMI", "ARI",
         "silhouette",
     ]  # fmt: skip
-    assert table[:1] + table[-2:] == ["", "", str(workdir / "report.html")]
+    pages = [str(workdir / name) for name in ("report.html", "clusters.html")]
+    assert table[:1] + table[-3:] == ["", "", *pages]
     # One line of progress a stage, redrawn in place, and nothing else.
     redrawn = [line.strip() for line in stderr.splitlines() if line.strip()]
     progress = {line.split(":")[0]: line for line in redrawn}

@@ -195,7 +195,8 @@ class Cluster(Protocol):
 
     def settings(self, config) -> dict:
         found = super().settings(config)
-        found[self.name].pop("groups", None)  # which are read off the clusters
+        for key in ("groups", "duplicates"):  # read off the clusters; found by `Near`
+            found[self.name].pop(key, None)
         return found | {"saved": "merges"}  # earlier versions have none
 
     def check_images(self, config, images) -> None:
@@ -242,11 +243,6 @@ class Cluster(Protocol):
             return {"skipped": f"there are only {chosen.sum()} images of its classes"}
         return cluster(row, images.x[chosen], images.labels[chosen], 0)[0]
 
-    def settings(self, config) -> dict:
-        settings = super().settings(config)
-        del settings[self.name]["duplicates"]  # which `Near` finds
-        return settings
-
     def summarise(self, run, rows, images) -> None:
         """Lists each image with its label, and with its cluster and place there in every row."""
         found = {name: arrays for name in rows if (arrays := self.read_arrays(run.folder, name))}
@@ -276,7 +272,7 @@ def with_groups(arrays: Mapping[str, np.ndarray], count: int) -> dict[str, np.nd
     order = np.argsort(numbers)
     places = order[np.searchsorted(numbers[order], arrays["clusters"])]
     groups = hierarchy.groups(arrays["merges"], len(numbers), count)
-    return arrays | {"group": groups[places]}
+    return {**arrays, "group": groups[places]}
 
 
 def lines(

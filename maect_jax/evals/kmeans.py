@@ -276,7 +276,9 @@ def kmeans(x: features.Rows, settings: Settings, mesh) -> Clustering:
     return over(x, (settings.k,), settings, mesh)[settings.k]
 
 
-def over(x: features.Rows, counts: Sequence[int], settings: Settings, mesh) -> dict[int, Clustering]:
+def over(
+    x: features.Rows, counts: Sequence[int], settings: Settings, mesh
+) -> dict[int, Clustering]:
     """Clusters rows `[N, D]` into each of several numbers of clusters, `settings.k` or fewer.
 
     A restart draws the centres of all of them at once, as k-means++ adds one after the other; a

@@ -14,6 +14,7 @@ import numpy as np
 
 from maect_jax.evals import kmeans
 from maect_jax.evals.assignment import nearest
+from maect_jax.evals.features import Rows
 
 CRITERIA = ("silhouette", "gap", "restarts", "halves")
 # On labelled sets these two, together, come nearest. The gap of real images grows with the number.
@@ -39,7 +40,7 @@ def grid(images: int) -> list[int]:
     return sorted(count for count in powers if count <= most)
 
 
-def select(x: np.ndarray, *, seed: int, memory_mb: int, mesh) -> dict:
+def select(x: Rows, *, seed: int, memory_mb: int, mesh) -> dict:
     """Chooses the number of clusters.
 
     Two kinds of data without clusters are drawn: uniform in the box of the principal components, as

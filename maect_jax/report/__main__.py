@@ -1,5 +1,5 @@
-"""Makes the report of a run again from its folder; of several runs, also a report that compares
-them, and prints their results as mean +- standard deviation.
+"""Makes the report of a run, and the page of its clusters, again from its folder; of several runs,
+also a report that compares them, and prints their results as mean +- standard deviation.
 
     maect report RUN [RUN ...] [--out=comparison.html]
 """
@@ -40,7 +40,7 @@ def main() -> None:
     histories = {}
     for folder, run in runs.items():
         images = pipeline.open_images(configs[folder])
-        print(build.report(run, images), flush=True)
+        build.show(build.report(run, images))
         histories[folder] = build.read_history(run, images)
     if len(runs) > 1:
         text = compare.compare(histories, out)

@@ -1,4 +1,5 @@
-"""Builds the report of a run from its folder: `report.html`, `results.md` and `pictures/`."""
+"""Builds the report of a run from its folder: `report.html`, `results.md` and `pictures/`; and the
+page of its clusters."""
 
 import itertools
 import logging
@@ -25,7 +26,7 @@ from maect_jax.data.sources import Source, title
 from maect_jax.errors import UserError, first_of
 from maect_jax.evals import cluster, features, maps, paper, runner, selection, table
 from maect_jax.models import vit
-from maect_jax.report import plots, sheets, style
+from maect_jax.report import clusters, plots, sheets, style
 from maect_jax.run import jsonl, snapshots
 from maect_jax.stages import SAVED, STAGES
 
@@ -109,6 +110,7 @@ def report(run: Path, images: Mapping[str, Source]) -> Path:
                 numbers["probes"] = [["", "epoch", "top-1"], *one_epoch]
         figures |= run_figures.draw()
         pictures = _save({name: figure for name, figure in figures.items() if figure}, run)
+    has_page = run_figures.write_page()
     with _reading(run / "{config,environment}.json", "restore it"):
         html = TEMPLATES.get_template("report.html").render(
             **evaluation,
@@ -123,6 +125,7 @@ def report(run: Path, images: Mapping[str, Source]) -> Path:
             maps=[name for name in pictures if name.startswith("map_")],
             first_row=first_row,
             selected=selection.text(selected) if selected else "",
+            has_page=has_page,
         )
     if results:
         paragraphs = [table.markdown(evaluation["rows"]).strip(), *evaluation["notes"]]
@@ -130,6 +133,11 @@ def report(run: Path, images: Mapping[str, Source]) -> Path:
     path = run / "report.html"
     files.write_text(path, html)
     return path
+
+
+def show(report: Path) -> None:
+    """Prints the path of a report, and of the page of clusters beside it, if there is one."""
+    print(report, *report.parent.glob("clusters.html"), sep="\n", flush=True)
 
 
 def read_history(run: Path, images: Mapping[str, Source]) -> list[dict]:
@@ -347,6 +355,20 @@ class _RunFigures:
         found = {row: arrays for row, arrays in found.items() if arrays}
         with _reading(self.folder / "features" / "*" / "retrieval.npz"):
             return {"retrieval": self._neighbours(found)} if found else {}
+
+    def write_page(self) -> bool:
+        """Writes the page of the clusters of the first row, if there are any; else removes that of
+        others. Returns whether there is one."""
+        clustered, split = None, cluster.cluster_split(self.config, self.images)
+        for row in self.rows[:1]:
+            with _reading(runner.folder_of(self.folder, row), runner.AGAIN):
+                clustered = clusters.Clustered.read(self.folder, row, self.images[split])
+        if not clustered:
+            clusters.remove(self.folder)
+            return False
+        template = TEMPLATES.get_template("clusters.html")
+        clusters.write(self.folder, clustered, self.config, template)
+        return True
 
     def _clusters(self) -> dict[str, Figure]:
         """The clusters of the first row, and how they agree with the labels."""

@@ -12,7 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from maect_jax.data import arrays, decode, sources, subsets
+from maect_jax.data import arrays, base, decode, sources, subsets
 from maect_jax.data.folder import Folder
 from maect_jax.errors import UserError
 from maect_jax.report import style
@@ -22,8 +22,8 @@ RGB = decode.Decoding(3)
 
 
 def data_section(**changes):
-    base = dict(source="folder", path="", name="", train_split="train", val_split="val")
-    return ConfigDict(base | dict(labels="auto", range=(), max_pixels=10**6) | changes)
+    common = dict(source="folder", path="", name="", train_split="train", val_split="val")
+    return ConfigDict(common | dict(labels="auto", range=(), max_pixels=10**6) | changes)
 
 
 def folder_of(root, **splits):
@@ -136,6 +136,17 @@ def test_names_that_are_no_utf8(tmp_path):
     assert style.class_name(source.classes, 1) == r"caf\udce9"  # as fonts can show it
     assert style.class_name(["l" * 99], 0) == "l" * 40 + "..."  # as a figure has room for it
     assert sources.labels_digest(source)
+
+
+def test_names_below_the_folder_that_all_images_share(tmp_path, images):
+    assert base.relative_names(Folder(str(images / "train")))[9:12] == [
+        "ant/09.png", "bee/00.png", "bee/01.png"
+    ]  # fmt: skip
+    for name in ("top/ab/0.png", "top/ac/0.png", "one/0.png"):
+        save(tmp_path / name)
+    assert base.relative_names(Folder(str(tmp_path / "top"))) == ["ab/0.png", "ac/0.png"]
+    assert base.relative_names(Folder(str(tmp_path / "one"))) == ["0.png"]
+    assert base.relative_names(sources.Blank(2, channels=1)) == ["image 0", "image 1"]
 
 
 def test_folders_that_are_no_classes_may_be_empty_or_beside_images(images):

@@ -56,7 +56,8 @@ def pictures_of(run):
 def test_a_report_needs_no_network(source, parsed):
     assert not {"script", "link", "iframe", "img", "video"} & set(parsed.tags)
     assert parsed.links
-    assert all(link.startswith(("data:image/png;base64,", "#")) for link in parsed.links)
+    links = [link for link in parsed.links if link != "clusters.html"]
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in links)
     assert "@import" not in source
     assert re.findall(r"url\((.)", source) == ["#"] * source.count("url(")
 
@@ -130,10 +131,11 @@ def test_the_command_rebuilds_a_report_from_the_disk(run, tmp_path, monkeypatch,
     lines.sort(key=lambda line: json.loads(line)["stage"] == "mae")
     (copy / "metrics.jsonl").write_text("".join(lines))
     assert call(monkeypatch, copy) == 0
-    assert capsys.readouterr() == (f"{copy / 'report.html'}\n", "")
-    assert (copy / "report.html").read_bytes() == (run / "report.html").read_bytes()
-    for path in (run / "pictures").iterdir():
-        assert (copy / "pictures" / path.name).read_bytes() == path.read_bytes()
+    assert capsys.readouterr() == (f"{copy / 'report.html'}\n{copy / 'clusters.html'}\n", "")
+    for path in ("report.html", "clusters.html"):
+        assert (copy / path).read_bytes() == (run / path).read_bytes()
+    for path in (*(run / "pictures").iterdir(), *(run / "clusters").glob("*[gs]")):
+        assert (copy / path.relative_to(run)).read_bytes() == path.read_bytes()
 
 
 def test_a_single_point_is_a_number_and_no_chart(run, tmp_path):
@@ -241,8 +243,9 @@ def test_the_command_compares_several_runs(run, tmp_path, monkeypatch, capsys):
     for name in ("config.json", "results.json", "metrics.jsonl"):
         shutil.copy(run / name, tmp_path / "run")
     assert call(monkeypatch, run, "run", run) == 0
-    first, second, written, *table = capsys.readouterr().out.splitlines()
-    assert [first, second] == [f"{run}/report.html", "run/report.html"]
+    *shown, second, written = (lines := capsys.readouterr().out.splitlines())[:4]
+    table = lines[4:]
+    assert [*shown, second] == [f"{run}/report.html", f"{run}/clusters.html", "run/report.html"]
     assert written == "comparison.html"
     assert next(x for x in table if x.startswith("k-NN")).count(" +- 0.0") == 4
     assert (tmp_path / "comparison.html").read_text().endswith("</html>")
@@ -269,7 +272,8 @@ def test_results_that_are_not_json_are_one_clear_line(run, tmp_path):
 
 
 def evaluation_of_folder(root, kinds, each, labelled=True):
-    """The folder of an evaluation of another run, on colour photographs sorted by kind.
+    """The folder of an evaluation of another run, on colour photographs sorted by kind, whose
+    clusters an earlier version has written.
 
     Without labels the photographs are in one folder.
     """
@@ -341,7 +345,11 @@ def test_a_report_of_many_photographs(tmp_path, monkeypatch):
 def test_a_report_without_labels_mentions_none(tmp_path, monkeypatch):
     run = evaluation_of_folder(tmp_path, 3, 8, labelled=False)
     monkeypatch.setattr(pipeline, "check_enough", lambda config, images: None)
+    (run / "clusters").mkdir()
+    (run / "clusters.html").touch()  # of other clusters
     report = built(run)
+    assert not [*run.glob("clusters*")]
+    assert "clusters.html" not in report.links
     assert pictures_of(run) == {"map_ct", "clusters", "retrieval"}
     assert "Without labels there is no accuracy, NMI, AMI or ARI." in report.text
     assert "coloured by cluster." in report.text
