@@ -225,7 +225,7 @@ class Cluster(Protocol):
         metrics, arrays = cluster(row, images.x, labels, clusters)
         metrics = {"split": split} | metrics
         if "selection" in metrics and jax.process_index() == 0:
-            tqdm.write(f"{row.name}: {selection.text(metrics['selection'])}")
+            tqdm.write(f"{row.name}: {metrics['selection']['words']}")
         if section.subsets:
             metrics["subsets"] = {name: self._subset(row, split, name) for name in section.subsets}
         return Result(metrics, arrays | dict(index=images.records, labels=images.labels))

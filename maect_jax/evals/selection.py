@@ -29,15 +29,15 @@ _RESTARTS = 5
 _BETWEEN = 8  # numbers next to the best of the grid, at most, that are tried after it
 _STEP = 1.3  # numbers within this factor are not told apart
 _HEIGHT = 0.8  # of a runner-up, of the chosen number's score, at least
-# Data without clusters, from one Gaussian or uniform, in 2 to 64 dimensions, have half of it.
-_CLUSTERED = {"silhouette": 0.03, "halves": 0.1}
+_CLUSTERED = 0.03  # excess of the silhouette, at least; data without clusters reach half of it
 
 
 def grid(images: int) -> list[int]:
-    """The numbers of clusters that are tried for so many images: powers of the fourth root of 2."""
+    """The numbers of clusters that are tried for so many images: all up to 16, then powers of the
+    fourth root of 2."""
     most = min(_MOST, max(4, images // 2 // _PER_CLUSTER))
-    powers = {round(2 ** (step / 4)) for step in range(4, 29)}
-    return sorted(count for count in powers if count <= most)
+    counts = [*range(2, 16), *(round(2 ** (step / 4)) for step in range(16, 29))]
+    return [count for count in counts if count <= most]
 
 
 def select(x: Rows, *, seed: int, memory_mb: int, mesh) -> dict:
@@ -72,12 +72,6 @@ def select(x: Rows, *, seed: int, memory_mb: int, mesh) -> dict:
         values = np.concatenate([values, _judged(x, between, settings, mesh)], -1)[..., order]
     used = dict(images=len(x), components=x.shape[1], splits=_SPLITS, restarts=_RESTARTS)
     return _chosen(counts, values) | used
-
-
-def text(selected: dict) -> str:
-    """What was chosen (`select`), in words."""
-    others = " and ".join(map(str, selected["runners_up"]))
-    return selected["words"] + (f" Runners-up: {others}." if others else "")
 
 
 def _components(x: np.ndarray) -> np.ndarray:
@@ -198,14 +192,9 @@ def _chosen(counts: Sequence[int], values: np.ndarray) -> dict:
     others = _runners_up(counts, score, number)
     highest = dict(zip(CRITERIA, (counts[place] for place in excess.argmax(1)), strict=True))
     agree = [name for name, count in highest.items() if _near(count, number)]
-    heights = dict(zip(CRITERIA, excess[:, best], strict=True))
     are = "is" if len(agree) == 1 else "are"
     reason = f"{len(agree) or 'None'} of the {len(CRITERIA)} criteria {are} highest near it"
-    reason += "".join(
-        f"; {other} has {score[counts.index(other)] / score[best]:.0%} of its score"
-        for other in others
-    )
-    if any(heights[name] < least for name, least in _CLUSTERED.items()):
+    if excess[CRITERIA.index("silhouette"), best] < _CLUSTERED:
         sure, reason = "none", "The images look hardly more like clusters than data without any do"
     elif _near(number, counts[-1]):
         sure, reason = "weak", f"More may fit better: {counts[-1]} is the largest number tried"
@@ -219,12 +208,14 @@ def _chosen(counts: Sequence[int], values: np.ndarray) -> dict:
         "weak": f"{number} clusters fit best, but not clearly.",
         "none": f"There is no clear number of clusters; {number} is a guess.",
     }[sure]
+    shares = [f"{k} ({score[counts.index(k)] / score[best]:.0%} of its score)" for k in others]
+    rivals = f" Runners-up: {', '.join(shares)}." if shares else ""
     criteria = zip(CRITERIA, values[0].mean(1), excess, deviation, strict=True)
     return {
         "chosen": number,
         "runners_up": others,
         "sure": sure,
-        "words": f"{verdict} {reason}.",
+        "words": f"{verdict} {reason}.{rivals}",
         "agree": agree,
         "grid": list(counts),
         "score": score.tolist(),

@@ -24,7 +24,7 @@ from maect_jax import files
 from maect_jax.data.base import evenly_spaced
 from maect_jax.data.sources import Source, title
 from maect_jax.errors import UserError, first_of
-from maect_jax.evals import cluster, features, maps, paper, runner, selection, table
+from maect_jax.evals import cluster, features, maps, paper, runner, table
 from maect_jax.models import vit
 from maect_jax.report import clusters, plots, sheets, style
 from maect_jax.run import jsonl, snapshots
@@ -124,8 +124,8 @@ def report(run: Path, images: Mapping[str, Source]) -> Path:
             numbers=numbers,
             maps=[name for name in pictures if name.startswith("map_")],
             first_row=first_row,
-            selected=selection.text(selected) if selected else "",
             has_page=has_page,
+            selected=selected,
         )
     if results:
         paragraphs = [table.markdown(evaluation["rows"]).strip(), *evaluation["notes"]]
