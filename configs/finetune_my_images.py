@@ -5,8 +5,9 @@
 
 `labels.csv` has the columns `image,label`: it comes from clusters that you have named
 (`docs/clusters.md`), or from elsewhere. It need not list all images: those without a label are left
-out. Without it class folders are the labels. `load_encoder("runs/named").classify(images)` then
-names other images. The encoder's sizes come from the run.
+out. Without it class folders are the labels, and `val/` has those to measure on.
+`load_encoder("runs/named").classify(images)` then names other images. The encoder's sizes come from
+the run.
 Hardware: two CPU cores for a small model (`quickstart:photos`); one GPU for a ViT-B.
 Duration: 50 epochs; of 432 photographs, with that small model, 3 minutes on two shared cores.
 Expected: `docs/clusters.md` has what came of 480 photographs of six kinds. For a ViT-B nothing was

@@ -1,5 +1,7 @@
 """Evaluation protocols against NumPy, scikit-learn and hand cases."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -34,6 +36,21 @@ def blobs(rng):
     """Seven Gaussian blobs that overlap a little: train and test features."""
     centres = rng.normal(size=(7, 12))
     return drawn(rng, centres, 4999, 1.8), drawn(rng, centres, 1300, 1.8)
+
+
+def test_why_a_protocol_is_skipped():
+    """Where only some images have a label, or none is held out."""
+    own = knn.KNN()
+    some, all_ = (features.Features(np.zeros((2, 1)), np.array(y), None) for y in ([0, -1], [0, 1]))
+
+    def reason(**parts):
+        images = {split: SimpleNamespace(no_labels=f"no labels of {split}") for split in parts}
+        return own.skip_reason(SimpleNamespace(features=parts, images=images))
+
+    assert reason(train=all_, val=all_) == ""
+    assert reason(train=all_) == "no images are held out"
+    assert reason(train=some) == "the images have no labels of train"
+    assert reason(train=all_, val=some) == "the images have no labels of val"
 
 
 @pytest.mark.parametrize("standardised", [False, True])
