@@ -584,9 +584,10 @@ def test_a_batch_follows_from_the_images_with_a_label(tmp_path, caplog):
     assert config.finetune.batch_size == max(26 // 8 // unit, 1) * unit
     # Stages without labels use all images, and are no reason for an error.
     assert STAGES["mae"].own_images(config, images)["train"] is images["train"]
-    large = load()
-    pipeline.set_batch_sizes(large, {"train": sources.Blank(10**6, 3)})
-    assert large.finetune.batch_size == 64
+    for count, size in ((10**6, 64), (256, 32)):
+        other = load()
+        pipeline.set_batch_sizes(other, {"train": sources.Blank(count, 3)})
+        assert other.finetune.batch_size == size
     label("one", "one")
     with pytest.raises(
         UserError, match=r"train have no labels \(.*labels.csv has one class, 'one'"
