@@ -140,6 +140,7 @@ def _silhouettes(x: np.ndarray, clusterings: Sequence[np.ndarray]) -> list[float
         means = np.where(sizes > 0, sums / np.maximum(sizes, 1), np.inf)
         means[rows, clusters] = np.inf
         other = means.min(1)
+        other = np.where(np.isfinite(other), other, own)  # of a single cluster, as of equal rows
         scale = np.maximum(np.maximum(own, other), np.finfo(np.float32).tiny)
         found.append(float(np.where(sizes[clusters] > 1, (other - own) / scale, 0).mean()))
     return found
