@@ -1,5 +1,5 @@
-"""Makes the report of a run, and the page of its clusters, again from its folder; of several runs, also a report that compares
-them, and prints their results as mean +- standard deviation.
+"""Makes the report of a run, and the page of its clusters, again from its folder; of several runs,
+also a report that compares them, and prints their results as mean +- standard deviation.
 
     maect report RUN [RUN ...] [--out=comparison.html]
 """
