@@ -621,8 +621,8 @@
   function farOut() {
     const { outliers: images, outlierCount } = data.near;
     const part = images.length < outlierCount ? `, the first ${images.length.toLocaleString("en")} of them; outliers.csv has all` : "";
-    const text = `${count(outlierCount, "image")} unlike their nearest neighbours, the strangest first${part}.`;
-    return listed("Outliers", text, images, inCluster);
+    const some = `${count(outlierCount, "image")} unlike their nearest neighbours, the strangest first${part}.`;
+    return listed("Outliers", outlierCount ? some : "No image is far from all others.", images, inCluster);
   }
 
   function search(sought) {
@@ -631,7 +631,6 @@
     });
     const about = note("");
     const images = grid("Images found", inCluster);
-    const order = Array.from(record.keys()).sort((a, b) => record[a] - record[b]);
     const lower = data.names.map((name) => name.toLowerCase());
     field.oninput = () => {
       history.replaceState(null, "", `#/find/${encodeURIComponent(field.value)}`);
@@ -641,7 +640,8 @@
     field.focus({ preventScroll: true });
     return () => {
       const part = field.value.toLowerCase();
-      const found = order.filter((image) => lower[image].includes(part));
+      // By cluster, so that the thumbnails of those that are seen together are in few sheets.
+      const found = [...groups.values()].flatMap(({ images: all }) => all.filter((image) => lower[image].includes(part)));
       about.textContent = `${count(found.length, "image")}. Choose one and look closer to see those that are most like it.`;
       images.set(found);
     };
