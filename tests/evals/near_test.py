@@ -48,7 +48,7 @@ def test_tiles_that_are_not_compared_have_no_pairs(rng, small_tiles, width, cosi
     want, _ = brute(x, cosine)
     found = duplicates.find(rows_of(x), cosine, **MEMORY)
     assert set(map(tuple, found.rows.tolist())) == want
-    assert len(want) > 100
+    assert len(want) > 30
     assert found.full == 0
 
 
@@ -81,7 +81,7 @@ def test_of_many_alike_the_highest_pairs_are_kept(rng, small_tiles, monkeypatch)
     assert found.full == (highest >= 0.9).sum() >= 200
     # Groups of equal features, of which all pairs are as high, end as well.
     x[:150], x[150:] = x[0], x[299]
-    monkeypatch.setattr(duplicates, "_WHOLE", 50_000)  # few of them are compared whole
+    monkeypatch.setattr(duplicates, "_WHOLE", 10_000)  # few of them are compared whole
     equal = duplicates.find(rows_of(x), 1.0, **MEMORY)
     assert np.bincount(equal.rows.ravel(), minlength=300).min() >= duplicates.MOST
     assert len(equal.rows) <= 300 * duplicates.MOST
