@@ -53,13 +53,13 @@ def find(x: Prepared, cosine: float, *, memory_mb: int, seed: int = 0) -> Pairs:
 
     Args:
       x: rows of length 1, `[N, D]`.
-      cosine: above 0.
+      cosine: above 0; 1 finds rows that are equal.
       memory_mb: MiB for the shortened rows; what is found needs at most some 250 bytes a row.
       seed: draws the rows by which the components are chosen.
     """
     from threadpoolctl import threadpool_limits
 
-    search = _Search(x, cosine, memory_mb=memory_mb, seed=seed)
+    search = _Search(x, min(cosine, 1 - _ROUNDING), memory_mb=memory_mb, seed=seed)
     # Each thread has tiles of its own: NumPy compares in one thread.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
         return search.run(pool)
@@ -88,7 +88,7 @@ def _shortened(x: np.ndarray, basis: np.ndarray) -> np.ndarray:
 def _tiled(x: np.ndarray) -> list[np.ndarray]:
     """The numbers of rows `[N, P]` in tiles of near ones: halves along the widest component."""
     tiles = [np.arange(len(x), dtype=np.int32)]
-    while len(tiles[0]) > _TILE or len(tiles[-1]) > _TILE:
+    while len(tiles[-1]) > _TILE:  # the largest
         halves = []
         for rows in tiles:
             part = x[rows]
@@ -153,6 +153,8 @@ class _Search:
         for other in others:
             second = self._tiles[other]
             least = min(self._least[first].min(), self._least[second].min())
+            if least > 1 - _ROUNDING:  # none can be higher
+                continue
             products = self._short[first] @ self._short[second].T
             if products.max() < least - _ROUNDING:
                 continue

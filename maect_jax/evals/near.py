@@ -20,6 +20,7 @@ _LOGGER = logging.getLogger(__name__)
 _NEIGHBOURS = 10
 _ALL = 2**16  # images that are all compared with each other; of more, each with a sample
 _SAMPLE = 2**14
+_FEW = 3  # neighbours in a sample, which has few images of a small cluster
 _READ = 1024  # images whose distances from others are measured at a time
 _NARROWEST = 1e-3  # of the widest component's variance, which narrower ones count as, too
 _FENCE = 3  # interquartile ranges above the upper quartile
@@ -52,11 +53,12 @@ def nearest(search: knn.Search, x: Prepared, seed: int) -> tuple[np.ndarray, np.
       with a sample; and the scores fp32 `[N]`.
     """
     bank: features.Rows = x
-    numbers = np.arange(len(x))
+    numbers, count = np.arange(len(x)), _NEIGHBOURS
     if len(x) > _ALL:
+        count = _FEW
         numbers = np.sort(np.random.default_rng(seed).choice(len(x), _SAMPLE, replace=False))
         bank = x[numbers]
-    _, places = search.nearest(bank, x, min(_NEIGHBOURS + 1, len(bank)))
+    _, places = search.nearest(bank, x, min(count + 1, len(bank)))
     itself = numbers[places] == np.arange(len(x))[:, None]
     order = np.argsort(itself, axis=1, kind="stable")[:, :-1]  # the others, or all but the last
     others = np.take_along_axis(places, order, 1)

@@ -22,6 +22,16 @@ def placed(x, mesh):
     return kmeans.place(x, mesh, kmeans.layout(np.arange(len(x)), mesh.size, 100))
 
 
+def test_rows_are_placed_part_by_part(rng, monkeypatch):
+    monkeypatch.setattr(kmeans, "_READ", 100)
+    x, mesh = rng.normal(size=(501, 5)).astype(np.float32), mesh_of(2, 2)
+    numbers = kmeans.layout(rng.permutation(501), 4, 10)
+    with jax.set_mesh(mesh):
+        rows = kmeans.place(x, mesh, numbers, np.float32(0.5))
+    np.testing.assert_array_equal(rows.x[numbers >= 0], x[numbers[numbers >= 0]] - np.float32(0.5))
+    np.testing.assert_array_equal(rows.weight, numbers >= 0)
+
+
 def test_lloyd_from_the_same_centres_ends_where_sklearn_does(rng):
     x, k = overlapping(rng), 20
     x -= x.mean(0)

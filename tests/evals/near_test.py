@@ -42,6 +42,16 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(duplicates, "_READ", 50)
 
 
+@pytest.mark.parametrize(("width", "cosine"), [(3, 0.999), (4, 0.995)])
+def test_tiles_that_are_not_compared_have_no_pairs(rng, small_tiles, width, cosine):
+    x = rng.normal(size=(700, width))
+    want, _ = brute(x, cosine)
+    found = duplicates.find(rows_of(x), cosine, **MEMORY)
+    assert set(map(tuple, found.rows.tolist())) == want
+    assert len(want) > 30
+    assert found.full == 0
+
+
 @pytest.mark.parametrize("falls", [0.0, 0.7])
 def test_duplicates_are_those_of_all_pairs_across_tiles(rng, small_tiles, falls):
     """Also of features of which no component says more than another."""
@@ -58,7 +68,7 @@ def test_duplicates_are_those_of_all_pairs_across_tiles(rng, small_tiles, falls)
     assert found[2:] == (0, 1)
 
 
-def test_of_many_alike_the_highest_pairs_are_kept(rng, small_tiles):
+def test_of_many_alike_the_highest_pairs_are_kept(rng, small_tiles, monkeypatch):
     x = rng.normal(size=(300, 8))
     x[:200] = 3 + 0.05 * rng.normal(size=(200, 8))
     _, cosines = brute(x, 0.9)
@@ -71,10 +81,11 @@ def test_of_many_alike_the_highest_pairs_are_kept(rng, small_tiles):
     assert found.full == (highest >= 0.9).sum() >= 200
     # Groups of equal features, of which all pairs are as high, end as well.
     x[:150], x[150:] = x[0], x[299]
-    equal = duplicates.find(rows_of(x), 0.9, **MEMORY)
+    monkeypatch.setattr(duplicates, "_WHOLE", 10_000)  # few of them are compared whole
+    equal = duplicates.find(rows_of(x), 1.0, **MEMORY)
     assert np.bincount(equal.rows.ravel(), minlength=300).min() >= duplicates.MOST
     assert len(equal.rows) <= 300 * duplicates.MOST
-    assert equal.full == 300
+    assert equal[2:] == (300, 1)
     np.testing.assert_allclose(equal.cosine, 1, atol=1e-6)
 
 
