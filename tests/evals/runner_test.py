@@ -296,7 +296,7 @@ def test_images_without_labels_are_clustered_and_the_rest_is_said_to_be_skipped(
         rows = list(csv.DictReader(file))
     assert len(rows) == 59
     assert {row["label"] for row in rows} == {""}
-    assert {row["group"] for row in rows} == {"0"}
+    assert {row[f"{name}_group"] for row in rows for name in ("pixels", "mae")} == {"0"}
     by_colour = {(int(row["image"][-6:-4]) % 2, row["pixels"]) for row in rows}
     assert len(by_colour) == 2  # each cluster has one colour
     html = (workdir / "report.html").read_text()
