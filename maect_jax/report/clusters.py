@@ -27,9 +27,9 @@ from tqdm import tqdm
 from maect_jax import __version__, files
 from maect_jax.data import decode, loader, sources
 from maect_jax.data.base import Source, digest, evenly_spaced, relative_names
-from maect_jax.errors import BadImageError, UserError
+from maect_jax.errors import BadImageError
 from maect_jax.evals import runner
-from maect_jax.evals.assignment import ARRAYS, Centres
+from maect_jax.evals.assignment import ARRAYS, Centres, Names, read_names
 from maect_jax.report import style
 
 _LOGGER = logging.getLogger(__name__)
@@ -55,13 +55,13 @@ class Clustered(NamedTuple):
       source: its images.
       found: the arrays of `cluster.Cluster`.
       near: those of `near.npz`, with positions in `found` for record numbers; empty without it.
-      names: the content of the run's `names.json`, empty if it has none of these clusters.
+      names: those of the run's `names.json`.
     """
 
     source: Source
     found: Mapping[str, np.ndarray]
     near: Mapping[str, np.ndarray]
-    names: dict
+    names: Names
 
     @classmethod
     def read(cls, run: Path, row: str, source: Source) -> "Clustered | None":
@@ -77,7 +77,7 @@ class Clustered(NamedTuple):
                 path, min(absent), runner.AGAIN,
             )  # fmt: skip
             return None
-        names = _names(run / "names.json", Centres.read(found).digest)
+        names = read_names(run, Centres.read(found))
         return cls(source, found, _near(runner.folder_of(run, row) / "near.npz", found), names)
 
 
@@ -111,22 +111,6 @@ def remove(run: Path) -> None:
     """Removes the page of a run, which would show what is no more."""
     (run / "clusters.html").unlink(missing_ok=True)
     shutil.rmtree(run / "clusters", ignore_errors=True)
-
-
-def _names(path: Path, of: str) -> dict:
-    """The content of a `names.json`, if it is `of` these clusters; a warning says if it is not."""
-    content = files.read_json(path)
-    parts = [content.get(key, {}) for key in ("names", "images")]
-    if content and content.get("clustering") != of:
-        _LOGGER.warning(
-            "%s: has names of other clusters, so clusters.html starts without it; move it away, or "
-            "load these clusters", path,
-        )  # fmt: skip
-        return {}
-    for part in parts:
-        if not (isinstance(part, dict) and all(isinstance(x, str) for x in part.values())):
-            raise UserError(f"{path}: is no names.json of a clusters.html; move it away")
-    return content
 
 
 def _near(path: Path, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -188,7 +172,7 @@ def _order(clustered: Clustered) -> np.ndarray:
 
 def _data(clustered: Clustered, order: np.ndarray, names: list[str]) -> dict:
     """What the page shows but for the thumbnails, plain JSON: of the images in this `order`."""
-    source, found = clustered.source, clustered.found
+    source, found, given = clustered.source, clustered.found, clustered.names
     centres, places = Centres.read(found), _places(found)
     shown = np.full(len(places) + 1, -1, np.int32)  # positions to images of the page
     shown[order] = np.arange(len(order), dtype=np.int32)
@@ -213,7 +197,7 @@ def _data(clustered: Clustered, order: np.ndarray, names: list[str]) -> dict:
         "margin": _packed(found["margin"][order].astype(np.float32)),
         "beyond": _packed((found["distance"] > centres.rim[places])[order].astype(np.uint8)),
         "borderline": shown[listed["borderline"]].tolist(),
-        "saved": clustered.names,
+        "saved": dict(names=given.clusters, images=given.images) if any(given) else {},
         "near": None,
     }
     if near := clustered.near:

@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from maect_jax import files
-from maect_jax.errors import UserError
 from maect_jax.evals import runner
 from maect_jax.evals.assignment import Centres
 from maect_jax.report import clusters
@@ -134,15 +133,12 @@ def test_names_of_other_clusters_are_not_taken(copied, caplog):
     given = {"clustering": digest, "names": {"2": "</script>"}, "images": {"0/01.png": "x"}}
     files.write_json(run / "names.json", given)
     hand.write(run, source)
-    assert data_of(run)["saved"] == given
+    assert data_of(run)["saved"] == {key: given[key] for key in ("names", "images")}
     assert not caplog.text
     files.write_json(run / "names.json", given | {"clustering": "0" * 16})
     hand.write(run, source)
     assert data_of(run)["saved"] == {}
-    assert "names.json: has names of other clusters" in caplog.text
-    files.write_json(run / "names.json", given | {"names": ["glass"]})
-    with pytest.raises(UserError, match=r"names\.json: is no names\.json"):
-        hand.write(run, source)
+    assert "0000000000000000" in caplog.text
 
 
 def test_a_page_of_many_images_shows_the_most_telling(copied, monkeypatch):
