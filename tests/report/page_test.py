@@ -122,6 +122,9 @@ def test_every_view_fits_and_shows_what_it_says(browser, run, scheme, width):
         go(page, "find/QUOTES")
         assert images(page) == ["3/quotes \"' and, commas.png"]
         page.locator(".tile").click()
+        clear, bar = (page.locator(x).bounding_box() for x in ("#clear", "#chosen"))
+        assert clear["x"] + clear["width"] < bar["x"] + bar["width"] < width
+        assert bar["height"] < 1.5 * clear["height"]  # in one line
         page.click("#closer")
         expect(page.locator("h2").first).to_have_text("3/quotes \"' and, commas.png")
         expect(page.locator(".tile")).to_have_count(10)
