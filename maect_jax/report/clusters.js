@@ -15,7 +15,6 @@
     ["record", "place", "rank", "distance", "margin", "beyond", "shape"].map((key) => unpack(data[key]));
   const neighbours = data.near && unpack(data.near.neighbours);
   const outliers = new Set(data.near?.outliers);
-  const pages = data.names.length; // images of the page
   const fromCentre = Array.from(rank.keys()).sort((a, b) => rank[a] - rank[b] || distance[a] - distance[b]);
   const count = (number, what) => `${number.toLocaleString("en")} ${what}${number === 1 ? "" : "s"}`;
 
@@ -94,8 +93,6 @@
     say(`Undone.${keep()}`);
     refresh();
   }
-
-  const nameOf = (image) => moved.get(data.names[image]) ?? names.get(data.numbers[place[image]]);
 
   function setName(group, name) {
     for (const cluster of group.clusters) {
@@ -491,7 +488,7 @@
   const view = find("#view");
   const note = (text) => make("p", { className: "note", textContent: text });
 
-  function nameField(placeholder) {
+  function nameField() {
     const field = make("input", { type: "text", autocomplete: "off", spellcheck: false });
     field.setAttribute("list", "names");
     field.onkeydown = (event) => {
@@ -717,7 +714,7 @@
       name: () => groups.get(`name ${argument}`),
     };
     const image = Number(argument);
-    const isKnown = Object.hasOwn(VIEWS, kind) && (kind !== "image" || (argument && image < pages));
+    const isKnown = Object.hasOwn(VIEWS, kind) && (kind !== "image" || (argument && image < data.names.length));
     if (!isKnown || (kind in byKind && !byKind[kind]())) {
       location.replace("#/");
       return;

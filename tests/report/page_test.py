@@ -122,6 +122,9 @@ def test_every_view_fits_and_shows_what_it_says(browser, run, scheme, width):
         go(page, "find/QUOTES")
         assert images(page) == ["3/quotes \"' and, commas.png"]
         page.locator(".tile").click()
+        clear, bar = (page.locator(x).bounding_box() for x in ("#clear", "#chosen"))
+        assert clear["x"] + clear["width"] < bar["x"] + bar["width"] < width
+        assert bar["height"] < 1.5 * clear["height"]  # in one line
         page.click("#closer")
         expect(page.locator("h2").first).to_have_text("3/quotes \"' and, commas.png")
         expect(page.locator(".tile")).to_have_count(10)
@@ -134,6 +137,18 @@ def test_every_view_fits_and_shows_what_it_says(browser, run, scheme, width):
         assert page.evaluate("location.hash") != "#/cluster/3"
         page.go_back()
         expect(page.get_by_label("Name of cluster 3")).to_be_visible()
+        page.get_by_label("Name of cluster 3").fill(200 * "W")
+        page.keyboard.press("Enter")
+        for view in ("", "cluster/3", "cluster/2", "find/3%2F", "image/3"):
+            go(page, view)
+            assert page.evaluate("document.documentElement.scrollWidth") == width, view
+        page.click("text=Move to ...")
+        assert page.evaluate("(list => list.scrollWidth - list.clientWidth)"
+                             "(document.querySelector('.choices'))") == 0  # fmt: skip
+        page.click("text=Cancel")
+        expect(page.locator("#dialog")).to_be_hidden()
+        go(page, "")
+        assert page.locator("#summary").text_content().endswith("1 of them with a name.")
 
 
 def test_names_are_kept_saved_and_loaded(browser, run, tmp_path):
