@@ -102,7 +102,7 @@ def main() -> None:
         clusters, places = np.unique(found.clusters[0], return_inverse=True)
         centres = found.centres[0][clusters]
         _, distance, margin = measured("distances", lambda: assignment.nearest(rows, centres))
-        rank = measured("ranks and rims", lambda: _ranks(places, distance))
+        rank = measured("ranks", lambda: assignment.ranks(places, distance))
         centred = measured("mean", lambda: near.centred(x))
         search = knn.Search(mesh, _MEMORY_MB)
         _, score = measured("neighbours, scores", lambda: near.nearest(search, centred, seed=0))
@@ -122,11 +122,6 @@ def main() -> None:
         f"planted copies found: {copies} of {len(planted)}, pairs in all {len(listed)}; "
         f"far images found: {outlier[far].sum()} of {len(far)}, outliers in all {outlier.sum()}"
     )
-
-
-def _ranks(places: np.ndarray, distance: np.ndarray) -> np.ndarray:
-    assignment.rims(places, distance)
-    return assignment.ranks(places, distance)
 
 
 def _csv(folder: Path, source: Arrays, rows: list[dict]) -> None:

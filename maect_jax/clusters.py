@@ -49,7 +49,7 @@ with epy.lazy_imports():  # with JAX, which takes a second: `--help` and mistake
     from maect_jax.run import folder as run_folder
 
 _LISTED = 30  # clusters on a terminal
-_UNLIKE = 0.05, 3  # the fraction of images beyond the rim, and how many more, that is no chance
+_UNLIKE = 3, 3  # times as many images beyond the rim as are to be expected, and how many more
 _ENCODER_KEYS = ("batch_size", "pool", "dtype", "final_norm")
 
 
@@ -274,10 +274,14 @@ def _summary(clusters: Clusters, found: Clustered) -> str:
         lines.append(f"{counts[place]:9,}{beyond[place]:17,}  {title}")
     if rest := order[_LISTED:].tolist():
         lines.append(f"{counts[rest].sum():9,}{beyond[rest].sum():17,}  {len(rest)} more")
-    if far > _UNLIKE[0] * count + _UNLIKE[1]:
+    centres = clusters.centres
+    usual = dict(zip(centres.numbers.tolist(), centres.beyond.tolist(), strict=True))
+    expected = sum(usual[number] for number in found.cluster.tolist())
+    if far > _UNLIKE[0] * expected + _UNLIKE[1]:
         lines.append(
-            f"{far / count:.0%} of the images are beyond the rim, as 1 % of the run's own are: "
-            "they are unlike those, and their clusters may mean little."
+            f"{far / count:.0%} of the images are beyond the rim, as {expected / count:.0%} of "
+            "images like the run's own would be: these are unlike those, and their clusters may "
+            "mean little."
         )
     return "\n".join(lines)
 

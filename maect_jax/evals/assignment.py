@@ -15,7 +15,8 @@ from maect_jax.evals import features
 
 NAMES = "names.json"  # in a run's folder
 
-ARRAYS = ("centres", "numbers", "rim", "normalise", "mean", "components")  # of `Centres.arrays`
+# Of `Centres.arrays`.
+ARRAYS = ("centres", "numbers", "sizes", "rim", "normalise", "mean", "components")
 _RIM = 0.99  # the fraction of a cluster's images that lie within its rim
 _FLOATS = 2**24  # of the products of a part of the images with all centres
 _LOGGER = logging.getLogger(__name__)
@@ -28,7 +29,8 @@ class Assigned(NamedTuple):
       cluster: the number of the cluster with the nearest centre, int32 `[N]`.
       distance: from that centre, fp32 `[N]`.
       margin: how much farther the next centre is, fp32 `[N]`; infinite where there is one cluster.
-      beyond_rim: whether it is farther than 99 % of the images that the cluster was made of.
+      beyond_rim: whether it is farther than 99 % of the images that the cluster was made of, as far
+        as these are from the centre of the others.
     """
 
     cluster: np.ndarray
@@ -88,35 +90,56 @@ class Centres(NamedTuple):
       space: that of `x`.
       x: fp32 `[K, P]`.
       numbers: of the clusters, int32 `[K]`.
+      sizes: how many images they were made of, int32 `[K]`.
       rim: the distance from its centre within which 99 % of a cluster's images lie, fp32 `[K]`.
     """
 
     space: Space
     x: np.ndarray
     numbers: np.ndarray
+    sizes: np.ndarray
     rim: np.ndarray
+
+    @classmethod
+    def of(
+        cls, space: Space, x: np.ndarray, *, numbers: np.ndarray, places: np.ndarray, distance
+    ) -> "Centres":
+        """Clusters by the images that they were made of: for each the place of its cluster among
+        `x`, and its distance from the centre, `[N]`."""
+        sizes = np.bincount(places).astype(np.int32)
+        parts = np.split(distance[np.argsort(places, kind="stable")], np.cumsum(sizes)[:-1])
+        rim = np.array([np.quantile(part, _RIM) for part in parts], np.float32)
+        return cls(space, x, numbers, sizes, rim)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Its arrays, by name, to be saved; `read` takes them."""
         space = {"normalise": np.array(self.space.normalise), "mean": self.space.mean}
-        own = {"centres": self.x, "numbers": self.numbers, "rim": self.rim}
+        own = {"centres": self.x, "numbers": self.numbers, "sizes": self.sizes, "rim": self.rim}
         return own | space | {"components": self.space.components}
 
     @classmethod
     def read(cls, arrays: Mapping[str, np.ndarray]) -> "Centres":
         """Those whose `arrays` these are, among others."""
         space = Space(bool(arrays["normalise"]), arrays["mean"], arrays["components"])
-        return cls(space, arrays["centres"], arrays["numbers"], arrays["rim"])
+        return cls(space, *(arrays[key] for key in ("centres", "numbers", "sizes", "rim")))
 
     @property
     def digest(self) -> str:
         """Tells these clusters from those of any other clustering, 16 characters."""
         return digest(*(array for _, array in sorted(self.arrays().items())))
 
+    @property
+    def beyond(self) -> np.ndarray:
+        """The fraction of new images of the same kind that is beyond each rim, `[K]`: one of n + 1
+        is the farthest, however few they are."""
+        return np.maximum(1 - _RIM, 1 / (self.sizes + 1))
+
     def assign(self, x: np.ndarray) -> Assigned:
         """Assigns features `[N, D]`."""
         places, distance, margin = nearest(self.space(x), self.x)
-        return Assigned(self.numbers[places], distance, margin, distance > self.rim[places])
+        # An image has pulled its centre towards itself, which one that is new has not.
+        rim = self.rim * self.sizes / np.maximum(self.sizes - 1, 1)
+        return Assigned(self.numbers[places], distance, margin, distance > rim[places])
 
 
 def nearest(x: features.Rows, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -150,14 +173,6 @@ def ranks(clusters: np.ndarray, distance: np.ndarray) -> np.ndarray:
     found = np.empty(len(order), np.int32)
     found[order] = np.arange(len(order)) - np.repeat(starts, sizes)
     return found
-
-
-def rims(clusters: np.ndarray, distance: np.ndarray) -> np.ndarray:
-    """The distance within which 99 % of the images of each cluster, from 0 to K - 1, lie, fp32
-    `[K]`."""
-    ordered = distance[np.argsort(clusters, kind="stable")]
-    ends = np.cumsum(np.unique(clusters, return_counts=True)[1])[:-1]
-    return np.array([np.quantile(own, _RIM) for own in np.split(ordered, ends)], np.float32)
 
 
 class Names(NamedTuple):

@@ -19,7 +19,7 @@ from maect_jax.data import sources
 from maect_jax.data.sources import Source
 from maect_jax.errors import UserError
 from maect_jax.evals import assignment, hierarchy, kmeans, selection
-from maect_jax.evals.assignment import Centres, Space
+from maect_jax.evals.assignment import ARRAYS, Centres, Space
 from maect_jax.evals.base import Protocol, Result, Row
 from maect_jax.evals.features import Rows
 
@@ -146,10 +146,10 @@ def cluster(
         groups = hierarchy.groups(merges, len(centres), classes)
         metrics["read_as_classes"] = agreement(labels, groups[assigned])
     _, distance, margin = assignment.nearest(rows, centres)
-    rank, rim = assignment.ranks(assigned, distance), assignment.rims(assigned, distance)
-    arrays = dict(clusters=numbers[assigned], distance=distance, margin=margin, rank=rank)
-    arrays |= Centres(space, centres, numbers, rim).arrays()
-    return metrics, arrays | dict(merges=merges)
+    found = dict(places=assigned, distance=distance)
+    arrays = Centres.of(space, centres, numbers=numbers, **found).arrays()
+    arrays |= dict(clusters=numbers[assigned], distance=distance, margin=margin, merges=merges)
+    return metrics, arrays | dict(rank=assignment.ranks(assigned, distance))
 
 
 def is_chosen(clusters: int | str, labelled: bool) -> bool:
@@ -197,7 +197,7 @@ class Cluster(Protocol):
         found = super().settings(config)
         for key in ("groups", "duplicates"):  # read off the clusters; found by `Near`
             found[self.name].pop(key, None)
-        return found | {"saved": "merges"}  # earlier versions have none
+        return found | {"saved": [*ARRAYS, "merges"]}  # earlier versions have none
 
     def check_images(self, config, images) -> None:
         section, split = config.eval.cluster, cluster_split(config, images)

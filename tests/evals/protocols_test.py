@@ -377,7 +377,11 @@ def test_clusters_of_separate_blobs_are_found(rng, mesh, monkeypatch):
         np.testing.assert_array_equal(again.cluster, labels)
         np.testing.assert_allclose(again.distance, arrays["distance"], rtol=1e-5)
         np.testing.assert_allclose(again.margin, arrays["margin"], rtol=1e-4)
-        assert again.beyond_rim.sum() == 4  # one of 50, in each
+        assert arrays["sizes"].tolist() == [50] * 4
+        rim = arrays["rim"][labels]
+        assert (arrays["distance"] > rim).sum() == 4  # one of 50, in each
+        # The centre of the 49 others is farther from an image by a fiftieth.
+        np.testing.assert_array_equal(again.beyond_rim, arrays["distance"] > rim * 50 / 49)
         best = {name: result["best"][name] for name in METRICS}
         assert best == pytest.approx(dict.fromkeys(METRICS, 1.0))
         assert result["best"]["silhouette"] > 0.8

@@ -48,10 +48,9 @@ def make(run: Path) -> Folder:
     means = np.stack([x[places == place].mean(0) for place in range(len(SIZES))])
     found, distance, margin = assignment.nearest(x, means)
     np.testing.assert_array_equal(found, places)
-    centres = Centres(
-        Space(False, np.zeros(4, np.float32), np.zeros((0, 4), np.float32)),
-        x=means, numbers=np.array(list(SIZES), np.int32), rim=assignment.rims(places, distance),
-    )  # fmt: skip
+    space = Space(False, np.zeros(4, np.float32), np.zeros((0, 4), np.float32))
+    numbers = np.array(list(SIZES), np.int32)
+    centres = Centres.of(space, means, numbers=numbers, places=places, distance=distance)
     index, apart = np.arange(len(x), dtype=np.int32), np.linalg.norm(x[:, None] - x, axis=-1)
     np.fill_diagonal(apart, np.inf)
     files.write_arrays(
