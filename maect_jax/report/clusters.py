@@ -151,16 +151,16 @@ def _order(clustered: Clustered) -> np.ndarray:
     """The positions of the images of the page, int `[n]`, in the order of their thumbnails: what is
     seen together is near.
 
-    First the central images of all clusters, which the page starts with, and what is listed; then
+    First what is listed, and the central images of all clusters, which the page starts with; then
     the others, by cluster, from the centre to the rim. Of very many images these are the rim, and
-    some that are evenly spaced.
+    some that are evenly spaced; of very many clusters some have none.
     """
     found, listed = clustered.found, _listed(clustered)
     places = _places(found)
     order = np.lexsort((found["rank"], places))
     sizes = np.bincount(places)
-    parts = [order[found["rank"][order] < _CENTRAL]]
-    parts += [listed[key].ravel() for key in ("borderline", "outliers", "pairs") if key in listed]
+    parts = [listed[key].ravel() for key in ("borderline", "outliers", "pairs") if key in listed]
+    parts.append(order[found["rank"][order] < _CENTRAL])
     if len(order) > _MOST:
         from_rim = sizes[places] - 1 - found["rank"]
         parts.append(order[from_rim[order] < _CENTRAL])
