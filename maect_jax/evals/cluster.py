@@ -269,10 +269,8 @@ def with_groups(arrays: Mapping[str, np.ndarray], count: int) -> dict[str, np.nd
             "config.eval.cluster.groups=%d: there are only %d clusters, each of which is a group",
             count, len(numbers),
         )  # fmt: skip
-    order = np.argsort(numbers)
-    places = order[np.searchsorted(numbers[order], arrays["clusters"])]
     groups = hierarchy.groups(arrays["merges"], len(numbers), count)
-    return {**arrays, "group": groups[places]}
+    return {**arrays, "group": groups[assignment.places(arrays)]}
 
 
 def lines(

@@ -373,8 +373,9 @@ def test_clusters_of_separate_blobs_are_found(rng, mesh, monkeypatch):
         np.testing.assert_array_equal(arrays["clusters"], labels)  # numbered by class, in order
         # The saved centres assign the same images alike, in parts or not.
         monkeypatch.setattr(assignment, "_FLOATS", 300)
-        again = Centres.read(arrays).assign(found)
+        again = Centres.read(arrays).assign(found, {2: "two"})
         np.testing.assert_array_equal(again.cluster, labels)
+        assert ((again.name == "two") == (labels == 2)).all()
         np.testing.assert_allclose(again.distance, arrays["distance"], rtol=1e-5)
         np.testing.assert_allclose(again.margin, arrays["margin"], rtol=1e-4)
         assert arrays["sizes"].tolist() == [50] * 4
