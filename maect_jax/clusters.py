@@ -8,11 +8,9 @@ of that; how much farther the next centre is; and whether it is beyond the rim, 
 the images that the cluster was made of. One that cannot be read has no cluster.
 """
 
-import csv
-import io
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -223,16 +221,14 @@ def _images(paths: Sequence[str]) -> "sources.Source":
     return image_folder.Files(names)
 
 
-def _table(images: "sources.Source", found: "assignment.Assigned", readable: np.ndarray) -> str:
+def _lines(
+    images: "sources.Source", found: "assignment.Assigned", readable: np.ndarray
+) -> Iterator[Sequence]:
     """A line for each image, with empty cells where it cannot be read."""
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["image", *found._fields])
     for record, cells in enumerate(zip(*(x.tolist() for x in found), strict=True)):
         cluster, name, *distances, beyond = cells
         line = [cluster, name, *(f"{x:.6g}" for x in distances), int(beyond)]
-        lines.writerow([images.name(record), *(line if readable[record] else [""] * len(line))])
-    return text.getvalue()
+        yield images.name(record), *(line if readable[record] else [""] * len(line))
 
 
 def _summary(clusters: Clusters, found: "assignment.Assigned") -> str:
@@ -305,7 +301,8 @@ def main() -> None:
         if arguments.names and arguments.names.resolve() != kept.resolve():
             files.write_json(kept, files.read_json(arguments.names))
             print(f"{arguments.names}: is kept as {kept}")
-        files.write_text(out, _table(images, found, readable))
+        of_images = partial(_lines, images, found, readable)
+        files.write_csv(out, ["image", *found._fields], of_images)
     except OSError as error:
         raise UserError(f"{error.filename or out}: cannot be written: {error.strerror}") from error
     print(_summary(clusters, assignment.Assigned(*(x[readable] for x in found))))
