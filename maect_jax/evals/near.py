@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from maect_jax import files
-from maect_jax.data.base import THREADS, digest
+from maect_jax.data.base import THREADS
 from maect_jax.data.sources import Source
 from maect_jax.evals import duplicates, features, knn
 from maect_jax.evals.base import Protocol, Result, Row
@@ -209,9 +209,10 @@ def _outliers(
 
 
 def _same_content(source: Source, pairs: np.ndarray) -> np.ndarray:
-    """Whether the two records of each pair `[P, 2]` have the same file, or pixels, bool `[P]`."""
+    """Whether the two records of each pair `[P, 2]` have the same file, or pixels, bool `[P]`;
+    false where one cannot be read any more."""
     records, places = np.unique(pairs, return_inverse=True)
     with ThreadPoolExecutor(THREADS) as pool:
-        digests = list(pool.map(lambda record: digest(source[record][0]), records.tolist()))
+        digests = list(pool.map(source.digest_of, records.tolist()))
     first, second = np.array(digests, "U16")[places.reshape(pairs.shape)].T
-    return first == second
+    return (first == second) & (first != "")
