@@ -224,8 +224,12 @@ class Cluster(Protocol):
             clusters = row.whole[self.name]["clusters"]
         metrics, arrays = cluster(row, images.x, labels, clusters)
         metrics = {"split": split} | metrics
-        if "selection" in metrics and jax.process_index() == 0:
-            tqdm.write(f"{row.name}: {metrics['selection']['words']}")
+        if jax.process_index() == 0:
+            if "selection" in metrics:
+                tqdm.write(f"{row.name}: {metrics['selection']['words']}")
+            if empty := metrics["clusters"] - len(arrays["numbers"]):
+                text = "%s: %d of the %d clusters have no image, and are left out"
+                _LOGGER.warning(text, row.name, empty, metrics["clusters"])
         if section.subsets:
             metrics["subsets"] = {name: self._subset(row, split, name) for name in section.subsets}
         return Result(metrics, arrays | dict(index=images.records, labels=images.labels))
