@@ -8,15 +8,12 @@ of that; how much farther the next centre is; and whether it is beyond the rim, 
 the images that the cluster was made of. One that cannot be read has no cluster.
 """
 
-import csv
-import io
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from absl import flags
@@ -53,24 +50,6 @@ _UNLIKE = 3, 3  # times as many images beyond the rim as are to be expected, and
 _ENCODER_KEYS = ("batch_size", "pool", "dtype", "final_norm")
 
 
-class Clustered(NamedTuple):
-    """The clusters of N images.
-
-    Attributes:
-      cluster: the number of the cluster with the nearest centre, int32 `[N]`.
-      name: that people have given it, text `[N]`; empty where it has none.
-      distance: from that centre, fp32 `[N]`.
-      margin: how much farther the next centre is, fp32 `[N]`; infinite where there is one cluster.
-      beyond_rim: whether it is farther than 99 % of the images that the cluster was made of.
-    """
-
-    cluster: np.ndarray
-    name: np.ndarray
-    distance: np.ndarray
-    margin: np.ndarray
-    beyond_rim: np.ndarray
-
-
 @dataclass(frozen=True)
 class Clusters:
     """The clusters of a run: call them with images to know which these belong to.
@@ -91,7 +70,7 @@ class Clusters:
     _encode: "features.Encode"
     _mesh: "jax.sharding.Mesh"
 
-    def __call__(self, images: ArrayLike) -> Clustered:
+    def __call__(self, images: ArrayLike) -> "assignment.Assigned":
         """The clusters of images `[B, H, W, C]`, whose features are computed by a program for each
         B.
 
@@ -106,9 +85,9 @@ class Clusters:
         images = augment.checked(images, (*model.image_size, model.channels))
         with jax.set_mesh(self._mesh):
             x = self._encode(runner.normalise(images, data.mean, data.std))
-        return self._named(self.centres.assign(np.asarray(x)))
+        return self._assign(np.asarray(x))
 
-    def of_source(self, images: "sources.Source") -> tuple[Clustered, np.ndarray]:
+    def of_source(self, images: "sources.Source") -> "tuple[assignment.Assigned, np.ndarray]":
         """The clusters of all images of a source, read as the evaluation reads its own, and which
         of them are readable, bool `[N]`; a warning names the others."""
         config = self.config.copy_and_resolve_references()
@@ -121,14 +100,12 @@ class Clusters:
         extraction = runner.Extraction(run, images, bad, per_device * self._mesh.size)
         with jax.set_mesh(self._mesh):
             batches = extraction.batches(self._encode, title="assign")
-            each = [(*self.centres.assign(x), valid) for x, _, valid in batches]
+            each = [(*self._assign(x), valid) for x, _, valid in batches]
         *found, valid = (np.concatenate(x)[: len(images)] for x in zip(*each, strict=True))
-        return self._named(assignment.Assigned(*found)), valid
+        return assignment.Assigned(*found), valid
 
-    def _named(self, found: "assignment.Assigned") -> Clustered:
-        cluster, *others = found
-        names = [self.names.clusters.get(number, "") for number in cluster.tolist()]
-        return Clustered(cluster, np.array(names), *others)
+    def _assign(self, x: np.ndarray) -> "assignment.Assigned":
+        return self.centres.assign(x, self.names.clusters)
 
 
 def load_clusters(where: str | Path, *, row: str | None = None) -> Clusters:
@@ -244,19 +221,17 @@ def _images(paths: Sequence[str]) -> "sources.Source":
     return image_folder.Files(names)
 
 
-def _table(images: "sources.Source", found: Clustered, readable: np.ndarray) -> str:
+def _lines(
+    images: "sources.Source", found: "assignment.Assigned", readable: np.ndarray
+) -> Iterator[Sequence]:
     """A line for each image, with empty cells where it cannot be read."""
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["image", *Clustered._fields])
     for record, cells in enumerate(zip(*(x.tolist() for x in found), strict=True)):
         cluster, name, *distances, beyond = cells
         line = [cluster, name, *(f"{x:.6g}" for x in distances), int(beyond)]
-        lines.writerow([images.name(record), *(line if readable[record] else [""] * len(line))])
-    return text.getvalue()
+        yield images.name(record), *(line if readable[record] else [""] * len(line))
 
 
-def _summary(clusters: Clusters, found: Clustered) -> str:
+def _summary(clusters: Clusters, found: "assignment.Assigned") -> str:
     """How many images there are in each cluster, and beyond its rim, for people."""
     numbers, places, counts = np.unique(found.cluster, return_inverse=True, return_counts=True)
     beyond = np.bincount(places, found.beyond_rim).astype(int)
@@ -326,10 +301,11 @@ def main() -> None:
         if arguments.names and arguments.names.resolve() != kept.resolve():
             files.write_json(kept, files.read_json(arguments.names))
             print(f"{arguments.names}: is kept as {kept}")
-        files.write_text(out, _table(images, found, readable))
+        of_images = partial(_lines, images, found, readable)
+        files.write_csv(out, ["image", *found._fields], of_images)
     except OSError as error:
         raise UserError(f"{error.filename or out}: cannot be written: {error.strerror}") from error
-    print(_summary(clusters, Clustered(*(x[readable] for x in found))))
+    print(_summary(clusters, assignment.Assigned(*(x[readable] for x in found))))
     if bad := int((~readable).sum()):
         print(f"{bad:,} of {len(images):,} images cannot be read, and have no cluster")
     print(out)

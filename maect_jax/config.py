@@ -50,7 +50,7 @@ _ADDED: dict[str, dict[str, Any]] = {
         "post_norm": False,
     },
     "eval": {"blocks": ()},
-    "eval.cluster": {"duplicates": 0.95, "groups": 0},
+    "eval.cluster": {"duplicates": 0.99, "groups": 0},
 }
 _REPLACED = {"tensorboard": "loggers=tensorboard"}  # keys of earlier versions
 # What names files, or may.

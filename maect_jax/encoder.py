@@ -59,11 +59,12 @@ class Encoder:
         model: vit.ViT,
         params: Mapping,
         image_size: tuple[int, int],
+        *,
         channels: int,
         pool: str,
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        classifier: Classifier | None = None,
+        classifier: Classifier | None,
     ):
         self.classes = list(classifier.classes) if classifier else []
         self._classifier = classifier
@@ -180,4 +181,7 @@ def load_encoder(
         kernel, bias = layer
         names = [sources.class_name(saved.classes, i) for i in range(len(bias))]
         classifier = Classifier(kernel, bias, names)
-    return Encoder(module, params, size, model.channels, pool or model.pool, mean, std, classifier)
+    return Encoder(
+        module, params, size, channels=model.channels, pool=pool or model.pool, mean=mean, std=std,
+        classifier=classifier,
+    )  # fmt: skip

@@ -206,10 +206,12 @@ def test_clusters_are_a_number_or_auto_and_earlier_runs_have_no_groups(tmp_path)
     built.eval.cluster.clusters = "auto"  # as a config file does
     built.eval.cluster.clusters = 20
     content = built.to_dict()
-    del content["eval"]["cluster"]["groups"]
+    for key in ("duplicates", "groups"):
+        del content["eval"]["cluster"][key]
     files.write_json(tmp_path / "config.json", content)
     cluster = configs.read(tmp_path / "config.json").eval.cluster
     assert (cluster.clusters, cluster.groups) == (20, 0)
+    assert cluster.duplicates == built.eval.cluster.duplicates
 
 
 def batch_of(config, stage):

@@ -123,18 +123,19 @@ class Source(abc.ABC):
     def identity(self) -> Identity:
         """What tells these images from others."""
 
+    def digest_of(self, record: int) -> str:
+        """A digest of the content of an image; empty if it cannot be read."""
+        try:
+            return digest(self[record][0])
+        except Exception:  # each kind of bucket has its own
+            return ""
+
     def sampled(self) -> list[bytes]:
         """Digests of the content of some images, empty for those that cannot be read: without
         compression other images have the same size."""
-
-        def of(record: int) -> bytes:
-            try:
-                return digest(self[record][0]).encode()
-            except Exception:  # each kind of bucket has its own
-                return b""
-
         with ThreadPoolExecutor(THREADS) as pool:
-            return list(pool.map(of, evenly_spaced(len(self), _SAMPLED)))
+            found = pool.map(self.digest_of, evenly_spaced(len(self), _SAMPLED))
+            return [one.encode() for one in found]
 
     @cached_property
     def labels(self) -> np.ndarray:

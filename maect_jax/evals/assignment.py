@@ -27,6 +27,7 @@ class Assigned(NamedTuple):
 
     Attributes:
       cluster: the number of the cluster with the nearest centre, int32 `[N]`.
+      name: that people have given it, text `[N]`; empty where it has none.
       distance: from that centre, fp32 `[N]`.
       margin: how much farther the next centre is, fp32 `[N]`; infinite where there is one cluster.
       beyond_rim: whether it is farther than 99 % of the images that the cluster was made of, as far
@@ -34,6 +35,7 @@ class Assigned(NamedTuple):
     """
 
     cluster: np.ndarray
+    name: np.ndarray
     distance: np.ndarray
     margin: np.ndarray
     beyond_rim: np.ndarray
@@ -134,12 +136,14 @@ class Centres(NamedTuple):
         is the farthest, however few they are."""
         return np.maximum(1 - _RIM, 1 / (self.sizes + 1))
 
-    def assign(self, x: np.ndarray) -> Assigned:
-        """Assigns features `[N, D]`."""
+    def assign(self, x: np.ndarray, names: Mapping[int, str]) -> Assigned:
+        """Assigns features `[N, D]`; `names` are those of some clusters, by number."""
         places, distance, margin = nearest(self.space(x), self.x)
         # An image has pulled its centre towards itself, which one that is new has not.
         rim = self.rim * self.sizes / np.maximum(self.sizes - 1, 1)
-        return Assigned(self.numbers[places], distance, margin, distance > rim[places])
+        numbers = self.numbers[places]
+        named = np.array([names.get(number, "") for number in numbers.tolist()])
+        return Assigned(numbers, named, distance, margin, distance > rim[places])
 
 
 def nearest(x: features.Rows, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -162,6 +166,13 @@ def nearest(x: features.Rows, centres: np.ndarray) -> tuple[np.ndarray, np.ndarr
     first, distances = np.take_along_axis(places, order, 1)[:, 0], np.sort(apart, axis=1)
     margin = distances[:, 1] - distances[:, 0] if few == 2 else np.full(len(x), np.inf, np.float32)
     return first, distances[:, 0], margin
+
+
+def places(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """For each image of a clustering, of which these are arrays, the place of its cluster among
+    all, int32 `[N]`."""
+    order = np.argsort(arrays["numbers"]).astype(np.int32)
+    return order[np.searchsorted(arrays["numbers"], arrays["clusters"], sorter=order)]
 
 
 def ranks(clusters: np.ndarray, distance: np.ndarray) -> np.ndarray:

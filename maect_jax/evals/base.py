@@ -111,8 +111,11 @@ class Protocol:
         """Reads the arrays of a row; empty if there are none. Raises `UserError` on damage."""
         path = folder_of(folder, row) / f"{self.name}.npz"
         arrays = files.read_saved_arrays(path, *self.arrays) if path.exists() else {}
-        if arrays and len({arrays[name].shape[:1] for name in self.arrays}) > 1:
+        own = [arrays[name] for name in self.arrays] if arrays else []
+        if len({array.shape[:1] for array in own}) > 1:
             raise UserError(f"{path}: is damaged (its arrays differ in length); remove it")
+        if any(array.dtype.kind not in "biuf" for array in own):
+            raise UserError(f"{path}: is damaged (its arrays are no numbers); remove it")
         return arrays
 
     def summarise(self, run: Run, rows: Sequence[str], images: Mapping[str, Source]) -> None:

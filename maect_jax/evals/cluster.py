@@ -224,8 +224,12 @@ class Cluster(Protocol):
             clusters = row.whole[self.name]["clusters"]
         metrics, arrays = cluster(row, images.x, labels, clusters)
         metrics = {"split": split} | metrics
-        if "selection" in metrics and jax.process_index() == 0:
-            tqdm.write(f"{row.name}: {metrics['selection']['words']}")
+        if jax.process_index() == 0:
+            if "selection" in metrics:
+                tqdm.write(f"{row.name}: {metrics['selection']['words']}")
+            if empty := metrics["clusters"] - len(arrays["numbers"]):
+                text = "%s: %d of the %d clusters have no image, and are left out"
+                _LOGGER.warning(text, row.name, empty, metrics["clusters"])
         if section.subsets:
             metrics["subsets"] = {name: self._subset(row, split, name) for name in section.subsets}
         return Result(metrics, arrays | dict(index=images.records, labels=images.labels))
@@ -269,10 +273,8 @@ def with_groups(arrays: Mapping[str, np.ndarray], count: int) -> dict[str, np.nd
             "config.eval.cluster.groups=%d: there are only %d clusters, each of which is a group",
             count, len(numbers),
         )  # fmt: skip
-    order = np.argsort(numbers)
-    places = order[np.searchsorted(numbers[order], arrays["clusters"])]
     groups = hierarchy.groups(arrays["merges"], len(numbers), count)
-    return {**arrays, "group": groups[places]}
+    return {**arrays, "group": groups[assignment.places(arrays)]}
 
 
 def lines(

@@ -6,13 +6,13 @@ of the rest as one component more; those that are still near are compared whole.
 into tiles of near ones, and tiles whose boxes are too far apart are not compared at all.
 """
 
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
+from maect_jax.data import loader
 from maect_jax.evals import assignment
 from maect_jax.evals.features import Prepared
 
@@ -61,7 +61,7 @@ def find(x: Prepared, cosine: float, *, memory_mb: int, seed: int = 0) -> Pairs:
 
     search = _Search(x, min(cosine, 1 - _ROUNDING), memory_mb=memory_mb, seed=seed)
     # Each thread has tiles of its own: NumPy compares in one thread.
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(loader.cores()) as pool:
         return search.run(pool)
 
 

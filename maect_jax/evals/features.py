@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maect_jax import files, sharding
+from maect_jax.errors import UserError
 from maect_jax.models import vit
 
 _PART = 8192  # images whose features are read, or copied to the devices, at a time
@@ -156,7 +157,8 @@ def store(
 
 def _write(folders: Sequence[Path], states: Mapping[Path, dict], batches: Batches) -> None:
     """Writes the rows of the batches, with the features of `folders` side by side, into those that
-    have a state, `settings.json`: after those that are `done`."""
+    have a state, `settings.json`: after those that are `done`. Raises `UserError` if one is not
+    finite."""
     opened, is_writer = {}, jax.process_index() == 0
     for folder, state in states.items() if is_writer else ():
         if not state["done"]:
@@ -164,6 +166,11 @@ def _write(folders: Sequence[Path], states: Mapping[Path, dict], batches: Batche
             folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         for number, (x, *others) in enumerate(batches, start=1):
+            if not np.isfinite(x).all():
+                raise UserError(
+                    f"{folders[-1]}: features are NaN or infinite, of which nothing can be "
+                    "measured. Use an earlier checkpoint, or config.eval.dtype='float32'."
+                )
             parts = dict(zip(folders, np.split(x, len(folders), axis=1), strict=True))
             for folder, state in states.items() if is_writer else ():
                 rows = min(len(x), state["images"] - state["done"])

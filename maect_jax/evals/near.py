@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from maect_jax import files
-from maect_jax.data.base import THREADS, digest
+from maect_jax.data.base import THREADS
 from maect_jax.data.sources import Source
 from maect_jax.evals import duplicates, features, knn
 from maect_jax.evals.base import Protocol, Result, Row
@@ -107,7 +107,7 @@ class Near(Protocol):
     first, by the cosine of features minus their mean; -1 where there are fewer, or too many images
     to compare all), `far` fp32 `[N]` (a distance from these, or of a sample's) and `outlier` bool
     `[N]`; of the duplicates `pairs` int32 `[P, 2]` (record numbers), `cosine` fp32 `[P]` and `same`
-    bool `[P]` (whether their files, or pixels, are the same).
+    bool `[P]` (whether their files, or pixels, are the same): these first, then by the cosine.
     """
 
     name = "near"
@@ -137,6 +137,7 @@ class Near(Protocol):
                 self._explain(row, found, len(x))
         pairs = index[found.rows]
         same = _same_content(row.images[split], pairs)
+        order = np.lexsort((-found.cosine, ~same))
         outlier = outliers(far)
         metrics = {
             "split": split,
@@ -148,7 +149,8 @@ class Near(Protocol):
         }
         neighbours = np.where(neighbours < 0, -1, index[neighbours])
         arrays = dict(index=index, neighbours=neighbours, far=far, outlier=outlier)
-        return Result(metrics, arrays | dict(pairs=pairs, cosine=found.cosine, same=same))
+        of_pairs = dict(pairs=pairs, cosine=found.cosine, same=same)
+        return Result(metrics, arrays | {key: x[order] for key, x in of_pairs.items()})
 
     def _explain(self, row: Row, found: duplicates.Pairs, count: int) -> None:
         """Says where so many images are alike that the list says little."""
@@ -171,7 +173,7 @@ class Near(Protocol):
             _LOGGER.warning("%s: %s: %s", row.name, self.name, text)
 
     def summarise(self, run, rows, images) -> None:
-        """Lists duplicates, those of the same content first, and outliers, the farthest first."""
+        """Lists duplicates, and outliers, the farthest first."""
         name = images[cluster_split(run.config, images)].name
         for row in rows:
             found, clusters = (p.read_arrays(run.folder, row) for p in (self, Cluster()))
@@ -190,10 +192,9 @@ Name = Callable[[int], str]
 
 def _duplicates(found: Mapping[str, np.ndarray], name: Name) -> Iterator[tuple]:
     """The lines of `duplicates.csv`."""
-    order = np.lexsort((-found["cosine"], ~found["same"]))
-    for place in order.tolist():
-        first, second = found["pairs"][place].tolist()
-        yield name(first), name(second), f"{found['cosine'][place]:.4f}", int(found["same"][place])
+    of_pairs = (found[key].tolist() for key in ("pairs", "cosine", "same"))
+    for (first, second), cosine, same in zip(*of_pairs, strict=True):
+        yield name(first), name(second), f"{cosine:.4f}", int(same)
 
 
 def _outliers(
@@ -208,9 +209,10 @@ def _outliers(
 
 
 def _same_content(source: Source, pairs: np.ndarray) -> np.ndarray:
-    """Whether the two records of each pair `[P, 2]` have the same file, or pixels, bool `[P]`."""
+    """Whether the two records of each pair `[P, 2]` have the same file, or pixels, bool `[P]`;
+    false where one cannot be read any more."""
     records, places = np.unique(pairs, return_inverse=True)
     with ThreadPoolExecutor(THREADS) as pool:
-        digests = list(pool.map(lambda record: digest(source[record][0]), records.tolist()))
+        digests = list(pool.map(source.digest_of, records.tolist()))
     first, second = np.array(digests, "U16")[places.reshape(pairs.shape)].T
-    return first == second
+    return (first == second) & (first != "")

@@ -12,6 +12,7 @@ from itertools import combinations
 
 import numpy as np
 
+from maect_jax import sharding
 from maect_jax.evals import kmeans
 from maect_jax.evals.assignment import nearest
 from maect_jax.evals.features import Rows
@@ -99,7 +100,11 @@ def _judged(x: np.ndarray, counts: Sequence[int], settings: kmeans.Settings, mes
         ]
         pairs = [[half.astype(np.float32) for half in pair] for pair in pairs]
         found.append([_of_halves(pair, counts, settings, mesh) for pair in pairs])
-    return np.moveaxis(np.array(found), 0, 2)
+    values = np.moveaxis(np.array(found), 0, 2)
+    # All choose by those of one: where a host rounds otherwise it could choose another number, and
+    # the others would wait for it.
+    content = bytes.fromhex(sharding.of_first_host(values.tobytes().hex()))
+    return np.frombuffer(content).reshape(values.shape)
 
 
 def _of_halves(halves, counts: Sequence[int], settings: kmeans.Settings, mesh) -> np.ndarray:

@@ -356,13 +356,22 @@ class _RunFigures:
         with _reading(self.folder / "features" / "*" / "retrieval.npz"):
             return {"retrieval": self._neighbours(found)} if found else {}
 
+    @cached_property
+    def _clustered(self) -> Source | None:
+        """The images whose clusters the first row has; the config may name other ones since."""
+        if not self.rows:
+            return None
+        default = cluster.cluster_split(self.config, self.images)
+        return self.images.get(self.results[self.rows[0]].get("cluster", {}).get("split", default))
+
     def write_page(self) -> bool:
         """Writes the page of the clusters of the first row, if there are any; else removes that of
         others. Returns whether there is one."""
-        clustered, split = None, cluster.cluster_split(self.config, self.images)
-        for row in self.rows[:1]:
+        clustered = None
+        if self._clustered:
+            row = self.rows[0]
             with _reading(runner.folder_of(self.folder, row), runner.AGAIN):
-                clustered = clusters.Clustered.read(self.folder, row, self.images[split])
+                clustered = clusters.Clustered.read(self.folder, row, self._clustered)
         if not clustered:
             clusters.remove(self.folder)
             return False
@@ -372,13 +381,12 @@ class _RunFigures:
 
     def _clusters(self) -> dict[str, Figure]:
         """The clusters of the first row, and how they agree with the labels."""
-        found = runner.read_clusters(self.folder, self.rows[0]) if self.rows else {}
-        if not found:
+        source = self._clustered
+        if not source or not (found := runner.read_clusters(self.folder, self.rows[0])):
             return {}
-        split = cluster.cluster_split(self.config, self.images)
-        classes = self.images[split].classes
+        records, classes = runner.record(self.config, source), source.classes
         with _reading(runner.folder_of(self.folder, self.rows[0]) / "cluster.npz"):
-            figures = {"clusters": sheets.montage(found, self._records(split), classes)}
+            figures = {"clusters": sheets.montage(found, records, classes)}
             if (found["labels"] >= 0).all():
                 figures["confusion"] = plots.confusion(found["labels"], found["clusters"], classes)
         return figures

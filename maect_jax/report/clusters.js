@@ -554,7 +554,7 @@
     };
   }
 
-  function cluster(find) {
+  function cluster(ofView) {
     const field = nameField();
     const size = make("span", { className: "count" });
     const button = make("button", { textContent: "Merge with ..." });
@@ -563,7 +563,7 @@
     const images = grid("Images of the cluster");
     view.append(make("div", { className: "title" }, field, size, button), chips, about, images.root);
     return () => {
-      const group = find();
+      const group = ofView();
       if (!group) {
         location.hash = "#/";
         return;
@@ -714,7 +714,7 @@
       name: () => groups.get(`name ${argument}`),
     };
     const image = Number(argument);
-    const isKnown = Object.hasOwn(VIEWS, kind) && (kind !== "image" || (argument && image < data.names.length));
+    const isKnown = Object.hasOwn(VIEWS, kind) && (kind !== "image" || (argument && data.names[image] !== undefined));
     if (!isKnown || (kind in byKind && !byKind[kind]())) {
       location.replace("#/");
       return;
@@ -788,7 +788,7 @@
       say("clusters/all.js is missing: keep the folder clusters beside this page.");
       return;
     }
-    const cell = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
+    const cell = (text) => (/^\s|[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
     const lines = ["image,label\n"];
     for (const [image, cluster] of images) {
       const label = moved.get(image) ?? names.get(data.numbers[cluster]);

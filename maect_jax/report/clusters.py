@@ -29,7 +29,7 @@ from maect_jax.data import decode, loader, sources
 from maect_jax.data.base import Source, digest, evenly_spaced, relative_names
 from maect_jax.errors import BadImageError
 from maect_jax.evals import runner
-from maect_jax.evals.assignment import ARRAYS, Centres, Names, read_names
+from maect_jax.evals.assignment import ARRAYS, Centres, Names, places, read_names
 from maect_jax.report import style
 
 _LOGGER = logging.getLogger(__name__)
@@ -45,7 +45,6 @@ _BLOCK = 16  # pixels of a side that JPEG encodes together
 _SHEET = 480  # pixels of a side: a browser decodes all of a sheet to show one image
 _LOSSLESS = 64  # pixels up to which a thumbnail is all of the image
 _GREY = np.full((_SIDE, _SIDE, 3), style.GREY_RGB, np.uint8)  # stands for what cannot be read
-_NEAR = ("index", "neighbours", "far", "outlier", "pairs", "cosine", "same")  # arrays of near.npz
 
 
 class Clustered(NamedTuple):
@@ -78,7 +77,7 @@ class Clustered(NamedTuple):
             )  # fmt: skip
             return None
         names = read_names(run, Centres.read(found))
-        return cls(source, found, _near(runner.folder_of(run, row) / "near.npz", found), names)
+        return cls(source, found, _near(run, row, found), names)
 
 
 def write(run: Path, clustered: Clustered, config: ConfigDict, template: jinja2.Template) -> None:
@@ -96,7 +95,7 @@ def write(run: Path, clustered: Clustered, config: ConfigDict, template: jinja2.
         _write_script(draft / "data.js", "maectClusters", data)
         if data["part"]:
             records = clustered.found["index"].tolist()
-            every = dict(names=[names[i] for i in records], place=_packed(_places(clustered.found)))
+            every = dict(names=[names[i] for i in records], place=_packed(places(clustered.found)))
             _write_script(draft / "all.js", "maectAll", every)
         script = _SCRIPT.read_text(encoding="utf-8")
         html = template.render(config=config, data=data, script=script)
@@ -113,22 +112,16 @@ def remove(run: Path) -> None:
     shutil.rmtree(run / "clusters", ignore_errors=True)
 
 
-def _near(path: Path, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of a `near.npz`; none if it is not there, or is of other images."""
-    near = files.read_saved_arrays(path, *_NEAR) if path.exists() else {}
+def _near(run: Path, row: str, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of a row's `near.npz`; none if it is not there, or is of other images."""
+    near = runner.read_near(run, row)
     if near and not np.array_equal(near["index"], found["index"]):
+        path = runner.folder_of(run, row) / "near.npz"
         _LOGGER.warning("%s: is of other images; clusters.html does without it", path)
         return {}
     positions = np.full(found["index"].max() + 2, -1, np.int32)  # the last is of no record
     positions[found["index"]] = np.arange(len(found["index"]))
     return near | {key: positions[near[key]] for key in ("neighbours", "pairs") if near}
-
-
-def _places(found: Mapping[str, np.ndarray]) -> np.ndarray:
-    """For each image the place of its cluster among all, int32 `[N]`."""
-    by_number = np.argsort(found["numbers"])
-    sought = np.searchsorted(found["numbers"], found["clusters"], sorter=by_number)
-    return by_number[sought].astype(np.int32)
 
 
 def _listed(clustered: Clustered) -> dict[str, np.ndarray]:
@@ -141,9 +134,8 @@ def _listed(clustered: Clustered) -> dict[str, np.ndarray]:
     if near:
         outliers = np.flatnonzero(near["outlier"])
         far = np.argsort(-near["far"][outliers], kind="stable")
-        pairs = np.lexsort((-near["cosine"], ~near["same"]))[:_LISTED]
         listed |= {"outliers": outliers[far][:_LISTED]}
-        listed |= {key: near[key][pairs] for key in ("pairs", "cosine", "same")}
+        listed |= {key: near[key][:_LISTED] for key in ("pairs", "cosine", "same")}
     return listed
 
 
@@ -151,18 +143,17 @@ def _order(clustered: Clustered) -> np.ndarray:
     """The positions of the images of the page, int `[n]`, in the order of their thumbnails: what is
     seen together is near.
 
-    First the central images of all clusters, which the page starts with, and what is listed; then
+    First what is listed, and the central images of all clusters, which the page starts with; then
     the others, by cluster, from the centre to the rim. Of very many images these are the rim, and
-    some that are evenly spaced.
+    some that are evenly spaced; of very many clusters some have none.
     """
     found, listed = clustered.found, _listed(clustered)
-    places = _places(found)
-    order = np.lexsort((found["rank"], places))
-    sizes = np.bincount(places)
-    parts = [order[found["rank"][order] < _CENTRAL]]
-    parts += [listed[key].ravel() for key in ("borderline", "outliers", "pairs") if key in listed]
+    of = places(found)
+    order = np.lexsort((found["rank"], of))
+    parts = [listed[key].ravel() for key in ("borderline", "outliers", "pairs") if key in listed]
+    parts.append(order[found["rank"][order] < _CENTRAL])
     if len(order) > _MOST:
-        from_rim = sizes[places] - 1 - found["rank"]
+        from_rim = np.bincount(of)[of] - 1 - found["rank"]
         parts.append(order[from_rim[order] < _CENTRAL])
     first = np.concatenate(parts)
     first = first[np.sort(np.unique(first, return_index=True)[1])][:_MOST]
@@ -173,8 +164,8 @@ def _order(clustered: Clustered) -> np.ndarray:
 def _data(clustered: Clustered, order: np.ndarray, names: list[str]) -> dict:
     """What the page shows but for the thumbnails, plain JSON: of the images in this `order`."""
     source, found, given = clustered.source, clustered.found, clustered.names
-    centres, places = Centres.read(found), _places(found)
-    shown = np.full(len(places) + 1, -1, np.int32)  # positions to images of the page
+    centres, of = Centres.read(found), places(found)
+    shown = np.full(len(of) + 1, -1, np.int32)  # positions to images of the page
     shown[order] = np.arange(len(order), dtype=np.int32)
     records = found["index"][order]
     listed = _listed(clustered)
@@ -182,20 +173,20 @@ def _data(clustered: Clustered, order: np.ndarray, names: list[str]) -> dict:
     is_file = os.path.isabs(first) and os.path.isfile(first)
     data = {
         "digest": centres.digest,
-        "images": len(places),
-        "part": len(order) < len(places),
+        "images": len(of),
+        "part": len(order) < len(of),
         "numbers": centres.numbers.tolist(),
-        "sizes": np.bincount(places, minlength=len(centres.numbers)).tolist(),
+        "sizes": np.bincount(of, minlength=len(centres.numbers)).tolist(),
         "nearest": _nearest(centres.x),
         "merges": found["merges"][:, :2].astype(int).tolist() if "merges" in found else None,
         "names": [names[record] for record in records.tolist()],
         "folder": first.removesuffix(names[int(records[0])]) if is_file else "",
         "record": _packed(records.astype(np.int32)),
-        "place": _packed(places[order]),
+        "place": _packed(of[order]),
         "rank": _packed(found["rank"][order].astype(np.int32)),
         "distance": _packed(found["distance"][order].astype(np.float32)),
         "margin": _packed(found["margin"][order].astype(np.float32)),
-        "beyond": _packed((found["distance"] > centres.rim[places])[order].astype(np.uint8)),
+        "beyond": _packed((found["distance"] > centres.rim[of])[order].astype(np.uint8)),
         "borderline": shown[listed["borderline"]].tolist(),
         "saved": dict(names=given.clusters, images=given.images) if any(given) else {},
         "near": None,

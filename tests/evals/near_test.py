@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from maect_jax.data.arrays import Arrays
+from maect_jax.data.folder import Folder
 from maect_jax.evals import assignment, cluster, duplicates, knn, near
 from maect_jax.evals.features import Features
 from maect_jax.run.folder import Run
@@ -182,6 +183,16 @@ def test_features_that_are_all_the_same_are_a_line(mesh, caplog, count):
     assert "all images have the same features" in caplog.text
     assert (metrics["duplicates"], metrics["outliers"]) == (0, 0)
     assert (arrays["neighbours"] == -1).all()
+
+
+def test_images_that_cannot_be_read_any_more_are_not_the_same(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(b"same")
+    source = Folder(str(tmp_path), labelled=False)
+    for i in (2, 3):
+        (tmp_path / f"{i}.png").unlink()
+    same = near._same_content(source, np.array([[0, 1], [1, 2], [2, 3]]))
+    assert same.tolist() == [True, False, False]
 
 
 def test_duplicates_can_be_left_out(rng, mesh):

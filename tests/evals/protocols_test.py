@@ -364,6 +364,16 @@ def test_clustering_reports_best_by_loss_mean_and_deviation(rng, mesh, monkeypat
     assert set(bare["best"]) == {"loss", "silhouette", "silhouette_images", "chosen_by"}
 
 
+def test_clusters_of_no_image_are_left_out_and_counted(mesh, caplog):
+    x = np.repeat(np.eye(3, dtype=np.float32), 4, axis=0)
+    found = features.Features(x, np.full(12, -1), np.arange(12, dtype=np.int32))
+    images = {"val": SimpleNamespace(classes=[])}
+    row = row_of({"val": found}, mesh, "eval.cluster.clusters=5", images=images)
+    metrics, arrays = cluster.Cluster().run(row)
+    assert (metrics["clusters"], len(arrays["numbers"]), len(set(arrays["clusters"]))) == (5, 3, 3)
+    assert "2 of the 5 clusters have no image" in caplog.text
+
+
 def test_clusters_of_separate_blobs_are_found(rng, mesh, monkeypatch):
     labels = np.repeat(np.arange(4), 50)
     found = 20 * np.eye(4)[labels] + rng.normal(size=(200, 4))
@@ -373,8 +383,9 @@ def test_clusters_of_separate_blobs_are_found(rng, mesh, monkeypatch):
         np.testing.assert_array_equal(arrays["clusters"], labels)  # numbered by class, in order
         # The saved centres assign the same images alike, in parts or not.
         monkeypatch.setattr(assignment, "_FLOATS", 300)
-        again = Centres.read(arrays).assign(found)
+        again = Centres.read(arrays).assign(found, {2: "two"})
         np.testing.assert_array_equal(again.cluster, labels)
+        assert ((again.name == "two") == (labels == 2)).all()
         np.testing.assert_allclose(again.distance, arrays["distance"], rtol=1e-5)
         np.testing.assert_allclose(again.margin, arrays["margin"], rtol=1e-4)
         assert arrays["sizes"].tolist() == [50] * 4

@@ -216,6 +216,15 @@ def test_knn_is_measured_while_training(evaluated):
     assert all(("images_per_second" in entry) == ("loss" in entry) for entry in entries)
 
 
+def test_features_that_are_not_finite_are_one_line(tmp_path):
+    x = np.ones((4, 2), np.float32)
+    x[2, 1] = np.inf
+    batches = [(x, np.zeros(4, np.int32), np.ones(4, bool))]
+    with pytest.raises(UserError, match="mae/val: features are NaN or infinite"):
+        features.store({tmp_path / "mae" / "val": {}}, 4, 4, lambda first: iter(batches))
+    assert not features.is_whole(tmp_path / "mae" / "val")
+
+
 def test_features_are_exported_with_names(evaluated, tmp_path):
     workdir = evaluated[0]
     found = features.load(runner.folder_of(workdir, "mae") / "train")

@@ -76,6 +76,13 @@ def test_images_without_clusters_have_no_clear_number(rng):
         assert "no clear number" in found["words"]
 
 
+def test_all_hosts_choose_by_what_the_first_one_measures(rng, monkeypatch):
+    monkeypatch.setattr(selection.sharding, "of_first_host", lambda text: len(text) * "0")
+    found = select(blobs(rng, 3, 6))
+    assert not np.any(found["criteria"]["halves"]["value"])
+    assert found["sure"] == "none"
+
+
 def test_runners_up_are_other_peaks_and_words_follow_the_agreement():
     counts = [2, 3, 4, 5, 6, 7, 8, 10, 11, 13, 16]
     values = np.zeros((3, 4, 2, len(counts)))

@@ -138,6 +138,25 @@ def test_the_command_rebuilds_a_report_from_the_disk(run, tmp_path, monkeypatch,
         assert (copy / path.relative_to(run)).read_bytes() == path.read_bytes()
 
 
+def test_clusters_are_of_the_images_that_were_clustered(run, tmp_path):
+    """Also where the config names other ones since, as after an evaluation that was stopped."""
+    for part in ("features", "clusters"):
+        shutil.copytree(run / part, tmp_path / part)
+    config = build.read_config(run)
+    config.eval.cluster.split = "train"
+    images, results = pipeline.open_images(config), runner.read_results(run)
+    figures = build._RunFigures(tmp_path, config, images, results)
+    assert figures.write_page()
+    for path in run.glob("clusters/*[gs]"):
+        assert (tmp_path / "clusters" / path.name).read_bytes() == path.read_bytes()
+    assert figures._clusters()
+    # They may be there no more.
+    figures = build._RunFigures(tmp_path, config, {"train": images["train"]}, results)
+    assert not figures.write_page()
+    assert not (tmp_path / "clusters.html").exists()
+    assert figures._clusters() == {}
+
+
 def test_a_single_point_is_a_number_and_no_chart(run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "features", "watch"))

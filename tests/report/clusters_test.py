@@ -164,6 +164,17 @@ def test_a_page_of_many_images_shows_the_most_telling(copied, monkeypatch):
     assert re.search(r"This page has 30 of the 66 images", text)
 
 
+def test_all_that_is_listed_is_on_a_page_of_very_many_clusters(copied, monkeypatch):
+    run, source = copied
+    monkeypatch.setattr(clusters, "_MOST", 7)  # fewer than the central images
+    monkeypatch.setattr(clusters, "_LISTED", 3)
+    hand.write(run, source)
+    data = data_of(run)
+    near = data["near"]
+    assert (len(data["names"]), len(data["borderline"]), len(near["pairs"])) == (7, 3, 2)
+    assert min(data["borderline"] + near["outliers"] + near["pairs"]) >= 0
+
+
 def test_what_an_earlier_version_wrote_has_no_page(copied, caplog):
     run, source = copied
     path = runner.folder_of(run, hand.ROW) / "cluster.npz"

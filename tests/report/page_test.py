@@ -230,6 +230,11 @@ def test_names_are_kept_saved_and_loaded(browser, run, tmp_path):
         assert cards(page)[1] == ["cluster 0", "12 images"]
         page.set_input_files("#file", tmp_path / "names.json")
         expect(page.locator("#status span")).to_contain_text("The names are those of names.json.")
+        # A reader may leave out spaces before what is not in quotes.
+        page.evaluate("names => names.forEach((name, i) => { names[i] = ` ${name}`; })",
+                      page.evaluate_handle("window.maectClusters.names"))  # fmt: skip
+        text = downloaded(page, "#save-labels").path().read_bytes()
+        assert b'\n" 7/00.png",leaf\n' in text
         # Another run's page starts without them, and takes none away.
         shutil.copytree(run, tmp_path / "other")
         text = (tmp_path / "other/clusters/data.js").read_text().replace(digest(run), "1" * 16)
