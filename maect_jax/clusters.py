@@ -5,7 +5,8 @@
 IMAGES are files, folders with all that is below them, or the shards of a pattern, read as those of
 the run were. Each has a line: the number and the name of its cluster; its distance from the centre
 of that; how much farther the next centre is; and whether it is beyond the rim, farther than 99 % of
-the images that the cluster was made of. One that cannot be read has no cluster.
+the images that the cluster was made of are from the centre of the others. One that cannot be read
+has no cluster.
 """
 
 import os

@@ -145,8 +145,13 @@ def open_images(
             images = opened(sources.SPLITS, opened=images)
         except AbsentError as error:
             _LOGGER.info("no held-out images: %s", error)
-            if evaluated and images["train"].labelled:
+            if labels_needed and images["train"].labelled:
                 raise
+            if evaluated and images["train"].labelled:
+                raise AbsentError(
+                    f"{error}. They are not needed with config.data.labels=none, where folders are "
+                    "no classes"
+                ) from error
     for stage in labels_needed:
         _check_labelled(config, stage, images)
     set_batch_sizes(config, images)

@@ -134,6 +134,7 @@ def test_dry_run_refuses_images_that_a_run_would(run, tmp_path):
     done = run(QUICK, "--dry_run", *(f"--config.{setting}" for setting in small))
     line = done.err.splitlines()[-1]  # after warnings about the small set
     assert re.match(f"error: config.data.path: there is no folder '{tmp_path}/val'.* train", line)
+    assert "config.data.labels=none" in line
     assert (done.status, done.out) == (2, "")
 
 

@@ -55,7 +55,8 @@ class BadImages:
             more = f"; and {count - _MAX_LISTED} more" if count > _MAX_LISTED else ""
             raise RunFailedError(
                 f"{count} of {records:,} images cannot be read so far, more than the fraction "
-                f"config.data.max_bad_fraction={self._allowed}: {listed}{more}"
+                f"config.data.max_bad_fraction={self._allowed}: {listed}{more}; "
+                "repair them or raise it"
             )
         if jax.process_index() == 0:
             for record in new:

@@ -177,7 +177,10 @@ def _groups(found: _Listing, root: str) -> list[list[_File]]:
         groups[name if slash and classes else ""].append(file)
     if groups[""] and classes:
         example = f"{root!r} has images beside its class folders, such as {min(groups[''])[0]}"
-        raise path_error(f"{example}; expected <class>/<image>, or images alone, without labels")
+        raise path_error(
+            f"{example}; expected <class>/<image>, or images alone, without labels. Where folders "
+            "are no classes, set config.data.labels=none"
+        )
     left_out = f" (left out {counted(found.others)})" if found.others else ""
     if not found.images:
         raise path_error(

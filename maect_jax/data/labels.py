@@ -113,7 +113,11 @@ def _read(path: str) -> tuple[dict[str, str], int]:
       OSError, ValueError, csv.Error: it cannot be read, or is no such file.
     """
     text = io.StringIO(subsets.read_text(path), newline="")
-    lines = csv.reader(text, strict=True, skipinitialspace=True)
+    first = text.readline()
+    # As spreadsheets write it, in many countries, and as "Unicode text".
+    delimiter = next((x for x in ";\t" if x in first and "," not in first), ",")
+    text.seek(0)
+    lines = csv.reader(text, strict=True, skipinitialspace=True, delimiter=delimiter)
     header = [name.strip() for name in next(lines, [])]
     if any(header.count(name) != 1 for name in _COLUMNS):
         has = shown(", ".join(header)) or "nothing"
@@ -121,17 +125,21 @@ def _read(path: str) -> tuple[dict[str, str], int]:
     image, label = map(header.index, _COLUMNS)
     listed: dict[str, str] = {}
     for line in lines:
-        if not line:
+        if not any(line):
             continue
         if len(line) != len(header):
             raise ValueError(
                 f"line {lines.line_num} has {len(line)} columns, the first line {len(header)}; a "
-                'text with a comma must be in quotes, "a,b"'
+                f"text with {delimiter!r} must be in quotes"
             )
         name = line[image].removeprefix("./")
         if name in listed:
             raise ValueError(f"line {lines.line_num}: {shown(name)} is listed twice")
-        listed[name] = line[label].strip()
+        listed[name] = of = line[label].strip()
+        if of != of.encode(errors="replace").decode():
+            raise ValueError(
+                f"line {lines.line_num}: the label {shown(of)} is not UTF-8; save the file as UTF-8"
+            )
     labelled = {name: text for name, text in listed.items() if text}
     if not labelled:
         raise ValueError("has no label; expected a line for each image that has one")

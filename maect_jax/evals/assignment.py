@@ -210,8 +210,9 @@ def checked_names(path: Path, centres: Centres) -> Names:
     content = files.read_json(path)
     if (given := content.get("clustering")) != centres.digest:
         raise UserError(
-            f"{path}: has the names of other clusters (clustering {shown(repr(given))}, these are "
-            f"{centres.digest}), as where a run was evaluated again; name these"
+            f"{path}: has the names of other clusters, of another run or of this one before it was "
+            f"clustered anew (clustering {shown(repr(given))}; must be {centres.digest}). Name its "
+            "present clusters, on clusters.html"
         )
     names, images = (content.get(key, {}) for key in ("names", "images"))
     for key, given in {"names": names, "images": images}.items():

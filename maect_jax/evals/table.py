@@ -65,7 +65,8 @@ _COLUMNS = {
 
 def percentages(results: Mapping[str, dict]) -> dict[str, dict[str, float]]:
     """The numbers of the table, in percent, by row and column; for a stage that tunes an MAE,
-    if both are there, a row with what it has changed as well."""
+    if both are there, a row with what it has changed as well. Different numbers of clusters, as
+    where they are chosen, are not compared."""
     rows = {}
     for name, result in results.items():
         parts = [of(result[key]) for key, of in _COLUMNS.items() if there(result, key)]
@@ -74,8 +75,12 @@ def percentages(results: Mapping[str, dict]) -> dict[str, dict[str, float]]:
     before = rows.get(base, {})
     for name in _TUNING if before else ():
         if after := rows.get(name):
-            change = {key: after[key] - before[key] for key in after if key in before}
-            rows[f"{name} - {base}"] = change
+            both = [results[row].get("cluster", {}).get("clusters") for row in (base, name)]
+            other = {"mean of runs", *_CLUSTERS.values()} if both[0] != both[1] else set()
+            alike = [key for key in after if key in before and key not in other]
+            change = {key: after[key] - before[key] for key in alike}
+            if change:
+                rows[f"{name} - {base}"] = change
     return rows
 
 

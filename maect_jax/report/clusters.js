@@ -107,14 +107,14 @@
     name = name.trim();
     if (name === (group.name ?? "")) return;
     const other = name && groups.get(`name ${name}`);
-    const merged = `${group.title} and “${name}” are merged.`;
-    const message = name ? `“${name}” is the name of ${group.title}.` : `${group.title} has no name now.`;
-    edit(other ? merged : message, () => setName(group, name));
+    const old = group.name ? `“${group.name}”` : group.title;
+    const given = other ? `“${name}” and ${old} are merged.` : `“${name}” is the name of ${old} now.`;
+    edit(name ? given : `The name ${old} is removed.`, () => setName(group, name));
   }
 
   function merge(group, other) {
     const name = other.name ?? group.name ?? other.own;
-    edit(`${group.title} and ${other.title} are merged as “${name}”.`, () => {
+    edit(`Merged as “${name}”: ${group.title} and ${other.title}.`, () => {
       setName(group, name);
       setName(other, name);
     });
@@ -326,6 +326,8 @@
     onChosen();
   }
 
+  const fileName = (image) => data.names[image].split("/").pop();
+
   // A grid of images, with captions if `caption` gives them; `isPaired` has two at a time together.
   function grid(label, { caption, isPaired = false } = {}) {
     const root = make("div", {
@@ -348,7 +350,8 @@
       },
       fill(tile, image, index, wide) {
         const isMoved = moved.has(data.names[image]);
-        const said = [data.names[image], groupOf[image].title, isMoved ? "moved" : "", caption?.(image, index)];
+        const more = caption?.(image, index).replace(fileName(image), "").trim();
+        const said = [data.names[image], groupOf[image].title, isMoved ? "moved" : "", more];
         const label = [...new Set(said.filter(Boolean))].join(", ");
         tile.dataset.index = index;
         tile.title = data.names[image];
@@ -541,7 +544,7 @@
       level = Number(slider.value);
       refresh();
     };
-    const label = make("label", { htmlFor: "level", textContent: "Read at" });
+    const label = make("label", { htmlFor: "level", textContent: "Join into" });
     if (data.merges?.length > 1) {
       view.append(make("div", { className: "level" }, label, slider, shown));
       slider.value = level; // which the limits have clamped before they were set
@@ -611,7 +614,7 @@
     return listed("Duplicates", `${count(pairCount, "pair")} of nearly equal features, by their cosine${part}. ` +
       "A copy is the same file, byte by byte.", pairs, {
       isPaired: true,
-      caption: (_, index) => (same[index >> 1] ? "copy" : cosine[index >> 1].toFixed(3)),
+      caption: (image, index) => `${same[index >> 1] ? "copy" : cosine[index >> 1].toFixed(3)} ${fileName(image)}`,
     });
   }
 
@@ -627,7 +630,7 @@
       type: "search", value: sought, placeholder: "Part of a file's name", aria: { label: "Part of a file's name" },
     });
     const about = note("");
-    const images = grid("Images found", inCluster);
+    const images = grid("Images found", { caption: fileName });
     const lower = data.names.map((name) => name.toLowerCase());
     field.oninput = () => {
       history.replaceState(null, "", `#/find/${encodeURIComponent(field.value)}`);
@@ -738,7 +741,7 @@
 
   function refresh() {
     regroup();
-    const named = names.size ? `, ${names.size.toLocaleString("en")} of them with a name` : "";
+    const named = names.size ? `, ${names.size.toLocaleString("en")} of them with a name` : ", none with a name yet";
     const shown = moved.size ? `; ${count(moved.size, "image")} moved` : "";
     find("#summary").textContent = `${count(data.images, "image")} in ${count(data.numbers.length, "cluster")}${named}${shown}.`;
     find("#undo").disabled = !undone.length;
@@ -794,6 +797,10 @@
       const label = moved.get(image) ?? names.get(data.numbers[cluster]);
       if (label) lines.push(`${cell(image)},${cell(label)}\n`);
     }
+    if (lines.length === 1) {
+      say("No cluster has a name yet: labels.csv would be empty.");
+      return;
+    }
     const without = images.length - lines.length + 1;
     download("labels.csv", "text/csv", ...lines.map(bytes));
     const left = without ? ` ${count(without, "image")} without a name ${without > 1 ? "are" : "is"} left out.` : "";
@@ -823,7 +830,7 @@
     if (target.files.length) await loadNames(target.files[0]);
     target.value = ""; // so that the same file can be loaded again
   };
-  find("#reset").onclick = () => edit(`${find("#reset").textContent}: done.`, () => setContent(data.saved));
+  find("#reset").onclick = () => edit(data.saved ? "The names are those of the run." : "All names are removed.", () => setContent(data.saved));
   find("#undo").onclick = undo;
   find("#move").onclick = () => askToMove([...chosen]);
   find("#clear").onclick = () => choose([...chosen], false);

@@ -174,7 +174,7 @@ WRONG = {
     ),
     "beside classes": (
         lambda root: save(root / "train" / "1.png") or "train",
-        r"'.*train' has images beside its class folders, such as 1\.png",
+        r"'.*train' has images beside its class folders, such as 1\.png.*config\.data\.labels=none",
     ),
     "loop": (
         lambda root: os.symlink(root / "train", root / "train" / "bee" / "again") or "train",

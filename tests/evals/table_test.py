@@ -45,6 +45,16 @@ def test_several_runs_are_reported_by_mean_and_deviation():
     assert lines[-1].split()[0] == "ARI"
 
 
+def test_different_numbers_of_clusters_are_not_compared():
+    results = {"mae": result(0.5, 0.4), "ct": result(0.6, 0.5)}
+    for row, clusters in (("mae", 6), ("ct", 20)):
+        results[row]["cluster"]["clusters"] = clusters
+    change = {"k-NN": "+10.0", "probe, centre crops": "+0.0"}
+    assert table.cells(results)["ct - mae"] == change
+    clusters = {row: {"cluster": part["cluster"]} for row, part in results.items()}
+    assert list(table.cells(clusters)) == ["mae", "ct"]
+
+
 def test_what_each_tuning_of_an_mae_has_changed_is_a_row():
     results = {"mae": result(0.5, 0.4), "refine_head": result(0.5, 0.4), "ct": result(0.6, 0.5)}
     rows = table.percentages(results | {"refine": result(0.75, 0.5)})

@@ -116,11 +116,15 @@ def test_every_view_fits_and_shows_what_it_says(browser, run, scheme, width):
         assert images(page)[0] == names[found["margin"].argmin()]
         go(page, "duplicates")
         assert images(page) == ["2/00.png", "2/01.png"]
-        assert page.locator(".caption").all_text_contents() == ["copy", "copy"]
+        assert page.locator(".caption").all_text_contents() == ["copy 00.png", "copy 01.png"]
         go(page, "outliers")
         assert images(page) == ["2/39.png"]
         go(page, "find/QUOTES")
         assert images(page) == ["3/quotes \"' and, commas.png"]
+        assert page.locator(".caption").text_content() == "quotes \"' and, commas.png"
+        page.locator(".tile").dblclick()
+        expect(page.locator("h2").first).to_have_text("3/quotes \"' and, commas.png")
+        page.go_back()
         page.locator(".tile").click()
         clear, bar = (page.locator(x).bounding_box() for x in ("#clear", "#chosen"))
         assert clear["x"] + clear["width"] < bar["x"] + bar["width"] < width
@@ -155,6 +159,8 @@ def test_names_are_kept_saved_and_loaded(browser, run, tmp_path):
     odd = hand.ODD[-1]
     with opened(browser, run) as page:
         expect(page.locator("#undo")).to_be_disabled()
+        page.click("#save-labels")  # of nothing: there is no download
+        expect(page.locator("#status span")).to_contain_text("would be empty")
         name(page, "cluster 2", ' disk,"round" ')
         name(page, "cluster 7", "leaf")
         name(page, "cluster 0", "leaf")  # which merges both
@@ -256,7 +262,7 @@ def test_the_names_of_the_run_are_there_from_the_start(browser, run, tmp_path):
         name(page, "leaf", "tree")
         go(page, "image/0")
         go(page, "find/2%2F05")
-        assert page.locator(".caption").text_content() == "tree"
+        assert page.locator(".tile").get_attribute("aria-label") == "2/05.png, tree, moved"
         go(page, "")
         page.click("#reset")
         assert cards(page)[2] == ["leaf", "10 images"]
