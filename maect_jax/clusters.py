@@ -130,22 +130,20 @@ def _opened(run: Path, row: str | None, mesh, names: Path | None = None) -> Clus
     if not path.is_file():
         raise UserError(f"{str(run)!r}: has no config.json. Name the folder of a run.")
     config = configs.read(path)
-    entries = {
-        name: entry
-        for name, entry in _entries(run / "results.json", runner.read_results(run)).items()
-        if runner.read_clusters(run, name)
-    }
-    if not entries:
+    entries = _entries(run / "results.json", runner.read_results(run))
+    saved = {name: arrays for name in entries if (arrays := runner.read_clusters(run, name))}
+    if not saved:
         raise UserError(
             f"{run}: has no clusters; evaluate it with cluster among config.eval.protocols"
         )
-    row = row or next(iter(entries))
-    if row not in entries:
+    # Not those of another row where the file of this one is gone.
+    row = row or next(name for name in entries if name in saved or entries[name])
+    if row not in saved:
         raise UserError(
-            f"{run}: has no clusters of row {row!r}; it has those of {first_of([*entries])}"
+            f"{run}: has no clusters of row {row!r}; it has those of {first_of([*saved])}"
         )
     configs.require(path, config, "eval", _ENCODER_KEYS)
-    folder, arrays = runner.folder_of(run, row), runner.read_clusters(run, row)
+    folder, arrays = runner.folder_of(run, row), saved[row]
     if absent := [name for name in assignment.ARRAYS if name not in arrays]:
         raise UserError(
             f"{folder / 'cluster.npz'}: has no {first_of(absent)}, as an earlier version has "

@@ -193,6 +193,8 @@ def test_what_cannot_be_assigned_is_one_line(own, tmp_path, monkeypatch):
     refused("has no centres, .* earlier version", own, photos)
     path.write_bytes(path.read_bytes()[:-100])
     refused("is damaged", own, photos)
+    path.unlink()  # those of another row are not taken in its place
+    refused("no clusters of row 'mae'; it has those of mae/blocks/1, pixels", own, photos)
     for found in own.rglob("cluster.npz"):
         found.unlink()
     refused("has no clusters", own, photos)
