@@ -793,9 +793,11 @@
     }
     const cell = (text) => (/^\s|[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
     const lines = ["image,label\n"];
+    const numbers = new Set(); // labels that are no names
     for (const [image, cluster] of images) {
       const label = moved.get(image) ?? names.get(data.numbers[cluster]);
       if (label) lines.push(`${cell(image)},${cell(label)}\n`);
+      if (/^cluster \d+$/.test(label)) numbers.add(label);
     }
     if (lines.length === 1) {
       say("No cluster has a name yet: labels.csv would be empty.");
@@ -804,7 +806,8 @@
     const without = images.length - lines.length + 1;
     download("labels.csv", "text/csv", ...lines.map(bytes));
     const left = without ? ` ${count(without, "image")} without a name ${without > 1 ? "are" : "is"} left out.` : "";
-    say(`labels.csv has ${count(lines.length - 1, "image")}.${left}`);
+    const of = numbers.size ? ` Labels that are no names yet: ${[...numbers].sort().join(", ")}.` : "";
+    say(`labels.csv has ${count(lines.length - 1, "image")}.${left}${of}`);
   }
 
   async function loadNames(file) {

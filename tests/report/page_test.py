@@ -236,6 +236,12 @@ def test_names_are_kept_saved_and_loaded(browser, run, tmp_path):
         assert cards(page)[1] == ["cluster 0", "12 images"]
         page.set_input_files("#file", tmp_path / "names.json")
         expect(page.locator("#status span")).to_contain_text("The names are those of names.json.")
+        numbered = named | {"names": {"0": "cluster 0", "7": "leaf"}, "images": {}}
+        (tmp_path / "numbered.json").write_text(json.dumps(numbered))
+        page.set_input_files("#file", tmp_path / "numbered.json")
+        downloaded(page, "#save-labels")
+        expect(page.locator("#status span")).to_contain_text("no names yet: cluster 0.")
+        page.keyboard.press("Control+z")
         # A reader may leave out spaces before what is not in quotes.
         page.evaluate("names => names.forEach((name, i) => { names[i] = ` ${name}`; })",
                       page.evaluate_handle("window.maectClusters.names"))  # fmt: skip
