@@ -49,23 +49,22 @@ def nearest(search: knn.Search, x: Prepared, seed: int) -> tuple[np.ndarray, np.
       seed: draws the sample that they are compared with, if there are too many to compare all.
 
     Returns:
-      Row numbers int32 `[N, 10]`, the nearest first, -1 where there are fewer or they were compared
-      with a sample; and the scores fp32 `[N]`.
+      Row numbers int32 `[N, 10]`, the nearest first, -1 where there are fewer; and the scores fp32
+      `[N]`.
     """
     bank: features.Rows = x
-    numbers, count = np.arange(len(x)), _NEIGHBOURS
+    numbers, scored = np.arange(len(x)), _NEIGHBOURS
     if len(x) > _ALL:
-        count = _FEW
+        scored = _FEW
         numbers = np.sort(np.random.default_rng(seed).choice(len(x), _SAMPLE, replace=False))
         bank = x[numbers]
-    _, places = search.nearest(bank, x, min(count + 1, len(bank)))
+    _, places = search.nearest(bank, x, min(_NEIGHBOURS + 1, len(bank)))
     itself = numbers[places] == np.arange(len(x))[:, None]
     order = np.argsort(itself, axis=1, kind="stable")[:, :-1]  # the others, or all but the last
     others = np.take_along_axis(places, order, 1)
     found = np.full((len(x), _NEIGHBOURS), -1, np.int32)
-    if bank is x:
-        found[:, : others.shape[1]] = others
-    return found, _scores(x.x, numbers, others)
+    found[:, : others.shape[1]] = numbers[others]
+    return found, _scores(x.x, numbers, others[:, :scored])
 
 
 def _scores(x: np.ndarray, bank: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -94,8 +93,11 @@ def _scores(x: np.ndarray, bank: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def outliers(far: np.ndarray) -> np.ndarray:
-    """Which of the scores `[N]` are far above the others, bool `[N]`."""
-    low, high = np.quantile(far, (0.25, 0.75))
+    """Which of the scores `[N]` are far above the others, bool `[N]`; of images with many copies it
+    is 0, which says nothing of the others."""
+    if not far.any():
+        return np.zeros(len(far), bool)
+    low, high = np.quantile(far[far > 0], (0.25, 0.75))
     return far > high + _FENCE * (high - low)
 
 
@@ -104,10 +106,11 @@ class Near(Protocol):
     the features of the main row.
 
     Its arrays are of each image `index`, `neighbours` int32 `[N, 10]` (record numbers, the nearest
-    first, by the cosine of features minus their mean; -1 where there are fewer, or too many images
-    to compare all), `far` fp32 `[N]` (a distance from these, or of a sample's) and `outlier` bool
-    `[N]`; of the duplicates `pairs` int32 `[P, 2]` (record numbers), `cosine` fp32 `[P]` and `same`
-    bool `[P]` (whether their files, or pixels, are the same): these first, then by the cosine.
+    first, by the cosine of features minus their mean; of very many images those of a sample; -1
+    where there are fewer), `far` fp32 `[N]` (a distance from these, or of a sample's) and `outlier`
+    bool `[N]`; of the duplicates `pairs` int32 `[P, 2]` (record numbers), `cosine` fp32 `[P]` and
+    `same` bool `[P]` (whether their files, or pixels, are the same): these first, then by the
+    cosine.
     """
 
     name = "near"

@@ -39,6 +39,7 @@ _LISTED = 1_000  # borderline images, outliers, and pairs
 _BORDERLINE = 0.1  # of all images, at most
 _CENTRAL = 12  # images of each cluster that the list of clusters has room for
 _NEAREST = 8  # clusters
+_NEIGHBOURS = 2**14  # images that others are most like, at most: as many as `evals.near` samples
 _SAMPLED = 64  # images by which the size of thumbnails is found
 _SIDE, _BORDER = 92, 2  # pixels of a thumbnail's longer side, at most; around it
 _BLOCK = 16  # pixels of a side that JPEG encodes together
@@ -114,8 +115,10 @@ def remove(run: Path) -> None:
 
 def _near(run: Path, row: str, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The arrays of a row's `near.npz`; none if it is not there, or is of other images."""
-    near = runner.read_near(run, row)
-    if near and not np.array_equal(near["index"], found["index"]):
+    near, entry = runner.read_near(run, row), runner.read_results(run).get(row, {})
+    # An evaluation may have ended between the two.
+    splits = {entry.get(name, {}).get("split") for name in ("cluster", "near")} - {None}
+    if near and not (np.array_equal(near["index"], found["index"]) and len(splits) < 2):
         path = runner.folder_of(run, row) / "near.npz"
         _LOGGER.warning("%s: is of other images; clusters.html does without it", path)
         return {}
@@ -144,8 +147,9 @@ def _order(clustered: Clustered) -> np.ndarray:
     seen together is near.
 
     First what is listed, and the central images of all clusters, which the page starts with; then
-    the others, by cluster, from the centre to the rim. Of very many images these are the rim, and
-    some that are evenly spaced; of very many clusters some have none.
+    the others, by cluster, from the centre to the rim. Of very many images these are the rim, those
+    that others are most like, and some that are evenly spaced; of very many clusters some have
+    none.
     """
     found, listed = clustered.found, _listed(clustered)
     of = places(found)
@@ -154,7 +158,8 @@ def _order(clustered: Clustered) -> np.ndarray:
     parts.append(order[found["rank"][order] < _CENTRAL])
     if len(order) > _MOST:
         from_rim = np.bincount(of)[of] - 1 - found["rank"]
-        parts.append(order[from_rim[order] < _CENTRAL])
+        near = np.unique(clustered.near.get("neighbours", -1))
+        parts += [order[from_rim[order] < _CENTRAL], near[near >= 0][:_NEIGHBOURS]]
     first = np.concatenate(parts)
     first = first[np.sort(np.unique(first, return_index=True)[1])][:_MOST]
     rest = order[~np.isin(order, first)]

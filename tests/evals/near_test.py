@@ -171,9 +171,20 @@ def test_of_many_images_each_is_compared_with_a_sample_on_any_devices(rng, monke
             found.append(near.nearest(knn.Search(mesh, 64), rows_of(x), seed=0))
     (neighbours, far), (_, again) = found
     np.testing.assert_allclose(far, again, rtol=1e-6)
-    assert (neighbours == -1).all()
+    sample = np.unique(neighbours)
+    assert len(sample) <= 100
+    centred = rows_of(x)[:]
+    cosines = centred @ centred[sample].T
+    cosines[sample, range(len(sample))] = -1
+    np.testing.assert_array_equal(neighbours, sample[np.argsort(-cosines, axis=1)[:, :10]])
     assert far.argmax() == 7
     assert near.outliers(far)[7]
+
+
+def test_copies_make_no_outliers_of_the_others():
+    far = np.concatenate([np.zeros(90), np.linspace(1, 2, 9), [9]])
+    np.testing.assert_array_equal(np.flatnonzero(near.outliers(far)), [99])
+    assert not near.outliers(np.zeros(5)).any()
 
 
 @pytest.mark.parametrize("count", [1, 2, 30])

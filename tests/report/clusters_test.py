@@ -141,9 +141,20 @@ def test_names_of_other_clusters_are_not_taken(copied, caplog):
     assert "0000000000000000" in caplog.text
 
 
+def test_what_is_near_of_another_split_is_left_out(copied, caplog):
+    run, source = copied
+    for split, count in (("val", 1), ("train", 0)):
+        entry = {"cluster": {"split": "val"}, "near": {"split": split}}
+        files.write_json(run / "results.json", {hand.ROW: entry})
+        hand.write(run, source)
+        assert bool(data_of(run)["near"]) == count
+    assert "near.npz: is of other images" in caplog.text
+
+
 def test_a_page_of_many_images_shows_the_most_telling(copied, monkeypatch):
     run, source = copied
     monkeypatch.setattr(clusters, "_MOST", 30)
+    monkeypatch.setattr(clusters, "_NEIGHBOURS", 4)
     monkeypatch.setattr(clusters, "_CENTRAL", 2)
     monkeypatch.setattr(clusters, "_LISTED", 3)
     hand.write(run, source)
@@ -156,7 +167,9 @@ def test_a_page_of_many_images_shows_the_most_telling(copied, monkeypatch):
     for place, size in enumerate(data["sizes"]):
         assert {0, 1, size - 2, size - 1} <= set(ranks[places == place].tolist())
     assert {"2/00.png", "2/01.png", "2/39.png"} <= set(data["names"])
-    assert min(unpacked(data["near"]["neighbours"])) == -1
+    neighbours = unpacked(data["near"]["neighbours"])
+    assert min(neighbours) == -1
+    assert set(hand.NAMES[:4]) <= {data["names"][image] for image in neighbours if image >= 0}
     every = data_of(run, "all.js", "maectAll")
     assert every["names"] == hand.NAMES
     assert len(unpacked(every["place"])) == len(hand.NAMES)
