@@ -49,7 +49,7 @@ def made() -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
 
 def measure(title: str, x: np.ndarray, labels: np.ndarray | None, mesh) -> None:
     chosen = selection.select(x, seed=0, memory_mb=_MEMORY_MB, mesh=mesh)
-    print(f"{title}, {len(x):,} x {x.shape[1]}\n  {selection.text(chosen)}")
+    print(f"{title}, {len(x):,} x {x.shape[1]}\n  {chosen['words']}")
     if labels is None:
         return
     classes, counts = len(np.unique(labels)), {}
