@@ -231,8 +231,8 @@ def test_pages_chain_from_run_to_run(finished, tmp_path, monkeypatch):
     # What does not fit together is refused.
     for arguments, message in (
         (("ct_vith14", f"init_from={finished.workdir}", "ct.queue_size=256"), "queue_size"),
-        (("ct_vith14", f"init_from={head}", "model.depth=3"), "config.model.depth=4 (it is 3)"),
-        (("eval", f"init_from={head}", "data.std=(0.5,)"), "config.data.std=(0.353,) (it is (0.5,))"),
+        (("ct_vith14", f"init_from={head}", "model.depth=3"), "model.depth=4 (it is 3)"),
+        (("eval", f"init_from={head}", "data.std=(0.5,)"), "data.std=(0.353,) (it is (0.5,))"),
     ):
         name, *overrides = arguments
         loaded = config.load(str(CONFIGS / f"{name}.py:test"), overrides)
