@@ -60,6 +60,12 @@ xavier = nn.initializers.xavier_uniform()
 token_init = nn.initializers.normal(0.02)
 
 
+def _torch_bias(fan_in: int) -> nn.initializers.Initializer:
+    """The bias of PyTorch's convolutions, uniform in +-1/sqrt(fan_in)."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:
     """Cuts `[B, H, W, C]` into patches `[B, N, P*P*C]`; pixels in row, column, channel order."""
     batch, height, width, channels = images.shape
@@ -85,11 +91,12 @@ class Linear(nn.Module):
 
     features: int
     dtype: Any = jnp.float32
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", xavier, (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
         # With two leading axes XLA's gradient on a CPU contracts over both, and takes up to three
         # times as long; on a TPU merging them copies, unless the tokens are a multiple of 8.
         rows = x.reshape(-1, x.shape[-1]) if sharding.platform() == "cpu" else x
@@ -398,7 +405,9 @@ class ViT(nn.Module):
         if keep is not None:
             # Pixels are gathered, not embedded patches: only the kept patches are embedded.
             patches = jnp.take_along_axis(patches, keep[..., None], axis=1)
-        x = Linear(self.width, self.dtype, name="patch_embed")(patches)
+        # As in MAE's code, where it is a convolution whose weight is drawn anew, its bias not.
+        bias_init = _torch_bias(patches.shape[-1])
+        x = Linear(self.width, self.dtype, bias_init, name="patch_embed")(patches)
         rotary = self._rotary(grid, keep)
         if rotary is None:
             x = x + _rows(position_embedding(self, grid), keep).astype(self.dtype)

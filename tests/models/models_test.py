@@ -477,3 +477,7 @@ def test_transformer_is_initialised_like_mae():
         np.testing.assert_allclose(kernels[name].std(), bound / np.sqrt(3), rtol=0.05)
     assert not jnp.array_equal(kernels["fc1"][0], kernels["fc1"][1])
     np.testing.assert_allclose(params["cls_token"].std(), 0.02, rtol=0.3)
+    bias, bound = params["patch_embed"]["bias"], 1 / np.sqrt(192)
+    np.testing.assert_allclose([bias.min(), bias.max()], [-bound, bound], rtol=0.1)
+    for zero in (params["blocks"]["fc1"]["bias"], params["norm"]["bias"]):
+        assert not zero.any()
