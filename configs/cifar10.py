@@ -2,9 +2,11 @@
 
     maect run --config=cifar10
     maect run --config=cifar10:refine
+    maect run --config=cifar10:cpu
 
 A ViT with patches of 4 pixels is trained by mae, head and ct and evaluated against raw pixels.
-`refine` trains refine_head and refine from the mae of the first run, `runs/cifar10`.
+`refine` trains refine_head and refine from the mae of the first run, `runs/cifar10`. `cpu` is a
+smaller ViT for fewer epochs.
 Images: TensorFlow Datasets' cifar10, prepared as array_record; or a file of arrays,
 `--config.data.path=FILE.npz --config.data.val_split=val` (`maect_jax/data/arrays.py` explains its
 keys).
@@ -32,7 +34,9 @@ def get_config(argument=""):
     else:
         _add_stages(config)
     common.add_eval(config).pixels = argument != "refine"
-    return common.finish(config, argument, variants=("refine",))
+    if argument == "cpu":
+        _for_cpu(config)
+    return common.finish(config, argument, variants=("refine", "cpu"))
 
 
 def _add_stages(config):
@@ -65,3 +69,18 @@ def _add_refiner(config):
         stage.local.update(views=4, crop_scale=(0.1, 0.4))
         stage.photometric.update(blur=(0.0, 0.0), solarize=(0.0, 0.0))  # too strong for 32 pixels
         stage.local.photometric.blur = 0.0
+
+
+def _for_cpu(config):
+    config.name += "_cpu"
+    config.model.update(width=128, depth=8, heads=4, dtype="float32")
+    config.checkpoint.every = 1  # a run of hours is interrupted sooner or later
+    config.monitor.every = 4
+    config.mae.update(epochs=28, warmup_epochs=2, batch_size=128, base_lr=1.5e-3)
+    config.mae.decoder.update(width=96, depth=2)
+    for stage in config.head, config.ct:
+        stage.update(
+            batch_size=128, projector_hidden=1024, projector_out=128, predictor_hidden=2048
+        )  # fmt: skip
+    config.head.update(epochs=2, base_lr=1e-3)
+    config.ct.update(epochs=18, base_lr=1.5e-3, head_base_lr=1e-3, layer_decay=1.0)
