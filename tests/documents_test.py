@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
+from benchmarks import published
 from maect_jax import config, main
 from maect_jax.errors import UserError
 from tests.helpers import CONFIGS, ROOT
@@ -155,6 +157,64 @@ def test_paths_and_keys_in_the_text_exist(path):
     assert [text for text in code(path) if unknown_path(text.partition(":")[0])] == []
     keys = [text for text in code(path) if re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", text)]
     assert [key for key in keys if key.partition(".")[0] in SECTIONS and key not in KEYS] == []
+
+
+def test_tables_and_pictures_of_results_are_those_of_the_kept_files():
+    """`python -m benchmarks.published write` writes them."""
+    texts = {path: path.read_text() for path in published.DOCUMENTS}
+    assert [path for path, text in texts.items() if published.written(text) != text] == []
+    pictures = published.pictures()
+    drawn = {picture: published.drawn_of(picture) for picture in pictures}
+    assert drawn == {picture: published.digest(names) for picture, names in pictures.items()}
+    assert {path.stem for path in published.KEPT.glob("*.png")} == set(pictures)
+    marked = {name for text in texts.values() for name in published.names_in(text)}
+    used = {path for name in marked for path in published.files_of(name)}
+    assert set(published.KEPT.glob("*.json")) == used
+
+
+def test_a_kept_result_is_a_table_again(tmp_path, monkeypatch):
+    """Of two seeds: what the program prints for the runs, its config by what differs from the named
+    one, without the places of the machine."""
+    monkeypatch.setattr(published, "KEPT", tmp_path / "kept")
+    scores = {"acc": 0.5, "nmi": 0.25, "ari": 0.125}
+    for seed, accuracy in enumerate((0.6, 0.64)):
+        run = tmp_path / f"run_{seed}"
+        run.mkdir()
+        overrides = [f"seed={seed}", "eval.knn.k=1,10", "data.path=/secret/images.npz"]
+        named = config.load("quickstart:refine", overrides)
+        row = {"knn": [{"k": 10, "accuracy": accuracy}], "seconds": {"knn": 1.0}, "made_of": "x"}
+        row["cluster"] = {"best": scores, "mean": scores, "selection": list(range(999))}
+        write(run / "config.json", named.to_dict())
+        write(run / "results.json", {"mae": row, "refine": row, "ct": row})
+        write(run / "environment.json", {"jax": "0.1", "python": "3.11"})
+        losses = [
+            {"stage": "mae", "step": step, "loss": 2.0, "images_per_second": 1.0, "seconds": step}
+            for step in range(1, 1001)
+        ]
+        (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in losses))
+        about = {"title": "Clothes", "machine": "an abacus"}
+        published.keep(f"x_{seed}", run, {"other": run}, about)
+    text = published.written("<!-- table x -->\n<!-- end -->")
+    assert "| ct - mae | **+0.0 ± 0.0** | **+0.0 ± 0.0** |" in text
+    assert "| mae | 62.0 ± 2.8 | 50.0 ± 0.0 | 50.0 ± 0.0 | 25.0 ± 0.0 | 12.5 ± 0.0 |" in text
+    assert "| other | 62.0 ± 2.8 |" in text
+    assert published.written(text) == text
+    content = (tmp_path / "kept" / "x_1.json").read_text()
+    assert "secret" not in content
+    assert str(tmp_path) not in content
+    assert "selection" not in content
+    assert len(json.loads(content)["curves"]["mae"]["loss"]) == 30
+    assert "an abacus" in published.written("<!-- gains x -->\n<!-- end -->")
+    measured = published.written("<!-- measured x -->\n<!-- end -->")
+    script = measured.partition("```bash\n")[2].partition("\n```")[0]
+    assert " ".join(script.replace("\\\n", " ").split()) == (
+        "for seed in 0 1; do maect run --config=quickstart:refine --workdir=runs/run_$seed "
+        "--config.data.path=images.npz --config.eval.knn.k=1,10 --config.seed=$seed done"
+    )
+
+
+def write(path, content):
+    path.write_text(json.dumps(content))
 
 
 def test_the_readme_is_short():

@@ -32,8 +32,9 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = {run.resolve(): run for run in arguments.runs}
     out = arguments.out or Path("comparison.html")
-    if len(runs) > 1 and (out.is_dir() or not os.access(out.parent, os.W_OK)):
-        raise UserError(f"--out={out}: must name a file in a folder that can be written")
+    writable = not out.is_dir() and os.access(out.parent, os.W_OK)
+    if len(runs) > 1 and not (writable and out.suffix == ".html"):
+        raise UserError(f"--out={out}: must name an .html file in a folder that can be written")
     if len(runs) == 1 and arguments.out:
         raise UserError(f"--out={out}: is for the comparison of several runs. Name several.")
     configs = {folder: build.read_config(run) for folder, run in runs.items()}

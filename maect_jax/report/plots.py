@@ -1,5 +1,7 @@
-"""Figures of numbers: training curves, the map of the features, probes, the confusion matrix."""
+"""Figures of numbers: training curves, the results of several runs, the map of the features,
+probes, the confusion matrix."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -9,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from maect_jax.evals import table
 from maect_jax.report import style
 
 _FEW_POINTS = 10  # of a curve, which are marked: one point alone has no line
@@ -17,6 +20,8 @@ _MANY_RUNS = 5  # whose running means are thin
 _LEGEND_WIDTH = 55  # characters in a line
 _MARKERS = "osD^vP*Xph"  # with ten colours; they tell classes apart without colour, too
 _GRID = dict(axis="y", color=style.GREY, alpha=0.3, linewidth=0.6)
+_PANELS = 3  # beside each other, of a comparison
+_DOT = dict(markersize=3.5, markeredgewidth=0, alpha=0.85, clip_on=False)
 
 Curves = dict[str, dict[str, list[tuple[int, float]]]]  # (step, value) by stage, then by run
 
@@ -75,6 +80,90 @@ def legend(figure: Figure, title: str, colours: Mapping[str, str]) -> None:
     sizes = dict(fontsize=7, title_fontsize=7, handlelength=0.8, handletextpad=0.3, columnspacing=1)
     options = dict(title=title, ncols=min(len(lines), 12), **sizes)
     figure.legend(lines, list(colours), loc="outside lower center", **options)
+
+
+def spread(axes, values: Sequence[float], y: float, color: str, **options) -> None:
+    """Draws the mean of several values at the height `y`, and their unbiased standard deviation as
+    a bar; `options` are those of the marker."""
+    mean = np.mean(values)
+    deviation = np.std(values, ddof=1) if len(values) > 1 else 0
+    axes.hlines(y, mean - deviation, mean + deviation, color=color, linewidth=1.4)
+    axes.plot(mean, y, linestyle="", color=color, clip_on=False, **options)
+
+
+def panels_of(titles: Sequence[str], lines: Sequence[str], height: float) -> tuple[Figure, list]:
+    """A figure with a panel for each title, three beside each other, and its axes. Their y axis has
+    named lines, the first at the top, at 0, -1, ..., `height` inches apart."""
+    down = -(-len(titles) // _PANELS)
+    figure = style.new_figure(down * (0.5 + height * len(lines)) + 0.3, wspace=0.12)
+    axes = figure.subplots(down, min(len(titles), _PANELS), sharey=True, squeeze=False).flat
+    for panel in axes[len(titles) :]:
+        panel.remove()
+    for panel, title in zip(axes, titles, strict=False):
+        panel.set_title(title, fontsize=8)
+        panel.set_ylim(0.5 - len(lines), 0.5)
+        panel.set_yticks(range(0, -len(lines), -1), lines)
+        panel.tick_params(axis="y", length=0)
+        panel.spines["left"].set_visible(False)
+        panel.grid(**_GRID | dict(axis="x"))
+        panel.locator_params(axis="x", nbins=3)
+        panel.margins(x=0.1)
+    return figure, list(axes[: len(titles)])
+
+
+def comparison(
+    tables: Mapping[str, Mapping[str, dict]],
+    groups: Mapping[str, Sequence[str]],
+    colours: Mapping[str, str],
+) -> Figure | None:
+    """Draws a panel for each column of the results: in each row the dots of the runs, and the mean
+    of each group with its standard deviation. None if there are no results.
+
+    Args:
+      tables: percentages by row and column (`table.percentages`), by run.
+      groups: the runs, by the title of their group.
+      colours: by run.
+    """
+    every = [(row, c) for found in tables.values() for row, line in found.items() for c in line]
+    every = [(row, column) for row, column in every if not table.is_difference(row)]
+    if not every:
+        return None
+    rows, columns = (list(dict.fromkeys(titles)) for titles in zip(*every, strict=True))
+    of_row = {
+        row: [title for title, names in groups.items() if any(row in tables[n] for n in names)]
+        for row in rows
+    }
+    most = max(map(len, of_row.values()))
+    figure, panels = panels_of(columns, rows, height=max(0.22, 0.1 * most + 0.06))
+    markers = dict(zip(groups, itertools.cycle(_MARKERS), strict=False))
+    for (panel, column), (place, row) in itertools.product(
+        zip(panels, columns, strict=True), enumerate(rows)
+    ):
+        for i, title in enumerate(of_row[row]):
+            y = -place + 0.8 * ((len(of_row[row]) - 1) / 2 - i) / most
+            cells = {name: tables[name].get(row, {}) for name in groups[title]}
+            found = {name: line[column] for name, line in cells.items() if column in line}
+            for name, value in found.items():
+                panel.plot(value, y, markers[title], color=colours[name], **_DOT)
+            if len(found) > 1:
+                colour = colours[groups[title][0]] if len(groups) > 1 else style.GREY
+                spread(panel, list(found.values()), y=y, color=colour, marker="|", markersize=8)
+        if place:
+            panel.axhline(0.5 - place, color=style.GREY, alpha=0.3, linewidth=0.6)
+    shown = {name: (title, name) for title, names in groups.items() for name in names}
+    if len(groups) > 1:
+        shown = {title: (title, names[0]) for title, names in groups.items()}
+    kinds = {key: dict(marker=markers[t], color=colours[n]) for key, (t, n) in shown.items()}
+    marks(figure, {key: kind | _DOT for key, kind in kinds.items()})
+    return figure
+
+
+def marks(figure: Figure, kinds: Mapping[str, dict]) -> None:
+    """Adds what the markers of a figure stand for, below them: the options of each by its name."""
+    handles = [Line2D([], [], linestyle="", **options) for options in kinds.values()]
+    columns = max(1, min(len(kinds), _LEGEND_WIDTH // (max(map(len, kinds)) + 4)))
+    options = dict(ncols=columns, fontsize=8, handletextpad=0.1, columnspacing=1)
+    figure.legend(handles, list(kinds), loc="outside lower center", **options)
 
 
 def single_points(found: Curves) -> dict[tuple[str, int], dict[str, float]]:

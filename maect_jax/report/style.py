@@ -54,9 +54,9 @@ def class_name(classes: Sequence[str], label: int) -> str:
     return shown(sources.class_name(classes, label), _LONGEST_NAME)
 
 
-def new_figure(height: float) -> Figure:
-    """An empty figure, `WIDTH` by `height` inches."""
-    layout = ConstrainedLayoutEngine(w_pad=0.015, h_pad=0.015, wspace=0.02, hspace=0.02)
+def new_figure(height: float, wspace: float = 0.02) -> Figure:
+    """An empty figure, `WIDTH` by `height` inches; between axes is `wspace` of their width."""
+    layout = ConstrainedLayoutEngine(w_pad=0.015, h_pad=0.015, wspace=wspace, hspace=0.02)
     return Figure(figsize=(WIDTH, height), layout=layout)
 
 

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -25,11 +26,12 @@ _SHOWN = 5  # differing keys in an error
 # Config keys that may differ when a run resumes: they change how it runs and what it writes, not
 # what is computed; `data.max_pixels` changes which images are bad, as repairing files does. The
 # mesh, the parts of a batch and what is computed twice change the rounding.
-_MAY_CHANGE = (
+_HOW_IT_RUNS = (
     "log_level", "log_every", "loggers", "profile", "debug_nans", "nan_policy", "nan_limit",
     "checkpoint.", "monitor.", "mesh.", "encoder_microbatches", "remat", "data.workers",
-    "data.max_bad_fraction", "data.max_pixels", "eval.",
+    "data.max_bad_fraction", "data.max_pixels",
 )  # fmt: skip
+_MAY_CHANGE = (*_HOW_IT_RUNS, "eval.")  # which is computed again
 
 # Keys that say where images are. What they are is in this file of a run.
 _WHERE_IMAGES_ARE = (
@@ -122,6 +124,24 @@ def _claim(run: Run, origin: lineage.Saved | None, images: Mapping[str, Identity
     if not (folder / checkpoints.FOLDER).exists():  # else each stage has noted its own
         note_images(folder, images)
     files.write_json(path, config.to_dict())
+
+
+def recipe(folder: Path) -> dict[str, Any]:
+    """What the results of a run follow from, but for its seed: its config without what only says
+    how it runs; what its images are, rather than where; and what its first weights are: the recipe
+    of the run that they are from, as far as it is there, or else its path."""
+    origin: list = lineage.read_lineage(folder)
+    for entry in origin[:1]:
+        start = Path(entry.get("run", ""))
+        if "run" in entry and (start / "config.json").exists():
+            origin = [{**entry, "run": recipe(start)}]
+    noted = files.read_json(folder / _IMAGES)  # by 0.1, the numbers of images alone
+    images = [(n, x["images"], x["content"]) for n, x in noted.items() if isinstance(x, Mapping)]
+    known = bool(images) and len(images) == len(noted) and all(content for *_, content in images)
+    left_out = ("seed:", *_HOW_IT_RUNS, *_WHERE_IMAGES_ARE * known, *["init_from:"] * bool(origin))
+    values = configs.flat(configs.read(folder / "config.json"))
+    kept = {key: x for key, x in values.items() if not f"{key}:".startswith(left_out)}
+    return {"config": kept, "images": images, "origin": origin}
 
 
 def note_images(folder: Path, images: Mapping[str, Identity]) -> None:

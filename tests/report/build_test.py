@@ -259,8 +259,8 @@ def test_the_command_compares_several_runs(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(build, "report", lambda run, images: run / "report.html")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
-    for name in ("config.json", "results.json", "metrics.jsonl"):
-        shutil.copy(run / name, tmp_path / "run")
+    for name in run.glob("*.json*"):
+        shutil.copy(name, tmp_path / "run")
     assert call(monkeypatch, run, "run", run) == 0
     *shown, second, written = (lines := capsys.readouterr().out.splitlines())[:4]
     table = lines[4:]
@@ -270,7 +270,7 @@ def test_the_command_compares_several_runs(run, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "comparison.html").read_text().endswith("</html>")
 
 
-@pytest.mark.parametrize("out", ["absent/x.html", "."])
+@pytest.mark.parametrize("out", ["absent/x.html", ".", "x.png"])
 def test_a_comparison_that_cannot_be_written_is_one_line(run, tmp_path, monkeypatch, capsys, out):
     monkeypatch.setattr(build, "report", lambda run, images: run / "report.html")
     copy, out = tmp_path / "run", tmp_path / out

@@ -1,6 +1,7 @@
 """The comparison of several runs: self-contained, and true to the files of the runs."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -61,9 +62,9 @@ def test_runs_of_the_same_results_are_averaged(runs, tmp_path):
     assert "63.0 +- 3.6" in text
     assert line(report, "seed")[:4] == ["seed", "0", "1", "2"]
     assert report.cells[report.cells.index("key") + 4] == "seed"
-    assert "more than the seed" not in report.text
-    # k-NN has one point a run: a number, and no chart.
-    assert report.tags.count("svg") == 2
+    assert "same seed" not in report.text
+    # Of training, k-NN has one point a run: a number, and no chart.
+    assert report.tags.count("svg") == 3
     start = report.cells.index("12")
     assert report.cells[start - 1 : start + 4] == ["mae", "12", "50.0%", "51.0%", "52.0%"]
 
@@ -86,11 +87,10 @@ def test_every_run_is_drawn_in_its_colour(runs, tmp_path):
     assert len(colours) == 3
     for figure in source.split("<svg")[1:]:
         drawn = figure.partition("</svg>")[0]
-        assert all(f"stroke: {colour}" in drawn for colour in colours)
+        assert all(re.search(f"(stroke|fill): {colour}", drawn) for colour in colours)
 
 
 def test_runs_of_other_results_are_shown_side_by_side(runs, tmp_path):
-    change(runs[0] / "config.json", lambda config: config["ct"].update(epochs=77))
     change(runs[1] / "results.json", lambda results: results.pop("ct"))
     change(runs[2] / "results.json", lambda results: results["mae"].pop("knn"))
     change(runs[2] / "results.json", set_knn(0.67))
@@ -99,7 +99,34 @@ def test_runs_of_other_results_are_shown_side_by_side(runs, tmp_path):
     assert line(report, "k-NN", after="ct")[2:4] == ["-", "67.0"]
     assert "b/run lacks ct, ct - mae" in report.text
     assert f"{tmp_path.name}/c#: 3 lacks mae (k-NN), ct - mae (k-NN)" in text
-    assert line(report, "ct.epochs")[1] == "77"
+
+
+def test_means_are_of_runs_that_differ_in_their_seed_alone(runs, tmp_path):
+    runs = [run.rename(tmp_path / name) for run, name in zip(runs, ("q0", "q1", "r0"), strict=True)]
+    for run, accuracy in zip(runs, (0.6, 0.62, 0.67), strict=True):
+        change(run / "results.json", set_knn(accuracy))
+    change(runs[2] / "config.json", lambda config: config["ct"].update(epochs=77))
+    report, text = compared(runs, tmp_path / "comparison.html")
+    assert line(report, "percent") == ["percent", "q*, mean ± std", "q0", "q1", "r0"]
+    assert line(report, "k-NN", after="ct") == ["k-NN", "61.0 ± 1.4", "60.0", "62.0", "67.0"]
+    q, r = text.split("\n\nr0\n\n")
+    assert q.startswith("q*\n\n")
+    assert "61.0 +- 1.4" in q
+    assert "+-" not in r
+    picture = tmp_path / "comparison.png"
+    assert picture.exists()
+    for run in runs:
+        change(run / "results.json", lambda results: results.clear())
+    _, text = compared(runs, tmp_path / "comparison.html")
+    assert text == "No run has results yet."
+    assert not picture.exists()  # that of before
+
+
+def test_a_seed_that_is_there_twice_is_said(runs, tmp_path):
+    change(runs[1] / "config.json", lambda config: config.update(seed=0))
+    report, text = compared(runs, tmp_path / "comparison.html")
+    assert "some runs have the same seed" in report.text
+    assert "some runs have the same seed" in text
 
 
 def test_runs_without_results_are_compared(runs, tmp_path):

@@ -64,6 +64,29 @@ def test_blocks_are_in_order_and_end_with_the_final_features():
     assert plots.blocks({}, depth=12) is None
 
 
+def test_a_comparison_has_a_dot_for_each_run_and_a_mean_for_each_group():
+    tables = {
+        "a0": {"mae": {"k-NN": 50.0}, "ct": {"k-NN": 60.0, "NMI": 9.0}, "ct - mae": {"k-NN": 10.0}},
+        "a1": {"mae": {"k-NN": 52.0}, "ct": {"k-NN": 66.0}},
+        "b": {"refine": {"k-NN": 70.0}},
+    }
+    colours = {"a0": "#ff0000", "a1": "#ff0000", "b": "#0000ff"}
+    figure = plots.comparison(tables, {"a*": ["a0", "a1"], "b": ["b"]}, colours)
+    knn, nmi = figure.axes
+    assert [tick.get_text() for tick in knn.get_yticklabels()] == ["mae", "ct", "refine"]
+    assert (knn.get_title(), nmi.get_title()) == ("k-NN", "NMI")
+    drawn = [(x.get_marker(), *x.get_xydata()[0]) for x in knn.lines if x.get_marker() != "None"]
+    assert drawn == [
+        ("o", 50, 0), ("o", 52, 0), ("|", 51, 0),
+        ("o", 60, -1), ("o", 66, -1), ("|", 63, -1), ("s", 70, -2),
+    ]  # fmt: skip
+    ((low, _), (high, _)) = knn.collections[1].get_segments()[0]
+    np.testing.assert_allclose((low, high), (63 - 3 * 2**0.5, 63 + 3 * 2**0.5))
+    assert [line.get_color() for line in knn.lines if line.get_marker() == "s"] == ["#0000ff"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a*", "b"]
+    assert plots.comparison({"a": {}}, {"a": ["a"]}, {"a": "#ff0000"}) is None
+
+
 def image(value):
     return np.full((2, 2, 1), value, np.uint8)
 

@@ -288,3 +288,39 @@ def test_a_start_that_was_cut_off_a_disk_and_logs_are_no_other_files(tmp_path, m
     monkeypatch.setattr(folder.files, "write_json", write)
     claim(tmp_path)
     assert (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "content", "same"),
+    [
+        ("seed=1", "x", True),
+        ("log_every=7", "x", True),
+        ("data.path=elsewhere", "x", True),
+        ("seed=1", "y", False),
+        ("mae.epochs=9", "x", False),
+        ("eval.knn.k=3,", "x", False),
+    ],
+)
+def test_runs_of_one_recipe_differ_in_nothing_that_counts_but_the_seed(
+    tmp_path, override, content, same
+):
+    """Also where they start from such runs."""
+    for name, key, images in (("a", "seed=0", "x"), ("b", override, content)):
+        claim(tmp_path / name, key, images={"train": Identity(9, images)})
+        claim(tmp_path / f"{name}_ct", f"init_from={name}", images={"train": Identity(9, "x")})
+        entry = {"run": str(tmp_path / name), "stage": "mae"}
+        (tmp_path / f"{name}_ct" / "origin.json").write_text(json.dumps({"from": [entry]}))
+    recipes = {name: folder.recipe(tmp_path / name) for name in ("a", "b", "a_ct", "b_ct")}
+    assert (recipes["a"] == recipes["b"]) == same
+    assert (recipes["a_ct"] == recipes["b_ct"]) == same
+    assert recipes["a"] != recipes["a_ct"]
+
+
+def test_runs_from_other_files_are_of_other_recipes(tmp_path):
+    claim(tmp_path, images={"train": Identity(9, "x")})
+    recipes = []
+    for digest in "ab":
+        origin = {"from": [{"file": "mae.safetensors", "sha256": digest}]}
+        (tmp_path / "origin.json").write_text(json.dumps(origin))
+        recipes.append(folder.recipe(tmp_path))
+    assert recipes[0] != recipes[1]
