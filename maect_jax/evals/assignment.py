@@ -61,17 +61,9 @@ class Space(NamedTuple):
         space = cls(normalise, np.zeros(width, np.float32), np.zeros((0, width), np.float32))
         if not pca:
             return space
-        total, products = np.zeros(width), np.zeros((width, width))
-        for part in features.in_parts(space.view(x)):
-            total += part.sum(0, dtype=np.float64)
-            products += part.T @ part.astype(np.float64)
-        mean = total / len(x)
-        components = np.linalg.eigh(products - len(x) * np.outer(mean, mean))[1].T[::-1][:pca]
-        largest = np.take_along_axis(components, np.abs(components).argmax(1)[:, None], 1)
-        components *= np.sign(largest)  # their signs are arbitrary
-        return space._replace(
-            mean=mean.astype(np.float32), components=components.astype(np.float32)
-        )
+        mean, _, axes = features.principal(space.view(x))
+        components = axes[:pca].astype(np.float32)
+        return space._replace(mean=mean.astype(np.float32), components=components)
 
     def view(self, x: np.ndarray) -> features.Prepared:
         """Features `[N, D]` as rows of this space, made where they are read."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maect_jax.data import loader
-from maect_jax.evals import assignment
+from maect_jax.evals import assignment, features
 from maect_jax.evals.features import Prepared
 
 MOST = 10  # pairs of a row that are kept, the highest
@@ -66,9 +66,9 @@ def find(x: Prepared, cosine: float, *, memory_mb: int, seed: int = 0) -> Pairs:
 
 
 def _components(x: np.ndarray, cosine: float, most: int) -> np.ndarray:
-    """The principal components `[D, P]` of rows `[n, D]` of length 1, as many, up to `most`, as
+    """The principal axes `[D, P]` of rows `[n, D]` of length 1, as many, up to `most`, as
     make a search fast."""
-    basis = np.linalg.eigh(x.T @ x)[1][:, ::-1]
+    basis = features.principal(x)[2].T.astype(np.float32)
     width, costs = len(basis), {}
     pairs = np.triu_indices(len(x), 1)
     for count in {min(width, most, 2**power) for power in range(4, 13)}:

@@ -31,7 +31,7 @@ _EQUAL = 1e-6  # features that differ by less in every dimension are the same
 
 def centred(x: np.ndarray) -> Prepared:
     """Features `[N, D]` minus their mean, of length 1."""
-    mean = np.float32(knn.moments(x)[0])
+    mean = features.mean(x).astype(np.float32)
 
     def prepare(rows):
         rows = np.asarray(rows, np.float32) - mean
@@ -79,11 +79,9 @@ def _scores(x: np.ndarray, bank: np.ndarray, others: np.ndarray) -> np.ndarray:
     far = np.zeros(len(x), np.float32)
     if not others.size:
         return far
-    drawn = x[bank[:: -(-len(bank) // _SAMPLE)]].astype(np.float64)
-    mean = drawn.mean(0)
-    variance, axes = np.linalg.eigh((drawn - mean).T @ (drawn - mean) / len(drawn))
-    scaled = (axes / np.sqrt(variance.clip(0) + _NARROWEST * variance[-1])).astype(np.float32)
-    mean = mean.astype(np.float32)
+    mean, variance, axes = features.principal(x[bank[:: -(-len(bank) // _SAMPLE)]])
+    widths = np.sqrt(variance.clip(0) + _NARROWEST * variance[0])
+    scaled, mean = (axes.T / widths).astype(np.float32), mean.astype(np.float32)
     places = (x[bank] - mean) @ scaled
     for start in range(0, len(x), _READ):
         part = slice(start, start + _READ)
