@@ -143,7 +143,7 @@ def cluster(
     }
     merges = hierarchy.merges(centres)
     if labels is not None and len(centres) > classes:
-        groups = hierarchy.groups(merges, len(centres), classes)
+        groups = hierarchy.groups(merges, classes)
         metrics["read_as_classes"] = agreement(labels, groups[assigned])
     _, distance, margin = assignment.nearest(rows, centres)
     found = dict(places=assigned, distance=distance)
@@ -273,7 +273,7 @@ def with_groups(arrays: Mapping[str, np.ndarray], count: int) -> dict[str, np.nd
             "config.eval.cluster.groups=%d: there are only %d clusters, each of which is a group",
             count, len(numbers),
         )  # fmt: skip
-    groups = hierarchy.groups(arrays["merges"], len(numbers), count)
+    groups = hierarchy.groups(arrays["merges"], count)
     return {**arrays, "group": groups[assignment.places(arrays)]}
 
 
