@@ -130,7 +130,7 @@ def _opened(run: Path, row: str | None, mesh, names: Path | None = None) -> Clus
     if not path.is_file():
         raise UserError(f"{str(run)!r}: has no config.json. Name the folder of a run.")
     config = configs.read(path)
-    entries = _entries(run / "results.json", runner.read_results(run))
+    entries = _entries(runner.read_results(run))
     saved = {name: arrays for name in entries if (arrays := runner.read_clusters(run, name))}
     if not saved:
         raise UserError(
@@ -165,17 +165,13 @@ def _opened(run: Path, row: str | None, mesh, names: Path | None = None) -> Clus
     return Clusters(run, row, config, centres, named, encode, mesh)
 
 
-def _entries(path: Path, results: Mapping[str, dict]) -> dict[str, dict]:
-    """What results, the content of a file, say of the clusters of each row; those behind blocks
-    follow their encoder's."""
+def _entries(results: Mapping[str, dict]) -> dict[str, dict]:
+    """What results say of the clusters of each row; those behind blocks follow their encoder's."""
     found = {}
-    try:
-        for name in runner.ordered(results):
-            found[name] = results[name].get("cluster", {})
-            for block, entry in results[name].get("blocks", {}).items():
-                found[f"{name}{runner.BLOCKS}{block}"] = entry.get("cluster", {})
-    except AttributeError as error:
-        raise UserError(f"{path}: does not hold rows of results; {runner.AGAIN}") from error
+    for name in runner.ordered(results):
+        found[name] = results[name].get("cluster", {})
+        for block, entry in results[name].get("blocks", {}).items():
+            found[f"{name}{runner.BLOCKS}{block}"] = entry.get("cluster", {})
     return found
 
 

@@ -63,13 +63,12 @@ class Protocol:
     """A measurement on frozen features.
 
     Class attributes:
-      name: in `config.eval.protocols` and in the results.
+      name: in the results.
       section: of `config.eval`, with its settings; empty if it has none.
       rules: of that section, by the key within it.
       needs_labels: whether it is skipped unless there are held-out images and all have labels.
       of_blocks: whether it also measures the features behind `config.eval.blocks`.
       of_main_row: whether it measures the main row alone.
-      goes_with: the protocol that it runs with, if it is not in `config.eval.protocols` itself.
       needs_classifier: of those that run by themselves, whether only where the encoder has one.
       arrays: the names of its arrays that every version has, if it has any; of equal length.
     """
@@ -80,7 +79,6 @@ class Protocol:
     needs_labels: ClassVar[bool] = True
     of_blocks: ClassVar[bool] = False
     of_main_row: ClassVar[bool] = False
-    goes_with: ClassVar[str] = ""
     needs_classifier: ClassVar[bool] = False
     arrays: ClassVar[tuple[str, ...]] = ()
 

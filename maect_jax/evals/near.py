@@ -112,7 +112,6 @@ class Near(Protocol):
     """
 
     name = "near"
-    goes_with = "cluster"
     of_main_row = True
     needs_labels = False
     arrays = ("index", "neighbours", "far", "outlier")
