@@ -142,7 +142,7 @@
   function joined() {
     const of = data.numbers.map((_, cluster) => cluster);
     const nodes = of.map((cluster) => [cluster]);
-    for (const [a, b] of data.merges?.slice(0, data.numbers.length - level) ?? []) {
+    for (const [a, b] of data.merges.slice(0, data.numbers.length - level)) {
       const both = [...nodes[a], ...nodes[b]];
       const first = Math.min(...both);
       for (const cluster of both) of[cluster] = first;
@@ -545,7 +545,7 @@
       refresh();
     };
     const label = make("label", { htmlFor: "level", textContent: "Join into" });
-    if (data.merges?.length > 1) {
+    if (data.merges.length > 1) {
       view.append(make("div", { className: "level" }, label, slider, shown));
       slider.value = level; // which the limits have clamped before they were set
     }

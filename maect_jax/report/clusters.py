@@ -64,13 +64,13 @@ class Clustered(NamedTuple):
     names: Names
 
     @classmethod
-    def read(cls, run: Path, row: str, source: Source) -> "Clustered | None":
-        """That of a run; `None`, with a warning, if it is of an earlier version. Raises `UserError`
-        if a file of it is damaged."""
+    def read(cls, run: Path, row: str, source: Source, *, entry: Mapping) -> "Clustered | None":
+        """That of a run, of whose results `entry` is the row's; `None`, with a warning, if it is of
+        an earlier version. Raises `UserError` if a file of it is damaged."""
         found = runner.read_clusters(run, row)
         if not found:
             return None
-        if absent := {"margin", "rank", *ARRAYS} - found.keys():
+        if absent := {"margin", "rank", "merges", *ARRAYS} - found.keys():
             path = runner.folder_of(run, row) / "cluster.npz"
             _LOGGER.warning(
                 "%s: is of an earlier version (has no %s), so there is no clusters.html; %s",
@@ -78,7 +78,7 @@ class Clustered(NamedTuple):
             )  # fmt: skip
             return None
         names = read_names(run, Centres.read(found))
-        return cls(source, found, _near(run, row, found), names)
+        return cls(source, found, _near(run, row, found, entry=entry), names)
 
 
 def write(run: Path, clustered: Clustered, config: ConfigDict, template: jinja2.Template) -> None:
@@ -113,9 +113,11 @@ def remove(run: Path) -> None:
     shutil.rmtree(run / "clusters", ignore_errors=True)
 
 
-def _near(run: Path, row: str, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _near(
+    run: Path, row: str, found: Mapping[str, np.ndarray], *, entry: Mapping
+) -> dict[str, np.ndarray]:
     """The arrays of a row's `near.npz`; none if it is not there, or is of other images."""
-    near, entry = runner.read_near(run, row), runner.read_results(run).get(row, {})
+    near = runner.read_near(run, row)
     # An evaluation may have ended between the two.
     splits = {entry.get(name, {}).get("split") for name in ("cluster", "near")} - {None}
     if near and not (np.array_equal(near["index"], found["index"]) and len(splits) < 2):
@@ -183,7 +185,7 @@ def _data(clustered: Clustered, order: np.ndarray, names: list[str]) -> dict:
         "numbers": centres.numbers.tolist(),
         "sizes": np.bincount(of, minlength=len(centres.numbers)).tolist(),
         "nearest": _nearest(centres.x),
-        "merges": found["merges"][:, :2].astype(int).tolist() if "merges" in found else None,
+        "merges": found["merges"][:, :2].astype(int).tolist(),
         "names": [names[record] for record in records.tolist()],
         "folder": first.removesuffix(names[int(records[0])]) if is_file else "",
         "record": _packed(records.astype(np.int32)),

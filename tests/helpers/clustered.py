@@ -72,7 +72,9 @@ def make(run: Path) -> Folder:
 def write(run: Path, source: Folder) -> clusters.Clustered:
     """Writes the page of such a run; returns what it shows."""
     config = configs.load(str(CONFIGS / "quickstart.py"), ["model.channels=3"])
-    clustered = clusters.Clustered.read(run, ROW, source)
+    clustered = clusters.Clustered.read(
+        run, ROW, source, entry=runner.read_results(run).get(ROW, {})
+    )
     assert clustered
     clusters.write(run, clustered, config, build.TEMPLATES.get_template("clusters.html"))
     return clustered
