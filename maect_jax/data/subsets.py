@@ -48,15 +48,21 @@ class Subset(Source):
         return Identity(len(self), f"{content}{dash}{labels}", whole.times)
 
 
+def ranks(groups: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """The place of each of N things in its group by ascending keys, from 0, int32 `[N]`; equals in
+    their order."""
+    order = np.lexsort((keys, groups))
+    _, starts, sizes = np.unique(groups[order], return_index=True, return_counts=True)
+    found = np.empty(len(order), np.int32)
+    found[order] = np.arange(len(order)) - np.repeat(starts, sizes)
+    return found
+
+
 def _ranks(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The rank of every image in a random order of its class, and the size of its class."""
     shuffled = np.random.default_rng(seed).permutation(len(labels))
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     _, class_index, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    first = np.cumsum(counts) - counts
-    ranks = np.empty(len(labels), int)
-    ranks[by_class] = np.arange(len(labels)) - np.repeat(first, counts)
-    return ranks, counts[class_index]
+    return ranks(labels, np.argsort(shuffled)), counts[class_index]
 
 
 def per_class(labels: np.ndarray, images: int, seed: int) -> np.ndarray:
@@ -101,12 +107,6 @@ def read_text(path: str) -> str:
     return content.decode("utf-16" if is_utf16 else "utf-8-sig", "surrogateescape")
 
 
-def _read_list(path: str) -> list[str]:
-    """The lines of a text file that are not empty."""
-    lines = (line.strip().removeprefix("./") for line in read_text(path).split("\n"))
-    return [line for line in lines if line]
-
-
 def _records_by_tail(listed: set[str], paths: Sequence[str]) -> dict[str, list[int]]:
     """The records of the paths that end in each of the listed ones, whole names of folders."""
     depths = {name.count("/") + 1 for name in listed}
@@ -132,10 +132,10 @@ def from_list(path: str, names: Sequence[str]) -> np.ndarray:
     """
     where = f"list {path!r}"
     try:
-        listed = _read_list(path)
+        lines = (line.strip().removeprefix("./") for line in read_text(path).split("\n"))
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: cannot be read: {error}") from error
-    if not listed:
+    if not (listed := [line for line in lines if line]):
         raise UserError(f"{where}: is empty; expected one image name a line")
     try:
         return find(listed, names, base.below_shared_folder(names), kind="training images")

@@ -168,17 +168,6 @@ def places(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     return order[np.searchsorted(arrays["numbers"], arrays["clusters"], sorter=order)]
 
 
-def ranks(clusters: np.ndarray, distance: np.ndarray) -> np.ndarray:
-    """The place of each image in its cluster, from 0 for the one nearest to the centre, int32
-    `[N]`; equals in their order."""
-    order = np.lexsort((distance, clusters))
-    starts = np.unique(clusters[order], return_index=True)[1]
-    sizes = np.diff(np.append(starts, len(order)))
-    found = np.empty(len(order), np.int32)
-    found[order] = np.arange(len(order)) - np.repeat(starts, sizes)
-    return found
-
-
 class Names(NamedTuple):
     """What people have named.
 

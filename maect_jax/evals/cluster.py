@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from maect_jax import files
 from maect_jax.config import Rule, between, not_negative, one_of, positive, some_of
-from maect_jax.data import sources
+from maect_jax.data import sources, subsets
 from maect_jax.data.sources import Source
 from maect_jax.errors import UserError
 from maect_jax.evals import assignment, hierarchy, kmeans, selection
@@ -149,7 +149,7 @@ def cluster(
     found = dict(places=assigned, distance=distance)
     arrays = Centres.of(space, centres, numbers=numbers, **found).arrays()
     arrays |= dict(clusters=numbers[assigned], distance=distance, margin=margin, merges=merges)
-    return metrics, arrays | dict(rank=assignment.ranks(assigned, distance))
+    return metrics, arrays | dict(rank=subsets.ranks(assigned, distance))
 
 
 def is_chosen(clusters: int | str, labelled: bool) -> bool:

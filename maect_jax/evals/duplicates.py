@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maect_jax.data import loader
-from maect_jax.evals import assignment, features
+from maect_jax.data import loader, subsets
+from maect_jax.evals import features
 from maect_jax.evals.features import Prepared
 
 MOST = 10  # pairs of a row that are kept, the highest
@@ -186,7 +186,7 @@ def _highest(rows: np.ndarray, cosines: np.ndarray):
     """Of pairs `[P, 2]` those that are one of the `MOST` highest of a row of theirs, and their
     cosines; and the rows that have so many, with the lowest of these."""
     ends, both = rows.T.ravel(), np.tile(cosines, 2)
-    ranks = assignment.ranks(ends, -both)
+    ranks = subsets.ranks(ends, -both)
     kept = (ranks < MOST).reshape(2, -1).any(0)
     last = ranks == MOST - 1
     return rows[kept], cosines[kept], (ends[last], both[last])

@@ -112,7 +112,8 @@ class Finetune(Stage):
         erase_key, mix_key, path_key = jax.random.split(key, 3)
         (x,) = views
         images = x[:, 0]
-        targets = mix.smooth(batch["label"], self.classes, self.label_smoothing)
+        one_hot = jax.nn.one_hot(batch["label"], self.classes)
+        targets = optax.smooth_labels(one_hot, self.label_smoothing)
         if self.erasing:
             images = mix.erase(erase_key, images, self.erasing)
         if self.mixup_alpha or self.cutmix_alpha:
