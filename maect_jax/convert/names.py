@@ -113,13 +113,13 @@ def variables_from_torch(tensors: Tensors, part: str) -> dict[str, dict]:
     return unflatten_dict(flat)
 
 
-def _to_torch(variables: Mapping[str, Mapping], part: str, first_block: int = 0) -> dict:
+def _to_torch(variables: Mapping[str, Mapping], part: str) -> dict:
     """The inverse of `variables_from_torch`, for any of the variables."""
     tensors = {}
     for (_, *path), x in flatten_dict(variables).items():
         last = path.pop() if path[-1] in _LEAVES else ""
         name = _TENSOR[part]["/".join(path)] + _LEAVES.get(last, "")
-        for i, layer in enumerate(np.asarray(x) if "{}" in name else [np.asarray(x)], first_block):
+        for i, layer in enumerate(np.asarray(x) if "{}" in name else [np.asarray(x)]):
             tensors[name.format(i)] = layer.T if last == "kernel" else layer
     return tensors
 
@@ -157,12 +157,12 @@ def _network_from_torch(part: str, tensors: Tensors, grid: tuple[int, int]) -> d
 
 
 def _network_to_torch(
-    part: str, params: Mapping, grid: tuple[int, int] | None = None, first_block: int = 0
+    part: str, params: Mapping, grid: tuple[int, int] | None = None
 ) -> dict[str, np.ndarray]:
     """The inverse of `_network_from_torch`, with `pos_embed` where `grid` is given."""
     params = dict(params)
     position = params.pop("pos_embed", None)
-    tensors = _to_torch({"params": params}, part, first_block)
+    tensors = _to_torch({"params": params}, part)
     if grid is None:
         return tensors
     width = params["blocks"]["norm1"]["scale"].shape[-1]
@@ -177,7 +177,7 @@ decoder_to_torch = partial(_network_to_torch, DECODER)
 
 
 def encoder_to_torch(
-    params: Mapping, patch_size: int, grid: tuple[int, int] | None = None, first_block: int = 0
+    params: Mapping, patch_size: int, grid: tuple[int, int] | None = None
 ) -> dict[str, np.ndarray]:
     """The inverse of `encoder_from_torch`; a part of the parameters is converted as well.
 
@@ -185,9 +185,8 @@ def encoder_to_torch(
       params: parameters, or any tree of their structure, such as gradients.
       patch_size: side of a patch in pixels.
       grid: patches in (rows, columns). With it `params` must be whole, and `pos_embed` is written.
-      first_block: index in the whole encoder of the first block of `params["blocks"]`.
     """
-    tensors = _network_to_torch(ENCODER, params, grid, first_block)
+    tensors = _network_to_torch(ENCODER, params, grid)
     if "patch_embed" in params:
         weight = tensors["patch_embed.proj.weight"]
         pixels = weight.reshape(len(weight), patch_size, patch_size, -1)

@@ -19,7 +19,6 @@ from maect_jax.evals.features import Prepared
 MOST = 10  # pairs of a row that are kept, the highest
 _TILE = 512  # rows: their products stay in a core's cache
 _TURN = 64  # tiles, after which what is found is put together
-_READ = 8192  # rows that are shortened at a time
 _SAMPLED = 2048  # rows, by which the components are chosen
 _WHOLE = 2**36  # pairs that are compared whole, at most: some 20 minutes of two cores for 768
 _ROUNDING = 1e-5  # of products in fp32
@@ -108,10 +107,7 @@ class _Search:
         drawn = np.random.default_rng(seed).choice(len(x), min(len(x), _SAMPLED), replace=False)
         most = max(1, memory_mb * 2**20 // (2 * 4 * len(x)) - 1)  # twice, as they are sorted
         basis = _components(x[np.sort(drawn)], cosine, most)
-        short = np.empty((len(x), basis.shape[1] + 1), np.float32)
-        for start in range(0, len(x), _READ):
-            part = slice(start, start + _READ)
-            short[part] = _shortened(x[part], basis)
+        short = np.concatenate([_shortened(part, basis) for part in features.in_parts(x)])
         tiles = _tiled(short)
         self._order = np.concatenate(tiles)
         self._short = short[self._order]

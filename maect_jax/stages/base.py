@@ -363,19 +363,6 @@ def over_microbatches(encode: Callable[..., jax.Array], parts: int, *rows: jax.A
     return sharding.constrain_batch(outputs.swapaxes(0, 1).reshape(-1, *outputs.shape[2:]))
 
 
-def pooled_features(
-    stage, params: dict, frozen: dict, *rows: jax.Array, microbatches: int = 1
-) -> jax.Array:
-    """Features fp32 `[B, D]` of `rows`: normalised images `[B, H, W, C]` and, in training, factors
-    of the blocks' branches (`vit.drop_paths`)."""
-    encoder = {**frozen["encoder"], **params.get("encoder", {})}
-
-    def encode(images, paths=None):
-        return vit.features(stage.encoder, encoder, images, stage.pool, paths=paths)
-
-    return over_microbatches(encode, microbatches, *rows)
-
-
 # Rules that several sections share
 
 
