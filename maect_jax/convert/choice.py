@@ -21,19 +21,12 @@ _WRAPPED = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_mo
 
 
 class Chosen(NamedTuple):
-    """A model of a file.
+    """A model of a file."""
 
-    Attributes:
-      tensors: without the prefix in their names.
-      entry: keys of the dicts that it stands in, joined by dots.
-      key: names it, where the file has several models, else None.
-      notes: what was passed over or stripped, for people.
-    """
-
-    tensors: Mapping[str, Stored]
-    entry: str
-    key: str | None
-    notes: tuple[str, ...]
+    tensors: Mapping[str, Stored]  # without the prefix in their names
+    entry: str  # keys of the dicts that it stands in, joined by dots
+    key: str | None  # names it, where the file has several models, else None
+    notes: tuple[str, ...]  # what was passed over or stripped, for people
 
 
 def choose(contents: Sequence[Content], key: str | None) -> list[Chosen]:

@@ -102,27 +102,19 @@ class Overrides:
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """Files of weights, recognised and checked but not yet read.
+    """Files of weights, recognised and checked but not yet read."""
 
-    Attributes:
-      files: by their paths, what a lineage says of each: its name or the id by which the hub has
-        it (`file`), where the user gave another (`named`); whose names it has (`layout`); which of
-        its models is taken (`key`) where it has several.
-      kind: the stage that a run with such variables has saved, a key of `SAVED`.
-      config: of such a run: `model`, `data` where the normalisation is known, the sizes of a head.
-      described: for people, a line each.
-      notes: those of its lines that tell what a file has and is not used.
-      parts: the tensors.
-      grid: (rows, columns) of patches that their positions are for.
-    """
-
+    # By their paths, what a lineage says of each: its name or the id by which the hub has it
+    # (`file`), where the user gave another (`named`); whose names it has (`layout`); which of its
+    # models is taken (`key`) where it has several.
     files: Mapping[Path, dict[str, str]]
-    kind: str
+    kind: str  # the stage that a run with such variables has saved, a key of `SAVED`
+    # Of such a run: `model`, `data` where the normalisation is known, the sizes of a head.
     config: ConfigDict
-    described: tuple[str, ...]
-    notes: tuple[str, ...]
-    parts: Parts
-    grid: tuple[int, int]
+    described: tuple[str, ...]  # for people, a line each
+    notes: tuple[str, ...]  # those of its lines that tell what a file has and is not used
+    parts: Parts  # the tensors
+    grid: tuple[int, int]  # (rows, columns) of patches that their positions are for
 
     def read(self) -> dict:
         """The variables, NumPy arrays: the fields `saved` and `exported` of the stage's class."""

@@ -322,21 +322,14 @@ _NO_DECODER = {"mask_token", "pos_embed"}  # what is left of a decoder that was 
 
 
 class Sorted(NamedTuple):
-    """A file's tensors by part of a model.
+    """A file's tensors by part of a model."""
 
-    Attributes:
-      layout: whose names they had, for people.
-      parts: under the names of this module.
-      ignored: those that are not used, by name, with the reason.
-      grid: (rows, columns) of patches, where the position embedding has these as axes.
-      periods: of rotary positions, in DINOv3's files.
-    """
-
-    layout: str
-    parts: Parts
-    ignored: dict[str, str]
+    layout: str  # whose names they had, for people
+    parts: Parts  # under the names of this module
+    ignored: dict[str, str]  # those that are not used, by name, with the reason
+    # (rows, columns) of patches, where the position embedding has these as axes.
     grid: tuple[int, int] | None = None
-    periods: Stored | None = None
+    periods: Stored | None = None  # of rotary positions, in DINOv3's files
 
     def in_file(self, part: str, tensor: str) -> str:
         """What the file would call a tensor that it lacks, by the names of its others."""

@@ -16,34 +16,22 @@ _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb
 
 
 class Image(NamedTuple):
-    """An image in a file.
+    """An image in a file."""
 
-    Attributes:
-      name: its own, which no other image in the file has.
-      offset: of its first byte.
-      size: bytes.
-      check: the CRC-32 of its header, which tells it from what replaces it; 0 for no header.
-      label: its class, by name or number; empty for none.
-    """
-
-    name: str
-    offset: int
-    size: int
-    check: int
-    label: str = ""
+    name: str  # its own, which no other image in the file has
+    offset: int  # of its first byte
+    size: int  # bytes
+    check: int  # the CRC-32 of its header, which tells it from what replaces it; 0 for no header
+    label: str = ""  # its class, by name or number; empty for none
 
 
 class Listing(NamedTuple):
-    """What is in a shard.
+    """What is in a shard."""
 
-    Attributes:
-      images: in order.
-      classes: their names, in the order of their numbers, if the shard gives them.
-      others: how many files that are in no sample are left out, by their ending.
-    """
-
-    images: list[Image]
+    images: list[Image]  # in order
+    # Their names, in the order of their numbers, if the shard gives them.
     classes: Sequence[str] = ()
+    # How many files that are in no sample are left out, by their ending.
     others: Mapping[str, int] = {}
 
 

@@ -42,16 +42,11 @@ class Assigned(NamedTuple):
 
 
 class Space(NamedTuple):
-    """Where distances are measured: features as k-means sees them.
+    """Where distances are measured: features as k-means sees them."""
 
-    Attributes:
-      normalise: whether features are L2-normalised first.
-      mean: fp32 `[D]`, subtracted then; zeros where there are no components.
-      components: fp32 `[P, D]`, the principal components that are kept; none, `[0, D]`, for all.
-    """
-
-    normalise: bool
-    mean: np.ndarray
+    normalise: bool  # whether features are L2-normalised first
+    mean: np.ndarray  # fp32 [D], subtracted then; zeros where there are no components
+    # Principal components that are kept, fp32 [P, D]; none, [0, D], for all.
     components: np.ndarray
 
     @classmethod
@@ -78,20 +73,13 @@ class Space(NamedTuple):
 
 
 class Centres(NamedTuple):
-    """The clusters of a clustering that have an image, with which others are assigned.
+    """The clusters of a clustering that have an image, with which others are assigned."""
 
-    Attributes:
-      space: that of `x`.
-      x: fp32 `[K, P]`.
-      numbers: of the clusters, int32 `[K]`.
-      sizes: how many images they were made of, int32 `[K]`.
-      rim: the distance from its centre within which 99 % of a cluster's images lie, fp32 `[K]`.
-    """
-
-    space: Space
-    x: np.ndarray
-    numbers: np.ndarray
-    sizes: np.ndarray
+    space: Space  # that of `x`
+    x: np.ndarray  # fp32 [K, P]
+    numbers: np.ndarray  # of the clusters, int32 [K]
+    sizes: np.ndarray  # how many images they were made of, int32 [K]
+    # The distance from its centre within which 99 % of a cluster's images lie, fp32 [K].
     rim: np.ndarray
 
     @classmethod
@@ -169,14 +157,10 @@ def places(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 class Names(NamedTuple):
-    """What people have named.
+    """What people have named."""
 
-    Attributes:
-      clusters: the name of a cluster by its number, of those that have one.
-      images: the name that an image was moved to, by its path below the folder of all images.
-    """
-
-    clusters: dict[int, str]
+    clusters: dict[int, str]  # the name of a cluster by its number, of those that have one
+    # The name that an image was moved to, by its path below the folder of all images.
     images: dict[str, str]
 
 

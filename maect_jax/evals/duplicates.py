@@ -25,19 +25,13 @@ _ROUNDING = 1e-5  # of products in fp32
 
 
 class Pairs(NamedTuple):
-    """Pairs of rows, the highest cosine first.
+    """Pairs of rows, the highest cosine first."""
 
-    Attributes:
-      rows: int32 `[P, 2]`, the lower number first.
-      cosine: fp32 `[P]`.
-      full: how many rows have `MOST` pairs or more, of which lower ones may be left out.
-      compared: the fraction of the rows that were compared with all others; the search ends where
-        too many pairs are near.
-    """
-
-    rows: np.ndarray
-    cosine: np.ndarray
-    full: int = 0
+    rows: np.ndarray  # int32 [P, 2], the lower number first
+    cosine: np.ndarray  # fp32 [P]
+    full: int = 0  # how many rows have `MOST` pairs or more, of which lower ones may be left out
+    # The fraction of the rows that were compared with all others; the search ends where too many
+    # pairs are near.
     compared: float = 1.0
 
 

@@ -49,19 +49,13 @@ _GREY = np.full((_SIDE, _SIDE, 3), style.GREY_RGB, np.uint8)  # stands for what 
 
 
 class Clustered(NamedTuple):
-    """The clustering of a row.
+    """The clustering of a row."""
 
-    Attributes:
-      source: its images.
-      found: the arrays of `cluster.Cluster`.
-      near: those of `near.npz`, with positions in `found` for record numbers; empty without it.
-      names: those of the run's `names.json`.
-    """
-
-    source: Source
-    found: Mapping[str, np.ndarray]
+    source: Source  # its images
+    found: Mapping[str, np.ndarray]  # the arrays of `cluster.Cluster`
+    # Those of `near.npz`, with positions in `found` for record numbers; empty without it.
     near: Mapping[str, np.ndarray]
-    names: Names
+    names: Names  # those of the run's `names.json`
 
     @classmethod
     def read(cls, run: Path, row: str, source: Source, *, entry: Mapping) -> "Clustered | None":
@@ -234,17 +228,11 @@ def _write_script(path: Path, name: str, content: dict) -> None:
 
 
 class _Sheets(NamedTuple):
-    """The thumbnails of images, in sheets `sprites_000.jpg` and on; each in a square cell.
+    """The thumbnails of images, in sheets `sprites_000.jpg` and on; each in a square cell."""
 
-    Attributes:
-      side: of the longest, pixels; `cell` has it with its border.
-      sizes: width and height of each, uint8 `[n, 2]`.
-      ending: of the files.
-    """
-
-    side: int
-    sizes: np.ndarray
-    ending: str
+    side: int  # of the longest, pixels; `cell` has it with its border
+    sizes: np.ndarray  # width and height of each, uint8 [n, 2]
+    ending: str  # of the files
 
     @property
     def cell(self) -> int:
