@@ -74,11 +74,8 @@ def depth(names: Iterable[str]) -> int:
 
 
 def variables_from_torch(tensors: Tensors, part: str) -> dict[str, dict]:
-    """The variables of a part, by collection: "params" and "batch_stats".
-
-    Raises:
-      UserError: a tensor is unexpected, or not there for every block.
-    """
+    """The variables of a part, by collection: "params" and "batch_stats". Raises `UserError` if a
+    tensor is unexpected, or not there for every block."""
     layers = depth(tensors)
     stacks: dict[tuple[str, ...], dict[str, str]] = {}
     for name in tensors:
@@ -374,11 +371,9 @@ def prefixes(names: Iterable[str]) -> list[str]:
 
 
 def sort(tensors: Mapping[str, Stored], where: str) -> Sorted:
-    """Sorts the tensors of a model by part, and gives them the names of this module.
-
-    Raises:
-      UserError: the model is of no known kind, or a tensor has no place in a Vision Transformer.
-    """
+    """Sorts the tensors of a model by part, and gives them the names of this module. Raises
+    `UserError` if the model is of no known kind, or a tensor has no place in a Vision
+    Transformer."""
     layouts = [_LAYOUTS[x] for x in _LAYOUTS if any(re.fullmatch(x, name) for name in tensors)]
     if not layouts:
         raise UserError(

@@ -119,11 +119,8 @@ class Content:
 
 
 def read(path: Path) -> Content:
-    """The tensors of a file, or of a HuggingFace folder.
-
-    Raises:
-      UserError: it does not exist, is damaged, or is something else.
-    """
+    """The tensors of a file, or of a HuggingFace folder. Raises `UserError` if it does not exist,
+    is damaged, or is something else."""
     file = weights_in(path) or path
     if file.is_dir():
         run = "; a run need not be imported" if (path / "checkpoints").is_dir() else ""

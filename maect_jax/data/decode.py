@@ -173,11 +173,8 @@ def is_coloured(image: bytes | np.ndarray, decoding: Decoding) -> bool:
 
 
 def to_8_bits(array: np.ndarray, bounds: tuple[float, ...]) -> np.ndarray:
-    """Numbers as uint8: the `bounds` become 0 and 255, and what is beyond them, too.
-
-    Raises:
-      BadImageError: a value is not a finite number.
-    """
+    """Numbers as uint8: the `bounds` become 0 and 255, and what is beyond them, too. Raises
+    `BadImageError` if a value is not a finite number."""
     extremes(array)
     low, high = bounds
     exact = np.result_type(array.dtype, np.float32)

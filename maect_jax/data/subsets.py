@@ -193,11 +193,8 @@ def find(
 @lru_cache(maxsize=1)  # a run asks several times, and names may take a pass over a prepared set
 def select(source: Source, images: str, seed: int) -> Source:
     """The images of a source that `config.finetune.images` asks for: "all"; a percentage of each
-    class, such as "1%", drawn by `seed`; or the path of a list (`from_list`).
-
-    Raises:
-      UserError: there is no such list, or no image with one of its names.
-    """
+    class, such as "1%", drawn by `seed`; or the path of a list (`from_list`). Raises `UserError` if
+    there is no such list, or no image with one of its names."""
     if images == "all":
         return source
     if images.endswith("%"):

@@ -24,13 +24,9 @@ _LOGGER = logging.getLogger(__name__)
 
 def check(sources: Iterable[Source], decoding: Decoding) -> None:
     """Checks, in a sample, that the values of images do not become almost nothing when they become
-    8 bits. Of images of 8 bits one is decoded, or few.
-
-    Raises:
-      UserError: there are values of 32 bits without `config.data.range`, most images of 16 bits
-        fill less than half of what is possible, none is within the range, or those of 8 bits are
-        far from 255.
-    """
+    8 bits. Of images of 8 bits one is decoded, or few. Raises `UserError` if there are values of 32
+    bits without `config.data.range`, most images of 16 bits fill less than half of what is
+    possible, none is within the range, or those of 8 bits are far from 255."""
     deep: dict[tuple[str, int], list[tuple[str, Values]]] = defaultdict(list)
     others: list[tuple[Source, int]] = []
     for source in sources:

@@ -165,12 +165,8 @@ class Names(NamedTuple):
 
 
 def checked_names(path: Path, centres: Centres) -> Names:
-    """Reads names that were given to these clusters.
-
-    Raises:
-      UserError: there is no such file, it is damaged, or it names other clusters or images by what
-        is no text.
-    """
+    """Reads names that were given to these clusters. Raises `UserError` if there is no such file,
+    it is damaged, or it names other clusters or images by what is no text."""
     if not path.exists():
         raise UserError(f"{path}: there is no such file")
     content = files.read_json(path)

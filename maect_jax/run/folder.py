@@ -63,11 +63,8 @@ def opened(run: Run, origin: lineage.Saved | None, images: Mapping[str, Identity
 
     Writes the config, what the run runs on, where its weights are from (`origin`, of the first
     stage), and, until a stage begins, what its images are, by split and by stage. Yields the run
-    with its `check_lock`.
-
-    Raises:
-      UserError: the folder holds another run, is in use, or cannot be written.
-    """
+    with its `check_lock`. Raises `UserError` if the folder holds another run, is in use, or cannot
+    be written."""
     with ExitStack() as stack:
         if jax.process_index() == 0:
             if run.folder.parts[:1] and run.folder.parts[0].endswith(":"):  # gs://, s3://

@@ -490,12 +490,9 @@ def check(config: ConfigDict) -> None:
 
 @contextmanager
 def opened(config: ConfigDict, folder: Path) -> Iterator[Writers]:
-    """Starts the loggers that a config names, on process 0, and ends them with the run.
-
-    Raises:
-      UserError: one cannot be imported, or cannot start and the run is new; when a run resumes,
-        that is a warning.
-    """
+    """Starts the loggers that a config names, on process 0, and ends them with the run. Raises
+    `UserError` if one cannot be imported, or cannot start and the run is new; when a run resumes,
+    that is a warning."""
     is_new, senders, status = not (folder / "metrics.jsonl").exists(), [], Status.FAILED
     names = dict.fromkeys(config.loggers) if jax.process_index() == 0 else ()
     try:

@@ -119,11 +119,8 @@ class Stage(Saved, abc.ABC):
 
     @classmethod
     def check(cls, config, devices: int) -> None:
-        """Checks the stage's section for a number of devices that share a batch.
-
-        Raises:
-          UserError: a value is not allowed.
-        """
+        """Checks the stage's section for a number of devices that share a batch. Raises `UserError`
+        if a value is not allowed."""
         configs.check(config, cls.name, cls.rules)
         section, channels = configs.flat(config[cls.name]), config.model.channels
         for key in _OF_COLOURS if channels not in (1, 3) else ():
@@ -148,11 +145,8 @@ class Stage(Saved, abc.ABC):
     @classmethod
     def check_taken(cls, before, now, where: str) -> None:
         """Checks that the stage's section `now` fits what it takes over beside the encoder, which
-        was made with the section `before`, of a stage that `where` names.
-
-        Raises:
-          UserError: they differ in what must be the same.
-        """
+        was made with the section `before`, of a stage that `where` names. Raises `UserError` if
+        they differ in what must be the same."""
 
     @classmethod
     def from_config(cls, config, records: int, classes: int = 0) -> Self:
