@@ -30,15 +30,9 @@ class Chosen(NamedTuple):
 
 
 def choose(contents: Sequence[Content], key: str | None) -> list[Chosen]:
-    """Chooses a model of each file: the only one, that which `key` names, or timm's choice.
-
-    Args:
-      contents: the files.
-      key: a prefix, or some of its words; it must name a model in one of the files.
-
-    Raises:
-      UserError: `key` names nothing, or a file has several models and nothing says which.
-    """
+    """Chooses a model of each file: the only one, that whose prefix, or some words of it, `key`
+    names, or timm's choice. Raises `UserError` if `key` names none in any file, or a file has
+    several models and nothing says which."""
     models = [names.prefixes(content.tensors) for content in contents]
     if key is not None and not any(_named(prefixes, key) for prefixes in models):
         has = "; ".join(f"{c.path} has {_listed(m)}" for c, m in zip(contents, models, strict=True))

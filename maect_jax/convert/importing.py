@@ -162,15 +162,10 @@ def recognised(
 ) -> Imported:
     """Recognises a model by the names and shapes of the tensors in its files.
 
-    Args:
-      files: one with an encoder, and optionally one with what was trained on it: a contrastive
-        head or a linear probe. Each is a path, or an id of the hub.
-      overrides: what the user says about the model.
-      fetch: gets what an id names.
-
-    Raises:
-      UserError: a file does not exist, is damaged or of no kind that can be read; a tensor is
-        missing, unexpected or of a wrong shape; or the files do not say what a model needs.
+    The files are one with an encoder, and optionally one with what was trained on it: a contrastive
+    head or a linear probe. Each is a path, or an id of the hub, which `fetch` gets. Raises
+    `UserError` if a file does not exist, is damaged or of no kind that can be read; a tensor is
+    missing, unexpected or of a wrong shape; or the files do not say what a model needs.
     """
     overrides = overrides or Overrides()
     fetched = [fetch(file) if isinstance(file, str) else None for file in files]

@@ -229,13 +229,8 @@ def head_from_torch(tensors: Tensors) -> dict:
 
 
 def head_to_torch(state: Mapping, queue_size: int | None = None) -> dict[str, np.ndarray]:
-    """The inverse of `head_from_torch`.
-
-    Args:
-      state: any of `params`, `batch_stats`, `target` and `queue`, as in a `TrainState`. Parameters
-        of the encoder are ignored.
-      queue_size: rows of the queue, by default all of its ring; the surplus is left out.
-    """
+    """The inverse of `head_from_torch`, for any of `params` (but those of the encoder),
+    `batch_stats`, `target` and `queue`: of its ring all rows, or the newest `queue_size`."""
     params, stats = ({**state.get(field, {})} for field in ("params", "batch_stats"))
     params.pop("encoder", None)
     tensors = _to_torch({"params": params, "batch_stats": stats}, HEAD)

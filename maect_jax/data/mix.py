@@ -44,12 +44,8 @@ def kept_fraction(
 
 
 def mix(images: jax.Array, targets: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mixes each image with the one at the mirrored position of the batch; the targets likewise.
-
-    Args:
-      images: `[B, H, W, C]`.
-      targets: `[B, classes]`.
-      kept: fraction of the pixels that an image keeps (`kept_fraction`); its target keeps the mean.
+    """Mixes each of `images [B, H, W, C]` with the one at the mirrored position of the batch. An
+    image keeps a fraction of each pixel (`kept_fraction`), its target, of `[B, classes]`, the mean.
     """
     pixels, target = kept[..., None], kept.mean()
     images = pixels * images + (1 - pixels) * images[::-1]

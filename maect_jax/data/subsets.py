@@ -121,15 +121,8 @@ def _records_by_tail(listed: set[str], paths: Sequence[str]) -> dict[str, list[i
 
 def from_list(path: str, names: Sequence[str]) -> np.ndarray:
     """Record numbers of the images that the text file `path` lists, one name a line, in its order
-    (`find`).
-
-    Args:
-      path: of the list.
-      names: of all images, by record number.
-
-    Raises:
-      UserError: there is no such file, or it is empty; or as `find` does.
-    """
+    (`find`). `names` are those of all images, by record number. Raises `UserError` if there is no
+    such file, or it is empty; or as `find` does."""
     where = f"list {path!r}"
     try:
         lines = (line.strip().removeprefix("./") for line in read_text(path).split("\n"))
@@ -152,15 +145,9 @@ def find(
     it, with as many folders as it has. If there is none, its ending does not matter, and it may
     have none.
 
-    Args:
-      listed: names of images.
-      names: paths of all images, by record number.
-      exact: their names below the folder of all.
-      kind: what they are, for errors.
-
-    Raises:
-      UserError: one is the name of no image, or of several; or two are those of one image.
-    """
+    `names` are the paths of all images, by record number, `exact` their names below the folder of
+    all; `kind` is what they are, for errors. Raises `UserError` if one is the name of no image, or
+    of several; or two are those of one image."""
     wanted = set(listed)
     found: dict[str, list[int]] = {}
     for record, name in enumerate(exact):  # `a/0.jpg` is not `b/a/0.jpg`, where there is the first

@@ -36,17 +36,10 @@ class Listing(NamedTuple):
 
 
 def listing(file: BinaryIO, size: int, label_key: str | None) -> Listing:
-    """Lists the images of a tar.
-
-    Args:
-      file: the tar, which can be read anywhere.
-      size: bytes of the tar.
-      label_key: what holds the label in a member `.json`; None to read no labels.
-
-    Raises:
-      ValueError: the tar is cut off, damaged or compressed, a sample has no image or two, or a
-        label is neither a number nor a name.
-    """
+    """Lists the images of a tar of so many bytes, which can be read anywhere. `label_key` is what
+    holds the label in a member `.json`; None to read no labels. Raises `ValueError` if the tar is
+    cut off, damaged or compressed, a sample has no image or two, or a label is neither a number nor
+    a name."""
     found: dict[str, Image | None] = {}
     labels: dict[str, dict[str, bytes]] = {}
     others: list[tuple[str, str]] = []

@@ -56,16 +56,9 @@ def _say_if_colour_is_lost(source: Source, decoding: Decoding) -> None:
 
 
 def to_uint8(what: str, array: np.ndarray, bounds: tuple[float, ...]) -> np.ndarray:
-    """An array of numbers as pixels.
-
-    Args:
-      what: the array, for the error.
-      array: of any shape; uint8 is returned unchanged.
-      bounds: the values that become 0 and 255; empty for all that uint16 holds.
-
-    Raises:
-      UserError: as `check` does; or they are not finite, or uint8 far from 255.
-    """
+    """An array of numbers, of any shape, as pixels; uint8 is returned unchanged. `bounds` are the
+    values that become 0 and 255, empty for all that uint16 holds. Raises `UserError`, about `what`
+    it is, as `check` does; or if they are not finite, or uint8 far from 255."""
     possible = np.iinfo(np.uint16).max if array.dtype == np.uint16 else 0
     try:
         found = decode.extremes(array)

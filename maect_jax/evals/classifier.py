@@ -9,15 +9,8 @@ from maect_jax.run.lineage import Saved
 
 
 def fold_batch_norm(parts: dict, bn_eps: float) -> tuple[np.ndarray, np.ndarray]:
-    """Folds the batch normalisation of a probe, if there is one, into its linear classifier.
-
-    Args:
-      parts: `params` and, of a probe, `batch_stats` of the classifier, NumPy arrays.
-      bn_eps: of the batch normalisation.
-
-    Returns:
-      Kernel fp32 `[D, C]` and bias `[C]`.
-    """
+    """Folds the batch normalisation of a probe, if there is one, into its linear classifier. The
+    parts are its `params` and `batch_stats`. Returns kernel fp32 `[D, C]` and bias `[C]`."""
     kernel, bias = (np.asarray(parts["params"][key], np.float64) for key in ("kernel", "bias"))
     if "batch_stats" in parts:
         mean, var = (np.asarray(parts["batch_stats"][key], np.float64) for key in ("mean", "var"))

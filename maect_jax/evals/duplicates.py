@@ -42,14 +42,10 @@ class _Found(NamedTuple):
 
 
 def find(x: Prepared, cosine: float, *, memory_mb: int, seed: int = 0) -> Pairs:
-    """Finds the pairs whose cosine is at least `cosine`: of each row the `MOST` highest.
-
-    Args:
-      x: rows of length 1, `[N, D]`.
-      cosine: above 0; 1 finds rows that are equal.
-      memory_mb: MiB for the shortened rows; what is found needs at most some 250 bytes a row.
-      seed: draws the rows by which the components are chosen.
-    """
+    """Finds the pairs of rows of length 1, `[N, D]`, whose cosine is at least `cosine`, above 0; 1
+    finds rows that are equal. Of each row it finds the `MOST` highest. `memory_mb` MiB are for the
+    shortened rows; what is found needs at most some 250 bytes a row. `seed` draws the rows by which
+    the components are chosen."""
     from threadpoolctl import threadpool_limits
 
     search = _Search(x, min(cosine, 1 - _ROUNDING), memory_mb=memory_mb, seed=seed)

@@ -77,15 +77,9 @@ class Search:
         return -(-per_device // block) * block * devices, block, tile
 
     def nearest(self, bank: Rows, queries: Rows, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Finds the k nearest rows of a bank.
-
-        Args:
-          bank, queries: features `[N, D]` and `[M, D]`, which may lie on disk.
-          k: at most N.
-
-        Returns:
-          Cosines fp32 and row numbers int32 `[M, k]`, nearest first; ties go to the first row.
-        """
+        """Finds the k nearest rows of a bank `[N, D]` for each of queries `[M, D]`; both may lie on
+        disk. Returns cosines fp32 and row numbers int32 `[M, k]`, nearest first; ties go to the
+        first row."""
         width = bank.shape[1]
         size, block, tile = self.plan(bank.shape, len(queries), k)
         mean, std = np.zeros(width), np.ones(width)
@@ -133,16 +127,8 @@ def classify(
     search: Search, train: Features, test: Features, ks: tuple[int, ...], temperature: float = 0.07
 ) -> list[dict]:
     """Measures accuracy for several k in one pass; votes are weighted by exp(cosine / temperature).
-
-    Args:
-      search: finds the neighbours.
-      train, test: features with labels.
-      ks: numbers of neighbours; those above the number of training images are left out.
-      temperature: of the votes.
-
-    Returns:
-      A dict for each k: `k`, `accuracy` (0 to 1), and the settings.
-    """
+    Returns a dict for each k, but those above the number of training images: `k`, `accuracy` (0 to
+    1), and the settings."""
     ks = tuple(k for k in ks if k <= len(train.x))
     classes = int(max(train.labels.max(), test.labels.max())) + 1
     scores, rows = search.nearest(train.x, test.x, max(ks))

@@ -335,12 +335,8 @@ def over_microbatches(encode: Callable[..., jax.Array], parts: int, *rows: jax.A
 
     An encoder has no batch statistics, so the features of a batch are those of its parts. What the
     backward pass needs of a part is computed again when its turn comes (the idea of GradCache, Gao
-    et al., 2021, inside one compiled step), while the head sees the whole batch.
-
-    Args:
-      encode: from arrays `[b, ...]` to an array `[b, ...]`, row by row.
-      parts: number of microbatches; each device must hold a multiple of that many rows.
-      *rows: arrays `[B, ...]`.
+    et al., 2021, inside one compiled step), while the head sees the whole batch. Rows are arrays
+    `[B, ...]`, of which each device must hold a multiple of `parts`.
     """
     if parts == 1:
         return encode(*rows)
