@@ -43,8 +43,8 @@ with epy.lazy_imports():  # with JAX, which takes a second: `--help` and mistake
     )
     from maect_jax.data import folder as image_folder
     from maect_jax.evals import assignment, features, runner
-    from maect_jax.run import checkpoints, lineage
     from maect_jax.run import folder as run_folder
+    from maect_jax.run import lineage
 
 _LISTED = 30  # clusters on a terminal
 _UNLIKE = 3, 3  # times as many images beyond the rim as are to be expected, and how many more
@@ -180,14 +180,13 @@ def _saved(run: Path, config: ConfigDict, row: str) -> "lineage.Saved | None":
     name = row.partition(runner.BLOCKS)[0]
     if name == runner.PIXELS:
         return None
-    if config.stages[0] in stages.STAGES:
-        trained = checkpoints.trained_stages(run, tuple(stages.SAVED))
-        rows: Mapping[str, lineage.Saved] = {x: lineage.SavedStage(run, x) for x in trained}
-        where = str(run)
+    where, first = str(run), config.stages[0]
+    if first in stages.STAGES:
+        origin: lineage.Saved = lineage.SavedStage(run, first)
     else:
-        fetch = partial(hub.fetch, noted=lineage.hub_ids(run))
-        rows = lineage.find(config.init_from, config.stages[0], fetch=fetch).rows()
-        where = config.init_from
+        where, fetch = config.init_from, partial(hub.fetch, noted=lineage.hub_ids(run))
+        origin = lineage.find(where, first, fetch=fetch)
+    rows: Mapping[str, lineage.Saved] = origin.rows()
     if name not in rows:
         raise UserError(f"{where}: has no encoder {name!r} any more, whose features have clusters")
     return rows[name]
