@@ -138,3 +138,8 @@ def test_clusters_are_read_as_groups_of_those_that_are_alike():
     assert len({*hierarchy.groups(hierarchy.merges(many), 7)}) == 7
     assert hierarchy.merges(many[:1]).shape == (0, 4)
     assert hierarchy.groups(hierarchy.merges(many[:1]), 1).tolist() == [0]
+
+
+def test_silhouettes_are_0_where_they_are_not_defined():
+    equal, clusterings = np.zeros((6, 2), np.float32), [np.zeros(6, int), np.arange(6) % 2]
+    assert selection._silhouettes(equal, [*clusterings, np.arange(6)]) == [0, 0, 0]
