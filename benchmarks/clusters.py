@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from maect_jax import files, sharding
+from maect_jax.data import subsets
 from maect_jax.data.arrays import Arrays
 from maect_jax.evals import assignment, cluster, duplicates, kmeans, knn, near
 from maect_jax.evals.assignment import Space
@@ -102,7 +103,7 @@ def main() -> None:
         clusters, places = np.unique(found.clusters[0], return_inverse=True)
         centres = found.centres[0][clusters]
         _, distance, margin = measured("distances", lambda: assignment.nearest(rows, centres))
-        rank = measured("ranks", lambda: assignment.ranks(places, distance))
+        rank = measured("ranks", lambda: subsets.ranks(places, distance))
         centred = measured("mean", lambda: near.centred(x))
         search = knn.Search(mesh, _MEMORY_MB)
         _, score = measured("neighbours, scores", lambda: near.nearest(search, centred, seed=0))

@@ -18,6 +18,7 @@ from playwright.sync_api import sync_playwright
 from scipy.cluster.hierarchy import linkage
 
 from maect_jax import config as configs
+from maect_jax.data import subsets
 from maect_jax.data.base import Identity, Source
 from maect_jax.evals import assignment
 from maect_jax.evals.assignment import Centres, Space
@@ -79,7 +80,7 @@ def clustered(images: int, k: int) -> clusters.Clustered:
     near |= dict(outlier=distance > np.quantile(distance, 0.99))
     near |= dict(pairs=rng.integers(0, images, (500, 2), np.int32), cosine=np.ones(500, np.float32))
     near |= dict(same=np.ones(500, bool))
-    found |= dict(rank=assignment.ranks(places, distance))
+    found |= dict(rank=subsets.ranks(places, distance))
     found |= dict(merges=linkage(centres[used], "average"))
     return clusters.Clustered(Synthetic(images), found, near, {})
 

@@ -43,8 +43,8 @@ with epy.lazy_imports():  # with JAX, which takes a second: `--help` and mistake
     )
     from maect_jax.data import folder as image_folder
     from maect_jax.evals import assignment, features, runner
-    from maect_jax.run import checkpoints, lineage
     from maect_jax.run import folder as run_folder
+    from maect_jax.run import lineage
 
 _LISTED = 30  # clusters on a terminal
 _UNLIKE = 3, 3  # times as many images beyond the rim as are to be expected, and how many more
@@ -130,7 +130,7 @@ def _opened(run: Path, row: str | None, mesh, names: Path | None = None) -> Clus
     if not path.is_file():
         raise UserError(f"{str(run)!r}: has no config.json. Name the folder of a run.")
     config = configs.read(path)
-    entries = _entries(run / "results.json", runner.read_results(run))
+    entries = _entries(runner.read_results(run))
     saved = {name: arrays for name in entries if (arrays := runner.read_clusters(run, name))}
     if not saved:
         raise UserError(
@@ -165,17 +165,13 @@ def _opened(run: Path, row: str | None, mesh, names: Path | None = None) -> Clus
     return Clusters(run, row, config, centres, named, encode, mesh)
 
 
-def _entries(path: Path, results: Mapping[str, dict]) -> dict[str, dict]:
-    """What results, the content of a file, say of the clusters of each row; those behind blocks
-    follow their encoder's."""
+def _entries(results: Mapping[str, dict]) -> dict[str, dict]:
+    """What results say of the clusters of each row; those behind blocks follow their encoder's."""
     found = {}
-    try:
-        for name in runner.ordered(results):
-            found[name] = results[name].get("cluster", {})
-            for block, entry in results[name].get("blocks", {}).items():
-                found[f"{name}{runner.BLOCKS}{block}"] = entry.get("cluster", {})
-    except AttributeError as error:
-        raise UserError(f"{path}: does not hold rows of results; {runner.AGAIN}") from error
+    for name in runner.ordered(results):
+        found[name] = results[name].get("cluster", {})
+        for block, entry in results[name].get("blocks", {}).items():
+            found[f"{name}{runner.BLOCKS}{block}"] = entry.get("cluster", {})
     return found
 
 
@@ -184,14 +180,13 @@ def _saved(run: Path, config: ConfigDict, row: str) -> "lineage.Saved | None":
     name = row.partition(runner.BLOCKS)[0]
     if name == runner.PIXELS:
         return None
-    if config.stages[0] in stages.STAGES:
-        trained = checkpoints.trained_stages(run, tuple(stages.SAVED))
-        rows: Mapping[str, lineage.Saved] = {x: lineage.SavedStage(run, x) for x in trained}
-        where = str(run)
+    where, first = str(run), config.stages[0]
+    if first in stages.STAGES:
+        origin: lineage.Saved = lineage.SavedStage(run, first)
     else:
-        fetch = partial(hub.fetch, noted=lineage.hub_ids(run))
-        rows = lineage.find(config.init_from, config.stages[0], fetch=fetch).rows()
-        where = config.init_from
+        where, fetch = config.init_from, partial(hub.fetch, noted=lineage.hub_ids(run))
+        origin = lineage.find(where, first, fetch=fetch)
+    rows: Mapping[str, lineage.Saved] = origin.rows()
     if name not in rows:
         raise UserError(f"{where}: has no encoder {name!r} any more, whose features have clusters")
     return rows[name]

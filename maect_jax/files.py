@@ -146,11 +146,8 @@ def fsync_folder(folder: Path) -> None:
 
 
 def read_arrays(path: Path | str) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz`.
-
-    Raises:
-      ValueError: there is no such file, or it is damaged or something else.
-    """
+    """The arrays of an `.npz`. Raises `ValueError` if there is no such file, or it is damaged or
+    something else."""
     try:
         with open(path, "rb") as file, np.load(file) as arrays:
             return dict(arrays)

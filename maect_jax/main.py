@@ -54,10 +54,7 @@ def _parser() -> errors.OneLineParser:
 
 def _join_hosts(seconds: int) -> None:
     """Makes one program of all hosts that have the same JAX_COORDINATOR_ADDRESS, if it is set.
-
-    Raises:
-      UserError: it is not known how many they are, or which this one is.
-    """
+    Raises `UserError` if it is not known how many they are, or which this one is."""
     import jax
 
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}

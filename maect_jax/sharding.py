@@ -36,11 +36,8 @@ RULES = (
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
-    """A mesh over all devices, or those given; one of the two sizes may be -1, "the rest".
-
-    Raises:
-      UserError: the sizes do not multiply to the number of devices.
-    """
+    """A mesh over all devices, or those given; one of the two sizes may be -1, "the rest". Raises
+    `UserError` if the sizes do not multiply to the number of devices."""
     devices = jax.devices() if devices is None else devices
     count, shape = len(devices), {"data": data, "fsdp": fsdp}
     known = math.prod(size for size in shape.values() if size != -1)

@@ -112,10 +112,7 @@ def _memory_savers(config: ConfigDict, stage: type[Stage], mesh) -> list[str]:
 
 def report(config: ConfigDict, stage_type: type[Stage], topology: str, mesh) -> dict:
     """Compiles the step that `train` runs, for a mesh of a slice's devices; what is known of it.
-
-    Raises:
-      RunFailedError: the compiler failed, and not because of the memory.
-    """
+    Raises `RunFailedError` if the compiler failed, and not because of the memory."""
     share, start = chips.find(topology).device(), time.monotonic()
     splits = pipeline.images_to_plan(config)[0]
     images = cache.reduced(config, stage_type.own_images(config, splits)["train"])

@@ -125,11 +125,8 @@ def _group(rest: str, devices: int) -> int:
 
 
 def read(text: str, devices: int) -> list[Collective]:
-    """Finds every collective of a program on `devices` devices.
-
-    Raises:
-      ValueError: the text does not tell the size of one, or how often it happens.
-    """
+    """Finds every collective of a program on `devices` devices. Raises `ValueError` if the text
+    does not tell the size of one, or how often it happens."""
     computations, entry = _computations(text)
     times = _times(computations, entry)
     collectives: dict[str | tuple[str, str], Collective] = {}

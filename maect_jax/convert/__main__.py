@@ -105,16 +105,10 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def read_run(path: Path, stage: str | None = None, weights: str = "ema") -> exporting.Model:
-    """Reads a trained stage of a run, and what a model card says about it.
-
-    Args:
-      path: a run, or one of its checkpoints.
-      stage: its name, by default the checkpoint's or the last one.
-      weights: "ema" for the encoder as it is evaluated, "trained" for the last one.
-
-    Raises:
-      UserError: there is no such run, stage or step, or the stage is not finished.
-    """
+    """Reads a trained stage of a run or of one of its checkpoints, by default the checkpoint's or
+    the last one, with its encoder as it is evaluated ("ema") or as it was last ("trained"), and
+    what a model card says about it. Raises `UserError` if there is no such run, stage or step, or
+    the stage is not finished."""
     allowed = "the folder of a run; a file must be imported first"
     saved = lineage.trained_stage(path, (stage,) if stage else (), where=str(path), allowed=allowed)
     if stage not in (None, saved.stage):

@@ -21,31 +21,18 @@ _WRAPPED = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_mo
 
 
 class Chosen(NamedTuple):
-    """A model of a file.
+    """A model of a file."""
 
-    Attributes:
-      tensors: without the prefix in their names.
-      entry: keys of the dicts that it stands in, joined by dots.
-      key: names it, where the file has several models, else None.
-      notes: what was passed over or stripped, for people.
-    """
-
-    tensors: Mapping[str, Stored]
-    entry: str
-    key: str | None
-    notes: tuple[str, ...]
+    tensors: Mapping[str, Stored]  # without the prefix in their names
+    entry: str  # keys of the dicts that it stands in, joined by dots
+    key: str | None  # names it, where the file has several models, else None
+    notes: tuple[str, ...]  # what was passed over or stripped, for people
 
 
 def choose(contents: Sequence[Content], key: str | None) -> list[Chosen]:
-    """Chooses a model of each file: the only one, that which `key` names, or timm's choice.
-
-    Args:
-      contents: the files.
-      key: a prefix, or some of its words; it must name a model in one of the files.
-
-    Raises:
-      UserError: `key` names nothing, or a file has several models and nothing says which.
-    """
+    """Chooses a model of each file: the only one, that whose prefix, or some words of it, `key`
+    names, or timm's choice. Raises `UserError` if `key` names none in any file, or a file has
+    several models and nothing says which."""
     models = [names.prefixes(content.tensors) for content in contents]
     if key is not None and not any(_named(prefixes, key) for prefixes in models):
         has = "; ".join(f"{c.path} has {_listed(m)}" for c, m in zip(contents, models, strict=True))

@@ -49,31 +49,20 @@ _TIMM_VARIANTS = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "h
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """A trained stage, with NumPy arrays.
+    """A trained stage, with NumPy arrays."""
 
-    Attributes:
-      stage: its name, a key of `SAVED`.
-      config: of its run.
-      encoder: whole parameters, with one stack of blocks.
-      parts: the fields of the state that the stage has saved.
-      averaged: whether `encoder` is a moving average of what was trained.
-      run: the name of its run, and below what the model card says about it.
-      lineage: where the weights that training started from are from, the last first.
-      measured: figures of the evaluation, in percent.
-      held_out: whether they are of images that training has not seen.
-      class_names: those of its classifier; empty where they have none.
-    """
-
-    stage: str
-    config: ConfigDict
-    encoder: dict
-    parts: dict
-    averaged: bool = False
-    run: str = ""
+    stage: str  # its name, a key of `SAVED`
+    config: ConfigDict  # of its run
+    encoder: dict  # whole parameters, with one stack of blocks
+    parts: dict  # the fields of the state that the stage has saved
+    averaged: bool = False  # whether `encoder` is a moving average of what was trained
+    run: str = ""  # the name of its run, and below what the model card says about it
+    # Where the weights that training started from are from, the last first.
     lineage: Sequence[Mapping] = ()
+    # Figures of the evaluation, in percent.
     measured: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    held_out: bool = False
-    class_names: Sequence[str] = ()
+    held_out: bool = False  # whether they are of images that training has not seen
+    class_names: Sequence[str] = ()  # those of its classifier; empty where they have none
 
     @property
     def classes(self) -> int:

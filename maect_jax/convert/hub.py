@@ -28,19 +28,12 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class Fetched(NamedTuple):
-    """Weights in the hub's cache.
+    """Weights in the hub's cache."""
 
-    Attributes:
-      path: of their file, or of the list of their parts, with its parts and configs beside it.
-      name: of the model: the repository's, or the file's if that has a name of its own.
-      id: with the commit and the file, and so the same for all time.
-      named: the id that the user gave.
-    """
-
-    path: Path
-    name: str
-    id: str
-    named: str
+    path: Path  # of their file, or of the list of their parts, with its parts and configs beside it
+    name: str  # of the model: the repository's, or the file's if that has a name of its own
+    id: str  # with the commit and the file, and so the same for all time
+    named: str  # the id that the user gave
 
     def read(self) -> tensors.Content:
         """Its tensors (`tensors.read`)."""
@@ -128,19 +121,12 @@ def _choose(named: str, where: str, inside: Sequence[str]) -> str:
 
 
 class _Repository(NamedTuple):
-    """A repository at a revision.
+    """A repository at a revision."""
 
-    Attributes:
-      named: the user's id, for errors.
-      id: `ORG/NAME`.
-      revision: a branch, a tag or a commit.
-      download: whether to fetch what the cache lacks.
-    """
-
-    named: str
-    id: str
-    revision: str
-    download: bool
+    named: str  # the user's id, for errors
+    id: str  # `ORG/NAME`
+    revision: str  # a branch, a tag or a commit
+    download: bool  # whether to fetch what the cache lacks
 
     def listed(self, where: str) -> tuple[str, list[str], str]:
         """The commit, the names of its files, and why the hub could not be asked for them, if so.

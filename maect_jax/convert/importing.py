@@ -102,27 +102,19 @@ class Overrides:
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """Files of weights, recognised and checked but not yet read.
+    """Files of weights, recognised and checked but not yet read."""
 
-    Attributes:
-      files: by their paths, what a lineage says of each: its name or the id by which the hub has
-        it (`file`), where the user gave another (`named`); whose names it has (`layout`); which of
-        its models is taken (`key`) where it has several.
-      kind: the stage that a run with such variables has saved, a key of `SAVED`.
-      config: of such a run: `model`, `data` where the normalisation is known, the sizes of a head.
-      described: for people, a line each.
-      notes: those of its lines that tell what a file has and is not used.
-      parts: the tensors.
-      grid: (rows, columns) of patches that their positions are for.
-    """
-
+    # By their paths, what a lineage says of each: its name or the id by which the hub has it
+    # (`file`), where the user gave another (`named`); whose names it has (`layout`); which of its
+    # models is taken (`key`) where it has several.
     files: Mapping[Path, dict[str, str]]
-    kind: str
+    kind: str  # the stage that a run with such variables has saved, a key of `SAVED`
+    # Of such a run: `model`, `data` where the normalisation is known, the sizes of a head.
     config: ConfigDict
-    described: tuple[str, ...]
-    notes: tuple[str, ...]
-    parts: Parts
-    grid: tuple[int, int]
+    described: tuple[str, ...]  # for people, a line each
+    notes: tuple[str, ...]  # those of its lines that tell what a file has and is not used
+    parts: Parts  # the tensors
+    grid: tuple[int, int]  # (rows, columns) of patches that their positions are for
 
     def read(self) -> dict:
         """The variables, NumPy arrays: the fields `saved` and `exported` of the stage's class."""
@@ -170,15 +162,10 @@ def recognised(
 ) -> Imported:
     """Recognises a model by the names and shapes of the tensors in its files.
 
-    Args:
-      files: one with an encoder, and optionally one with what was trained on it: a contrastive
-        head or a linear probe. Each is a path, or an id of the hub.
-      overrides: what the user says about the model.
-      fetch: gets what an id names.
-
-    Raises:
-      UserError: a file does not exist, is damaged or of no kind that can be read; a tensor is
-        missing, unexpected or of a wrong shape; or the files do not say what a model needs.
+    The files are one with an encoder, and optionally one with what was trained on it: a contrastive
+    head or a linear probe. Each is a path, or an id of the hub, which `fetch` gets. Raises
+    `UserError` if a file does not exist, is damaged or of no kind that can be read; a tensor is
+    missing, unexpected or of a wrong shape; or the files do not say what a model needs.
     """
     overrides = overrides or Overrides()
     fetched = [fetch(file) if isinstance(file, str) else None for file in files]

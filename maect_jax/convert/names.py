@@ -74,11 +74,8 @@ def depth(names: Iterable[str]) -> int:
 
 
 def variables_from_torch(tensors: Tensors, part: str) -> dict[str, dict]:
-    """The variables of a part, by collection: "params" and "batch_stats".
-
-    Raises:
-      UserError: a tensor is unexpected, or not there for every block.
-    """
+    """The variables of a part, by collection: "params" and "batch_stats". Raises `UserError` if a
+    tensor is unexpected, or not there for every block."""
     layers = depth(tensors)
     stacks: dict[tuple[str, ...], dict[str, str]] = {}
     for name in tensors:
@@ -113,13 +110,13 @@ def variables_from_torch(tensors: Tensors, part: str) -> dict[str, dict]:
     return unflatten_dict(flat)
 
 
-def _to_torch(variables: Mapping[str, Mapping], part: str, first_block: int = 0) -> dict:
+def _to_torch(variables: Mapping[str, Mapping], part: str) -> dict:
     """The inverse of `variables_from_torch`, for any of the variables."""
     tensors = {}
     for (_, *path), x in flatten_dict(variables).items():
         last = path.pop() if path[-1] in _LEAVES else ""
         name = _TENSOR[part]["/".join(path)] + _LEAVES.get(last, "")
-        for i, layer in enumerate(np.asarray(x) if "{}" in name else [np.asarray(x)], first_block):
+        for i, layer in enumerate(np.asarray(x) if "{}" in name else [np.asarray(x)]):
             tensors[name.format(i)] = layer.T if last == "kernel" else layer
     return tensors
 
@@ -157,12 +154,12 @@ def _network_from_torch(part: str, tensors: Tensors, grid: tuple[int, int]) -> d
 
 
 def _network_to_torch(
-    part: str, params: Mapping, grid: tuple[int, int] | None = None, first_block: int = 0
+    part: str, params: Mapping, grid: tuple[int, int] | None = None
 ) -> dict[str, np.ndarray]:
     """The inverse of `_network_from_torch`, with `pos_embed` where `grid` is given."""
     params = dict(params)
     position = params.pop("pos_embed", None)
-    tensors = _to_torch({"params": params}, part, first_block)
+    tensors = _to_torch({"params": params}, part)
     if grid is None:
         return tensors
     width = params["blocks"]["norm1"]["scale"].shape[-1]
@@ -177,7 +174,7 @@ decoder_to_torch = partial(_network_to_torch, DECODER)
 
 
 def encoder_to_torch(
-    params: Mapping, patch_size: int, grid: tuple[int, int] | None = None, first_block: int = 0
+    params: Mapping, patch_size: int, grid: tuple[int, int] | None = None
 ) -> dict[str, np.ndarray]:
     """The inverse of `encoder_from_torch`; a part of the parameters is converted as well.
 
@@ -185,9 +182,8 @@ def encoder_to_torch(
       params: parameters, or any tree of their structure, such as gradients.
       patch_size: side of a patch in pixels.
       grid: patches in (rows, columns). With it `params` must be whole, and `pos_embed` is written.
-      first_block: index in the whole encoder of the first block of `params["blocks"]`.
     """
-    tensors = _network_to_torch(ENCODER, params, grid, first_block)
+    tensors = _network_to_torch(ENCODER, params, grid)
     if "patch_embed" in params:
         weight = tensors["patch_embed.proj.weight"]
         pixels = weight.reshape(len(weight), patch_size, patch_size, -1)
@@ -233,13 +229,8 @@ def head_from_torch(tensors: Tensors) -> dict:
 
 
 def head_to_torch(state: Mapping, queue_size: int | None = None) -> dict[str, np.ndarray]:
-    """The inverse of `head_from_torch`.
-
-    Args:
-      state: any of `params`, `batch_stats`, `target` and `queue`, as in a `TrainState`. Parameters
-        of the encoder are ignored.
-      queue_size: rows of the queue, by default all of its ring; the surplus is left out.
-    """
+    """The inverse of `head_from_torch`, for any of `params` (but those of the encoder),
+    `batch_stats`, `target` and `queue`: of its ring all rows, or the newest `queue_size`."""
     params, stats = ({**state.get(field, {})} for field in ("params", "batch_stats"))
     params.pop("encoder", None)
     tensors = _to_torch({"params": params, "batch_stats": stats}, HEAD)
@@ -323,21 +314,14 @@ _NO_DECODER = {"mask_token", "pos_embed"}  # what is left of a decoder that was 
 
 
 class Sorted(NamedTuple):
-    """A file's tensors by part of a model.
+    """A file's tensors by part of a model."""
 
-    Attributes:
-      layout: whose names they had, for people.
-      parts: under the names of this module.
-      ignored: those that are not used, by name, with the reason.
-      grid: (rows, columns) of patches, where the position embedding has these as axes.
-      periods: of rotary positions, in DINOv3's files.
-    """
-
-    layout: str
-    parts: Parts
-    ignored: dict[str, str]
+    layout: str  # whose names they had, for people
+    parts: Parts  # under the names of this module
+    ignored: dict[str, str]  # those that are not used, by name, with the reason
+    # (rows, columns) of patches, where the position embedding has these as axes.
     grid: tuple[int, int] | None = None
-    periods: Stored | None = None
+    periods: Stored | None = None  # of rotary positions, in DINOv3's files
 
     def in_file(self, part: str, tensor: str) -> str:
         """What the file would call a tensor that it lacks, by the names of its others."""
@@ -382,11 +366,9 @@ def prefixes(names: Iterable[str]) -> list[str]:
 
 
 def sort(tensors: Mapping[str, Stored], where: str) -> Sorted:
-    """Sorts the tensors of a model by part, and gives them the names of this module.
-
-    Raises:
-      UserError: the model is of no known kind, or a tensor has no place in a Vision Transformer.
-    """
+    """Sorts the tensors of a model by part, and gives them the names of this module. Raises
+    `UserError` if the model is of no known kind, or a tensor has no place in a Vision
+    Transformer."""
     layouts = [_LAYOUTS[x] for x in _LAYOUTS if any(re.fullmatch(x, name) for name in tensors)]
     if not layouts:
         raise UserError(

@@ -81,22 +81,15 @@ class _Array(_Unread):
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A tensor of a file: NumPy reads it when it is asked for its numbers.
+    """A tensor of a file: NumPy reads it when it is asked for its numbers."""
 
-    Attributes:
-      names: what the file calls it, in its innermost dict; several where it is put together from
-        several, none of a tensor in a list.
-      shape: as PyTorch has it.
-      read: its numbers.
-      where: the file.
-      floating: whether they are floating-point numbers of 16 bits or more.
-    """
-
+    # What the file calls it, in its innermost dict; several where it is put together from several,
+    # none of a tensor in a list.
     names: tuple[str, ...]
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-    where: Path
-    floating: bool = True
+    shape: tuple[int, ...]  # as PyTorch has it
+    read: Callable[[], np.ndarray]  # its numbers
+    where: Path  # the file
+    floating: bool = True  # whether they are floating-point numbers of 16 bits or more
 
     def __array__(self, dtype=None, copy=None):
         del copy
@@ -126,11 +119,8 @@ class Content:
 
 
 def read(path: Path) -> Content:
-    """The tensors of a file, or of a HuggingFace folder.
-
-    Raises:
-      UserError: it does not exist, is damaged, or is something else.
-    """
+    """The tensors of a file, or of a HuggingFace folder. Raises `UserError` if it does not exist,
+    is damaged, or is something else."""
     file = weights_in(path) or path
     if file.is_dir():
         run = "; a run need not be imported" if (path / "checkpoints").is_dir() else ""

@@ -49,30 +49,20 @@ def evenly_spaced(count: int, most: int) -> list[int]:
 
 
 class Difference(NamedTuple):
-    """What has changed of the images of a source.
+    """What has changed of the images of a source."""
 
-    Attributes:
-      content: whether the images are others; else only the times of their files are.
-      text: what has changed, for messages.
-    """
-
-    content: bool
-    text: str
+    content: bool  # whether the images are others; else only the times of their files are
+    text: str  # what has changed, for messages
 
 
 class Identity(NamedTuple):
-    """What tells the images of a source from others, whatever their path is.
+    """What tells the images of a source from others, whatever their path is."""
 
-    Attributes:
-      images: their number.
-      content: a digest of the names and sizes of files and of what is in some of them, or of what
-        is in memory; where a file has the labels, with a digest of these behind a dash.
-      times: a digest of when the files last changed; empty where that is not known.
-    """
-
-    images: int
+    images: int  # their number
+    # A digest of the names and sizes of files and of what is in some of them, or of what is in
+    # memory; where a file has the labels, with a digest of these behind a dash.
     content: str
-    times: str = ""
+    times: str = ""  # a digest of when the files last changed; empty where that is not known
 
     def difference(self, before: Any) -> Difference | None:
         """What has changed since an identity was written down (`_asdict`); `None` if nothing has,

@@ -97,11 +97,8 @@ class Reduced(Source):
     def keep(self, folder: Path, split: str) -> None:
         """Writes the images into a file, unless it is there; if they are few, reads it into memory.
 
-        All processes call it and see the same folder; process 0 writes.
-
-        Raises:
-          UserError: the file does not fit on the disk, cannot be written or is damaged.
-        """
+        All processes call it and see the same folder; process 0 writes. Raises `UserError` if the
+        file does not fit on the disk, cannot be written or is damaged."""
         made_of = dict(version=__version__, images=self.identity, side=self.side)
         made_of["decoding"] = dataclasses.asdict(self.decoding)
         path = folder / f"{split}_{digest(json.dumps(made_of).encode())}.images"

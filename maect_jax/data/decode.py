@@ -37,17 +37,13 @@ _SUMMED = 2**17  # values of an image, of those that it may have
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the files of a data set become pixels.
+    """How the files of a data set become pixels."""
 
-    Attributes:
-      channels: 1 (gray) or 3 (RGB).
-      range: the values that become 0 and 255 in images of more than 8 bits a channel; empty for all
-        that 16 bits can hold.
-      max_pixels: of an image; one that has more is not read, as it may fill the memory.
-    """
-
-    channels: int
+    channels: int  # 1 (gray) or 3 (RGB)
+    # The values that become 0 and 255 in images of more than 8 bits a channel; empty for all that
+    # 16 bits can hold.
     range: tuple[float, ...] = ()
+    # Of an image; one that has more is not read, as it may fill the memory.
     max_pixels: int = 178_956_970  # Pillow's own
 
 
@@ -177,11 +173,8 @@ def is_coloured(image: bytes | np.ndarray, decoding: Decoding) -> bool:
 
 
 def to_8_bits(array: np.ndarray, bounds: tuple[float, ...]) -> np.ndarray:
-    """Numbers as uint8: the `bounds` become 0 and 255, and what is beyond them, too.
-
-    Raises:
-      BadImageError: a value is not a finite number.
-    """
+    """Numbers as uint8: the `bounds` become 0 and 255, and what is beyond them, too. Raises
+    `BadImageError` if a value is not a finite number."""
     extremes(array)
     low, high = bounds
     exact = np.result_type(array.dtype, np.float32)

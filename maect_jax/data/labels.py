@@ -55,12 +55,9 @@ def from_file(path: str, images: Mapping[str, Source]) -> dict[str, Source]:
     `subsets.find` takes them, and a column `label`. Classes are the labels that occur, sorted.
 
     An image that the file does not list has no label. Images of one class have none, as every
-    result on them would be perfect.
-
-    Raises:
-      UserError: it cannot be read, is no such file, or labels no image; a name is that of no image
-        or of several, or an image is listed twice; or only held-out images are of some class.
-    """
+    result on them would be perfect. Raises `UserError` if it cannot be read, is no such file, or
+    labels no image; a name is that of no image or of several, or an image is listed twice; or only
+    held-out images are of some class."""
     where = f"config.data.labels={path!r}"
     try:
         listed, empty = _read(path)
@@ -172,10 +169,7 @@ def known(images: Mapping[str, Source], seed: int) -> dict[str, Source]:
 
     Where no held-out image has a label, "val" is a tenth of each class of those to train on, drawn
     by `seed`, which are then not trained on; of a class at least one image, and not its last one.
-
-    Raises:
-      UserError: there is no class with a second image.
-    """
+    Raises `UserError` if there is no class with a second image."""
     if all(source.labelled for source in images.values()) and "val" in images:
         return dict(images)
     if not (images["train"].labels >= 0).any():

@@ -287,11 +287,8 @@ def _start_resource_tracker() -> None:
 
 
 def _closing(dataset) -> Batches:
-    """Yields the elements of a dataset of grain, and ends its workers at the end.
-
-    Raises:
-      RunFailedError: a worker was killed.
-    """
+    """Yields the elements of a dataset of grain, and ends its workers at the end. Raises
+    `RunFailedError` if a worker was killed."""
     stream = iter(dataset)
     try:
         yield from stream

@@ -1,4 +1,4 @@
-"""Regularisation of labelled batches on the device: label smoothing, mixup, cutmix, random erasing.
+"""Regularisation of labelled batches on the device: mixup, cutmix, random erasing.
 
 Pure functions of a key; images are normalised views, fp32 `[B, H, W, C]`. Draws and their ranges
 are those of timm, with which fine-tuning protocols are published.
@@ -13,12 +13,6 @@ import jax.numpy as jnp
 _ERASED_AREA = (0.02, 1 / 3)  # fraction of the image
 _ERASED_ASPECT = (0.3, 1 / 0.3)  # height / width
 _TRIES = 10  # boxes drawn to find one that fits
-
-
-def smooth(labels: jax.Array, classes: int, smoothing: float) -> jax.Array:
-    """Targets fp32 `[B, classes]` of labels int `[B]`: `smoothing` is spread over all classes
-    (Szegedy et al., 2016)."""
-    return jax.nn.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
 
 
 def _inside(shape: Sequence[int], low: jax.Array, high: jax.Array) -> jax.Array:
@@ -50,12 +44,8 @@ def kept_fraction(
 
 
 def mix(images: jax.Array, targets: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mixes each image with the one at the mirrored position of the batch; the targets likewise.
-
-    Args:
-      images: `[B, H, W, C]`.
-      targets: `[B, classes]`.
-      kept: fraction of the pixels that an image keeps (`kept_fraction`); its target keeps the mean.
+    """Mixes each of `images [B, H, W, C]` with the one at the mirrored position of the batch. An
+    image keeps a fraction of each pixel (`kept_fraction`), its target, of `[B, classes]`, the mean.
     """
     pixels, target = kept[..., None], kept.mean()
     images = pixels * images + (1 - pixels) * images[::-1]

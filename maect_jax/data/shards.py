@@ -173,13 +173,9 @@ def _opened(path: str) -> io.BufferedReader:
 def _numbered(
     texts: Sequence[Sequence[str]], orders: Sequence[Sequence[str]], count: int
 ) -> tuple[list[str], list[list[int]]]:
-    """The names of the classes, empty if they are numbers, and the numbers of labels.
-
-    Args:
-      texts: the labels that occur in each shard.
-      orders: the names of the classes that each shard gives, in the order of their numbers.
-      count: of all images.
-    """
+    """The names of the classes, empty if they are numbers, and the numbers of the labels, `texts`,
+    that occur in each shard. `orders` are the names that each shard gives, in the order of their
+    numbers; `count` is that of all images."""
     found = {text for of_shard in texts for text in of_shard}
     names = sorted(text for text in found if not _INTEGER.fullmatch(text))
     if any(order != orders[0] for order in orders):

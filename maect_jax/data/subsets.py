@@ -48,15 +48,21 @@ class Subset(Source):
         return Identity(len(self), f"{content}{dash}{labels}", whole.times)
 
 
+def ranks(groups: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """The place of each of N things in its group by ascending keys, from 0, int32 `[N]`; equals in
+    their order."""
+    order = np.lexsort((keys, groups))
+    _, starts, sizes = np.unique(groups[order], return_index=True, return_counts=True)
+    found = np.empty(len(order), np.int32)
+    found[order] = np.arange(len(order)) - np.repeat(starts, sizes)
+    return found
+
+
 def _ranks(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The rank of every image in a random order of its class, and the size of its class."""
     shuffled = np.random.default_rng(seed).permutation(len(labels))
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     _, class_index, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    first = np.cumsum(counts) - counts
-    ranks = np.empty(len(labels), int)
-    ranks[by_class] = np.arange(len(labels)) - np.repeat(first, counts)
-    return ranks, counts[class_index]
+    return ranks(labels, np.argsort(shuffled)), counts[class_index]
 
 
 def per_class(labels: np.ndarray, images: int, seed: int) -> np.ndarray:
@@ -101,12 +107,6 @@ def read_text(path: str) -> str:
     return content.decode("utf-16" if is_utf16 else "utf-8-sig", "surrogateescape")
 
 
-def _read_list(path: str) -> list[str]:
-    """The lines of a text file that are not empty."""
-    lines = (line.strip().removeprefix("./") for line in read_text(path).split("\n"))
-    return [line for line in lines if line]
-
-
 def _records_by_tail(listed: set[str], paths: Sequence[str]) -> dict[str, list[int]]:
     """The records of the paths that end in each of the listed ones, whole names of folders."""
     depths = {name.count("/") + 1 for name in listed}
@@ -121,21 +121,14 @@ def _records_by_tail(listed: set[str], paths: Sequence[str]) -> dict[str, list[i
 
 def from_list(path: str, names: Sequence[str]) -> np.ndarray:
     """Record numbers of the images that the text file `path` lists, one name a line, in its order
-    (`find`).
-
-    Args:
-      path: of the list.
-      names: of all images, by record number.
-
-    Raises:
-      UserError: there is no such file, or it is empty; or as `find` does.
-    """
+    (`find`). `names` are those of all images, by record number. Raises `UserError` if there is no
+    such file, or it is empty; or as `find` does."""
     where = f"list {path!r}"
     try:
-        listed = _read_list(path)
+        lines = (line.strip().removeprefix("./") for line in read_text(path).split("\n"))
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: cannot be read: {error}") from error
-    if not listed:
+    if not (listed := [line for line in lines if line]):
         raise UserError(f"{where}: is empty; expected one image name a line")
     try:
         return find(listed, names, base.below_shared_folder(names), kind="training images")
@@ -152,15 +145,9 @@ def find(
     it, with as many folders as it has. If there is none, its ending does not matter, and it may
     have none.
 
-    Args:
-      listed: names of images.
-      names: paths of all images, by record number.
-      exact: their names below the folder of all.
-      kind: what they are, for errors.
-
-    Raises:
-      UserError: one is the name of no image, or of several; or two are those of one image.
-    """
+    `names` are the paths of all images, by record number, `exact` their names below the folder of
+    all; `kind` is what they are, for errors. Raises `UserError` if one is the name of no image, or
+    of several; or two are those of one image."""
     wanted = set(listed)
     found: dict[str, list[int]] = {}
     for record, name in enumerate(exact):  # `a/0.jpg` is not `b/a/0.jpg`, where there is the first
@@ -193,11 +180,8 @@ def find(
 @lru_cache(maxsize=1)  # a run asks several times, and names may take a pass over a prepared set
 def select(source: Source, images: str, seed: int) -> Source:
     """The images of a source that `config.finetune.images` asks for: "all"; a percentage of each
-    class, such as "1%", drawn by `seed`; or the path of a list (`from_list`).
-
-    Raises:
-      UserError: there is no such list, or no image with one of its names.
-    """
+    class, such as "1%", drawn by `seed`; or the path of a list (`from_list`). Raises `UserError` if
+    there is no such list, or no image with one of its names."""
     if images == "all":
         return source
     if images.endswith("%"):

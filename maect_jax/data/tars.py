@@ -16,49 +16,30 @@ _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb
 
 
 class Image(NamedTuple):
-    """An image in a file.
+    """An image in a file."""
 
-    Attributes:
-      name: its own, which no other image in the file has.
-      offset: of its first byte.
-      size: bytes.
-      check: the CRC-32 of its header, which tells it from what replaces it; 0 for no header.
-      label: its class, by name or number; empty for none.
-    """
-
-    name: str
-    offset: int
-    size: int
-    check: int
-    label: str = ""
+    name: str  # its own, which no other image in the file has
+    offset: int  # of its first byte
+    size: int  # bytes
+    check: int  # the CRC-32 of its header, which tells it from what replaces it; 0 for no header
+    label: str = ""  # its class, by name or number; empty for none
 
 
 class Listing(NamedTuple):
-    """What is in a shard.
+    """What is in a shard."""
 
-    Attributes:
-      images: in order.
-      classes: their names, in the order of their numbers, if the shard gives them.
-      others: how many files that are in no sample are left out, by their ending.
-    """
-
-    images: list[Image]
+    images: list[Image]  # in order
+    # Their names, in the order of their numbers, if the shard gives them.
     classes: Sequence[str] = ()
+    # How many files that are in no sample are left out, by their ending.
     others: Mapping[str, int] = {}
 
 
 def listing(file: BinaryIO, size: int, label_key: str | None) -> Listing:
-    """Lists the images of a tar.
-
-    Args:
-      file: the tar, which can be read anywhere.
-      size: bytes of the tar.
-      label_key: what holds the label in a member `.json`; None to read no labels.
-
-    Raises:
-      ValueError: the tar is cut off, damaged or compressed, a sample has no image or two, or a
-        label is neither a number nor a name.
-    """
+    """Lists the images of a tar of so many bytes, which can be read anywhere. `label_key` is what
+    holds the label in a member `.json`; None to read no labels. Raises `ValueError` if the tar is
+    cut off, damaged or compressed, a sample has no image or two, or a label is neither a number nor
+    a name."""
     found: dict[str, Image | None] = {}
     labels: dict[str, dict[str, bytes]] = {}
     others: list[tuple[str, str]] = []

@@ -24,13 +24,9 @@ _LOGGER = logging.getLogger(__name__)
 
 def check(sources: Iterable[Source], decoding: Decoding) -> None:
     """Checks, in a sample, that the values of images do not become almost nothing when they become
-    8 bits. Of images of 8 bits one is decoded, or few.
-
-    Raises:
-      UserError: there are values of 32 bits without `config.data.range`, most images of 16 bits
-        fill less than half of what is possible, none is within the range, or those of 8 bits are
-        far from 255.
-    """
+    8 bits. Of images of 8 bits one is decoded, or few. Raises `UserError` if there are values of 32
+    bits without `config.data.range`, most images of 16 bits fill less than half of what is
+    possible, none is within the range, or those of 8 bits are far from 255."""
     deep: dict[tuple[str, int], list[tuple[str, Values]]] = defaultdict(list)
     others: list[tuple[Source, int]] = []
     for source in sources:
@@ -60,16 +56,9 @@ def _say_if_colour_is_lost(source: Source, decoding: Decoding) -> None:
 
 
 def to_uint8(what: str, array: np.ndarray, bounds: tuple[float, ...]) -> np.ndarray:
-    """An array of numbers as pixels.
-
-    Args:
-      what: the array, for the error.
-      array: of any shape; uint8 is returned unchanged.
-      bounds: the values that become 0 and 255; empty for all that uint16 holds.
-
-    Raises:
-      UserError: as `check` does; or they are not finite, or uint8 far from 255.
-    """
+    """An array of numbers, of any shape, as pixels; uint8 is returned unchanged. `bounds` are the
+    values that become 0 and 255, empty for all that uint16 holds. Raises `UserError`, about `what`
+    it is, as `check` does; or if they are not finite, or uint8 far from 255."""
     possible = np.iinfo(np.uint16).max if array.dtype == np.uint16 else 0
     try:
         found = decode.extremes(array)

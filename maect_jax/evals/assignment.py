@@ -42,16 +42,11 @@ class Assigned(NamedTuple):
 
 
 class Space(NamedTuple):
-    """Where distances are measured: features as k-means sees them.
+    """Where distances are measured: features as k-means sees them."""
 
-    Attributes:
-      normalise: whether features are L2-normalised first.
-      mean: fp32 `[D]`, subtracted then; zeros where there are no components.
-      components: fp32 `[P, D]`, the principal components that are kept; none, `[0, D]`, for all.
-    """
-
-    normalise: bool
-    mean: np.ndarray
+    normalise: bool  # whether features are L2-normalised first
+    mean: np.ndarray  # fp32 [D], subtracted then; zeros where there are no components
+    # Principal components that are kept, fp32 [P, D]; none, [0, D], for all.
     components: np.ndarray
 
     @classmethod
@@ -61,17 +56,9 @@ class Space(NamedTuple):
         space = cls(normalise, np.zeros(width, np.float32), np.zeros((0, width), np.float32))
         if not pca:
             return space
-        total, products = np.zeros(width), np.zeros((width, width))
-        for part in features.in_parts(space.view(x)):
-            total += part.sum(0, dtype=np.float64)
-            products += part.T @ part.astype(np.float64)
-        mean = total / len(x)
-        components = np.linalg.eigh(products - len(x) * np.outer(mean, mean))[1].T[::-1][:pca]
-        largest = np.take_along_axis(components, np.abs(components).argmax(1)[:, None], 1)
-        components *= np.sign(largest)  # their signs are arbitrary
-        return space._replace(
-            mean=mean.astype(np.float32), components=components.astype(np.float32)
-        )
+        mean, _, axes = features.principal(space.view(x))
+        components = axes[:pca].astype(np.float32)
+        return space._replace(mean=mean.astype(np.float32), components=components)
 
     def view(self, x: np.ndarray) -> features.Prepared:
         """Features `[N, D]` as rows of this space, made where they are read."""
@@ -86,20 +73,13 @@ class Space(NamedTuple):
 
 
 class Centres(NamedTuple):
-    """The clusters of a clustering that have an image, with which others are assigned.
+    """The clusters of a clustering that have an image, with which others are assigned."""
 
-    Attributes:
-      space: that of `x`.
-      x: fp32 `[K, P]`.
-      numbers: of the clusters, int32 `[K]`.
-      sizes: how many images they were made of, int32 `[K]`.
-      rim: the distance from its centre within which 99 % of a cluster's images lie, fp32 `[K]`.
-    """
-
-    space: Space
-    x: np.ndarray
-    numbers: np.ndarray
-    sizes: np.ndarray
+    space: Space  # that of `x`
+    x: np.ndarray  # fp32 [K, P]
+    numbers: np.ndarray  # of the clusters, int32 [K]
+    sizes: np.ndarray  # how many images they were made of, int32 [K]
+    # The distance from its centre within which 99 % of a cluster's images lie, fp32 [K].
     rim: np.ndarray
 
     @classmethod
@@ -176,36 +156,17 @@ def places(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     return order[np.searchsorted(arrays["numbers"], arrays["clusters"], sorter=order)]
 
 
-def ranks(clusters: np.ndarray, distance: np.ndarray) -> np.ndarray:
-    """The place of each image in its cluster, from 0 for the one nearest to the centre, int32
-    `[N]`; equals in their order."""
-    order = np.lexsort((distance, clusters))
-    starts = np.unique(clusters[order], return_index=True)[1]
-    sizes = np.diff(np.append(starts, len(order)))
-    found = np.empty(len(order), np.int32)
-    found[order] = np.arange(len(order)) - np.repeat(starts, sizes)
-    return found
-
-
 class Names(NamedTuple):
-    """What people have named.
+    """What people have named."""
 
-    Attributes:
-      clusters: the name of a cluster by its number, of those that have one.
-      images: the name that an image was moved to, by its path below the folder of all images.
-    """
-
-    clusters: dict[int, str]
+    clusters: dict[int, str]  # the name of a cluster by its number, of those that have one
+    # The name that an image was moved to, by its path below the folder of all images.
     images: dict[str, str]
 
 
 def checked_names(path: Path, centres: Centres) -> Names:
-    """Reads names that were given to these clusters.
-
-    Raises:
-      UserError: there is no such file, it is damaged, or it names other clusters or images by what
-        is no text.
-    """
+    """Reads names that were given to these clusters. Raises `UserError` if there is no such file,
+    it is damaged, or it names other clusters or images by what is no text."""
     if not path.exists():
         raise UserError(f"{path}: there is no such file")
     content = files.read_json(path)

@@ -19,27 +19,20 @@ from maect_jax.run.folder import Run
 
 @dataclass(frozen=True)
 class Row:
-    """An encoder, which is a row of the results, and what is needed to evaluate it.
+    """An encoder, which is a row of the results, and what is needed to evaluate it."""
 
-    Attributes:
-      run: config, folder and device mesh, which must be the current one.
-      name: of the row.
-      images, bad_images: by split, the images and the counters of unreadable ones.
-      encode: from normalised images to features.
-      classifier: on the features, kernel fp32 `[D, C]` and bias `[C]`, if the encoder has one.
-      made_of: by split, what the features are made of, plain JSON.
-      features: by split, "train" and "val"; only "train" if no images are held out.
-      whole: of features behind a block, the results of the row that they are inside.
-    """
-
-    run: Run
-    name: str
-    images: Mapping[str, Source]
-    bad_images: Mapping[str, BadImages]
-    encode: Encode
+    run: Run  # config, folder and device mesh, which must be the current one
+    name: str  # of the row
+    images: Mapping[str, Source]  # by split
+    bad_images: Mapping[str, BadImages]  # by split, the counters of those that cannot be read
+    encode: Encode  # from normalised images to features
+    # On the features, kernel fp32 [D, C] and bias [C], if the encoder has one.
     classifier: tuple[np.ndarray, np.ndarray] | None = None
+    # By split, what the features are made of, plain JSON.
     made_of: dict[str, dict] = field(default_factory=dict)
+    # By split, "train" and "val"; only "train" if no images are held out.
     features: dict[str, Features] = field(default_factory=dict)
+    # Of features behind a block, the results of the row that they are inside.
     whole: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -60,29 +53,16 @@ class Result(NamedTuple):
 
 
 class Protocol:
-    """A measurement on frozen features.
+    """A measurement on frozen features."""
 
-    Class attributes:
-      name: in `config.eval.protocols` and in the results.
-      section: of `config.eval`, with its settings; empty if it has none.
-      rules: of that section, by the key within it.
-      needs_labels: whether it is skipped unless there are held-out images and all have labels.
-      of_blocks: whether it also measures the features behind `config.eval.blocks`.
-      of_main_row: whether it measures the main row alone.
-      goes_with: the protocol that it runs with, if it is not in `config.eval.protocols` itself.
-      needs_classifier: of those that run by themselves, whether only where the encoder has one.
-      arrays: the names of its arrays that every version has, if it has any; of equal length.
-    """
-
-    name: ClassVar[str]
-    section: ClassVar[str] = ""
-    rules: ClassVar[Rules] = {}
-    needs_labels: ClassVar[bool] = True
-    of_blocks: ClassVar[bool] = False
-    of_main_row: ClassVar[bool] = False
-    goes_with: ClassVar[str] = ""
-    needs_classifier: ClassVar[bool] = False
-    arrays: ClassVar[tuple[str, ...]] = ()
+    name: ClassVar[str]  # in the results
+    section: ClassVar[str] = ""  # of `config.eval`, with its settings, if it has any
+    rules: ClassVar[Rules] = {}  # of that section, by the key within it
+    needs_labels: ClassVar[bool] = True  # held-out ones, and of all images; or it is skipped
+    of_blocks: ClassVar[bool] = False  # whether it also measures those behind `config.eval.blocks`
+    of_main_row: ClassVar[bool] = False  # whether it measures the main row alone
+    needs_classifier: ClassVar[bool] = False  # or it does not run
+    arrays: ClassVar[tuple[str, ...]] = ()  # that every version has, of equal length
 
     def settings(self, config: ConfigDict) -> dict:
         """What the result depends on beside the features, plain JSON."""

@@ -4,21 +4,13 @@ import numpy as np
 
 from maect_jax import sharding
 from maect_jax.evals.base import Protocol, Result, Row
+from maect_jax.evals.features import in_parts
 from maect_jax.run.lineage import Saved
-
-_PART = 8192  # images that are classified at a time
 
 
 def fold_batch_norm(parts: dict, bn_eps: float) -> tuple[np.ndarray, np.ndarray]:
-    """Folds the batch normalisation of a probe, if there is one, into its linear classifier.
-
-    Args:
-      parts: `params` and, of a probe, `batch_stats` of the classifier, NumPy arrays.
-      bn_eps: of the batch normalisation.
-
-    Returns:
-      Kernel fp32 `[D, C]` and bias `[C]`.
-    """
+    """Folds the batch normalisation of a probe, if there is one, into its linear classifier. The
+    parts are its `params` and `batch_stats`. Returns kernel fp32 `[D, C]` and bias `[C]`."""
     kernel, bias = (np.asarray(parts["params"][key], np.float64) for key in ("kernel", "bias"))
     if "batch_stats" in parts:
         mean, var = (np.asarray(parts["batch_stats"][key], np.float64) for key in ("mean", "var"))
@@ -60,9 +52,7 @@ class Classifier(Protocol):
     def run(self, row: Row) -> Result:
         assert row.classifier is not None
         test, (kernel, bias) = row.features["val"], row.classifier
-        ranked = []
-        for start in range(0, len(test.x), _PART):
-            scores = test.x[start : start + _PART] @ kernel + bias
-            ranked.append(np.argsort(-scores, axis=1, kind="stable")[:, :5])
+        scores = (x @ kernel + bias for x in in_parts(test.x))
+        ranked = [np.argsort(-x, axis=1, kind="stable")[:, :5] for x in scores]
         metrics = accuracies(np.concatenate(ranked), test.labels)
         return Result({**metrics, "classes": len(bias), "images": len(test.labels)})

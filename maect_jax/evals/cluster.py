@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from maect_jax import files
 from maect_jax.config import Rule, between, not_negative, one_of, positive, some_of
-from maect_jax.data import sources
+from maect_jax.data import sources, subsets
 from maect_jax.data.sources import Source
 from maect_jax.errors import UserError
 from maect_jax.evals import assignment, hierarchy, kmeans, selection
@@ -143,13 +143,13 @@ def cluster(
     }
     merges = hierarchy.merges(centres)
     if labels is not None and len(centres) > classes:
-        groups = hierarchy.groups(merges, len(centres), classes)
+        groups = hierarchy.groups(merges, classes)
         metrics["read_as_classes"] = agreement(labels, groups[assigned])
     _, distance, margin = assignment.nearest(rows, centres)
     found = dict(places=assigned, distance=distance)
     arrays = Centres.of(space, centres, numbers=numbers, **found).arrays()
     arrays |= dict(clusters=numbers[assigned], distance=distance, margin=margin, merges=merges)
-    return metrics, arrays | dict(rank=assignment.ranks(assigned, distance))
+    return metrics, arrays | dict(rank=subsets.ranks(assigned, distance))
 
 
 def is_chosen(clusters: int | str, labelled: bool) -> bool:
@@ -273,7 +273,7 @@ def with_groups(arrays: Mapping[str, np.ndarray], count: int) -> dict[str, np.nd
             "config.eval.cluster.groups=%d: there are only %d clusters, each of which is a group",
             count, len(numbers),
         )  # fmt: skip
-    groups = hierarchy.groups(arrays["merges"], len(numbers), count)
+    groups = hierarchy.groups(arrays["merges"], count)
     return {**arrays, "group": groups[assignment.places(arrays)]}
 
 

@@ -12,33 +12,26 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maect_jax.data import loader
-from maect_jax.evals import assignment
+from maect_jax.data import loader, subsets
+from maect_jax.evals import features
 from maect_jax.evals.features import Prepared
 
 MOST = 10  # pairs of a row that are kept, the highest
 _TILE = 512  # rows: their products stay in a core's cache
 _TURN = 64  # tiles, after which what is found is put together
-_READ = 8192  # rows that are shortened at a time
 _SAMPLED = 2048  # rows, by which the components are chosen
 _WHOLE = 2**36  # pairs that are compared whole, at most: some 20 minutes of two cores for 768
 _ROUNDING = 1e-5  # of products in fp32
 
 
 class Pairs(NamedTuple):
-    """Pairs of rows, the highest cosine first.
+    """Pairs of rows, the highest cosine first."""
 
-    Attributes:
-      rows: int32 `[P, 2]`, the lower number first.
-      cosine: fp32 `[P]`.
-      full: how many rows have `MOST` pairs or more, of which lower ones may be left out.
-      compared: the fraction of the rows that were compared with all others; the search ends where
-        too many pairs are near.
-    """
-
-    rows: np.ndarray
-    cosine: np.ndarray
-    full: int = 0
+    rows: np.ndarray  # int32 [P, 2], the lower number first
+    cosine: np.ndarray  # fp32 [P]
+    full: int = 0  # how many rows have `MOST` pairs or more, of which lower ones may be left out
+    # The fraction of the rows that were compared with all others; the search ends where too many
+    # pairs are near.
     compared: float = 1.0
 
 
@@ -49,14 +42,10 @@ class _Found(NamedTuple):
 
 
 def find(x: Prepared, cosine: float, *, memory_mb: int, seed: int = 0) -> Pairs:
-    """Finds the pairs whose cosine is at least `cosine`: of each row the `MOST` highest.
-
-    Args:
-      x: rows of length 1, `[N, D]`.
-      cosine: above 0; 1 finds rows that are equal.
-      memory_mb: MiB for the shortened rows; what is found needs at most some 250 bytes a row.
-      seed: draws the rows by which the components are chosen.
-    """
+    """Finds the pairs of rows of length 1, `[N, D]`, whose cosine is at least `cosine`, above 0; 1
+    finds rows that are equal. Of each row it finds the `MOST` highest. `memory_mb` MiB are for the
+    shortened rows; what is found needs at most some 250 bytes a row. `seed` draws the rows by which
+    the components are chosen."""
     from threadpoolctl import threadpool_limits
 
     search = _Search(x, min(cosine, 1 - _ROUNDING), memory_mb=memory_mb, seed=seed)
@@ -66,9 +55,9 @@ def find(x: Prepared, cosine: float, *, memory_mb: int, seed: int = 0) -> Pairs:
 
 
 def _components(x: np.ndarray, cosine: float, most: int) -> np.ndarray:
-    """The principal components `[D, P]` of rows `[n, D]` of length 1, as many, up to `most`, as
+    """The principal axes `[D, P]` of rows `[n, D]` of length 1, as many, up to `most`, as
     make a search fast."""
-    basis = np.linalg.eigh(x.T @ x)[1][:, ::-1]
+    basis = features.principal(x)[2].T.astype(np.float32)
     width, costs = len(basis), {}
     pairs = np.triu_indices(len(x), 1)
     for count in {min(width, most, 2**power) for power in range(4, 13)}:
@@ -108,10 +97,7 @@ class _Search:
         drawn = np.random.default_rng(seed).choice(len(x), min(len(x), _SAMPLED), replace=False)
         most = max(1, memory_mb * 2**20 // (2 * 4 * len(x)) - 1)  # twice, as they are sorted
         basis = _components(x[np.sort(drawn)], cosine, most)
-        short = np.empty((len(x), basis.shape[1] + 1), np.float32)
-        for start in range(0, len(x), _READ):
-            part = slice(start, start + _READ)
-            short[part] = _shortened(x[part], basis)
+        short = np.concatenate([_shortened(part, basis) for part in features.in_parts(x)])
         tiles = _tiled(short)
         self._order = np.concatenate(tiles)
         self._short = short[self._order]
@@ -186,7 +172,7 @@ def _highest(rows: np.ndarray, cosines: np.ndarray):
     """Of pairs `[P, 2]` those that are one of the `MOST` highest of a row of theirs, and their
     cosines; and the rows that have so many, with the lowest of these."""
     ends, both = rows.T.ravel(), np.tile(cosines, 2)
-    ranks = assignment.ranks(ends, -both)
+    ranks = subsets.ranks(ends, -both)
     kept = (ranks < MOST).reshape(2, -1).any(0)
     last = ranks == MOST - 1
     return rows[kept], cosines[kept], (ends[last], both[last])

@@ -18,7 +18,7 @@ from maect_jax import files, sharding
 from maect_jax.errors import UserError
 from maect_jax.models import vit
 
-_PART = 8192  # images whose features are read, or copied to the devices, at a time
+_PART = 4096  # images whose features are read, or copied to the devices, at a time
 _SAVE_EVERY = 20  # batches, after which what is on disk counts as done
 _ARRAYS = {"x": (np.float32, 2), "labels": (np.int32, 1), "valid": (np.bool_, 1)}  # dtype, axes
 
@@ -68,6 +68,32 @@ Rows = np.ndarray | Prepared  # [N, D]
 def in_parts(x: Rows) -> Iterator[np.ndarray]:
     """Yields rows, some thousand at a time."""
     return (x[start : start + _PART] for start in range(0, len(x), _PART))
+
+
+def mean(x: Rows) -> np.ndarray:
+    """The mean `[D]` of rows `[N, D]`, float64."""
+    total = sum((part.sum(0, dtype=np.float64) for part in in_parts(x)), np.zeros(x.shape[1]))
+    return total / len(x)
+
+
+def moments(x: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """The mean and the variance (over N, not N - 1) of each dimension `[D]` of rows `[N, D]`,
+    float64."""
+    middle, zero = mean(x), np.zeros(x.shape[1])
+    return middle, sum((np.square(part - middle).sum(0) for part in in_parts(x)), zero) / len(x)
+
+
+def principal(x: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The mean `[D]` of rows `[N, D]`, the variances `[D]` along their principal axes, the largest
+    first, and these axes `[D, D]`, one a row, whose largest number is positive; float64."""
+    middle, products = mean(x), np.zeros((x.shape[1], x.shape[1]))
+    for part in in_parts(x):
+        centred = part - middle
+        products += centred.T @ centred
+    variance, axes = np.linalg.eigh(products / len(x))
+    largest = np.take_along_axis(axes, np.abs(axes).argmax(0)[None], 0)
+    axes *= np.sign(largest)  # their signs are arbitrary
+    return middle, variance[::-1], axes.T[::-1]
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4))

@@ -19,12 +19,9 @@ from maect_jax.stages.finetune import Finetune
 def classify(run: Run, images: Mapping[str, Source], bad_images: BadImages) -> dict:
     """Classifies all held-out images and writes the accuracies into the run's `results.json`.
 
-    What is there already, of the same weights and images, is not computed again.
-
-    Args:
-      run: has a checkpoint of the stage, whose name its row and its entry in the results have.
-      images: those that the stage sees, "train" and "val".
-      bad_images: counts the held-out images that cannot be read; they are left out.
+    What is there already, of the same weights and images, is not computed again. The images, by
+    split, are those that the stage sees; of those held out the ones that cannot be read are left
+    out.
 
     Returns:
       `top1` and `top5` (0 to 1), `images` and `training_images` (numbers), `drawn`, whether the

@@ -12,13 +12,11 @@ def merges(centres: np.ndarray) -> np.ndarray:
     return linkage(centres.astype(np.float64), "ward")
 
 
-def groups(merges: np.ndarray, clusters: int, count: int) -> np.ndarray:
+def groups(merges: np.ndarray, count: int) -> np.ndarray:
     """The group of each of K clusters that `merges` joins until `count` groups are left (no more
     than there are clusters), numbered by the first cluster of each, int32 `[K]`."""
-    members = {cluster: [cluster] for cluster in range(clusters)}
-    for step, (a, b) in enumerate(merges[: max(clusters - count, 0), :2].astype(int).tolist()):
-        members[clusters + step] = members.pop(a) + members.pop(b)
-    found = np.empty(clusters, np.int32)
-    for number, group in enumerate(sorted(members.values(), key=min)):
-        found[group] = number
-    return found
+    from scipy.cluster.hierarchy import cut_tree
+
+    if len(merges) < count:
+        return np.arange(len(merges) + 1, dtype=np.int32)
+    return cut_tree(merges, count)[:, 0].astype(np.int32)

@@ -286,12 +286,9 @@ def over(
     which the centres that one lacks are far from all rows.
     """
     k, runs, seed, memory_mb, batch_size = settings
-    mean, squares = np.zeros(x.shape[1]), 0.0
-    for part in features.in_parts(x):
-        mean += part.sum(0, dtype=np.float64) / len(x)
-        squares += np.square(part, dtype=np.float64).sum() / len(x)
+    mean, variance = features.moments(x)
     middle = mean.astype(np.float32)  # far from the origin distances would lose their digits
-    limit = np.float32(_TOLERANCE * max(squares - np.square(mean).sum(), 0) / len(mean))
+    limit = np.float32(_TOLERANCE * variance.mean())
     if batch_size:
         order = np.random.default_rng(seed).permutation(len(x))
         numbers = layout(order, mesh.size, -(-batch_size // mesh.size), in_turns=True)

@@ -17,20 +17,10 @@ from maect_jax import sharding
 from maect_jax.config import numbers_above_0, positive
 from maect_jax.errors import UserError
 from maect_jax.evals.base import Protocol, Result, Row
-from maect_jax.evals.features import Features, Rows
+from maect_jax.evals.features import Features, Rows, moments
 
 _BLOCK = 1024  # queries, at most, that a device compares with a tile at a time
-_READ = 4096  # rows of the bank that its statistics are summed over at a time
 _QUERIES, _NEIGHBOURS = 8, 5  # of the report
-
-
-def moments(bank: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and unbiased standard deviation + 1e-5 of each dimension `[D]` of `[N, D]`, float64."""
-    parts = [slice(i, i + _READ) for i in range(0, len(bank), _READ)]
-    zero = np.zeros(bank.shape[1])
-    mean = sum((bank[part].sum(0, dtype=np.float64) for part in parts), zero) / len(bank)
-    squares = sum((np.square(bank[part] - mean).sum(0) for part in parts), zero)
-    return mean, np.sqrt(squares / max(len(bank) - 1, 1)) + 1e-5
 
 
 @jax.jit
@@ -70,7 +60,7 @@ class Search:
 
     mesh: jax.sharding.Mesh  # the current one
     memory_mb: int  # MiB that each device may use
-    standardise: bool = False  # whether dimensions are first normalised by the bank's `moments`
+    standardise: bool = False  # whether dimensions first get the bank's mean 0 and deviation 1
 
     def plan(self, bank: tuple[int, int], queries: int, k: int) -> tuple[int, int, int]:
         """Plans a search: queries of all devices at a time, queries in a block, rows in a tile.
@@ -87,19 +77,16 @@ class Search:
         return -(-per_device // block) * block * devices, block, tile
 
     def nearest(self, bank: Rows, queries: Rows, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Finds the k nearest rows of a bank.
-
-        Args:
-          bank, queries: features `[N, D]` and `[M, D]`, which may lie on disk.
-          k: at most N.
-
-        Returns:
-          Cosines fp32 and row numbers int32 `[M, k]`, nearest first; ties go to the first row.
-        """
+        """Finds the k nearest rows of a bank `[N, D]` for each of queries `[M, D]`; both may lie on
+        disk. Returns cosines fp32 and row numbers int32 `[M, k]`, nearest first; ties go to the
+        first row."""
         width = bank.shape[1]
         size, block, tile = self.plan(bank.shape, len(queries), k)
-        found = moments(bank) if self.standardise else (np.zeros(width), np.ones(width))
-        scale = [sharding.replicate(np.float32(part), self.mesh) for part in found]
+        mean, std = np.zeros(width), np.ones(width)
+        if self.standardise:
+            mean, variance = moments(bank)
+            std = np.sqrt(variance * len(bank) / max(len(bank) - 1, 1)) + 1e-5
+        scale = [sharding.replicate(np.float32(part), self.mesh) for part in (mean, std)]
 
         def padded(x, start, rows):
             x = x[start : start + rows]
@@ -140,16 +127,8 @@ def classify(
     search: Search, train: Features, test: Features, ks: tuple[int, ...], temperature: float = 0.07
 ) -> list[dict]:
     """Measures accuracy for several k in one pass; votes are weighted by exp(cosine / temperature).
-
-    Args:
-      search: finds the neighbours.
-      train, test: features with labels.
-      ks: numbers of neighbours; those above the number of training images are left out.
-      temperature: of the votes.
-
-    Returns:
-      A dict for each k: `k`, `accuracy` (0 to 1), and the settings.
-    """
+    Returns a dict for each k, but those above the number of training images: `k`, `accuracy` (0 to
+    1), and the settings."""
     ks = tuple(k for k in ks if k <= len(train.x))
     classes = int(max(train.labels.max(), test.labels.max())) + 1
     scores, rows = search.nearest(train.x, test.x, max(ks))

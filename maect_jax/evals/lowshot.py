@@ -90,14 +90,8 @@ def _solve(x, labels, penalties, *, classes: int) -> Fit:
 
 
 def fit(x: np.ndarray, labels: np.ndarray, penalties: np.ndarray, classes: int, mesh) -> Fit:
-    """Minimises `mean cross entropy + penalty / 2 * |W|^2` for several penalties side by side.
-
-    Args:
-      x: rows `[N, D]`, as `prepare` returns them.
-      labels: int `[N]`, from 0 to `classes - 1`.
-      penalties: `[P]`.
-      classes: C.
-      mesh: must be the current one.
+    """Minimises `mean cross entropy + penalty / 2 * |W|^2` for penalties `[P]` side by side, of
+    rows `[N, D]`, as `prepare` returns them, and labels int `[N]`. `mesh` must be the current one.
     """
     padding = -len(x) % (mesh.size * _MULTIPLE)
     x = np.pad(np.float32(x), ((0, padding), (0, 0)))

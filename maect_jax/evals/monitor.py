@@ -25,13 +25,8 @@ def is_possible(config: ConfigDict, images: Mapping[str, sources.Source]) -> boo
 
 
 class Monitor:
-    """Measures the encoder of a state. All processes call it.
-
-    Args:
-      run: config, folder and mesh.
-      stage: the stage that is trained.
-      images: by split, "train" and "val"; at most `config.monitor.images` of each are used.
-    """
+    """Measures the encoder of a state, of the stage that is trained, on at most
+    `config.monitor.images` of each split, "train" and "val". All processes call it."""
 
     def __init__(self, run: Run, stage: type[Stage], images: Mapping[str, sources.Source]):
         config, size = run.config, run.config[stage.name].batch_size

@@ -31,7 +31,7 @@ _EQUAL = 1e-6  # features that differ by less in every dimension are the same
 
 def centred(x: np.ndarray) -> Prepared:
     """Features `[N, D]` minus their mean, of length 1."""
-    mean = np.float32(knn.moments(x)[0])
+    mean = features.mean(x).astype(np.float32)
 
     def prepare(rows):
         rows = np.asarray(rows, np.float32) - mean
@@ -41,17 +41,10 @@ def centred(x: np.ndarray) -> Prepared:
 
 
 def nearest(search: knn.Search, x: Prepared, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the nearest of features to each, and scores how far from these it is.
-
-    Args:
-      search: finds them.
-      x: features `[N, D]` that are `centred`.
-      seed: draws the sample that they are compared with, if there are too many to compare all.
-
-    Returns:
-      Row numbers int32 `[N, 10]`, the nearest first, -1 where there are fewer; and the scores fp32
-      `[N]`.
-    """
+    """Finds the nearest of features `[N, D]` that are `centred` to each, and scores how far from
+    these it is. If there are too many to compare all, they are compared with a sample, which `seed`
+    draws. Returns row numbers int32 `[N, 10]`, the nearest first, -1 where there are fewer; and the
+    scores fp32 `[N]`."""
     bank: features.Rows = x
     numbers, scored = np.arange(len(x)), _NEIGHBOURS
     if len(x) > _ALL:
@@ -69,21 +62,14 @@ def nearest(search: knn.Search, x: Prepared, seed: int) -> tuple[np.ndarray, np.
 
 def _scores(x: np.ndarray, bank: np.ndarray, others: np.ndarray) -> np.ndarray:
     """The distance of features `[N, D]` from the farthest of some others, fp32 `[N]`, where all
-    principal components are as wide: what is rare may be so in a narrow one.
-
-    Args:
-      x: all features.
-      bank: the rows `[M]` that others are among.
-      others: of each row, places in the bank `[N, k]`.
-    """
+    principal components are as wide: what is rare may be so in a narrow one. The others are places
+    `[N, k]` in the bank, row numbers `[M]`."""
     far = np.zeros(len(x), np.float32)
     if not others.size:
         return far
-    drawn = x[bank[:: -(-len(bank) // _SAMPLE)]].astype(np.float64)
-    mean = drawn.mean(0)
-    variance, axes = np.linalg.eigh((drawn - mean).T @ (drawn - mean) / len(drawn))
-    scaled = (axes / np.sqrt(variance.clip(0) + _NARROWEST * variance[-1])).astype(np.float32)
-    mean = mean.astype(np.float32)
+    mean, variance, axes = features.principal(x[bank[:: -(-len(bank) // _SAMPLE)]])
+    widths = np.sqrt(variance.clip(0) + _NARROWEST * variance[0])
+    scaled, mean = (axes.T / widths).astype(np.float32), mean.astype(np.float32)
     places = (x[bank] - mean) @ scaled
     for start in range(0, len(x), _READ):
         part = slice(start, start + _READ)
@@ -114,7 +100,6 @@ class Near(Protocol):
     """
 
     name = "near"
-    goes_with = "cluster"
     of_main_row = True
     needs_labels = False
     arrays = ("index", "neighbours", "far", "outlier")

@@ -92,17 +92,9 @@ def _hits(probes: Probes, x, labels):
 def fit(
     batches: Batches, schedule: Schedule, tests: Mapping[str, Features], classes: int, mesh
 ) -> dict[str, np.ndarray]:
-    """Trains probes by SGD with momentum, linear warm-up and cosine, without weight decay.
-
-    Args:
-      batches: split over the mesh; at least `epochs * updates`.
-      schedule: learning rates, length and seed.
-      tests: features to evaluate the probes on after each epoch, by name.
-      classes: C.
-      mesh: must be the current one.
-
-    Returns:
-      For each of `tests` the top-1 and top-5 accuracies (0 to 1) `[epochs, P, 2]`.
+    """Trains probes by SGD with momentum, linear warm-up and cosine, without weight decay, on at
+    least `epochs * updates` batches, split over the mesh, which must be the current one. Returns
+    for each of `tests` the top-1 and top-5 accuracies (0 to 1) after each epoch, `[epochs, P, 2]`.
     """
     on_devices = {name: list(features.parts(part, mesh)) for name, part in tests.items()}
     lrs = sharding.replicate(np.float32(schedule.lrs), mesh)
@@ -138,12 +130,8 @@ def cached_batches(train: Features, batch_size: int, seed: int, mesh) -> Batches
 def summary(
     curves: Mapping[str, np.ndarray], base_lrs: tuple[float, ...], chosen_on: str
 ) -> dict[str, object]:
-    """The accuracies on the test images of the probes and epochs that do best on `chosen_on`.
-
-    Args:
-      curves: what `fit` returns, with "test" and `chosen_on`.
-      base_lrs: of the probes.
-      chosen_on: the curve to choose on.
+    """The accuracies on the test images of the probes and epochs that do best on `chosen_on`, a
+    curve beside "test" (`fit`).
 
     Returns:
       `best_last_epoch`: the best probe at the last epoch; `best_any_epoch`: the best probe and

@@ -21,7 +21,7 @@ from maect_jax.data import augment, loader, sources
 from maect_jax.data.bad_images import BadImages
 from maect_jax.data.labels import is_file
 from maect_jax.errors import UserError, first_of
-from maect_jax.evals import AUTOMATIC, ON_REQUEST, PROTOCOLS, WITH_OTHERS, base, features, maps
+from maect_jax.evals import AUTOMATIC, ON_REQUEST, PROTOCOLS, base, features, maps
 from maect_jax.evals.classifier import linear_classifier
 from maect_jax.models import vit
 from maect_jax.run import lineage
@@ -66,7 +66,7 @@ def check(config: ConfigDict, devices: int) -> None:
     configs.check(config, "eval", RULES | {"blocks": vit.blocks_rule(config.model)})
     vit.check_pool(config.model, "config.eval.pool", config.eval.pool)
     if config.eval.blocks and not any(p.of_blocks for p in _requested(config)):
-        able = " or ".join(name for name, p in ON_REQUEST.items() if p.of_blocks)
+        able = " or ".join(name for name, p in PROTOCOLS.items() if p.of_blocks)
         raise UserError(
             f"config.eval.protocols={config.eval.protocols}: must have {able}, which measure "
             f"config.eval.blocks={config.eval.blocks}"
@@ -77,9 +77,7 @@ def check(config: ConfigDict, devices: int) -> None:
 
 
 def _requested(config: ConfigDict) -> list[base.Protocol]:
-    names = config.eval.protocols
-    with_them = (p for p in WITH_OTHERS.values() if p.goes_with in names)
-    return [*(ON_REQUEST[name] for name in names), *with_them]
+    return [protocol for name in config.eval.protocols for protocol in ON_REQUEST[name]]
 
 
 def check_training_images(config: ConfigDict, images: sources.Source) -> None:
@@ -332,7 +330,7 @@ def run(
             entry["seconds"].setdefault("features", round(time.monotonic() - start, 1))
             _drop_outdated_blocks(row, entry)
             bar.update()
-            automatic = [p for p in AUTOMATIC.values() if row.classifier or not p.needs_classifier]
+            automatic = [p for p in AUTOMATIC if row.classifier or not p.needs_classifier]
             for protocol in (*automatic, *requested):
                 bar.set_postfix_str(f"{name} {protocol.name}")
                 if name == main or not protocol.of_main_row:
@@ -421,6 +419,15 @@ def read_results(workdir: Path) -> dict[str, dict]:
     """Reads a run's `results.json`; empty if there is none. Raises `UserError` on damage."""
     path = workdir / "results.json"
     results = files.read_json(path)
-    if not all(isinstance(row, dict) for row in results.values()):
+    if not all(map(_is_entry, results.values())):
         raise UserError(f"{path}: does not hold rows of results; {AGAIN}")
     return results
+
+
+def _is_entry(value: object) -> bool:
+    """Whether a value may be what results say of a row, or of one of its blocks."""
+    if not isinstance(value, dict):
+        return False
+    cluster, blocks = (value.get(key, {}) for key in ("cluster", "blocks"))
+    is_row = isinstance(cluster, dict) and isinstance(blocks, dict)
+    return is_row and all(map(_is_entry, blocks.values()))

@@ -131,24 +131,17 @@ def _of_halves(halves, counts: Sequence[int], settings: kmeans.Settings, mesh) -
 
 
 def _silhouettes(x: np.ndarray, clusterings: Sequence[np.ndarray]) -> list[float]:
-    """The mean silhouette of rows `[N, P]` in each of several clusterings int `[N]`; the distances
-    between all rows are computed once."""
-    squares, rows = np.square(x).sum(1), np.arange(len(x))
-    distances = np.sqrt(np.maximum(squares[:, None] + squares - 2 * x @ x.T, 0))
-    np.fill_diagonal(distances, 0)  # rounding
-    found = []
-    for clusters in clusterings:
-        one_hot = np.eye(clusters.max() + 1, dtype=np.float32)[clusters]
-        sizes = one_hot.sum(0)
-        sums = distances @ one_hot
-        own = sums[rows, clusters] / np.maximum(sizes[clusters] - 1, 1)
-        means = np.where(sizes > 0, sums / np.maximum(sizes, 1), np.inf)
-        means[rows, clusters] = np.inf
-        other = means.min(1)
-        other = np.where(np.isfinite(other), other, own)  # of a single cluster, as of equal rows
-        scale = np.maximum(np.maximum(own, other), np.finfo(np.float32).tiny)
-        found.append(float(np.where(sizes[clusters] > 1, (other - own) / scale, 0).mean()))
-    return found
+    """The mean silhouette of rows `[N, P]` in each of several clusterings int `[N]`, 0 where it is
+    not defined; the distances between all rows are computed once."""
+    from sklearn.metrics import pairwise_distances, silhouette_score
+
+    distances = pairwise_distances(x)
+    return [
+        float(silhouette_score(distances, clusters, metric="precomputed"))
+        if 1 < len(np.unique(clusters)) < len(x)
+        else 0.0
+        for clusters in clusterings
+    ]
 
 
 def _excess(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -16,11 +16,8 @@ def kept_patches(patches: int, mask_ratio: float) -> int:
 
 
 def random_mask(noise: jax.Array, mask_ratio: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Keeps the patches with the smallest noise.
-
-    Args:
-      noise: uniform noise `[B, N]`.
-      mask_ratio: fraction of the patches to remove.
+    """Keeps the patches with the smallest noise, uniform `[B, N]`; `mask_ratio` is the fraction to
+    remove.
 
     Returns:
       `keep` int32 `[B, K]`, the kept patches in noise order; `restore` int32 `[B, N]`, the index of

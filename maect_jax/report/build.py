@@ -371,7 +371,9 @@ class _RunFigures:
         if self._clustered:
             row = self.rows[0]
             with _reading(runner.folder_of(self.folder, row), runner.AGAIN):
-                clustered = clusters.Clustered.read(self.folder, row, self._clustered)
+                clustered = clusters.Clustered.read(
+                    self.folder, row, self._clustered, entry=self.results[row]
+                )
         if not clustered:
             clusters.remove(self.folder)
             return False

@@ -142,7 +142,7 @@
   function joined() {
     const of = data.numbers.map((_, cluster) => cluster);
     const nodes = of.map((cluster) => [cluster]);
-    for (const [a, b] of data.merges?.slice(0, data.numbers.length - level) ?? []) {
+    for (const [a, b] of data.merges.slice(0, data.numbers.length - level)) {
       const both = [...nodes[a], ...nodes[b]];
       const first = Math.min(...both);
       for (const cluster of both) of[cluster] = first;
@@ -190,12 +190,14 @@
     groups = new Map([...groups].sort(([, a], [, b]) => b.size - a.size));
   }
 
-  // Other groups, those first whose centres are nearest to this one's.
+  // Other groups whose centres are near this one's, the nearest first.
   function nearest(group) {
     const near = group.clusters.flatMap((cluster) => data.nearest[cluster].map((other, i) => [i, other]));
     const sorted = near.sort(([a], [b]) => a - b).map(([, cluster]) => groupOfCluster[cluster]);
     return [...new Set(sorted)].filter((other) => other !== group);
   }
+
+  const nearestFirst = (group) => [...new Set([...nearest(group), ...groups.values()])];
 
   // ---- Pictures
 
@@ -228,14 +230,6 @@
     const spare = [];
     let items = [];
     let [width, wide, high, perRow] = [0, 0, 0, 1];
-
-    function measure() {
-      width = root.clientWidth;
-      perRow = Math.max(1, columns(width));
-      wide = Math.floor((width - gap * (perRow - 1)) / perRow);
-      high = height(wide);
-      root.style.height = `${Math.max(0, Math.ceil(items.length / perRow) * (high + gap) - gap)}px`;
-    }
 
     function show(index, element) {
       const [row, column] = [Math.floor(index / perRow), index % perRow];
@@ -270,7 +264,11 @@
 
     function set(given) {
       items = given;
-      measure();
+      width = root.clientWidth;
+      perRow = Math.max(1, columns(width));
+      wide = Math.floor((width - gap * (perRow - 1)) / perRow);
+      high = height(wide);
+      root.style.height = `${Math.max(0, Math.ceil(items.length / perRow) * (high + gap) - gap)}px`;
       draw();
       for (const [index, element] of shown) show(index, element);
     }
@@ -371,22 +369,13 @@
       },
     });
 
-    function focus(index) {
-      const before = list.shown.get(current);
-      if (before) before.tabIndex = -1;
-      current = Math.min(Math.max(index, 0), list.length() - 1);
-      const tile = list.reveal(current);
-      tile.tabIndex = 0;
-      tile.focus({ preventScroll: true });
-    }
+    const focus = (index) =>
+      list.reveal(Math.min(Math.max(index, 0), list.length() - 1)).focus({ preventScroll: true });
     const between = (a, b) => {
       const [low, high] = [Math.min(a, b), Math.max(a, b)];
       return Array.from({ length: high - low + 1 }, (_, i) => list.item(low + i));
     };
-    const indexOf = (target) => {
-      const tile = target.closest(".tile");
-      return tile && root.contains(tile) ? Number(tile.dataset.index) : -1;
-    };
+    const indexOf = (target) => Number(target.closest(".tile")?.dataset.index ?? -1);
     const toggle = (index) => {
       choose([list.item(index)], !chosen.has(list.item(index)));
       anchor = index;
@@ -545,7 +534,7 @@
       refresh();
     };
     const label = make("label", { htmlFor: "level", textContent: "Join into" });
-    if (data.merges?.length > 1) {
+    if (data.merges.length > 1) {
       view.append(make("div", { className: "level" }, label, slider, shown));
       slider.value = level; // which the limits have clamped before they were set
     }
@@ -576,9 +565,8 @@
       size.textContent = count(group.size, "image");
       button.disabled = groups.size < 2;
       button.onclick = async () => {
-        const near = nearest(group);
-        const others = [...groups.values()].filter((other) => other !== group && !near.includes(other));
-        const answer = await ask(`Merge ${group.title} with`, [...near, ...others]);
+        const others = nearestFirst(group).filter((other) => other !== group);
+        const answer = await ask(`Merge ${group.title} with`, others);
         if (answer) merge(group, answer.group);
       };
       const near = nearest(group).slice(0, 6).filter((other) => other.images.length);
@@ -685,9 +673,7 @@
   }
 
   async function askToMove(images) {
-    const near = nearest(groupOf[images[0]]);
-    const others = [...groups.values()].filter((other) => !near.includes(other));
-    const answer = await ask(`Move ${count(images.length, "image")} to`, [...near, ...others], true);
+    const answer = await ask(`Move ${count(images.length, "image")} to`, nearestFirst(groupOf[images[0]]), true);
     if (!answer) return;
     choose([...chosen], false);
     move(images, answer);

@@ -49,28 +49,22 @@ _GREY = np.full((_SIDE, _SIDE, 3), style.GREY_RGB, np.uint8)  # stands for what 
 
 
 class Clustered(NamedTuple):
-    """The clustering of a row.
+    """The clustering of a row."""
 
-    Attributes:
-      source: its images.
-      found: the arrays of `cluster.Cluster`.
-      near: those of `near.npz`, with positions in `found` for record numbers; empty without it.
-      names: those of the run's `names.json`.
-    """
-
-    source: Source
-    found: Mapping[str, np.ndarray]
+    source: Source  # its images
+    found: Mapping[str, np.ndarray]  # the arrays of `cluster.Cluster`
+    # Those of `near.npz`, with positions in `found` for record numbers; empty without it.
     near: Mapping[str, np.ndarray]
-    names: Names
+    names: Names  # those of the run's `names.json`
 
     @classmethod
-    def read(cls, run: Path, row: str, source: Source) -> "Clustered | None":
-        """That of a run; `None`, with a warning, if it is of an earlier version. Raises `UserError`
-        if a file of it is damaged."""
+    def read(cls, run: Path, row: str, source: Source, *, entry: Mapping) -> "Clustered | None":
+        """That of a run, of whose results `entry` is the row's; `None`, with a warning, if it is of
+        an earlier version. Raises `UserError` if a file of it is damaged."""
         found = runner.read_clusters(run, row)
         if not found:
             return None
-        if absent := {"margin", "rank", *ARRAYS} - found.keys():
+        if absent := {"margin", "rank", "merges", *ARRAYS} - found.keys():
             path = runner.folder_of(run, row) / "cluster.npz"
             _LOGGER.warning(
                 "%s: is of an earlier version (has no %s), so there is no clusters.html; %s",
@@ -78,7 +72,7 @@ class Clustered(NamedTuple):
             )  # fmt: skip
             return None
         names = read_names(run, Centres.read(found))
-        return cls(source, found, _near(run, row, found), names)
+        return cls(source, found, _near(run, row, found, entry=entry), names)
 
 
 def write(run: Path, clustered: Clustered, config: ConfigDict, template: jinja2.Template) -> None:
@@ -113,9 +107,11 @@ def remove(run: Path) -> None:
     shutil.rmtree(run / "clusters", ignore_errors=True)
 
 
-def _near(run: Path, row: str, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _near(
+    run: Path, row: str, found: Mapping[str, np.ndarray], *, entry: Mapping
+) -> dict[str, np.ndarray]:
     """The arrays of a row's `near.npz`; none if it is not there, or is of other images."""
-    near, entry = runner.read_near(run, row), runner.read_results(run).get(row, {})
+    near = runner.read_near(run, row)
     # An evaluation may have ended between the two.
     splits = {entry.get(name, {}).get("split") for name in ("cluster", "near")} - {None}
     if near and not (np.array_equal(near["index"], found["index"]) and len(splits) < 2):
@@ -183,7 +179,7 @@ def _data(clustered: Clustered, order: np.ndarray, names: list[str]) -> dict:
         "numbers": centres.numbers.tolist(),
         "sizes": np.bincount(of, minlength=len(centres.numbers)).tolist(),
         "nearest": _nearest(centres.x),
-        "merges": found["merges"][:, :2].astype(int).tolist() if "merges" in found else None,
+        "merges": found["merges"][:, :2].astype(int).tolist(),
         "names": [names[record] for record in records.tolist()],
         "folder": first.removesuffix(names[int(records[0])]) if is_file else "",
         "record": _packed(records.astype(np.int32)),
@@ -232,17 +228,11 @@ def _write_script(path: Path, name: str, content: dict) -> None:
 
 
 class _Sheets(NamedTuple):
-    """The thumbnails of images, in sheets `sprites_000.jpg` and on; each in a square cell.
+    """The thumbnails of images, in sheets `sprites_000.jpg` and on; each in a square cell."""
 
-    Attributes:
-      side: of the longest, pixels; `cell` has it with its border.
-      sizes: width and height of each, uint8 `[n, 2]`.
-      ending: of the files.
-    """
-
-    side: int
-    sizes: np.ndarray
-    ending: str
+    side: int  # of the longest, pixels; `cell` has it with its border
+    sizes: np.ndarray  # width and height of each, uint8 [n, 2]
+    ending: str  # of the files
 
     @property
     def cell(self) -> int:

@@ -18,12 +18,8 @@ Records = Callable[[int], dict]
 
 
 def reconstructions(images: np.ndarray, mask: np.ndarray, filled: np.ndarray) -> Figure:
-    """Draws images, what the encoder sees of them, and what the decoder makes of that.
-
-    Args:
-      images, filled: uint8 `[Q, H, W, C]`.
-      mask: bool `[Q, H, W]`, true where removed.
-    """
+    """Draws images uint8 `[Q, H, W, C]`, what the encoder sees of them, and what the decoder makes
+    of that, `filled`; the mask, bool `[Q, H, W]`, is true where they lack pixels."""
     figure = style.new_figure(style.WIDTH * 3.2 / (len(images) + 1.5))
     panels = figure.subplots(3, len(images), squeeze=False)
     masked = np.stack([style.to_rgb_image(image) for image in images])
@@ -44,14 +40,9 @@ def neighbours(
 ) -> Figure:
     """Draws some images, each with its nearest neighbours at several times or by several encoders.
 
-    Neighbours with the label of the image are framed.
-
-    Args:
-      queries: the images, as `records` gives them.
-      found: by title, record numbers of the neighbours int `[Q, k]`, nearest first (-1: none).
-        Of many, a few are drawn, the first and the last among them.
-      records: the images that the neighbours are taken from.
-      classes: names of the labels.
+    Neighbours with the label of the image are framed. `found` has, by title, their record numbers
+    among `records`, int `[Q, k]`, nearest first (-1: none); of many titles a few are drawn, the
+    first and the last among them.
     """
     chosen = [list(found.items())[i] for i in evenly_spaced(len(found), _COLUMNS)]
     k = chosen[0][1].shape[1]
@@ -84,14 +75,9 @@ def montage(found: Mapping[str, np.ndarray], records: Records, classes: Sequence
     """Draws images of each cluster, from the centre (left) to the rim (right).
 
     The title of a cluster has the class that it is matched with and the fraction of its images that
-    are of that class; without labels, its number.
-
-    Args:
-      found: arrays `[N]`: `index`, record numbers; `clusters` and `labels` (-1: unknown), int;
-        `distance` from the centre of the cluster. Cluster i is matched with the i-th class that
-        occurs.
-      records: the images.
-      classes: names of the labels.
+    are of that class; without labels, its number. `found` has arrays `[N]`: `index`, record
+    numbers; `clusters` and `labels` (-1: unknown), int; `distance` from the centre of the cluster.
+    Cluster i is matched with the i-th class that occurs.
     """
     labels, clusters = found["labels"], found["clusters"]
     present, drawn = np.unique(labels), np.unique(clusters)[: style.MANY_CLASSES]

@@ -99,20 +99,9 @@ def read_position(folder: Path, step: int) -> dict:
 
 
 def read_parts(folder: Path, parts: tuple[str, ...], mesh, step: int | None = None) -> dict:
-    """Reads some fields of a saved state of a stage, each array placed by the mesh's rules.
-
-    Args:
-      folder: a stage's folder (`stage_folder`) with at least one saved step.
-      parts: names of `TrainState` fields.
-      mesh: the device mesh.
-      step: which one, by default the last.
-
-    Returns:
-      The fields by name, as nested dicts of arrays; `queue` as a `Queue`.
-
-    Raises:
-      UserError: it is damaged, on all hosts.
-    """
+    """Reads some fields of a saved state of a stage (`stage_folder`), by default of the last step:
+    by name, as nested dicts of arrays, `queue` as a `Queue`; each array placed by the mesh's rules.
+    Raises `UserError` on all hosts if it is damaged."""
     path = (folder / str(steps_of(folder)[-1] if step is None else step)).absolute()
     try:
         damage = manifest.damage(path) if jax.process_index() == 0 else None

@@ -65,11 +65,8 @@ def opened(run: Run, origin: lineage.Saved | None, images: Mapping[str, Identity
 
     Writes the config, what the run runs on, where its weights are from (`origin`, of the first
     stage), and, until a stage begins, what its images are, by split and by stage. Yields the run
-    with its `check_lock`.
-
-    Raises:
-      UserError: the folder holds another run, is in use, or cannot be written.
-    """
+    with its `check_lock`. Raises `UserError` if the folder holds another run, is in use, or cannot
+    be written."""
     with ExitStack() as stack:
         if jax.process_index() == 0:
             if run.folder.parts[:1] and run.folder.parts[0].endswith(":"):  # gs://, s3://
@@ -113,7 +110,11 @@ def _claim(run: Run, origin: lineage.Saved | None, images: Mapping[str, Identity
             f"--workdir={folder}: contains checkpoints but no config.json. Restore it or use "
             "another --workdir."
         )
-    elif others := sorted(path.name for path in folder.glob("[!.]*") if not _may_be_new(path)):
+    elif others := sorted(
+        path.name
+        for path in folder.glob("[!.]*")
+        if path.name not in _MAY_BE_THERE and path.suffix not in _LOGS
+    ):
         raise UserError(
             f"--workdir={folder}: holds no run but other files, such as {others[0]}. Use another "
             "--workdir."
@@ -162,11 +163,6 @@ def note_classes(run: Run, stage: str, classes: Sequence[str]) -> None:
             f"images now have {first_of(classes)}. Restore the labels or use another --workdir."
         )
     lineage.write_classes(run.folder, classes)
-
-
-def _may_be_new(path: Path) -> bool:
-    """Whether a folder with this file in it may become a run's."""
-    return path.name in _MAY_BE_THERE or path.suffix in _LOGS
 
 
 def _same_places(before: ConfigDict, config: ConfigDict) -> tuple[str, ...]:

@@ -11,10 +11,7 @@ from maect_jax.errors import UserError
 
 def read(path: Path) -> list[dict]:
     """The lines of a file; none if there is no file. A last line that was cut off is left out.
-
-    Raises:
-      UserError: a line is damaged.
-    """
+    Raises `UserError` if a line is damaged."""
     try:
         text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     except OSError as error:

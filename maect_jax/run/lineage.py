@@ -148,17 +148,10 @@ def find(
     needs_run: bool = True,
     fetch: Callable[[str], hub.Fetched] = hub.fetch,
 ) -> Saved:
-    """What `stage` starts from.
-
-    Args:
-      init_from: a run, for one of its trained stages; one of its checkpoints; or files.
-      stage: the name of a training stage, or of the evaluation, which takes the last one.
-      needs_run: that it cannot start from random weights.
-      fetch: gets what an id of the hub names.
-
-    Raises:
-      UserError: there is no such thing, it cannot be read, or it is a run that is not finished.
-    """
+    """What a training stage or the evaluation, which takes the last stage, starts from: a run, for
+    one of its trained stages; one of its checkpoints; or files, which `fetch` gets from the hub.
+    With `needs_run` it cannot start from random weights. Raises `UserError` if there is no such
+    thing, it cannot be read, or it is a run that is not finished."""
     where = f"config.init_from={init_from!r}"
     allowed = "the folder of a run, a file of weights, or hf://ORG/NAME"
     if not needs_run:

@@ -33,13 +33,8 @@ class Logger:
     the fraction of the time that the host waited for images, both since the line before, and
     `seconds`, all the time that the stage has taken, compiling included. `bad_steps.jsonl` gets a
     line for each step whose loss or gradient is not finite, with its metrics and its images; such
-    a step has changed nothing (`stages.step`).
-
-    Args:
-      run: config, folder and mesh.
-      stage: that is trained.
-      done: steps that were done before, when a stage resumes; later lines are dropped.
-      image_name: of an image by its record number, for `bad_steps.jsonl`.
+    a step has changed nothing (`stages.step`). When a stage resumes, lines later than the steps
+    that were `done` are dropped. `image_name` gives the name of an image by its record number.
     """
 
     def __init__(self, run: Run, stage: Stage, done: int, image_name: Callable[[int], str]):

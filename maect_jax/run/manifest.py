@@ -42,11 +42,8 @@ def measured(folder: Path) -> dict[str, float]:
 
 
 def damage(folder: Path) -> str | None:
-    """The first file of a sealed folder that is not what it was, and how; `None` if all are.
-
-    Raises:
-      OSError: a file cannot be read, which says nothing about its bytes.
-    """
+    """The first file of a sealed folder that is not what it was, and how; `None` if all are. Raises
+    `OSError` if a file cannot be read, which says nothing about its bytes."""
     try:
         text = (folder / NAME).read_text(encoding="utf-8")
         content = json.loads(text)

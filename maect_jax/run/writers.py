@@ -69,11 +69,8 @@ class Writer:
     """A logger at work. One thread calls it; what it raises is a warning (`_Sender`).
 
     A run that resumes makes a new one, and gives it all lines of the steps that were done before.
-    It must show a step once, however often a line comes.
-
-    Args:
-      config: of the run.
-      folder: of the run; `loggers/<name>.json` in it is for what the writer needs to resume.
+    It must show a step once, however often a line comes. `loggers/<name>.json` in the run's folder
+    is for what it needs to resume.
     """
 
     needs: ClassVar[Sequence[Sequence[str]]]  # modules: all those of one of these groups
@@ -328,12 +325,8 @@ class _Sender:
     """Calls a writer in a thread of its own: training neither waits for it nor ends with it.
 
     A call that fails is a warning, and is made again before each later one, so that what an outage
-    kept back comes when it is over, in order.
-
-    Args:
-      name: of the writer.
-      make: makes it.
-      wait: until it is made. Raises what `make` raises, or `TimeoutError`.
+    kept back comes when it is over, in order. With `wait`, it waits until `make` has made the
+    writer, and raises what that raises, or `TimeoutError`.
     """
 
     def __init__(self, name: str, make: Callable[[], Writer], wait: bool):
@@ -490,12 +483,9 @@ def check(config: ConfigDict) -> None:
 
 @contextmanager
 def opened(config: ConfigDict, folder: Path) -> Iterator[Writers]:
-    """Starts the loggers that a config names, on process 0, and ends them with the run.
-
-    Raises:
-      UserError: one cannot be imported, or cannot start and the run is new; when a run resumes,
-        that is a warning.
-    """
+    """Starts the loggers that a config names, on process 0, and ends them with the run. Raises
+    `UserError` if one cannot be imported, or cannot start and the run is new; when a run resumes,
+    that is a warning."""
     is_new, senders, status = not (folder / "metrics.jsonl").exists(), [], Status.FAILED
     names = dict.fromkeys(config.loggers) if jax.process_index() == 0 else ()
     try:

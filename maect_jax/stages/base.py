@@ -119,11 +119,8 @@ class Stage(Saved, abc.ABC):
 
     @classmethod
     def check(cls, config, devices: int) -> None:
-        """Checks the stage's section for a number of devices that share a batch.
-
-        Raises:
-          UserError: a value is not allowed.
-        """
+        """Checks the stage's section for a number of devices that share a batch. Raises `UserError`
+        if a value is not allowed."""
         configs.check(config, cls.name, cls.rules)
         section, channels = configs.flat(config[cls.name]), config.model.channels
         for key in _OF_COLOURS if channels not in (1, 3) else ():
@@ -148,11 +145,8 @@ class Stage(Saved, abc.ABC):
     @classmethod
     def check_taken(cls, before, now, where: str) -> None:
         """Checks that the stage's section `now` fits what it takes over beside the encoder, which
-        was made with the section `before`, of a stage that `where` names.
-
-        Raises:
-          UserError: they differ in what must be the same.
-        """
+        was made with the section `before`, of a stage that `where` names. Raises `UserError` if
+        they differ in what must be the same."""
 
     @classmethod
     def from_config(cls, config, records: int, classes: int = 0) -> Self:
@@ -341,12 +335,8 @@ def over_microbatches(encode: Callable[..., jax.Array], parts: int, *rows: jax.A
 
     An encoder has no batch statistics, so the features of a batch are those of its parts. What the
     backward pass needs of a part is computed again when its turn comes (the idea of GradCache, Gao
-    et al., 2021, inside one compiled step), while the head sees the whole batch.
-
-    Args:
-      encode: from arrays `[b, ...]` to an array `[b, ...]`, row by row.
-      parts: number of microbatches; each device must hold a multiple of that many rows.
-      *rows: arrays `[B, ...]`.
+    et al., 2021, inside one compiled step), while the head sees the whole batch. Rows are arrays
+    `[B, ...]`, of which each device must hold a multiple of `parts`.
     """
     if parts == 1:
         return encode(*rows)
@@ -361,19 +351,6 @@ def over_microbatches(encode: Callable[..., jax.Array], parts: int, *rows: jax.A
     once = jax.checkpoint(encode, policy=policy, prevent_cse=False)
     _, outputs = jax.lax.scan(lambda _, part: ((), once(*part)), (), tuple(map(split, rows)))
     return sharding.constrain_batch(outputs.swapaxes(0, 1).reshape(-1, *outputs.shape[2:]))
-
-
-def pooled_features(
-    stage, params: dict, frozen: dict, *rows: jax.Array, microbatches: int = 1
-) -> jax.Array:
-    """Features fp32 `[B, D]` of `rows`: normalised images `[B, H, W, C]` and, in training, factors
-    of the blocks' branches (`vit.drop_paths`)."""
-    encoder = {**frozen["encoder"], **params.get("encoder", {})}
-
-    def encode(images, paths=None):
-        return vit.features(stage.encoder, encoder, images, stage.pool, paths=paths)
-
-    return over_microbatches(encode, microbatches, *rows)
 
 
 # Rules that several sections share

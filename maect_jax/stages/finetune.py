@@ -101,8 +101,14 @@ class Finetune(Stage):
     def logits(
         self, params: dict, frozen: dict, *rows: jax.Array, microbatches: int = 1
     ) -> jax.Array:
-        """Scores fp32 `[B, classes]` of the rows that `base.pooled_features` takes."""
-        x = base.pooled_features(self, params, frozen, *rows, microbatches=microbatches)
+        """Scores fp32 `[B, classes]` of `rows`: normalised images `[B, H, W, C]` and, in training,
+        factors of the blocks' branches (`vit.drop_paths`)."""
+        encoder = frozen["encoder"] | params["encoder"]
+
+        def encode(images, paths=None):
+            return vit.features(self.encoder, encoder, images, self.pool, paths=paths)
+
+        x = base.over_microbatches(encode, microbatches, *rows)
         kernel, bias = params["classifier"]["kernel"], params["classifier"]["bias"]
         # By default a TPU rounds the inputs of a matmul to bf16.
         return jnp.matmul(x, kernel, precision="highest") + bias
@@ -112,7 +118,8 @@ class Finetune(Stage):
         erase_key, mix_key, path_key = jax.random.split(key, 3)
         (x,) = views
         images = x[:, 0]
-        targets = mix.smooth(batch["label"], self.classes, self.label_smoothing)
+        one_hot = jax.nn.one_hot(batch["label"], self.classes)
+        targets = optax.smooth_labels(one_hot, self.label_smoothing)
         if self.erasing:
             images = mix.erase(erase_key, images, self.erasing)
         if self.mixup_alpha or self.cutmix_alpha:

@@ -47,14 +47,9 @@ def reconstruction(prediction: jax.Array, target: jax.Array, mask: jax.Array) ->
 
 
 def nearest_neighbour(neighbours: jax.Array, predicted: jax.Array, temperature: float) -> jax.Array:
-    """One direction of the contrastive loss of NNCLR (Dwibedi et al., 2021, equation 3).
-
-    Args:
-      neighbours: unit vectors `[B, D]`, the neighbours of one view, without gradient.
-      predicted: `[B, D]`, the predictor's output for the other view; the negatives of a row are
-        all other rows of the global batch.
-      temperature: divides the cosines.
-    """
+    """One direction of the contrastive loss of NNCLR (Dwibedi et al., 2021, equation 3): unit
+    vectors `[B, D]`, the neighbours of one view, without gradient, against the predictor's output
+    `[B, D]` for the other. The negatives of a row are all other rows of the global batch."""
     # By default a TPU rounds the inputs of a matmul to bf16.
     logits = jnp.matmul(neighbours, normalise(predicted).T, precision="highest") / temperature
     return _own_row(logits)

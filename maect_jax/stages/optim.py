@@ -55,15 +55,8 @@ def factors(
 
 
 def per_tensor(params, groups: Mapping[str, Group]):
-    """Peak learning rate (scalar, or `[layers, 1, ...]`) and weight decay of each tensor.
-
-    Args:
-      params: tree of (abstract) arrays whose top level are the names of `groups`.
-      groups: the optimisation of each part.
-
-    Returns:
-      Two trees of the structure of `params`.
-    """
+    """Peak learning rate (scalar, or `[layers, 1, ...]`) and weight decay of each tensor: two trees
+    like `params`, (abstract) arrays by the names of `groups` at their top level."""
 
     def lr(path, leaf):
         group, part = groups[path[0].key], path[1].key

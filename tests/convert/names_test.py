@@ -11,6 +11,7 @@ from maect_jax.errors import UserError
 from maect_jax.models import vit
 from maect_jax.stages import support_queue
 from tests.helpers import golden_figures as figures
+from tests.helpers.contrast_run import behind
 
 MAE, CT = figures.cases("mae"), figures.cases("ct")
 by_mae_case = pytest.mark.parametrize("case", MAE, ids=str)
@@ -59,7 +60,7 @@ def test_the_queue_is_the_same_fifo_for_any_batch(case, batch):
 def test_the_upper_blocks_alone_keep_their_numbers(case):
     tensors, frozen = case.under("init/encoder/"), case.meta["frozen_blocks"]
     trained, _ = vit.split_blocks(convert.encoder_from_torch(tensors, case.grid), frozen)
-    got = convert.encoder_to_torch(trained, case.meta["patch_size"], first_block=frozen)
+    got = behind(frozen, convert.encoder_to_torch(trained, case.meta["patch_size"]))
     assert_same(got, {name: tensors[name] for name in case.meta["encoder_groups"]})
 
 

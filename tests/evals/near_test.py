@@ -9,7 +9,7 @@ import pytest
 
 from maect_jax.data.arrays import Arrays
 from maect_jax.data.folder import Folder
-from maect_jax.evals import assignment, cluster, duplicates, knn, near
+from maect_jax.evals import assignment, cluster, duplicates, features, knn, near
 from maect_jax.evals.features import Features
 from maect_jax.run.folder import Run
 from tests.helpers.common import mesh_of
@@ -40,7 +40,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(duplicates, "_TILE", 16)
     monkeypatch.setattr(duplicates, "_TURN", 3)
     monkeypatch.setattr(duplicates, "_SAMPLED", 200)
-    monkeypatch.setattr(duplicates, "_READ", 50)
+    monkeypatch.setattr(features, "_PART", 50)
 
 
 @pytest.mark.parametrize(("width", "cosine"), [(3, 0.999), (4, 0.995)])

@@ -480,3 +480,13 @@ def test_well_known_subsets_are_clustered_by_their_wordnet_ids(rng, monkeypatch)
     assert (own["imagenet10"]["clusters"], own["imagenet10"]["images"]) == (2, 60)
     assert own["imagenet10"]["best"]["acc"] == 1
     assert own["imagenet_dogs15"] == {"skipped": "the images have no class n02085936"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [5, {"cluster": []}, {"blocks": 5}, {"blocks": {"1": []}}, {"blocks": {"1": {"cluster": 5}}}],
+)
+def test_results_that_are_no_rows_are_refused(tmp_path, row):
+    files.write_json(tmp_path / "results.json", {"mae": {"cluster": {"split": "val"}}, "ct": row})
+    with pytest.raises(UserError, match=r"results\.json: does not hold rows"):
+        runner.read_results(tmp_path)

@@ -9,6 +9,7 @@ from scipy.cluster.hierarchy import linkage
 
 from maect_jax import config as configs
 from maect_jax import files
+from maect_jax.data import subsets
 from maect_jax.data.folder import Folder
 from maect_jax.evals import assignment, runner
 from maect_jax.evals.assignment import Centres, Space
@@ -56,7 +57,7 @@ def make(run: Path) -> Folder:
     files.write_arrays(
         runner.folder_of(run, ROW) / "cluster.npz",
         index=index, clusters=centres.numbers[places], labels=np.full(len(x), -1),
-        distance=distance, margin=margin, rank=assignment.ranks(places, distance),
+        distance=distance, margin=margin, rank=subsets.ranks(places, distance),
         merges=linkage(means, "average"), **centres.arrays(),
     )  # fmt: skip
     files.write_arrays(
@@ -72,7 +73,9 @@ def make(run: Path) -> Folder:
 def write(run: Path, source: Folder) -> clusters.Clustered:
     """Writes the page of such a run; returns what it shows."""
     config = configs.load(str(CONFIGS / "quickstart.py"), ["model.channels=3"])
-    clustered = clusters.Clustered.read(run, ROW, source)
+    clustered = clusters.Clustered.read(
+        run, ROW, source, entry=runner.read_results(run).get(ROW, {})
+    )
     assert clustered
     clusters.write(run, clustered, config, build.TEMPLATES.get_template("clusters.html"))
     return clustered

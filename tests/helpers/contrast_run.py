@@ -1,5 +1,6 @@
 """The package's own contrastive step on reference figures."""
 
+import re
 from functools import cache
 from typing import NamedTuple
 
@@ -84,9 +85,18 @@ def trained_to_torch(case: Case, params: dict) -> dict[str, np.ndarray]:
     heads = {name: part for name, part in params.items() if name != "encoder"}
     tensors = head_tensors(case, params=heads)
     if "encoder" in params:
-        encoder = convert.encoder_to_torch(params["encoder"], patch_size, first_block=frozen)
-        tensors |= figures.prefixed(encoder=encoder)
+        encoder = convert.encoder_to_torch(params["encoder"], patch_size)
+        tensors |= figures.prefixed(encoder=behind(frozen, encoder))
     return tensors
+
+
+def behind(blocks: int, tensors: dict) -> dict:
+    """Tensors of the upper blocks of an encoder, by their names behind so many others."""
+
+    def renumbered(match):
+        return f"blocks.{int(match[1]) + blocks}."
+
+    return {re.sub(r"^blocks\.(\d+)\.", renumbered, name): x for name, x in tensors.items()}
 
 
 def started(case: Case, stage, shape=ONE) -> state.TrainState:

@@ -193,6 +193,6 @@ def test_what_an_earlier_version_wrote_has_no_page(copied, caplog):
     path = runner.folder_of(run, hand.ROW) / "cluster.npz"
     arrays = files.read_arrays(path)
     files.write_arrays(path, **{k: arrays[k] for k in ("clusters", "distance", "index", "labels")})
-    assert clusters.Clustered.read(run, hand.ROW, source) is None
+    assert clusters.Clustered.read(run, hand.ROW, source, entry={}) is None
     assert "is of an earlier version" in caplog.text
     assert runner.AGAIN in caplog.text

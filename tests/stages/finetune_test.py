@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from maect_jax import config as configs
@@ -156,8 +157,7 @@ def test_one_of_mixup_and_cutmix_is_drawn_with_its_own_beta():
 def test_mixed_targets_sum_to_one_and_match_the_pixels():
     """Every image is of one value, its own: the pixels tell whose they are."""
     labels = np.array([0, 2, 1, 1, 0])
-    targets = mix.smooth(jnp.asarray(labels), CLASSES, 0.1)
-    np.testing.assert_allclose(targets[0], [1 - 0.1 + 0.1 / 3, 0.1 / 3, 0.1 / 3], rtol=1e-6)
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, CLASSES), 0.1)
     images = np.broadcast_to(np.arange(5.0)[:, None, None, None], (5, 12, 20, 3))
     for seed in range(30):
         share = mix.kept_fraction(jax.random.key(seed), (12, 20), 0.8, 1.0)
