@@ -161,7 +161,11 @@ def main() -> None:
     parser.add_argument("--config", default="quickstart", metavar="NAME[:ARGUMENT]")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--workdir", type=Path, default=Path("runs/side_by_side"))
-    parser.add_argument("--ours", default="", help="runs of the config, one for each seed")
+    parser.add_argument(
+        "--ours",
+        default="",
+        help="runs of the config, one for each seed, which are resumed",
+    )
     parser.add_argument(
         "--limit", type=float, default=7200, help="seconds, after which no training starts"
     )
