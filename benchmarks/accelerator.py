@@ -167,48 +167,34 @@ def torch_case(case: Case) -> dict:
     import torch
 
     from benchmarks import torch_training
-    from maect_jax.models import vit
+    from maect_jax import pipeline
 
     config = case.load()
     name, model = config.stages[0], config.model
-    section, size = config[name], vit.size_of(model)
-    decoder = config.mae.decoder if name == "mae" else None
-    head = section if name != "mae" else None
-    sizes = torch_training.Sizes(
-        batch=section.batch_size,
-        image=model.image_size[0],
-        patch=model.patch_size,
-        **size._asdict(),
-        decoder=(decoder.width, decoder.depth, decoder.heads) if decoder else (0, 0, 0),
-        projector=head.projector_hidden if head else 0,
-        out=head.projector_out if head else 0,
-        predictor=head.predictor_hidden if head else 0,
-        queue=head.queue_size if head else 0,
-        top_k=head.top_k if name == "ct" else 1,
-    )
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not case.config.endswith(":test"):
         raise RuntimeError("PyTorch sees no GPU")
     device = "cuda" if on_gpu else "cpu"
     torch.set_float32_matmul_precision("high")  # TF32
-    trainer = torch_training.Trainer(sizes, device, fast=on_gpu)
+    images = pipeline.images_to_plan(config)[0]["train"]
+    trainer = torch_training.Trainer(config, len(images), device, fast=on_gpu)
     step = torch_training.STEPS[name](trainer)
-    shape = (sizes.batch, 2, 3, sizes.image, sizes.image)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-    own = torch.arange(sizes.batch, device=device)
+    shape = (case.batch_size, 2, model.channels, *model.image_size)
+    views = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    own = torch.arange(case.batch_size, device=device)
     mean, std = (
         torch.tensor(x, device=device).view(3, 1, 1) for x in (config.data.mean, config.data.std)
     )
 
     def run():
-        step((images.float() / 255 - mean) / std, own)
+        step((views.float() / 255 - mean) / std, own)
 
     seconds = seconds_of(run, lambda _: torch.cuda.synchronize() if on_gpu else None, case.steps)
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "version": f"PyTorch {torch.__version__}",
         "seconds": seconds,
-        "images_per_second": sizes.batch / seconds,
+        "images_per_second": case.batch_size / seconds,
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
     }
 

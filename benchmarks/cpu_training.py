@@ -9,12 +9,11 @@ The sides take turns; medians of the rounds.
 """
 
 import argparse
-import itertools
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -34,55 +33,35 @@ from maect_jax.stages import STAGES
 from maect_jax.stages.state import create_state, state_shardings
 from maect_jax.stages.step import jitted_step
 
-IMAGES = 4096
-SIZES = torch_training.Sizes(
-    batch=256, image=28, patch=7, width=128, depth=6, heads=4, decoder=(64, 2, 4), projector=256,
-    out=64, predictor=512, queue=4096,
-)  # fmt: skip
+IMAGES, SIDE = 4096, 28
 BEFORE = 5  # steps before the first measured one
 
 
-def config_of(stage: str, folder: str, dtype: str = "float32") -> ConfigDict:
-    """The config of a stage at the sizes of this benchmark."""
-    config = common.base("cpu_training", "Ti", patch_size=SIZES.patch)
-    config.stages = (stage,)
+def config_of(folder: str, dtype: str = "float32") -> ConfigDict:
+    """The stages at the sizes of this benchmark."""
+    config = common.base("cpu_training", "Ti", patch_size=7)
     config.remat = "none"  # as PyTorch
-    config.model.update(
-        width=SIZES.width,
-        depth=SIZES.depth,
-        heads=SIZES.heads,
-        image_size=(SIZES.image,) * 2,
-        dtype=dtype,
-    )
-    config.data.update(source="folder", path=folder, short_side=SIZES.image, workers=os.cpu_count())
-    head = dict(
-        queue_size=SIZES.queue,
-        projector_hidden=SIZES.projector,
-        projector_out=SIZES.out,
-        predictor_hidden=SIZES.predictor,
-    )
-    if stage == "mae":
-        common.add_mae(config, batch_size=SIZES.batch).decoder.update(
-            dict(zip(("width", "depth", "heads"), SIZES.decoder, strict=True))
-        )
-    elif stage == "head":
-        common.add_head(config, batch_size=SIZES.batch).update(head)
-    else:
-        common.add_ct(config, batch_size=SIZES.batch, frozen_blocks=SIZES.depth // 2).update(head)
-    config[stage].epochs = 10**4
+    config.model.update(width=128, depth=6, heads=4, image_size=(SIDE, SIDE), dtype=dtype)
+    config.data.update(source="folder", path=folder, short_side=SIDE, workers=os.cpu_count())
+    head = dict(queue_size=4096, projector_hidden=256, projector_out=64, predictor_hidden=512)
+    decoder = common.add_mae(config, batch_size=256).decoder
+    decoder.update(width=64, depth=2, heads=4)
+    common.add_head(config, batch_size=256).update(head)
+    common.add_ct(config, batch_size=256, frozen_blocks=3).update(head)
+    for stage in config.stages:
+        config[stage].epochs = 10**4
     return config.lock()
 
 
-def ours(name: str, folder: str, dtype: str = "float32") -> Iterator[None]:
-    """Steps of this package, from files to the new state."""
-    config = config_of(name, folder, dtype)
-    images, kind = sources.make(config.data, "train", 3), STAGES[name]
+def ours(config: ConfigDict, stage: str) -> Iterator[None]:
+    """Steps of this package, from images to the new state."""
+    images, kind = sources.make(config.data, "train", config.model.channels), STAGES[stage]
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
-        stage = kind.for_images(config, images)
-        stream = train.batches(config, kind, images, stage.steps, mesh)
-        state = create_state(stage, jax.random.key(0), {}, mesh)
-        step = jitted_step(stage, state_shardings(state))
+        made = kind.for_images(config, images)
+        stream = train.batches(config, kind, images, made.steps, mesh)
+        state = create_state(made, jax.random.key(0), {}, mesh)
+        step = jitted_step(made, state_shardings(state))
         for batch in stream:
             batch.pop("bad")
             state, metrics = step(state, sharding.put_batch(batch, mesh))
@@ -90,50 +69,74 @@ def ours(name: str, folder: str, dtype: str = "float32") -> Iterator[None]:
             yield
 
 
-class Views:
-    """Two views of an image, and its number."""
+class Pictures(datasets.ImageFolder):
+    """The images of a folder, without their classes."""
 
-    def __init__(self, scale: tuple[float, float]):
-        crop = v2.RandomResizedCrop(SIZES.image, scale, interpolation=v2.InterpolationMode.BICUBIC)
-        self.view = v2.Compose([
-            crop, v2.RandomHorizontalFlip(), v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ])  # fmt: skip
+    def __init__(self, folder: str):
+        super().__init__(f"{folder}/train")
 
-    def __call__(self, image):
-        return torch.stack([self.view(image), self.view(image)])
+    def __getitem__(self, index: int) -> Image.Image:
+        return super().__getitem__(index)[0]
 
 
-class Numbered(datasets.ImageFolder):
-    def __getitem__(self, index):
-        return super().__getitem__(index)[0], index
+class Views(torch.utils.data.Dataset):
+    """Two views of each image, random crops whose colours may change, and its number."""
+
+    def __init__(self, pictures: Sequence[Image.Image], config: ConfigDict, stage: str):
+        size, section = config.model.image_size, config[stage]
+        bicubic, colours = v2.InterpolationMode.BICUBIC, section.photometric
+        strengths = colours.brightness, colours.contrast, colours.saturation, colours.hue
+        self.pictures, self.views = pictures, []
+        for probability in colours.jitter:
+            jitter = [v2.RandomApply([v2.ColorJitter(*strengths)], probability)]
+            self.views.append(v2.Compose([
+                v2.RandomResizedCrop(size, section.crop_scale, interpolation=bicubic),
+                v2.RandomHorizontalFlip(), *(jitter if probability else []), v2.PILToTensor(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(config.data.mean, config.data.std),
+            ]))  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        picture = self.pictures[index]
+        return torch.stack([view(picture) for view in self.views]), index
 
 
-def batches(folder: str, scale: tuple[float, float]) -> Iterator:
-    images = Numbered(f"{folder}/train", Views(scale))
+def peer(trainer: torch_training.Trainer, stage: str, pictures: Sequence[Image.Image]) -> Iterator:
+    """Steps of eager PyTorch, from images to the new weights, for as many epochs as the stage has.
+    Yields the losses."""
+    step = torch_training.STEPS[stage](trainer)
+    section = trainer.config[stage]
     options = dict(
         shuffle=True, drop_last=True, num_workers=os.cpu_count(), persistent_workers=True
     )
-    loader = torch.utils.data.DataLoader(images, SIZES.batch, **options)
-    for _ in itertools.count():
-        yield from loader
+    images = Views(pictures, trainer.config, stage)
+    loader = torch.utils.data.DataLoader(images, section.batch_size, **options)
+    for _ in range(section.epochs):
+        for views, own in loader:
+            yield step(views, own)
 
 
-def peer(stage: str, folder: str) -> Iterator[None]:
-    """Steps of eager PyTorch, from files to the new weights."""
-    step = torch_training.STEPS[stage](torch_training.Trainer(SIZES))
-    for views, own in batches(folder, (0.2, 1.0) if stage == "mae" else (0.08, 1.0)):
-        step(views, own)
-        yield
-
-
-def rate(stream: Iterator[None], steps: int) -> float:
-    """Crops a second."""
+def rate(stream: Iterator, images: int, steps: int) -> float:
+    """Images a second, of so many a step."""
     start = time.perf_counter()
     for _ in range(steps):
         next(stream)
-    return 2 * SIZES.batch * steps / (time.perf_counter() - start)
+    return images * steps / (time.perf_counter() - start)
+
+
+def rates(streams: Mapping[str, Iterator], images: int, steps: int, rounds: int) -> dict:
+    """The median images a second of each stream; they take turns."""
+    found: dict[str, list[float]] = {side: [] for side in streams}
+    for stream in streams.values():
+        rate(stream, images, BEFORE)
+    for _ in range(rounds):
+        for side, stream in streams.items():
+            rate(stream, images, 2)  # what is read ahead while the other side runs
+            found[side].append(rate(stream, images, steps))
+    return {side: statistics.median(values) for side, values in found.items()}
 
 
 def write_images(folder: Path) -> None:
@@ -156,20 +159,13 @@ def main() -> None:
     command.keep_memory()
     with tempfile.TemporaryDirectory() as name:
         write_images(Path(name))
+        config, pictures = config_of(name, arguments.dtype), Pictures(name)
         for stage in arguments.stages:
-            streams = {
-                "maect_jax": ours(stage, name, arguments.dtype),
-                "PyTorch": peer(stage, name),
-            }
-            rates: dict[str, list[float]] = {side: [] for side in streams}
-            for stream in streams.values():
-                rate(stream, BEFORE)
-            for _ in range(arguments.rounds):
-                for side, stream in streams.items():
-                    rate(stream, 2)  # what is read ahead while the other side runs
-                    rates[side].append(rate(stream, arguments.steps))
-            ours_, theirs = (statistics.median(rates[side]) for side in streams)
-            print(f"{stage:5}{ours_:7.0f} / {theirs:.0f} crops/s, {ours_ / theirs:.2f}", flush=True)
+            trainer = torch_training.Trainer(config, IMAGES)
+            streams = {"maect_jax": ours(config, stage), "PyTorch": peer(trainer, stage, pictures)}
+            crops = 2 * config[stage].batch_size
+            mine, theirs = rates(streams, crops, arguments.steps, arguments.rounds).values()
+            print(f"{stage:5}{mine:7.0f} / {theirs:.0f} crops/s, {mine / theirs:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ error alone.
 import copy
 import itertools
 import json
+import math
 
 import numpy as np
 import torch
@@ -56,11 +57,12 @@ def position(grid, width):
 
 
 class Encoder(nn.Module):
-    def __init__(self, grid, patch_size, width, depth, heads):
+    def __init__(self, grid, patch_size, width, depth, heads, channels=3):
         super().__init__()
         self.cls_token = nn.Parameter(torch.randn(1, 1, width))
         self.register_buffer("pos_embed", position(grid, width))
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, patch_size)})
+        projection = nn.Conv2d(channels, width, patch_size, patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": projection})
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
@@ -99,7 +101,7 @@ class Gate(nn.ReLU):
 
 
 class Head(nn.Module):
-    def __init__(self, width, projector, predictor, out):
+    def __init__(self, width, projector, predictor, out, activation=Gate):
         super().__init__()
 
         def layers(*widths):
@@ -107,7 +109,7 @@ class Head(nn.Module):
                 yield nn.Linear(*pair, bias=False)
                 yield nn.BatchNorm1d(pair[1])
                 if i < len(widths) - 2:
-                    yield Gate()
+                    yield activation()
 
         self.projector = nn.Sequential(*layers(width, projector, projector, out))
         self.predictor = nn.Sequential(*list(layers(out, predictor, out))[:-1])
@@ -146,6 +148,25 @@ def encoder_of(meta):
     return perturbed(Encoder(grid, *sizes)), grid
 
 
+def random_mask(noise, ratio):
+    """The patches to keep `[B, K]`, those with the smallest of `noise [B, N]`; the place of each in
+    the order "kept, then removed"; and 1.0 for what is removed, else 0.0."""
+    order = noise.argsort(1)
+    restore, kept = order.argsort(1), int(order.shape[1] * (1 - ratio))
+    return order[:, :kept], restore, (restore >= kept).to(noise.dtype)
+
+
+def reconstruction(prediction, images, mask, patch_size):
+    """Mean squared error of the normalised pixels of masked patches."""
+    b, c, height, width = images.shape
+    p, rows, columns = patch_size, height // patch_size, width // patch_size
+    target = images.view(b, c, rows, p, columns, p).permute(0, 2, 4, 3, 5, 1)
+    target = target.flatten(3).flatten(1, 2)
+    mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
+    errors = ((prediction - (target - mean) / (var + 1e-6).sqrt()) ** 2).mean(-1)
+    return (errors * mask).sum() / mask.sum()
+
+
 def mae(path, seed, **meta):
     """Writes one case of kind "mae"."""
     torch.manual_seed(seed)
@@ -155,16 +176,10 @@ def mae(path, seed, **meta):
     decoder = perturbed(Decoder(grid, 3 * p * p, meta["width"], *sizes))
     images = torch.randn(b, 3, *pair(meta["image_size"])).double()
     noise = torch.rand(b, *grid)
-    order = noise.flatten(1).argsort(1)
-    restore, kept = order.argsort(1), int(order.shape[1] * (1 - meta["mask_ratio"]))
-    mask = (restore >= kept).double()
-    latent = encoder(images, order[:, :kept])
+    keep, restore, mask = random_mask(noise.flatten(1).double(), meta["mask_ratio"])
+    latent = encoder(images, keep)
     prediction = decoder(latent, restore)
-    target = images.view(b, 3, grid[0], p, grid[1], p).permute(0, 2, 4, 3, 5, 1).flatten(3)
-    target = target.flatten(1, 2)
-    mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
-    errors = ((prediction - (target - mean) / (var + 1e-6).sqrt()) ** 2).mean(-1)
-    loss = (errors * mask).sum() / mask.sum()
+    loss = reconstruction(prediction, images, mask, p)
     loss.backward()
     figures = arrays(
         "",
@@ -190,31 +205,38 @@ def mae(path, seed, **meta):
     )
 
 
-def groups_of(encoder, head, meta):
+def encoder_groups(encoder, frozen, layer_decay=LAYER_DECAY, weight_decay=WEIGHT_DECAY):
     """Name -> [factor of the learning rate, weight decay] of what is trained; freezes the rest."""
-    depth, frozen, found = meta["depth"], meta["frozen_blocks"], {}
+    depth, found = len(encoder.blocks), {}
     for name, p in encoder.named_parameters():
         block = int(name.split(".")[1]) if name.startswith("blocks") else -1
-        if name.startswith("norm"):
-            scale = 1.0
-        elif block < frozen and frozen:
-            p.requires_grad_(False)
-            continue
-        else:
-            scale = LAYER_DECAY ** (depth - block)
-        found[name] = [scale, WEIGHT_DECAY if p.ndim > 1 else 0.0]
-    trained = (pair for pair in head.named_parameters() if pair[1].requires_grad)
-    return found, {name: [1.0, HEAD_WEIGHT_DECAY if p.ndim > 1 else 0.0] for name, p in trained}
+        last = name.startswith("norm")
+        p.requires_grad_(last or not frozen or block >= frozen)
+        if p.requires_grad:
+            scale = 1.0 if last else layer_decay ** (depth - block)
+            found[name] = [scale, weight_decay if p.ndim > 1 else 0.0]
+    return found
+
+
+def flat_groups(module, weight_decay=HEAD_WEIGHT_DECAY):
+    """The same for a module that is trained at one learning rate."""
+    trained = (pair for pair in module.named_parameters() if pair[1].requires_grad)
+    return {name: [1.0, weight_decay if p.ndim > 1 else 0.0] for name, p in trained}
+
+
+def schedule(step, total, warmup):
+    """Factor of the learning rate: linear warm-up, then half a cosine."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
 def learning_rates(meta):
-    """`[step][encoder, head]`: linear warm-up, then half a cosine."""
+    """`[step][encoder, head]`."""
     total = meta["total_steps"]
     warmup = total * meta["warmup_percent"] // 100
-    rises = [(s + 1) / (warmup + 1) for s in range(warmup)]
-    cosines = [(1 + np.cos(np.pi * s / (total - warmup))) / 2 for s in range(total - warmup)]
     peaks = [meta[f"{part}_lr"] * 2 * meta["batch"] / 256 for part in ("encoder", "head")]
-    return [[peak * factor for peak in peaks] for factor in rises + cosines]
+    return [[peak * schedule(s, total, warmup) for peak in peaks] for s in range(total)]
 
 
 def forward(encoder, head, queue, images, own, meta):
@@ -252,7 +274,8 @@ def ct(path, seed, **meta):
     )
     figures = arrays("init/encoder", encoder.state_dict().items())
     figures |= arrays("init/head", (head.state_dict() | queue).items())
-    meta["encoder_groups"], meta["head_groups"] = groups_of(encoder, head, meta)
+    meta["encoder_groups"] = encoder_groups(encoder, meta["frozen_blocks"])
+    meta["head_groups"] = flat_groups(head)
     meta["base_lr_per_step"] = learning_rates(meta)
     parts = [("encoder", encoder), ("head", head)]
     groups = [
