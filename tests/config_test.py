@@ -466,10 +466,11 @@ def test_flops_formula_equals_the_compilers_count(name):
 def test_colours_are_changed_only_of_images_that_have_them():
     """Of other channels, as arrays may have them, what needs gray or RGB is refused by its key."""
     other = ("model.channels=4", "data.mean=(0.5,0.5,0.5,0.5)", "data.std=(0.2,0.2,0.2,0.2)")
-    pipeline.check(load("quickstart", *other, "ct.photometric.blur=(0.5,0.5)"), devices=1)
+    plain = partial(load, "quickstart:photos", *other)
+    pipeline.check(plain("ct.photometric.blur=(0.5,0.5)"), devices=1)
     for key in ("head.photometric.jitter", "ct.photometric.grayscale"):
         with pytest.raises(UserError, match=rf"config\.{key}=.*: .*switch it off for .*channels=4"):
-            pipeline.check(load("quickstart", *other, f"{key}=(0.0,0.5)"), devices=1)
+            pipeline.check(plain(f"{key}=(0.0,0.5)"), devices=1)
     tuned = load("finetune:test", *other[1:])
     with tuned.unlocked():
         tuned.model = load("quickstart", *other).model
