@@ -586,7 +586,7 @@ def test_a_batch_follows_from_the_images_with_a_label(tmp_path, caplog):
     assert STAGES["mae"].own_images(config, images)["train"] is images["train"]
     for count, size in ((10**6, 64), (256, 32)):
         other = load()
-        pipeline.set_batch_sizes(other, {"train": sources.Blank(count, 3)})
+        pipeline.set_by_images(other, {"train": sources.Blank(count, 3)})
         assert other.finetune.batch_size == size
     label("one", "one")
     with pytest.raises(
