@@ -489,8 +489,9 @@ def test_a_chain_ends_with_the_accuracy_of_the_classifier(tmp_path, monkeypatch,
     config = configs.load(f"{file}:test", settings)
     run = tmp_path / "run"
     run_on(monkeypatch, (2, 1), config, run)
-    _, _, line, *rest = told = capsys.readouterr().out.splitlines()
-    assert rest == ["", str(run / "report.html")]
+    *_, settings, line, empty, report = told = capsys.readouterr().out.splitlines()
+    assert settings == "finetune: epochs 3, batch_size 64, base_lr 0.02"
+    assert [empty, report] == ["", str(run / "report.html")]
     assert "Fine-tuned: encoder and classifier on 1,280 labelled images" in (
         (run / "report.html").read_text()
     )
@@ -632,7 +633,7 @@ def test_named_images_become_a_classifier(tmp_path, monkeypatch, capsys):
     label("dark", "bright")
     capsys.readouterr()
     start()
-    line = capsys.readouterr().out.splitlines()[2]
+    line = capsys.readouterr().out.splitlines()[3]
     found = json.loads((run / "results.json").read_text())["finetune"]["finetune"]
     assert (found["images"], found["training_images"], found["drawn"]) == (4, 26, True)
     assert found["labels"] == str(tmp_path / "labels.csv")
