@@ -233,6 +233,20 @@ def _refiner(temperature: float, blocks: tuple[int, ...] | None) -> dict:
     }
 
 
+def follow_images(*stages: ConfigDict) -> None:
+    """Leaves what belongs to the number of images to it (docs/recipe.md). The stages have one
+    queue, which is handed on."""
+    queue = placeholder(int)
+    for stage in stages:
+        with stage.unlocked():
+            stage.update(
+                batch_size=placeholder(int), epochs=placeholder(int), base_lr=placeholder(float)
+            )
+            stage.queue_size = queue
+            if "head_base_lr" in stage:
+                stage.head_base_lr = placeholder(float)
+
+
 def add_refine_head(
     config: ConfigDict,
     batch_size: int,

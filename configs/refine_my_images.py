@@ -8,8 +8,9 @@ may contain `val/`, of the same layout, for the evaluation. `init_from` is an id
 hub (extra [hub]), a file, or a run made of one by `maect import FILE OUT_RUN`; the encoder's sizes
 come from it.
 Hardware: one GPU, or one TPU host. All blocks are tuned, and see a batch in parts.
-Duration: 20 epochs of forward passes for the heads, 20 of tuning; a step takes several times as
-long as one of tune_my_images, as there are ten more views of an image.
+Batch, epochs, queue and learning rates follow from the number of images (`docs/recipe.md`).
+Duration: as many epochs as in tune_my_images; a step takes several times as long, as there are ten
+more views of an image.
 Expected: features whose clusters are the objects in your images; the report shows them.
 """
 
@@ -31,12 +32,7 @@ def get_config(argument=""):
     # Heads are behind the blocks from two thirds of the depth on, and on the final feature.
     head = common.add_refine_head(config, batch_size=256)
     refine = common.add_refine(config, batch_size=256)
-    # The authors' 20 and 30 are for ImageNet's 1.3 million images. With fewer images an epoch has
-    # fewer updates: train for more epochs.
-    head.epochs = refine.epochs = 20
-    # 32 batches of neighbours. The authors' 65,536 are a twentieth of their images; a queue that is
-    # longer than an epoch contains images twice.
-    head.queue_size = refine.queue_size = 8192
+    common.follow_images(head, refine)
     # Decay of the encoder's EMA, which is the result. The authors' 0.9999 averages over 10,000
     # updates; with fewer the EMA would stay near the encoder that it starts from. None: over a
     # tenth of the updates.

@@ -8,7 +8,9 @@ may contain `val/`, of the same layout, for the evaluation. `init_from` is an id
 hub (extra [hub]), a file, or a run made of one by `maect import FILE OUT_RUN`; the encoder's sizes
 come from it.
 Hardware: one GPU, or one TPU host. Half of the blocks are frozen, the others see a batch in parts.
-Duration: 20 epochs of forward passes for the head, 20 of tuning.
+Batch, epochs, queue and learning rates follow from the number of images (`docs/recipe.md`).
+Duration: 120 epochs of forward passes for the head and 120 of tuning for 1,000 images, 21 each for
+a million.
 Expected: features whose clusters are the objects in your images; the report shows them.
 """
 
@@ -27,19 +29,12 @@ def get_config(argument=""):
     # The encoder sees a quarter of the batch at a time, which saves memory and does not change the
     # gradient. The head sees the whole batch, for its negatives and its statistics.
     config.encoder_microbatches = 4
-    # Half or a quarter of the paper's, for one device. Learning rates scale with the batch.
-    batch = 256
-    head = common.add_head(config, batch)
+    head = common.add_head(config, batch_size=256)
     # None: half of the encoder's blocks, as in the paper.
-    tuning = common.add_ct(config, batch, placeholder(int))
-    # The paper's, for ImageNet's 1.3 million images. With fewer images an epoch has fewer updates:
-    # train for more epochs.
-    head.epochs = tuning.epochs = 20
+    tuning = common.add_ct(config, batch_size=256, frozen_blocks=placeholder(int))
+    common.follow_images(head, tuning)  # sets those for them to None
     # The paper's for ViT-B; its L has 0.2 and its H 0.3.
     head.temperature = tuning.temperature = 0.15
-    # 32 batches of neighbours. The paper's 65,536 are a twentieth of its images; a queue that is
-    # longer than an epoch contains images twice.
-    head.queue_size = tuning.queue_size = 8192
     # The neighbour is drawn from the 20 nearest, as in the paper.
     tuning.top_k = 20
     # Decay of the encoder's EMA, which is the result. The paper's 0.9999 averages over 10,000

@@ -40,8 +40,9 @@ EVAL = "eval"  # in `config.stages`, beside the names of `STAGES`
 IMAGENET_TRAIN = 1_281_167
 # Training images, the shape that all have, and classes, of sets that need not be at hand.
 _KNOWN = {"imagenet2012": (IMAGENET_TRAIN, None, 1000), "cifar10": (50_000, (32, 32, 3), 10)}
+# Keys that may follow from the number of images (`Stage.by_images`).
+_OF_IMAGES = ("epochs", "batch_size", "queue_size", "base_lr", "head_base_lr")
 _MOST_STEPS = 2**31 - 1  # what an int32 counts
-_UPDATES, _LARGEST_BATCH = 8, 64  # of an epoch, and of a batch, where the config leaves it open
 _IDENTITIES = 256  # characters that hold those of all splits
 _LOGGER = logging.getLogger(__name__)
 
@@ -116,8 +117,11 @@ def check(config: ConfigDict, devices: int) -> None:
         )
     vit.check(config)
     sources.check(config)
+    # What follows from the number of images is checked again when that is known.
+    filled = config.copy_and_resolve_references()
     for stage in training_stages(config):
-        stage.check(config, devices)
+        _fill(filled, stage, IMAGENET_TRAIN, devices=devices)
+        stage.check(filled, devices)
     if EVAL in config.stages:
         runner.check(config, devices)
 
@@ -129,7 +133,7 @@ def open_images(
 
     Held-out images are opened where a stage needs them or the monitor can use them. Without labels,
     with those of a file, or to train alone, they need not be there. Sets the batches that follow
-    from the number of images (`set_batch_sizes`).
+    from the number of images (`set_by_images`).
 
     Raises:
       UserError: they are not there, are fewer than a batch, or have no labels where a stage cannot
@@ -154,7 +158,7 @@ def open_images(
                 ) from error
     for stage in labels_needed:
         _check_labelled(config, stage, images)
-    set_batch_sizes(config, images)
+    set_by_images(config, images)
     check_enough(config, images)
     if EVAL in config.stages:
         runner.check_images(config, images)
@@ -223,15 +227,23 @@ def _check_same_start(config: ConfigDict, origin: lineage.Saved | None) -> None:
             )
 
 
-def set_batch_sizes(config: ConfigDict, images: Mapping[str, sources.Source]) -> None:
-    """Sets batch sizes that are None: an eighth of a stage's images, at most 64, as the devices and
-    the parts of a batch can share it."""
-    unit = jax.device_count() * config.encoder_microbatches
+def set_by_images(config: ConfigDict, images: Mapping[str, sources.Source]) -> None:
+    """Sets what is None and follows from the number of a stage's images (`Stage.by_images`).
+    Raises `UserError` if it does not fit what is given."""
+    devices = jax.device_count()
     for stage in training_stages(config):
-        if config[stage.name].batch_size is None:
-            count = len(stage.own_images(config, images)["train"])
-            size = min(count // _UPDATES, _LARGEST_BATCH)
-            config[stage.name].batch_size = max(size // unit, 1) * unit
+        count = len(stage.own_images(config, images)["train"])
+        if _fill(config, stage, count, devices=devices):
+            stage.check(config, devices)
+
+
+def _fill(config: ConfigDict, stage: type[Stage], count: int, *, devices: int) -> bool:
+    """Sets what a stage's section leaves open for so many images. Returns whether it did."""
+    section = config[stage.name]
+    values = stage.by_images(section, count, unit=devices * config.encoder_microbatches)
+    found = {key: x for key, x in values.items() if section.get(key, x) is None}
+    section.update(found)
+    return bool(found)
 
 
 def check_enough(config: ConfigDict, images: Mapping[str, sources.Source]) -> None:
@@ -265,7 +277,7 @@ def images_to_plan(config: ConfigDict) -> tuple[dict[str, sources.Source], str]:
       UserError: they exist but do not fit, or the set is not known.
     """
     images, whose = _images_to_plan(config)
-    set_batch_sizes(config, images)
+    set_by_images(config, images)
     return images, whose
 
 
@@ -299,6 +311,9 @@ def _find_origin(config: ConfigDict, fetch: Callable[[str], hub.Fetched]) -> lin
     if "model" not in config:
         with config.unlocked():
             config.model = origin.config.model
+    takes_head = first in STAGES and set(STAGES[first].takes) > {"encoder"}
+    if takes_head and config[first].queue_size is None:  # the head's queue is taken over
+        config[first].queue_size = origin.config.get(origin.stage, {}).get("queue_size")
     return origin
 
 
@@ -406,7 +421,9 @@ def _run_stages(run: Run, origin: lineage.Saved | None, images: Mapping) -> None
     config, is_main = run.config, jax.process_index() == 0
     if is_main:
         data = config.data
-        print(_title(config, images["train"], data.path or data.source, run.mesh), flush=True)
+        print(_title(config, images["train"], data.path or data.source, run.mesh))
+        for stage in training_stages(config):
+            print(f"{stage.name}: {_recipe(config[stage.name])}", flush=True)
     originals, images = images, _kept(run, images)
     held_out = images.get("val", images["train"])
     record = runner.record(config, held_out)
@@ -497,6 +514,11 @@ def _title(config: ConfigDict, images: sources.Source, whose: str, mesh) -> str:
     )
 
 
+def _recipe(section: ConfigDict) -> str:
+    """What of a stage's section may follow from the number of images."""
+    return ", ".join(f"{key} {section[key]}" for key in _OF_IMAGES if key in section)
+
+
 def _described(config: ConfigDict, images: Mapping[str, sources.Source]) -> Iterator[str]:
     """A paragraph for each stage: steps, images seen, parameters, memory, FLOPs."""
     for kind in training_stages(config):
@@ -513,6 +535,7 @@ def _described(config: ConfigDict, images: Mapping[str, sources.Source]) -> Iter
             f"warm-up {stage.warmup:,})",
             "batch": f"{batch:,} images x {count} view{'s' * (count > 1)}{local}",
             "images seen": f"{steps * batch:,} ({steps * batch * views:,} views)",
+            "settings": _recipe(section),
             "parameters trained": f"{parameter_overview.count_parameters(state.params):,}",
             "parameters frozen": f"{parameter_overview.count_parameters(state.frozen):,}",
             "memory of the state": f"{memory / 2**20:,.0f} MiB, before sharding",

@@ -28,8 +28,11 @@ def test_run_leaves_its_files_and_a_table(finished):
         "checkpoints", "watch", "results.json", "results.md", "features", "clusters.csv",
         "report.html", "pictures", "duplicates.csv", "outliers.csv", "clusters.html", "clusters",
     }  # fmt: skip
-    # What it runs on, the table, where the report is, and nothing else.
-    title, devices, *table = stdout.splitlines()
+    # What it runs on, how long, the table, where the report is, and nothing else.
+    title, devices, *lines = stdout.splitlines()
+    settings, table = lines[: len(CHAIN)], lines[len(CHAIN) :]
+    assert [line.partition(":")[0] for line in settings] == list(CHAIN)
+    assert "epochs 2, batch_size 256, base_lr" in settings[0]
     assert title.startswith("quickstart_test: mae -> head -> ct -> eval; ")
     assert devices.startswith("on 1 cpu")
     assert table[1].split() == ["percent", "pixels", "mae", "ct", "ct", "-", "mae"]

@@ -8,14 +8,19 @@ from clu.parameter_overview import count_parameters
 
 from maect_jax import config as configs
 from maect_jax import files, pipeline
+from maect_jax.data import sources
 from maect_jax.data.augment import Photometric
+from maect_jax.data.base import Identity
 from maect_jax.data.transforms import FIELDS
 from maect_jax.errors import UserError
 from maect_jax.models import nnclr, vit
+from maect_jax.run import folder
+from maect_jax.run.folder import Run
 from maect_jax.stages import STAGES
 from maect_jax.stages.base import warmup_updates
 from maect_jax.stages.step import step
 from tests.helpers import CONFIGS, ROOT
+from tests.helpers.common import mesh_of
 
 PIPELINES = ("cifar10", "quickstart")
 OF_A_RUN = (
@@ -86,6 +91,67 @@ def test_few_images_are_fine_tuned_in_batches_that_fit_them():
                     "cutmix_alpha", "drop_path")
     }  # fmt: skip
     assert load("finetune_my_images:test").finetune.batch_size == 256
+
+
+def for_images(name, count, *overrides):
+    """The config `name` with a ViT-B/16, for so many images. All devices share a batch whole."""
+    config = load(name, "encoder_microbatches=1", *overrides)
+    with config.unlocked():
+        config.model = load("mae_vitb16").model
+    pipeline.check(config, jax.device_count())
+    images = {"train": sources.Blank(count, 3)}
+    pipeline.set_by_images(config, images)
+    pipeline.check_enough(config, images)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "epochs", "queue", "peak"),
+    [
+        (480, 32, 144, 240, 1e-3),
+        (1_000, 64, 120, 500, 1e-3),
+        (10_000, 256, 67, 5_000, 1e-3),
+        (100_000, 256, 38, 8_192, 1e-3),
+        (1_000_000, 256, 21, 8_192, 20 / 82_026),
+        (1_281_167, 256, 20, 8_192, 20 / 100_080),  # the paper's, for its images
+    ],
+)
+@pytest.mark.parametrize("name", ["tune_my_images", "refine_my_images"])
+def test_tuning_follows_from_the_number_of_images(name, count, batch, epochs, queue, peak):
+    config = for_images(name, count)
+    for stage in pipeline.training_stages(config):
+        section = config[stage.name]
+        found = section.batch_size, section.epochs, section.queue_size
+        assert found == (batch, epochs, queue)
+        groups = stage.from_config(config, count).groups.values()
+        assert [group.lr for group in groups] == pytest.approx([peak] * len(groups), rel=2e-3)
+
+
+def test_what_is_given_is_kept():
+    given = ("head.batch_size=128", "ct.epochs=7", "head.queue_size=96", "ct.base_lr=0.5")
+    config = for_images("tune_my_images", 1_000, *given)
+    head, tuning = config.head, config.ct
+    assert (head.batch_size, tuning.epochs, tuning.base_lr) == (128, 7, 0.5)
+    assert head.queue_size == tuning.queue_size == 96
+    assert (head.epochs, head.base_lr) == (120, 0.001)  # half, as the batch is twice the rule's
+    assert (tuning.batch_size, tuning.head_base_lr) == (64, 0.002)
+    with pytest.raises(UserError, match=r"config.ct.top_k=20: must be .* the queue size, 10"):
+        for_images("tune_my_images", 1_000, "head.queue_size=10")
+    with pytest.raises(UserError, match=r"config.head.batch_size=32: .* at most the 20 training"):
+        for_images("tune_my_images", 20)
+
+
+def test_a_run_keeps_what_followed_from_its_images(tmp_path):
+    def claim(count):
+        config = for_images("tune_my_images", count)
+        config.init_from = "random"
+        run = Run(config, tmp_path, mesh_of(1, 1))
+        with folder.opened(run, None, {"train": Identity(count, str(count))}):
+            return configs.read(tmp_path / "config.json")
+
+    assert claim(1_000).head.batch_size == claim(1_000).head.batch_size == 64
+    with pytest.raises(UserError, match=r"ct.batch_size: 64 -> 32.*1000 images before, 480"):
+        claim(480)
 
 
 def test_only_small_models_cut_from_images_that_are_kept():

@@ -142,7 +142,7 @@ def main() -> None:
     images = sources.splits(config.data, ("train",), config.model.channels)
     values.check([images["train"]], sources.decoding(config))
     images = {split: cache.reduced(config, source) for split, source in images.items()}
-    pipeline.set_batch_sizes(config, images)
+    pipeline.set_by_images(config, images)
     own = {stage: stage.own_images(config, images)["train"] for stage in stages}
     drawn = sheet({stage: views_of(config, stage, seen) for stage, seen in own.items()})
     try:

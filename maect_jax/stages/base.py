@@ -118,6 +118,17 @@ class Stage(Saved, abc.ABC):
     # From the config
 
     @classmethod
+    def by_images(cls, section, images: int, unit: int) -> dict[str, float]:
+        """Values for keys that a config leaves at None, by the number of training images.
+
+        Args:
+          section: the stage's, whose other keys are kept.
+          images: their number.
+          unit: what a batch is a multiple of, to be shared by devices and cut into parts.
+        """
+        return {}
+
+    @classmethod
     def check(cls, config, devices: int) -> None:
         """Checks the stage's section for a number of devices that share a batch. Raises `UserError`
         if a value is not allowed."""
@@ -130,8 +141,6 @@ class Stage(Saved, abc.ABC):
                     f"it off for config.model.channels={channels}"
                 )
         batch, parts = config[cls.name].batch_size, config.encoder_microbatches
-        if batch is None:  # it follows from the number of images, and fits
-            return
         sharding.check_batch(f"config.{cls.name}.batch_size", batch, devices)
         for views, _ in cls.view_sets(config):
             crops = batch * views.count // devices
@@ -210,15 +219,20 @@ class Stage(Saved, abc.ABC):
     @classmethod
     def _group(cls, config, prefix: str = "", layer_decay: float = 1.0) -> optim.Group:
         """The optimiser's settings that the keys `<prefix>base_lr` and so on of a section give."""
-        section, views = config[cls.name], cls.views if cls.lr_per_view else 1
+        section = config[cls.name]
         return optim.Group(
-            lr=optim.scaled_lr(section[f"{prefix}base_lr"], section.batch_size, views),
+            lr=optim.scaled_lr(section[f"{prefix}base_lr"], section.batch_size, cls._lr_views()),
             weight_decay=section[f"{prefix}weight_decay"],
             layer_decay=layer_decay,
             depth=vit.size_of(config.model).depth,
             end_lr=section.get("end_lr", 0.0),
             undecayed=cls.undecayed,
         )
+
+    @classmethod
+    def _lr_views(cls) -> int:
+        """Views of an image that count as samples in a base rate."""
+        return cls.views if cls.lr_per_view else 1
 
     @classmethod
     def own_images(cls, config, images: Mapping[str, Source]) -> Mapping[str, Source]:
@@ -312,6 +326,11 @@ class Stage(Saved, abc.ABC):
         encoder = self.encoder
         blocks = block_flops(encoder.depth, encoder.width, patches + encoder.extra_tokens)
         return 2 * patches * self._patch_pixels * encoder.width + blocks
+
+
+def multiple(batch: int, unit: int) -> int:
+    """The batch, or a little less: a multiple of `unit` above 0."""
+    return max(batch // unit, 1) * unit
 
 
 def warmup_updates(fraction: float, steps: int) -> int:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from maect_jax.config import Rule, at_most, between, fraction, not_negative, or_none, positive
+from maect_jax.config import Rule, at_most, between, fraction, not_negative
 from maect_jax.data import augment, labels, mix, subsets
 from maect_jax.data.loader import FinetuneRecord, TrainRecord
 from maect_jax.data.sources import Source
@@ -21,6 +21,7 @@ from maect_jax.stages.base import Stage, Views
 from maect_jax.stages.state import TrainState
 
 _RANKED = 5
+_UPDATES, _LARGEST_BATCH = 8, 64  # of an epoch, and of a batch, where a config leaves it open
 _kernel_init = nn.initializers.truncated_normal(0.01)
 
 
@@ -39,7 +40,6 @@ class Finetune(Stage):
     encoder_in = ("frozen", "params")
     starts_from = ("refine", "ct", "refine_head", "head", "mae", "finetune")
     rules = base.TRAINING | {
-        "batch_size": or_none(positive),
         "warmup_epochs": base.WARMUP_EPOCHS,
         "images": Rule(
             "'all', a share from above '0%' to '100%', or the path of a list of names",
@@ -65,6 +65,11 @@ class Finetune(Stage):
     def with_encoder(cls, encoder: dict) -> dict:
         trained, frozen = vit.split_blocks(encoder, 0)
         return {"params": {"encoder": trained}, "frozen": {"encoder": frozen}}
+
+    @classmethod
+    def by_images(cls, section, images: int, unit: int) -> dict[str, float]:
+        """A batch of an eighth of the images, at most 64."""
+        return {"batch_size": base.multiple(min(images // _UPDATES, _LARGEST_BATCH), unit)}
 
     @classmethod
     def own_images(cls, config, images: Mapping[str, Source]) -> Mapping[str, Source]:

@@ -25,6 +25,11 @@ from maect_jax.stages.state import TrainState
 from maect_jax.stages.support_queue import Queue
 
 _SNAPSHOT_NEIGHBOURS = 3
+# Where a config leaves them open (`NNCLR.by_images`):
+_BATCHES, _BATCHES_PER_EPOCH = (32, 256), 16
+_EPOCHS, _IMAGENET = 20, 1_281_167  # the paper's
+_LARGEST_QUEUE = 8192
+_PEAK, _MOST = 1e-3, 20.0  # learning rate, and its product with the number of updates
 _SIZES = ("projector_hidden", "projector_out", "predictor_hidden", "queue_size")
 
 
@@ -62,6 +67,25 @@ class NNCLR(Stage):
     top_k: int  # neighbours to find, of which one is drawn
     temperature: float
     blocks: tuple[int, ...] = ()  # behind which there is a head, beside that on the final feature
+
+    @classmethod
+    def by_images(cls, section, images: int, unit: int) -> dict[str, float]:
+        """Fewer images: smaller batches, more epochs, a shorter queue (docs/recipe.md). The peak of
+        the learning rate does not depend on the batch."""
+        few, many = _BATCHES
+        power = 2 ** round(math.log2(images / _BATCHES_PER_EPOCH + 1))
+        batch = section.batch_size or base.multiple(min(max(power, few), many), unit)
+        epochs = section.epochs or round(_EPOCHS * (_IMAGENET / images) ** 0.25)
+        updates = max(epochs * (images // batch), 1)
+        peak = min(_PEAK, _MOST / updates)
+        base_lr = float(f"{peak / optim.scaled_lr(1.0, batch, cls._lr_views()):.3g}")
+        return {
+            "batch_size": batch,
+            "epochs": epochs,
+            "queue_size": min(max(images // 2, few), _LARGEST_QUEUE),
+            "base_lr": base_lr,
+            "head_base_lr": base_lr,
+        }
 
     @classmethod
     def check(cls, config, devices: int) -> None:

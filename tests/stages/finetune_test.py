@@ -489,8 +489,9 @@ def test_a_chain_ends_with_the_accuracy_of_the_classifier(tmp_path, monkeypatch,
     config = configs.load(f"{file}:test", settings)
     run = tmp_path / "run"
     run_on(monkeypatch, (2, 1), config, run)
-    _, _, line, *rest = told = capsys.readouterr().out.splitlines()
-    assert rest == ["", str(run / "report.html")]
+    *_, settings, line, empty, report = told = capsys.readouterr().out.splitlines()
+    assert settings == "finetune: epochs 3, batch_size 64, base_lr 0.02"
+    assert [empty, report] == ["", str(run / "report.html")]
     assert "Fine-tuned: encoder and classifier on 1,280 labelled images" in (
         (run / "report.html").read_text()
     )
@@ -586,7 +587,7 @@ def test_a_batch_follows_from_the_images_with_a_label(tmp_path, caplog):
     assert STAGES["mae"].own_images(config, images)["train"] is images["train"]
     for count, size in ((10**6, 64), (256, 32)):
         other = load()
-        pipeline.set_batch_sizes(other, {"train": sources.Blank(count, 3)})
+        pipeline.set_by_images(other, {"train": sources.Blank(count, 3)})
         assert other.finetune.batch_size == size
     label("one", "one")
     with pytest.raises(
@@ -632,7 +633,7 @@ def test_named_images_become_a_classifier(tmp_path, monkeypatch, capsys):
     label("dark", "bright")
     capsys.readouterr()
     start()
-    line = capsys.readouterr().out.splitlines()[2]
+    line = capsys.readouterr().out.splitlines()[3]
     found = json.loads((run / "results.json").read_text())["finetune"]["finetune"]
     assert (found["images"], found["training_images"], found["drawn"]) == (4, 26, True)
     assert found["labels"] == str(tmp_path / "labels.csv")
