@@ -10,6 +10,7 @@ from maect_jax import config as configs
 from maect_jax import load_encoder
 from maect_jax.convert import names as convert
 from maect_jax.stages import STAGES, optim
+from tests.helpers.contrast_run import behind
 from tests.helpers.golden_figures import prefixed
 
 torch = pytest.importorskip("torch", reason="the extra [torch] is not installed")
@@ -29,8 +30,8 @@ def to_torch(config, stage, params):
     if "projector" in params:
         parts["head"] = convert.head_to_torch({"params": params})
     if "encoder" in params:
-        sizes = config.model.patch_size, None, STAGES[stage].frozen_blocks(config)
-        parts["encoder"] = convert.encoder_to_torch(params["encoder"], *sizes)
+        trained = convert.encoder_to_torch(params["encoder"], config.model.patch_size)
+        parts["encoder"] = behind(STAGES[stage].frozen_blocks(config), trained)
     if "decoder" in params:
         parts["decoder"] = convert.decoder_to_torch(params["decoder"])
     return {key.replace("/", "."): x for key, x in prefixed(**parts).items()}
