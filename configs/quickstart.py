@@ -96,5 +96,5 @@ def _photos(config):
     # 1,024. A queue that is longer than an epoch contains images twice.
     config.mae.epochs, config.head.epochs, config.ct.epochs = 100, 20, 100
     config.head.queue_size = config.ct.queue_size = 256
-    for stage in config.head, config.ct:  # colours may tell photographs apart
-        stage.photometric.jitter = (0.0, 0.0)
+    for stage in config.head, config.ct:
+        stage.photometric.grayscale = (0.2, 0.2)

@@ -532,9 +532,9 @@ def test_flops_formula_equals_the_compilers_count(name):
 def test_colours_are_changed_only_of_images_that_have_them():
     """Of other channels, as arrays may have them, what needs gray or RGB is refused by its key."""
     other = ("model.channels=4", "data.mean=(0.5,0.5,0.5,0.5)", "data.std=(0.2,0.2,0.2,0.2)")
-    plain = partial(load, "quickstart:photos", *other)
+    plain = partial(load, "ct_vitb16", *other)
     pipeline.check(plain("ct.photometric.blur=(0.5,0.5)"), devices=1)
-    for key in ("head.photometric.jitter", "ct.photometric.grayscale"):
+    for key in ("ct.photometric.jitter", "ct.photometric.grayscale"):
         with pytest.raises(UserError, match=rf"config\.{key}=.*: .*switch it off for .*channels=4"):
             pipeline.check(plain(f"{key}=(0.0,0.5)"), devices=1)
     tuned = load("finetune:test", *other[1:])
