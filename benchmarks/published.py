@@ -210,10 +210,10 @@ def _table(names: Sequence[str]) -> str:
 def _gains(names: Sequence[str]) -> str:
     rows = {name: shown([name])[_GAIN] for name in names}
     columns = table.columns(rows)
-    lines = [["ct over mae, points", "seeds", "on", *columns]]
+    lines = [["ct over mae, points", "seeds", *columns]]
     for name, cells in rows.items():
         kept = seeds(name)
-        about = [kept[0]["title"], str(len(kept)), kept[0]["machine"]]
+        about = [kept[0]["title"], str(len(kept))]
         lines.append([*about, *(cells.get(column, "-") for column in columns)])
     return _lines(lines)
 

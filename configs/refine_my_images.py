@@ -11,7 +11,8 @@ Hardware: one GPU, or one TPU host. All blocks are tuned, and see a batch in par
 Batch, epochs, queue and learning rates follow from the number of images (`docs/recipe.md`).
 Duration: as many epochs as in tune_my_images; a step takes several times as long, as there are ten
 more views of an image.
-Expected: features whose clusters are the objects in your images; the report shows them.
+Expected: clusters that are nearer to the objects in your images; the report shows them before and
+after tuning. Nothing is promised for your images.
 """
 
 from ml_collections.config_dict import placeholder

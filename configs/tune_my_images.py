@@ -11,7 +11,8 @@ Hardware: one GPU, or one TPU host. Half of the blocks are frozen, the others se
 Batch, epochs, queue and learning rates follow from the number of images (`docs/recipe.md`).
 Duration: 120 epochs of forward passes for the head and 120 of tuning for 1,000 images, 21 each for
 a million.
-Expected: features whose clusters are the objects in your images; the report shows them.
+Expected: clusters that are nearer to the objects in your images; the report shows them before and
+after tuning. Nothing is promised for your images.
 """
 
 from ml_collections.config_dict import placeholder

@@ -204,8 +204,9 @@ def test_a_kept_result_is_a_table_again(tmp_path, monkeypatch):
     assert str(tmp_path) not in content
     assert "selection" not in content
     assert len(json.loads(content)["curves"]["mae"]["loss"]) == 30
-    assert "an abacus" in published.written("<!-- gains x -->\n<!-- end -->")
+    assert "| Clothes | 2 | +0.0 ± 0.0 |" in published.written("<!-- gains x -->\n<!-- end -->")
     measured = published.written("<!-- measured x -->\n<!-- end -->")
+    assert "an abacus" in measured
     script = measured.partition("```bash\n")[2].partition("\n```")[0]
     assert " ".join(script.replace("\\\n", " ").split()) == (
         "for seed in 0 1; do maect run --config=quickstart:refine --workdir=runs/run_$seed "
