@@ -500,6 +500,8 @@ def dry_run(config: ConfigDict) -> None:
     _set_short_side(config, None if isinstance(start, str) else start.config)
     check(config, jax.device_count())
     writers.check(config)
+    if not isinstance(start, str):
+        lineage.check_fits(start, config)
     mesh = sharding.make_mesh(**config.mesh)
     images, whose = images_to_plan(config)
     if isinstance(images["train"], sources.Blank):
