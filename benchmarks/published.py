@@ -65,9 +65,9 @@ _WIDTH = 110  # of its lines
 
 def keep(name: str, run: Path | None, rows: Mapping[str, Path], about: Mapping[str, str]) -> None:
     """Writes `KEPT/NAME.json` from the folders of runs."""
-    results = runner.read_results(run) if run else {}
+    results = _results(run) if run else {}
     for row, folder in rows.items():
-        found = runner.read_results(folder)
+        found = _results(folder)
         results[row] = found[runner.ordered(found)[0]]
     runs = list(dict.fromkeys([run] * bool(run) + list(rows.values())))
     history = build.in_order(jsonl.read(runs[0] / "metrics.jsonl"))
@@ -87,6 +87,12 @@ def keep(name: str, run: Path | None, rows: Mapping[str, Path], about: Mapping[s
     lines = (f"{compact(key)}:{compact(part)}" for key, part in content.items())
     KEPT.mkdir(exist_ok=True)
     files.write_text(KEPT / f"{name}.json", "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _results(run: Path) -> dict[str, dict]:
+    if not (results := runner.read_results(run)):
+        raise UserError(f"{run}: has no results yet")
+    return results
 
 
 def _thin(value):
@@ -113,7 +119,9 @@ def _curves(history: Sequence[dict]) -> dict[str, dict[str, list]]:
 def _command(run: Path) -> dict:
     """The config of a run by its name, and the keys in which it differs, as a command has them."""
     config = build.read_config(run)
-    named = next(one for one in _spellings(config.name) if one)
+    if not (spellings := _spellings(config.name)):
+        raise UserError(f"{run}: its config {config.name!r} is not one of configs/")
+    named = spellings[0]
     before, after = configs.flat(configs.load(named)), configs.flat(config)
     changed = {key: after[key] for key in before if key in after and after[key] != before[key]}
     return {
@@ -153,22 +161,37 @@ def files_of(name: str) -> list[Path]:
 
 
 def seeds(name: str) -> list[dict]:
-    """What is kept of a name, in the order of its seeds, each there once."""
+    """What is kept of a name, in the order of its seeds, each there once. Raises `UserError` if its
+    runs differ in more than the seed."""
     found = [json.loads(path.read_text()) for path in files_of(name)]
     if len(found) != len({kept["seed"] for kept in found}) or not found:
         raise UserError(
             f"{KEPT}: must have one file for each seed of {name!r}; it has {len(found)}"
         )
+    if any(_but_for_seed(kept) != _but_for_seed(found[0]) for kept in found):
+        raise UserError(f"{KEPT}: the runs of {name!r} differ in more than the seed")
     return sorted(found, key=lambda kept: kept["seed"])
 
 
+def _but_for_seed(kept: Mapping) -> list:
+    """The commands of a seed, without it and where it starts from another run of its own."""
+    commands = []
+    for command in kept["commands"]:
+        start = command["overrides"].get("init_from", "").removesuffix(str(kept["seed"]))
+        commands.append((command["config"], command["overrides"] | dict(seed="", init_from=start)))
+    return commands
+
+
 def merged(names: Sequence[str]) -> dict[str, dict]:
-    """The results of several names by their seeds. Raises `UserError` if they lack something, or
-    have different seeds."""
+    """The results of several names by their seeds. Raises `UserError` if they lack something, have
+    different seeds, or the same row."""
     found: dict[int, dict] = {}
     for name in names:
         for kept in seeds(name):
-            found.setdefault(kept["seed"], {}).update(kept["results"])
+            rows = found.setdefault(kept["seed"], {})
+            if twice := rows.keys() & kept["results"].keys():
+                raise UserError(f"{KEPT}: {' '.join(names)}: two have the row {min(twice)!r}")
+            rows.update(kept["results"])
     results = {str(seed): rows for seed, rows in found.items()}
     if lacks := table.lacking(results):
         raise UserError(f"{KEPT}: {' '.join(names)}: by seed, these lack {lacks}")

@@ -132,8 +132,8 @@ def open_images(
     """Opens the images, by split; some may be open already.
 
     Held-out images are opened where a stage needs them or the monitor can use them. Without labels,
-    with those of a file, or to train alone, they need not be there. Sets the batches that follow
-    from the number of images (`set_by_images`).
+    with those of a file, or to train alone, they need not be there. Sets what follows from the
+    number of images (`set_by_images`).
 
     Raises:
       UserError: they are not there, are fewer than a batch, or have no labels where a stage cannot
@@ -227,10 +227,13 @@ def _check_same_start(config: ConfigDict, origin: lineage.Saved | None) -> None:
             )
 
 
-def set_by_images(config: ConfigDict, images: Mapping[str, sources.Source]) -> None:
-    """Sets what is None and follows from the number of a stage's images (`Stage.by_images`).
-    Raises `UserError` if it does not fit what is given."""
-    devices = jax.device_count()
+def set_by_images(
+    config: ConfigDict, images: Mapping[str, sources.Source], devices: int | None = None
+) -> None:
+    """Sets what is None and follows from the number of a stage's images (`Stage.by_images`), for so
+    many devices that share a batch, by default all. Raises `UserError` if it does not fit what is
+    given."""
+    devices = devices or jax.device_count()
     for stage in training_stages(config):
         count = len(stage.own_images(config, images)["train"])
         if _fill(config, stage, count, devices=devices):
@@ -268,16 +271,18 @@ def check_enough(config: ConfigDict, images: Mapping[str, sources.Source]) -> No
         runner.check_training_images(config, images["train"])
 
 
-def images_to_plan(config: ConfigDict) -> tuple[dict[str, sources.Source], str]:
+def images_to_plan(
+    config: ConfigDict, devices: int | None = None
+) -> tuple[dict[str, sources.Source], str]:
     """The training images, by split as `open_images` takes them, and where they are from; without
-    any, blank ones, as many as a known set has (ImageNet-1k for a folder). Sets the batches that
-    follow from their number.
+    any, blank ones, as many as a known set has (ImageNet-1k for a folder). Sets what follows from
+    their number (`set_by_images`).
 
     Raises:
       UserError: they exist but do not fit, or the set is not known.
     """
     images, whose = _images_to_plan(config)
-    set_by_images(config, images)
+    set_by_images(config, images, devices)
     return images, whose
 
 
@@ -331,8 +336,13 @@ def prepare(config: ConfigDict, workdir: Path) -> lineage.Saved | None:
     check_stages(config)
     origin = _find_origin(config, _fetch(workdir))
     path = workdir / "config.json"
-    before = configs.read(path) if path.exists() else origin and origin.config
-    _set_short_side(config, before)
+    before = configs.read(path) if path.exists() else None
+    _set_short_side(config, before or (origin and origin.config))
+    if before:  # which other devices or other rules would give other values
+        for stage in training_stages(config):
+            section, kept = config[stage.name], before.get(stage.name, {})
+            left = [key for key in _OF_IMAGES if section.get(key, 0) is None]
+            section.update({key: kept[key] for key in left if key in kept})
     check(config, jax.device_count())
     writers.check(config)
     if origin:
@@ -490,6 +500,8 @@ def dry_run(config: ConfigDict) -> None:
     _set_short_side(config, None if isinstance(start, str) else start.config)
     check(config, jax.device_count())
     writers.check(config)
+    if not isinstance(start, str):
+        lineage.check_fits(start, config)
     mesh = sharding.make_mesh(**config.mesh)
     images, whose = images_to_plan(config)
     if isinstance(images["train"], sources.Blank):

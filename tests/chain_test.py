@@ -181,6 +181,8 @@ def test_an_evaluation_cuts_images_as_the_run_did(finished, tmp_path, given, not
     ):  # the last check
         pipeline.prepare(evaluation, tmp_path)
     assert evaluation.data.short_side == side
+    with pytest.raises(UserError, match="its encoder needs"):
+        pipeline.dry_run(evaluation)
 
 
 def test_images_are_cut_by_the_size_of_the_model(tmp_path):

@@ -154,6 +154,33 @@ def test_a_run_keeps_what_followed_from_its_images(tmp_path):
         claim(480)
 
 
+def test_a_run_that_resumes_keeps_its_values(tmp_path, monkeypatch):
+    """On other devices, and where a version before had other ones."""
+
+    def prepared(devices):
+        monkeypatch.setattr(jax, "device_count", lambda: devices)
+        config = load("tune_my_images", "init_from=random")
+        with config.unlocked():
+            config.model = load("mae_vitb16").model
+        pipeline.prepare(config, tmp_path)
+        pipeline.set_by_images(config, {"train": sources.Blank(1_000, 3)})
+        return config
+
+    before = prepared(1)
+    assert (before.ct.batch_size, prepared(32).ct.batch_size) == (64, 128)
+    before.ct.epochs = 20
+    files.write_json(tmp_path / "config.json", before.to_dict())
+    assert configs.differences(before, prepared(32)) == []
+
+
+def test_what_is_planned_for_other_devices_is_for_them():
+    config = load("tune_my_images")
+    with config.unlocked():
+        config.model = load("mae_vitb16").model
+    pipeline.images_to_plan(config, devices=48)
+    assert config.ct.batch_size == 48 * config.encoder_microbatches
+
+
 def test_only_small_models_cut_from_images_that_are_kept():
     assert {name for name in NAMES if load(name).data.cache} == set()
     assert load("quickstart:photos").data.cache == 128

@@ -212,6 +212,16 @@ def test_a_kept_result_is_a_table_again(tmp_path, monkeypatch):
         "for seed in 0 1; do maect run --config=quickstart:refine --workdir=runs/run_$seed "
         "--config.data.path=images.npz --config.eval.knn.k=1,10 --config.seed=$seed done"
     )
+    with pytest.raises(UserError, match="two have the row 'ct'"):
+        published.merged(["x", "x"])
+    kept = json.loads(content)
+    kept["commands"][0]["overrides"]["refine.epochs"] = "9"
+    write(tmp_path / "kept" / "x_1.json", kept)
+    with pytest.raises(UserError, match="the runs of 'x' differ in more than the seed"):
+        published.written("<!-- table x -->\n<!-- end -->")
+    write(run / "results.json", {})
+    with pytest.raises(UserError, match="run_1: has no results yet"):
+        published.keep("x_1", None, {"other": run}, about)
 
 
 def write(path, content):

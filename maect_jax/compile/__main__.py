@@ -114,7 +114,7 @@ def report(config: ConfigDict, stage_type: type[Stage], topology: str, mesh) -> 
     """Compiles the step that `train` runs, for a mesh of a slice's devices; what is known of it.
     Raises `RunFailedError` if the compiler failed, and not because of the memory."""
     share, start = chips.find(topology).device(), time.monotonic()
-    splits = pipeline.images_to_plan(config)[0]
+    splits = pipeline.images_to_plan(config, mesh.size)[0]
     images = cache.reduced(config, stage_type.own_images(config, splits)["train"])
     stage = stage_type.for_images(config, images)
     state = abstract_state(stage, jax.random.key(config.seed), {}, mesh)

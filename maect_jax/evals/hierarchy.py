@@ -15,8 +15,9 @@ def merges(centres: np.ndarray) -> np.ndarray:
 def groups(merges: np.ndarray, count: int) -> np.ndarray:
     """The group of each of K clusters that `merges` joins until `count` groups are left (no more
     than there are clusters), numbered by the first cluster of each, int32 `[K]`."""
-    from scipy.cluster.hierarchy import cut_tree
-
-    if len(merges) < count:
-        return np.arange(len(merges) + 1, dtype=np.int32)
-    return cut_tree(merges, count)[:, 0].astype(np.int32)
+    clusters = len(merges) + 1
+    joined = np.arange(clusters)
+    for step, pair in enumerate(merges[: max(clusters - count, 0), :2]):
+        joined[np.isin(joined, pair)] = clusters + step
+    _, first, group = np.unique(joined, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[group].astype(np.int32)

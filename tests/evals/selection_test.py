@@ -138,6 +138,8 @@ def test_clusters_are_read_as_groups_of_those_that_are_alike():
     assert len({*hierarchy.groups(hierarchy.merges(many), 7)}) == 7
     assert hierarchy.merges(many[:1]).shape == (0, 4)
     assert hierarchy.groups(hierarchy.merges(many[:1]), 1).tolist() == [0]
+    merges = np.array([[0, 1, 1, 2], [2, 3, 1, 2], [4, 6, 2, 3], [5, 7, 4, 5]], float)
+    assert hierarchy.groups(merges, 4).tolist() == [0, 0, 1, 2, 3]  # equals in their order
 
 
 def test_silhouettes_are_0_where_they_are_not_defined():
