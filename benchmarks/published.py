@@ -30,6 +30,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 from PIL import Image
 
 from maect_jax import config as configs
@@ -117,18 +118,25 @@ def _curves(history: Sequence[dict]) -> dict[str, dict[str, list]]:
 
 
 def _command(run: Path) -> dict:
-    """The config of a run by its name, and the keys in which it differs, as a command has them."""
+    """The config of a run by its name, and its values, as a command has them."""
     config = build.read_config(run)
     if not (spellings := _spellings(config.name)):
         raise UserError(f"{run}: its config {config.name!r} is not one of configs/")
-    named = spellings[0]
-    before, after = configs.flat(configs.load(named)), configs.flat(config)
-    changed = {key: after[key] for key in before if key in after and after[key] != before[key]}
     return {
-        "config": named,
+        "config": spellings[0],
         "workdir": f"runs/{run.resolve().name}",
-        "overrides": {key: _text(key, value) for key, value in changed.items()},
+        "values": _texts(config),
     }
+
+
+def _overrides(command: Mapping) -> dict[str, str]:
+    """The values that a config has not, or no longer: those that a command must give."""
+    now, kept = _texts(configs.load(command["config"])), command["values"]
+    return {key: kept[key] for key in now if key in kept and kept[key] != now[key]}
+
+
+def _texts(config: ConfigDict) -> dict[str, str]:
+    return {key: _text(key, value) for key, value in configs.flat(config).items()}
 
 
 def _spellings(name: str) -> list[str]:
@@ -177,8 +185,8 @@ def _but_for_seed(kept: Mapping) -> list:
     """The commands of a seed, without it and where it starts from another run of its own."""
     commands = []
     for command in kept["commands"]:
-        start = command["overrides"].get("init_from", "").removesuffix(str(kept["seed"]))
-        commands.append((command["config"], command["overrides"] | dict(seed="", init_from=start)))
+        start = command["values"]["init_from"].removesuffix(str(kept["seed"]))
+        commands.append((command["config"], command["values"] | dict(seed="", init_from=start)))
     return commands
 
 
@@ -296,7 +304,7 @@ def _script(kept: Sequence[dict]) -> str:
 
 
 def _bash(command: Mapping, seed: int | None) -> str:
-    overrides = command["overrides"] | ({} if seed is None else {"seed": str(seed)})
+    overrides = _overrides(command) | ({} if seed is None else {"seed": str(seed)})
     words = [f"--config={command['config']}", f"--workdir={command['workdir']}"]
     words += [f"--config.{key}={value}" for key, value in overrides.items()]
     text = " ".join(["maect run", *map(shlex.quote, words)])

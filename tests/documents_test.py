@@ -214,11 +214,15 @@ def test_a_kept_result_is_a_table_again(tmp_path, monkeypatch):
     )
     with pytest.raises(UserError, match="two have the row 'ct'"):
         published.merged(["x", "x"])
-    kept = json.loads(content)
-    kept["commands"][0]["overrides"]["refine.epochs"] = "9"
-    write(tmp_path / "kept" / "x_1.json", kept)
-    with pytest.raises(UserError, match="the runs of 'x' differ in more than the seed"):
-        published.written("<!-- table x -->\n<!-- end -->")
+    for seed in (1, 0):  # as if the config has changed since the runs
+        path = tmp_path / "kept" / f"x_{seed}.json"
+        kept = json.loads(path.read_text())
+        kept["commands"][0]["values"]["refine.epochs"] = "9"
+        write(path, kept)
+        if seed:
+            with pytest.raises(UserError, match="the runs of 'x' differ in more than the seed"):
+                published.written("<!-- table x -->\n<!-- end -->")
+    assert "--config.refine.epochs=9" in published.written(measured)
     write(run / "results.json", {})
     with pytest.raises(UserError, match="run_1: has no results yet"):
         published.keep("x_1", None, {"other": run}, about)
