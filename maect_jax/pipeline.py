@@ -37,9 +37,11 @@ with epy.lazy_imports():  # when they are first used: the report imports matplot
     from maect_jax.report import build
 
 EVAL = "eval"  # in `config.stages`, beside the names of `STAGES`
-IMAGENET_TRAIN = 1_281_167
 # Training images, the shape that all have, and classes, of sets that need not be at hand.
-_KNOWN = {"imagenet2012": (IMAGENET_TRAIN, None, 1000), "cifar10": (50_000, (32, 32, 3), 10)}
+_KNOWN = {
+    "imagenet2012": (sources.IMAGENET_TRAIN, None, 1000),
+    "cifar10": (50_000, (32, 32, 3), 10),
+}
 # Keys that may follow from the number of images (`Stage.by_images`).
 _OF_IMAGES = ("epochs", "batch_size", "queue_size", "base_lr", "head_base_lr")
 _MOST_STEPS = 2**31 - 1  # what an int32 counts
@@ -120,7 +122,7 @@ def check(config: ConfigDict, devices: int) -> None:
     # What follows from the number of images is checked again when that is known.
     filled = config.copy_and_resolve_references()
     for stage in training_stages(config):
-        _fill(filled, stage, IMAGENET_TRAIN, devices=devices)
+        _fill(filled, stage, sources.IMAGENET_TRAIN, devices=devices)
         stage.check(filled, devices)
     if EVAL in config.stages:
         runner.check(config, devices)

@@ -251,7 +251,7 @@ def test_config_has_the_papers_numbers(name):
 def test_config_has_the_numbers_of_the_refiner(name):
     config, (stage, _, size) = load(name), name.rpartition("_vit")
     blocks, temperature, batch = REFINER[size]
-    section, built = config[stage], STAGES[stage].from_config(config, pipeline.IMAGENET_TRAIN)
+    section, built = config[stage], STAGES[stage].from_config(config, sources.IMAGENET_TRAIN)
     assert config.stages == (stage,)
     assert built.blocks == tuple(blocks)
     assert (section.batch_size, section.temperature) == (batch, temperature)
@@ -328,7 +328,7 @@ def test_config_builds_locks_and_its_full_state_has_a_shape(name, variant):
     pipeline.check(config, devices=8)
     for stage in config.stages:
         if stage != "eval":
-            built = STAGES[stage].from_config(config, pipeline.IMAGENET_TRAIN)
+            built = STAGES[stage].from_config(config, sources.IMAGENET_TRAIN)
             state = jax.eval_shape(built.init, jax.random.key(0), {})
             assert state.queue is None or state.queue.ids.shape[1] == config[stage].batch_size
             after, metrics = jax.eval_shape(partial(step, built), state, batch_of(config, stage))
@@ -359,7 +359,7 @@ def test_warm_up_is_the_floor_of_its_share(percent, steps):
 
 def test_showpiece_has_the_known_number_of_parameters():
     config = load("ct_vith16")
-    stage = STAGES["ct"].from_config(config, pipeline.IMAGENET_TRAIN)
+    stage = STAGES["ct"].from_config(config, sources.IMAGENET_TRAIN)
     state = jax.eval_shape(stage.init, jax.random.key(0), {})
     block = 12 * 1280**2 + 13 * 1280
     assert count_parameters(state.frozen) == 16 * block + (768 + 1) * 1280 + 1280

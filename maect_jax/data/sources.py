@@ -23,6 +23,7 @@ from maect_jax.data.shards import Shards
 from maect_jax.errors import UserError, first_of
 
 SPLITS = ("train", "val")
+IMAGENET_TRAIN = 1_281_167  # training images of ImageNet-1k
 _LARGEST = 2**14  # pixels of a side that images are resized to
 _LOGGER = logging.getLogger(__name__)
 

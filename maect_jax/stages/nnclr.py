@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from maect_jax import config as configs
 from maect_jax.config import Rule, at_most, between, fraction, not_negative, positive
 from maect_jax.data import augment
+from maect_jax.data.sources import IMAGENET_TRAIN
 from maect_jax.errors import UserError
 from maect_jax.models import nnclr, positions, vit
 from maect_jax.stages import base, losses, optim, support_queue
@@ -27,7 +28,7 @@ from maect_jax.stages.support_queue import Queue
 _SNAPSHOT_NEIGHBOURS = 3
 # Where a config leaves them open (`NNCLR.by_images`):
 _BATCHES, _BATCHES_PER_EPOCH = (32, 256), 16
-_EPOCHS, _IMAGENET = 20, 1_281_167  # the paper's
+_EPOCHS = 20  # the paper's, for the training images of ImageNet
 _LARGEST_QUEUE = 8192
 _PEAK, _MOST = 1e-3, 20.0  # learning rate, and its product with the number of updates
 _SIZES = ("projector_hidden", "projector_out", "predictor_hidden", "queue_size")
@@ -75,7 +76,7 @@ class NNCLR(Stage):
         few, many = _BATCHES
         power = 2 ** round(math.log2(images / _BATCHES_PER_EPOCH + 1))
         batch = section.batch_size or base.multiple(min(max(power, few), many), unit)
-        epochs = section.epochs or round(_EPOCHS * (_IMAGENET / images) ** 0.25)
+        epochs = section.epochs or round(_EPOCHS * (IMAGENET_TRAIN / images) ** 0.25)
         updates = max(epochs * (images // batch), 1)
         peak = min(_PEAK, _MOST / updates)
         base_lr = float(f"{peak / optim.scaled_lr(1.0, batch, cls._lr_views()):.3g}")

@@ -596,7 +596,7 @@ def test_a_plan_needs_no_shards_but_none_may_be_missing(shards):
         config = configs.load(str(CONFIGS / "quickstart.py:test"), settings)
         return pipeline.images_to_plan(config)[0]["train"]
 
-    assert len(planned("x-{0..3}.tar")) == pipeline.IMAGENET_TRAIN
+    assert len(planned("x-{0..3}.tar")) == sources.IMAGENET_TRAIN
     assert len(planned("train-{000..002}.tar")) == 12
     with pytest.raises(UserError, match=r"no shard matches .*train-003\.tar"):
         planned("train-{000..003}.tar")
