@@ -11,6 +11,7 @@ the only one of an evaluation, under another name. Write between two markers of 
     <!-- measured NAME ... -->   on what it was measured, how long it took, and by which commands
     <!-- blocks NAME -->         what was measured behind blocks
     <!-- gains NAME ... -->      what `ct` gains over `mae`, a line for each name
+    <!-- apart NAME OTHER -->    the difference of two names, in points and in deviations over seeds
     <!-- end -->
 
 `results/NAME_KEY.png`, if it is linked, has the curves of NAME, KEY being loss, nn_accuracy or
@@ -43,9 +44,8 @@ from maect_jax.run import jsonl
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "docs/results"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-_MARKED = re.compile(
-    r"(<!-- (table|measured|blocks|gains) ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL
-)
+_STARTS = r"<!-- (table|measured|blocks|gains|apart) ([\w ]+) -->\n"
+_MARKED = re.compile(f"({_STARTS})(?:(?!<!-- ).)*?(<!-- end -->)", re.DOTALL)
 _PICTURE = re.compile(r"\]\((?:docs/)?results/(\w+)\.png\)")
 # Of results: what is long, and settings, which the config has.
 _DROPPED = {
@@ -54,6 +54,7 @@ _DROPPED = {
     "split", "images", "l2_normalised", "pca", "minibatch", "loss", "silhouette_images",
     "chosen_by", "top5",
 }  # fmt: skip
+Percent = dict[str, dict[str, float]]  # by row and column
 _CURVES = ("loss", "nn_accuracy", "knn_accuracy")
 _POINTS = 30  # of a curve
 _BEFORE, _AFTER = "mae", "ct"
@@ -71,12 +72,14 @@ def keep(name: str, run: Path | None, rows: Mapping[str, Path], about: Mapping[s
         found = _results(folder)
         results[row] = found[runner.ordered(found)[0]]
     runs = list(dict.fromkeys([run] * bool(run) + list(rows.values())))
+    if len(found := {build.read_config(folder).seed for folder in runs}) > 1:
+        raise UserError(f"{name}: must be of runs of one seed; these have {sorted(found)}")
     history = build.in_order(jsonl.read(runs[0] / "metrics.jsonl"))
     seconds = {entry["name"]: entry["seconds"] for entry in build.stage_timings(history)}
     seconds["eval"] = sum(sum(result["seconds"].values()) for result in results.values())
     content = {
         **about,
-        "seed": build.read_config(runs[0]).seed,
+        "seed": found.pop(),
         "commands": [_command(folder) for folder in runs],
         "environment": files.read_json(runs[0] / "environment.json"),
         "seconds": _thin(seconds),
@@ -206,9 +209,29 @@ def merged(names: Sequence[str]) -> dict[str, dict]:
     return results
 
 
-def shown(names: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The cells of a table by row and by title of a column."""
-    rows = table.cells_of_several(merged(names))
+def percent(names: Sequence[str]) -> list[Percent]:
+    """The numbers of a table, seed by seed."""
+    return [table.percentages(results) for results in merged(names).values()]
+
+
+def apart(ours: Sequence[Percent], theirs: Sequence[Percent]) -> table.Rows:
+    """By how much the mean of our runs is above that of theirs, in rows that both have; in brackets
+    in deviations over the runs (the root of the mean of both variances), if there are several."""
+    rows: table.Rows = {}
+    for row in (row for row in ours[0] if row in theirs[0]):
+        rows[row] = {}
+        for column in ours[0][row]:
+            sides = [np.array([run[row][column] for run in runs]) for runs in (ours, theirs)]
+            points = sides[0].mean() - sides[1].mean()
+            rows[row][column] = f"{points:+.1f}"
+            if min(map(len, sides)) > 1:
+                deviation = np.sqrt(np.mean([side.var(ddof=1) for side in sides]))
+                rows[row][column] += f" ({points / deviation:+.1f})"
+    return rows
+
+
+def shown(rows: table.Rows) -> table.Rows:
+    """What documents show of a table, by row and by title of a column."""
     return {
         row: {
             _TITLES.get(column, column): cell.replace("+-", "±")
@@ -229,7 +252,7 @@ def _lines(lines: Sequence[Sequence[str]]) -> str:
 
 
 def _table(names: Sequence[str]) -> str:
-    rows = shown(names)
+    rows = shown(table.cells_of_several(merged(names)))
     columns = table.columns(rows)
     lines = [["", *columns]]
     for row, cells in rows.items():
@@ -239,7 +262,7 @@ def _table(names: Sequence[str]) -> str:
 
 
 def _gains(names: Sequence[str]) -> str:
-    rows = {name: shown([name])[_GAIN] for name in names}
+    rows = {name: shown(table.cells_of_several(merged([name])))[_GAIN] for name in names}
     columns = table.columns(rows)
     lines = [["ct over mae, points", "seeds", *columns]]
     for name, cells in rows.items():
@@ -247,6 +270,12 @@ def _gains(names: Sequence[str]) -> str:
         about = [kept[0]["title"], str(len(kept))]
         lines.append([*about, *(cells.get(column, "-") for column in columns)])
     return _lines(lines)
+
+
+def _apart(names: Sequence[str]) -> str:
+    rows = shown(apart(*(percent([name]) for name in names)))
+    columns = table.columns(rows)
+    return _lines([["", *columns], *([row, *cells.values()] for row, cells in rows.items())])
 
 
 def _blocks(names: Sequence[str]) -> str:
@@ -312,7 +341,9 @@ def _bash(command: Mapping, seed: int | None) -> str:
     return " \\\n".join(textwrap.wrap(text, _WIDTH, **indented))
 
 
-_WRITTEN = {"table": _table, "gains": _gains, "blocks": _blocks, "measured": _measured}
+_WRITTEN = {
+    "table": _table, "gains": _gains, "apart": _apart, "blocks": _blocks, "measured": _measured,
+}  # fmt: skip
 
 
 def written(text: str) -> str:
@@ -322,7 +353,10 @@ def written(text: str) -> str:
         start, kind, names, end = match.groups()
         return f"{start}{_WRITTEN[kind](names.split())}{end}"
 
-    return _MARKED.sub(fill, text)
+    new, filled = _MARKED.subn(fill, text)
+    if filled != len(re.findall(_STARTS, text)):
+        raise UserError("a marker of a document has no `<!-- end -->` before the next one")
+    return new
 
 
 def names_in(text: str) -> list[str]:
@@ -363,9 +397,7 @@ def drawn_of(picture: str) -> str:
 
 def _draw_gains(names: Sequence[str]) -> Figure:
     """A line for each name, a panel for each column: from `mae` to `ct`."""
-    tables = {
-        name: [table.percentages(results) for results in merged([name]).values()] for name in names
-    }
+    tables = {name: percent([name]) for name in names}
     columns = table.columns({name: runs[0][_GAIN] for name, runs in tables.items()})
     columns = [column for column in columns if column not in _LEFT_OUT]
     labels = [seeds(name)[0]["title"].replace(", ", "\n") for name in names]

@@ -22,14 +22,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-import numpy as np
 import torch
 from absl import flags
 from ml_collections import ConfigDict
 from PIL import Image
 from safetensors.torch import load_file
 
-from benchmarks import cpu_training, torch_training
+from benchmarks import cpu_training, published, torch_training
 from maect_jax import config as configs
 from maect_jax import files
 from maect_jax import main as command
@@ -49,8 +48,6 @@ NEEDED = {
        for stage in STAGES for key in ("blur", "grayscale", "solarize")},
 }  # fmt: skip
 
-Percent = dict[str, dict[str, float]]  # by row and column
-
 
 def check(config: ConfigDict, folder: Path) -> None:
     """Ends the program where PyTorch's side lacks what a config asks for, or a folder has figures
@@ -60,6 +57,9 @@ def check(config: ConfigDict, folder: Path) -> None:
         if values.get(key) != value:
             has = f"config.{key}={values.get(key)!r}"
             sys.exit(f"{has}: must be {value!r}, as PyTorch's side has nothing else")
+    for key, value in values.items():
+        if value is None and key.startswith(STAGES):
+            sys.exit(f"config.{key}=None: must be a number, as PyTorch's side does not choose one")
     if path.exists() and (changes := configs.differences(configs.read(path), config)):
         sys.exit(f"--workdir={folder}: has figures of another config ({'; '.join(changes)})")
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,28 +132,13 @@ def speeds(name: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def summary(percent: Mapping[str, Mapping[str, Percent]]) -> str:
-    """A table of both sides' means and deviations over the seeds, and of their difference, in
-    brackets in deviations (the root of the mean of both variances); of one seed, its values."""
+def summary(percent: Mapping[str, Mapping[str, published.Percent]]) -> str:
+    """A table of each side, and one of what ours has more, over the seeds that both have."""
     seeds = [seed for seed in percent[SIDES[0]] if seed in percent[SIDES[1]]]
-    columns, several = [*percent[SIDES[0]][seeds[0]][ROWS[0]]], len(seeds) > 1
-    lines = [["percent", *columns], ["---", *["---:"] * len(columns)]]
-    for row in [*ROWS, f"{ROWS[1]} - {ROWS[0]}"]:
-        values = np.array([
-            [[percent[side][seed][row][column] for column in columns] for seed in seeds]
-            for side in SIDES
-        ])  # fmt: skip
-        means, deviations = values.mean(1), values.std(1, ddof=int(several))
-        sign = "+" if table.is_difference(row) else ""
-        for side, mean, deviation in zip(SIDES, means, deviations, strict=True):
-            both = zip(mean, deviation, strict=True)
-            cells = (f"{m:{sign}.1f}" + (f" ± {d:.1f}" if several else "") for m, d in both)
-            lines.append([f"{row}, {side}", *cells])
-        apart, spread = means[0] - means[1], np.sqrt((deviations**2).mean(0))
-        both = zip(apart, spread, strict=True)
-        cells = (f"{a:+.1f}" + (f" ({a / d:+.1f})" if d else "") for a, d in both)
-        lines.append(["difference", *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    sides = {side: [percent[side][seed] for seed in seeds] for side in SIDES}
+    tables = {side: table.formatted(runs) for side, runs in sides.items()}
+    tables[" - ".join(SIDES)] = published.apart(*sides.values())
+    return "\n\n".join(f"{title}\n{table.text(rows)}" for title, rows in tables.items())
 
 
 def main() -> None:

@@ -76,11 +76,11 @@ def _for_cpu(config):
     config.model.update(width=128, depth=8, heads=4, dtype="float32")
     config.checkpoint.every = 1  # a run of hours is interrupted sooner or later
     config.monitor.every = 4
-    config.mae.update(epochs=28, warmup_epochs=2, batch_size=128, base_lr=1.5e-3)
+    config.mae.update(epochs=10, warmup_epochs=1, batch_size=128, base_lr=1.5e-3)
     config.mae.decoder.update(width=96, depth=2)
     for stage in config.head, config.ct:
         stage.update(
             batch_size=128, projector_hidden=1024, projector_out=128, predictor_hidden=2048
         )  # fmt: skip
     config.head.update(epochs=2, base_lr=1e-3)
-    config.ct.update(epochs=18, base_lr=1.5e-3, head_base_lr=1e-3, layer_decay=1.0)
+    config.ct.update(epochs=12, base_lr=1.5e-3, head_base_lr=1e-3, layer_decay=1.0)

@@ -11,6 +11,8 @@ from ml_collections.config_dict import placeholder
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+Number = int | FieldReference  # a placeholder follows from the images or the model
+
 
 def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -> ConfigDict:
     """What all stages share; `stages` is empty at first, `add_*` appends to it.
@@ -174,7 +176,7 @@ def _nnclr(temperature: float) -> dict:
     return {"warmup_fraction": 0.2, **_contrast(temperature, (0.08, 1.0), _photometric())}
 
 
-def add_head(config: ConfigDict, batch_size: int) -> ConfigDict:
+def add_head(config: ConfigDict, batch_size: Number) -> ConfigDict:
     """Stage 2: the contrastive head on the frozen encoder."""
     return _add(config, "head", {
         "epochs": 20,
@@ -200,7 +202,7 @@ def _tuning(base_lr: float, frozen_blocks: int) -> dict:
     }
 
 
-def add_ct(config: ConfigDict, batch_size: int, frozen_blocks: int, **changes) -> ConfigDict:
+def add_ct(config: ConfigDict, batch_size: Number, frozen_blocks: Number, **changes) -> ConfigDict:
     """Stage 3: contrastive tuning of the upper blocks."""
     settings = {
         "epochs": 20,
@@ -234,14 +236,12 @@ def _refiner(temperature: float, blocks: tuple[int, ...] | None) -> dict:
 
 
 def follow_images(*stages: ConfigDict) -> None:
-    """Leaves what belongs to the number of images to it (docs/recipe.md). The stages have one
-    queue, which is handed on."""
+    """Leaves to the number of images what, beside the batch, belongs to it (docs/recipe.md). The
+    stages have one queue, which is handed on."""
     queue = placeholder(int)
     for stage in stages:
         with stage.unlocked():
-            stage.update(
-                batch_size=placeholder(int), epochs=placeholder(int), base_lr=placeholder(float)
-            )
+            stage.update(epochs=placeholder(int), base_lr=placeholder(float))
             stage.queue_size = queue
             if "head_base_lr" in stage:
                 stage.head_base_lr = placeholder(float)
@@ -249,7 +249,7 @@ def follow_images(*stages: ConfigDict) -> None:
 
 def add_refine_head(
     config: ConfigDict,
-    batch_size: int,
+    batch_size: Number,
     temperature: float = 0.2,
     blocks: tuple[int, ...] | None = None,
 ) -> ConfigDict:
@@ -266,7 +266,7 @@ def add_refine_head(
 
 def add_refine(
     config: ConfigDict,
-    batch_size: int,
+    batch_size: Number,
     temperature: float = 0.2,
     blocks: tuple[int, ...] | None = None,
 ) -> ConfigDict:
@@ -279,8 +279,8 @@ def add_refine(
     })  # fmt: skip
 
 
-def add_finetune(config: ConfigDict, batch_size) -> ConfigDict:
-    """Full fine-tuning with labels. A placeholder is a batch that follows from the images' number.
+def add_finetune(config: ConfigDict, batch_size: Number) -> ConfigDict:
+    """Full fine-tuning with labels.
 
     The settings are those that the authors' group published for later work, for 10 % of the images
     at batch 256. The optimiser's betas are (0.9, 0.95), as in all stages here.

@@ -31,8 +31,8 @@ def get_config(argument=""):
     # gradient. The heads see the whole batch, for their negatives and their statistics.
     config.encoder_microbatches = 8
     # Heads are behind the blocks from two thirds of the depth on, and on the final feature.
-    head = common.add_refine_head(config, batch_size=256)
-    refine = common.add_refine(config, batch_size=256)
+    head = common.add_refine_head(config, batch_size=placeholder(int))
+    refine = common.add_refine(config, batch_size=placeholder(int))
     common.follow_images(head, refine)
     # Decay of the encoder's EMA, which is the result. The authors' 0.9999 averages over 10,000
     # updates; with fewer the EMA would stay near the encoder that it starts from. None: over a

@@ -30,10 +30,10 @@ def get_config(argument=""):
     # The encoder sees a quarter of the batch at a time, which saves memory and does not change the
     # gradient. The head sees the whole batch, for its negatives and its statistics.
     config.encoder_microbatches = 4
-    head = common.add_head(config, batch_size=256)
+    head = common.add_head(config, batch_size=placeholder(int))
     # None: half of the encoder's blocks, as in the paper.
-    tuning = common.add_ct(config, batch_size=256, frozen_blocks=placeholder(int))
-    common.follow_images(head, tuning)  # sets those for them to None
+    tuning = common.add_ct(config, batch_size=placeholder(int), frozen_blocks=placeholder(int))
+    common.follow_images(head, tuning)
     # The paper's for ViT-B; its L has 0.2 and its H 0.3.
     head.temperature = tuning.temperature = 0.15
     # The neighbour is drawn from the 20 nearest, as in the paper.

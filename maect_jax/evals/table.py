@@ -115,13 +115,13 @@ def columns(rows: Mapping[str, Mapping]) -> list[str]:
 
 def cells(results: Mapping[str, dict]) -> Rows:
     """The table of one run."""
-    return _formatted([percentages(results)])
+    return formatted([percentages(results)])
 
 
 def cells_of_several(runs: Mapping[str, dict]) -> Rows:
     """The table of several runs that lack nothing (`lacking`): mean and unbiased standard deviation
     of their results."""
-    return _formatted([percentages(results) for results in runs.values()])
+    return formatted([percentages(results) for results in runs.values()])
 
 
 def columns_of_several(runs: Mapping[str, dict]) -> dict[str, list[str]]:
@@ -149,7 +149,8 @@ def lacking(runs: Mapping[str, dict]) -> dict[str, str]:
     return lacks
 
 
-def _formatted(tables: Sequence[Mapping[str, dict[str, float]]]) -> Rows:
+def formatted(tables: Sequence[Mapping[str, dict[str, float]]]) -> Rows:
+    """`percentages` of one run as text, or of several runs as their mean and deviation."""
     rows: Rows = {}
     for name, row in tables[0].items():
         rows[name], form = {}, "{:+.1f}" if is_difference(name) else "{:.1f}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import matplotlib
+from ml_collections import ConfigDict
 
 from maect_jax import config as configs
 from maect_jax import files
@@ -53,6 +54,8 @@ def compare(histories: Mapping[Path, Sequence[dict]], path: Path) -> str:
             notes.append(
                 f"Of {title} some runs have the same seed: the deviation is not one of seeds."
             )
+        if other := _other_places([folders[name] for name in names]):
+            notes.append(f"The runs of {title} differ in what they ran on: {other}.")
     if not any(results.values()):
         notes = ["No run has results yet."]
     tables = {name: table.percentages(found) for name, found in results.items()}
@@ -85,6 +88,13 @@ def compare(histories: Mapping[Path, Sequence[dict]], path: Path) -> str:
     titled = len(groups) > 1
     shown = [f"{title}\n\n" * titled + table.text(rows) for title, rows in means.items()]
     return "\n\n".join([*shown, *notes])
+
+
+def _other_places(folders: Sequence[Path]) -> str:
+    """In which versions and devices runs differ."""
+    places = [ConfigDict(files.read_json(folder / "environment.json")) for folder in folders]
+    found = [line for place in places for line in configs.differences(places[0], place)]
+    return "; ".join(dict.fromkeys(found))
 
 
 def _groups(folders: Mapping[str, Path]) -> dict[str, list[str]]:

@@ -127,6 +127,15 @@ def test_a_seed_that_is_there_twice_is_said(runs, tmp_path):
     report, text = compared(runs, tmp_path / "comparison.html")
     assert "some runs have the same seed" in report.text
     assert "some runs have the same seed" in text
+    assert "differ in what" not in text
+
+
+def test_runs_of_other_versions_are_said(runs, tmp_path):
+    for run, version in zip(runs, ("0.10.2", "0.10.2", "0.12.0"), strict=True):
+        (run / "environment.json").write_text(json.dumps({"jax": version, "devices": 1}))
+    report, text = compared(runs, tmp_path / "comparison.html")
+    assert "jax: '0.10.2' -> '0.12.0'" in text
+    assert "differ in what they ran on" in report.text
 
 
 def test_runs_without_results_are_compared(runs, tmp_path):
