@@ -82,5 +82,5 @@ def _for_cpu(config):
         stage.update(
             batch_size=128, projector_hidden=1024, projector_out=128, predictor_hidden=2048
         )  # fmt: skip
-    config.head.update(epochs=2, base_lr=1e-3)
-    config.ct.update(epochs=12, base_lr=1.5e-3, head_base_lr=1e-3, layer_decay=1.0)
+    config.head.update(epochs=1, base_lr=1e-3)
+    config.ct.update(epochs=8, base_lr=1.5e-3, head_base_lr=1e-3, layer_decay=1.0)
