@@ -51,8 +51,8 @@ def _add_stages(config):
         epochs=40, base_lr=5e-4, layer_decay=0.9, head_base_lr=5e-4, top_k=10, ema_decay=0.999,
         **small_head,
     )  # fmt: skip
-    for stage in head, ct:  # by colours alone crops of one image are found too easily
-        stage.photometric.update(jitter=(0.8, 0.8), grayscale=(0.2, 0.2))
+    for stage in head, ct:
+        stage.photometric = common.mild_photometric()
 
 
 def _add_refiner(config):

@@ -132,6 +132,12 @@ def no_photometric() -> ConfigDict:
     return ConfigDict(_photometric())
 
 
+def mild_photometric() -> ConfigDict:
+    """Brightness, contrast and colours change, and a fifth of the views is grey. Crops of an image
+    are alike in these, by which alone tuning would tell it from others."""
+    return ConfigDict(_photometric(jitter=(0.8, 0.8), grayscale=(0.2, 0.2)))
+
+
 def strong_photometric() -> ConfigDict:
     """The colour augmentations of MAE-CT_aug, different for each view."""
     settings = _photometric(
