@@ -72,14 +72,15 @@ def keep(name: str, run: Path | None, rows: Mapping[str, Path], about: Mapping[s
         found = _results(folder)
         results[row] = found[runner.ordered(found)[0]]
     runs = list(dict.fromkeys([run] * bool(run) + list(rows.values())))
-    if len(found := {build.read_config(folder).seed for folder in runs}) > 1:
-        raise UserError(f"{name}: must be of runs of one seed; these have {sorted(found)}")
+    seed, *others = sorted({build.read_config(folder).seed for folder in runs})
+    if others:
+        raise UserError(f"{name}: must be of runs of one seed; these have {[seed, *others]}")
     history = build.in_order(jsonl.read(runs[0] / "metrics.jsonl"))
     seconds = {entry["name"]: entry["seconds"] for entry in build.stage_timings(history)}
     seconds["eval"] = sum(sum(result["seconds"].values()) for result in results.values())
     content = {
         **about,
-        "seed": found.pop(),
+        "seed": seed,
         "commands": [_command(folder) for folder in runs],
         "environment": files.read_json(runs[0] / "environment.json"),
         "seconds": _thin(seconds),
@@ -215,17 +216,17 @@ def percent(names: Sequence[str]) -> list[Percent]:
 
 
 def apart(ours: Sequence[Percent], theirs: Sequence[Percent]) -> table.Rows:
-    """By how much the mean of our runs is above that of theirs, in rows that both have; in brackets
-    in deviations over the runs (the root of the mean of both variances), if there are several."""
+    """By how much the mean of our runs is above that of theirs, in what both have; in brackets in
+    deviations over the runs (the root of the mean of both variances), if there are any."""
     rows: table.Rows = {}
     for row in (row for row in ours[0] if row in theirs[0]):
         rows[row] = {}
-        for column in ours[0][row]:
+        for column in (column for column in ours[0][row] if column in theirs[0][row]):
             sides = [np.array([run[row][column] for run in runs]) for runs in (ours, theirs)]
             points = sides[0].mean() - sides[1].mean()
             rows[row][column] = f"{points:+.1f}"
-            if min(map(len, sides)) > 1:
-                deviation = np.sqrt(np.mean([side.var(ddof=1) for side in sides]))
+            several = min(map(len, sides)) > 1
+            if several and (deviation := np.sqrt(np.mean([x.var(ddof=1) for x in sides]))):
                 rows[row][column] += f" ({points / deviation:+.1f})"
     return rows
 
@@ -275,7 +276,8 @@ def _gains(names: Sequence[str]) -> str:
 def _apart(names: Sequence[str]) -> str:
     rows = shown(apart(*(percent([name]) for name in names)))
     columns = table.columns(rows)
-    return _lines([["", *columns], *([row, *cells.values()] for row, cells in rows.items())])
+    lines = ([row, *(cells.get(column, "-") for column in columns)] for row, cells in rows.items())
+    return _lines([["", *columns], *lines])
 
 
 def _blocks(names: Sequence[str]) -> str:
@@ -353,10 +355,10 @@ def written(text: str) -> str:
         start, kind, names, end = match.groups()
         return f"{start}{_WRITTEN[kind](names.split())}{end}"
 
-    new, filled = _MARKED.subn(fill, text)
-    if filled != len(re.findall(_STARTS, text)):
-        raise UserError("a marker of a document has no `<!-- end -->` before the next one")
-    return new
+    closed = {(kind, names) for _, kind, names, _ in _MARKED.findall(text)}
+    for kind, names in set(re.findall(_STARTS, text)) - closed:
+        raise UserError(f"marker `{kind} {names}` has no `<!-- end -->` before the next comment")
+    return _MARKED.sub(fill, text)
 
 
 def names_in(text: str) -> list[str]:

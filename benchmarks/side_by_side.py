@@ -57,9 +57,6 @@ def check(config: ConfigDict, folder: Path) -> None:
         if values.get(key) != value:
             has = f"config.{key}={values.get(key)!r}"
             sys.exit(f"{has}: must be {value!r}, as PyTorch's side has nothing else")
-    for key, value in values.items():
-        if value is None and key.startswith(STAGES):
-            sys.exit(f"config.{key}=None: must be a number, as PyTorch's side does not choose one")
     if path.exists() and (changes := configs.differences(configs.read(path), config)):
         sys.exit(f"--workdir={folder}: has figures of another config ({'; '.join(changes)})")
     folder.mkdir(parents=True, exist_ok=True)

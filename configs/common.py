@@ -11,7 +11,7 @@ from ml_collections.config_dict import placeholder
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-Number = int | FieldReference  # a placeholder follows from the images or the model
+Number = int | FieldReference  # a placeholder, None, is chosen later
 
 
 def base(name: str, variant: str = "", patch_size: int = 0, pool: str = "cls") -> ConfigDict:
@@ -133,8 +133,8 @@ def no_photometric() -> ConfigDict:
 
 
 def mild_photometric() -> ConfigDict:
-    """Brightness, contrast and colours change, and a fifth of the views is grey. Crops of an image
-    are alike in these, by which alone tuning would tell it from others."""
+    """Brightness, contrast and colours change, and a fifth of the views is grey. Two crops of an
+    image are alike in these, which alone would tell it from others."""
     return ConfigDict(_photometric(jitter=(0.8, 0.8), grayscale=(0.2, 0.2)))
 
 
@@ -242,7 +242,7 @@ def _refiner(temperature: float, blocks: tuple[int, ...] | None) -> dict:
 
 
 def follow_images(*stages: ConfigDict) -> None:
-    """Leaves to the number of images what, beside the batch, belongs to it (docs/recipe.md). The
+    """Leaves open what follows from the number of images (docs/recipe.md), beside the batch. The
     stages have one queue, which is handed on."""
     queue = placeholder(int)
     for stage in stages:

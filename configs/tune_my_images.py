@@ -35,7 +35,7 @@ def get_config(argument=""):
     tuning = common.add_ct(config, batch_size=placeholder(int), frozen_blocks=placeholder(int))
     common.follow_images(head, tuning)
     # Without these, tuning of small images gained less, or nothing (docs/recipe.md). Where colours
-    # tell your images apart, set their `saturation`, `hue` and `grayscale` to 0.
+    # tell your images apart, set `saturation` and `hue` to 0 and `grayscale` to (0, 0).
     for stage in head, tuning:
         stage.photometric = common.mild_photometric()
     # The paper's 0.65 is for 100,000 updates; in fewer ones the lower blocks would hardly change.

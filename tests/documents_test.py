@@ -199,6 +199,8 @@ def test_a_kept_result_is_a_table_again(tmp_path, monkeypatch):
     assert "| mae | 62.0 ± 2.8 | 50.0 ± 0.0 | 50.0 ± 0.0 | 25.0 ± 0.0 | 12.5 ± 0.0 |" in text
     assert "| other | 62.0 ± 2.8 |" in text
     assert published.written(text) == text
+    with pytest.raises(UserError, match="`gains x` has no `<!-- end -->`"):
+        published.written(f"<!-- gains x -->\n{text}")
     content = (tmp_path / "kept" / "x_1.json").read_text()
     assert "secret" not in content
     assert str(tmp_path) not in content
