@@ -252,18 +252,23 @@ def _lines(lines: Sequence[Sequence[str]]) -> str:
     return "".join([head, "|---" * len(lines[0]) + "|\n", *body])
 
 
-def _table(names: Sequence[str]) -> str:
-    rows = shown(table.cells_of_several(merged(names)))
+def _rows(rows: table.Rows, difference: str = "{}") -> str:
+    """A line for each row, and one with all columns above; `difference` is the form of cells in
+    rows of differences."""
     columns = table.columns(rows)
     lines = [["", *columns]]
     for row, cells in rows.items():
-        form = "**{}**" if table.is_difference(row) else "{}"
+        form = difference if table.is_difference(row) else "{}"
         lines.append([row, *(form.format(cells[c]) if c in cells else "-" for c in columns)])
     return _lines(lines)
 
 
+def _table(names: Sequence[str]) -> str:
+    return _rows(shown(table.formatted(percent(names))), "**{}**")
+
+
 def _gains(names: Sequence[str]) -> str:
-    rows = {name: shown(table.cells_of_several(merged([name])))[_GAIN] for name in names}
+    rows = {name: shown(table.formatted(percent([name])))[_GAIN] for name in names}
     columns = table.columns(rows)
     lines = [["ct over mae, points", "seeds", *columns]]
     for name, cells in rows.items():
@@ -274,10 +279,7 @@ def _gains(names: Sequence[str]) -> str:
 
 
 def _apart(names: Sequence[str]) -> str:
-    rows = shown(apart(*(percent([name]) for name in names)))
-    columns = table.columns(rows)
-    lines = ([row, *(cells.get(column, "-") for column in columns)] for row, cells in rows.items())
-    return _lines([["", *columns], *lines])
+    return _rows(shown(apart(*(percent([name]) for name in names))))
 
 
 def _blocks(names: Sequence[str]) -> str:
