@@ -97,4 +97,4 @@ def _photos(config):
     config.mae.epochs, config.head.epochs, config.ct.epochs = 100, 20, 100
     config.head.queue_size = config.ct.queue_size = 256
     for stage in config.head, config.ct:
-        stage.photometric.grayscale = (0.2, 0.2)
+        stage.photometric = common.mild_photometric()
