@@ -67,7 +67,8 @@ _WIDTH = 110  # of its lines
 
 def keep(name: str, run: Path | None, rows: Mapping[str, Path], about: Mapping[str, str]) -> None:
     """Writes `KEPT/NAME.json` from the folders of runs."""
-    results = _results(run) if run else {}
+    read = runner.read_results if rows else _results  # a run may be evaluated by others alone
+    results = read(run) if run else {}
     for row, folder in rows.items():
         found = _results(folder)
         results[row] = found[runner.ordered(found)[0]]
@@ -224,10 +225,11 @@ def apart(ours: Sequence[Percent], theirs: Sequence[Percent]) -> table.Rows:
         for column in (column for column in ours[0][row] if column in theirs[0][row]):
             sides = [np.array([run[row][column] for run in runs]) for runs in (ours, theirs)]
             points = sides[0].mean() - sides[1].mean()
-            rows[row][column] = f"{points:+.1f}"
             several = min(map(len, sides)) > 1
+            shown = f"{points:+.1f}"
             if several and (deviation := np.sqrt(np.mean([x.var(ddof=1) for x in sides]))):
-                rows[row][column] += f" ({points / deviation:+.1f})"
+                shown += f" ({points / deviation:+.1f})"
+            rows[row][column] = shown.replace("-0.0", "+0.0")  # which is no loss
     return rows
 
 
