@@ -127,10 +127,11 @@ def _command(run: Path) -> dict:
     config = build.read_config(run)
     if not (spellings := _spellings(config.name)):
         raise UserError(f"{run}: its config {config.name!r} is not one of configs/")
+    given = configs.flat(configs.load(spellings[0]))  # a run also has the model it starts from
     return {
         "config": spellings[0],
         "workdir": f"runs/{run.resolve().name}",
-        "values": _texts(config),
+        "values": {key: text for key, text in _texts(config).items() if key in given},
     }
 
 

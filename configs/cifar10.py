@@ -13,7 +13,7 @@ keys).
 Hardware: a GPU or a TPU host; `--dry_run` prints the steps, the memory of the state and the FLOPs.
 Duration: 100 + 10 + 40 epochs of 50,000 images, about 10 minutes on an H100; `cpu`, with 10 + 1 + 8
 epochs, 2.4 hours of one core that multiplies bf16 in hardware (`--config.model.dtype=bfloat16`).
-Expected: `ct` gains 11 points of k-NN, 8 of the probe and 18 of k-means over its `mae`, and of
+Expected: `ct` gains 10 points of k-NN, 7 of the probe and 13 of k-means over its `mae`, and of
 `cpu` 11, 5 and 6 (`docs/results.md`); the paper has no figures for it.
 """
 

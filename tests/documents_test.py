@@ -228,6 +228,16 @@ def test_a_kept_result_is_a_table_again(tmp_path, monkeypatch):
     write(run / "results.json", {})
     with pytest.raises(UserError, match="run_1: has no results yet"):
         published.keep("x_1", None, {"other": run}, about)
+    later = tmp_path / "later"  # the run is evaluated by another, which has its model
+    later.mkdir()
+    evaluation = config.load("eval", ["seed=1"]).to_dict()
+    write(later / "config.json", evaluation | {"model": named.model.to_dict()})
+    write(later / "results.json", {"encoder": row})
+    published.keep("y_1", run, {"ct": later}, about)
+    kept = json.loads((tmp_path / "kept" / "y_1.json").read_text())
+    assert [*kept["results"]] == ["ct"]
+    assert [command["config"] for command in kept["commands"]] == ["quickstart:refine", "eval"]
+    assert "model.width" not in kept["commands"][1]["values"]
 
 
 def write(path, content):
