@@ -11,7 +11,7 @@ the only one of an evaluation, under another name. Write between two markers of 
     <!-- measured NAME ... -->   on what it was measured, how long it took, and by which commands
     <!-- blocks NAME -->         what was measured behind blocks
     <!-- gains NAME ... -->      what `ct` gains over `mae`, a line for each name
-    <!-- apart NAME OTHER -->    the difference of two names, in points and in deviations over seeds
+    <!-- apart NAME OTHER -->    the difference of two names, in points and in standard errors
     <!-- end -->
 
 `results/NAME_KEY.png`, if it is linked, has the curves of NAME, KEY being loss, nn_accuracy or
@@ -127,7 +127,8 @@ def _command(run: Path) -> dict:
     config = build.read_config(run)
     if not (spellings := _spellings(config.name)):
         raise UserError(f"{run}: its config {config.name!r} is not one of configs/")
-    given = configs.flat(configs.load(spellings[0]))  # a run also has the model it starts from
+    # A run also has the model of what it starts from, which no command gives.
+    given = configs.flat(configs.load(spellings[0]))
     return {
         "config": spellings[0],
         "workdir": f"runs/{run.resolve().name}",
@@ -219,7 +220,7 @@ def percent(names: Sequence[str]) -> list[Percent]:
 
 def apart(ours: Sequence[Percent], theirs: Sequence[Percent]) -> table.Rows:
     """By how much the mean of our runs is above that of theirs, in what both have; in brackets in
-    deviations over the runs (the root of the mean of both variances), if there are any."""
+    standard errors of this difference (Welch's), if there are any."""
     rows: table.Rows = {}
     for row in (row for row in ours[0] if row in theirs[0]):
         rows[row] = {}
@@ -227,10 +228,9 @@ def apart(ours: Sequence[Percent], theirs: Sequence[Percent]) -> table.Rows:
             sides = [np.array([run[row][column] for run in runs]) for runs in (ours, theirs)]
             points = sides[0].mean() - sides[1].mean()
             several = min(map(len, sides)) > 1
-            shown = f"{points:+.1f}"
-            if several and (deviation := np.sqrt(np.mean([x.var(ddof=1) for x in sides]))):
-                shown += f" ({points / deviation:+.1f})"
-            rows[row][column] = shown.replace("-0.0", "+0.0")  # which is no loss
+            rows[row][column] = f"{points:+.1f}"
+            if several and (error := np.sqrt(sum(x.var(ddof=1) / len(x) for x in sides))):
+                rows[row][column] += f" ({points / error:+.1f})"
     return rows
 
 
@@ -303,14 +303,22 @@ def _blocks(names: Sequence[str]) -> str:
 def _measured(names: Sequence[str]) -> str:
     parts = []
     for name in names:
-        kept = seeds(name)
-        by, count = kept[0]["environment"], len(kept)
-        times = {key: np.mean([one["seconds"][key] for one in kept]) for key in kept[0]["seconds"]}
-        listed = ", ".join(f"{key} {_duration(value)}" for key, value in times.items())
-        parts.append(
-            f"`{name}`: {count} seed{'s' * (count > 1)}, {kept[0]['machine']} (JAX {by['jax']}, "
-            f"Python {by['python']}); {listed}{' in the mean' * (count > 1)}."
-        )
+        alike: dict[str, list[dict]] = {}
+        for kept in seeds(name):
+            by = kept["environment"]
+            on = f"{kept['machine']} (JAX {by['jax']}, Python {by['python']})"
+            alike.setdefault(on, []).append(kept)
+        for on, several in alike.items():
+            numbers = ", ".join(str(kept["seed"]) for kept in several)
+            many = len(several) > 1
+            times = [
+                f"{key} {_duration(np.mean([kept['seconds'][key] for kept in several]))}"
+                for key in several[0]["seconds"]
+            ]
+            parts.append(
+                f"`{name}`, seed{'s' * many} {numbers}: {on}; {', '.join(times)}"
+                f"{' in the mean' * many}."
+            )
     script = "\n".join(_script(seeds(name)) for name in names)
     block = f"```bash\n{script}\n```\n"
     if len(script) > _SHORT:

@@ -225,7 +225,14 @@ def test_a_kept_result_is_a_table_again(tmp_path, monkeypatch):
             with pytest.raises(UserError, match="the runs of 'x' differ in more than the seed"):
                 published.written("<!-- table x -->\n<!-- end -->")
     assert "--config.refine.epochs=9" in published.written(measured)
+    write(path, kept | {"machine": "a slide rule"})
+    lines = published.written(measured).splitlines()[1:3]
+    assert [line.partition(" (")[0] for line in lines] == [
+        "`x`, seed 0: a slide rule", "`x`, seed 1: an abacus",
+    ]  # fmt: skip
     write(run / "results.json", {})
+    with pytest.raises(UserError, match="run_1: has no results yet"):
+        published.keep("x_1", run, {}, about)
     with pytest.raises(UserError, match="run_1: has no results yet"):
         published.keep("x_1", None, {"other": run}, about)
     later = tmp_path / "later"  # the run is evaluated by another, which has its model

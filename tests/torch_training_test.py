@@ -133,7 +133,7 @@ def test_an_encoder_is_read_from_its_file(tmp_path, rng):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def test_the_difference_of_both_sides_is_told_in_deviations():
+def test_the_difference_of_both_sides_is_told_in_standard_errors():
     pytest.importorskip("torchvision")
     from benchmarks import side_by_side
 
@@ -142,11 +142,11 @@ def test_the_difference_of_both_sides_is_told_in_deviations():
         return {row: {"k-NN": value} for row, value in rows.items()}
 
     percent = {
-        "maect_jax": {"0": side(70, 75), "1": side(74, 75)},
-        "PyTorch": {"1": side(70, 70), "0": side(70, 70)},
+        "maect_jax": {"0": side(69, 75), "1": side(72, 75), "2": side(75, 75)},
+        "PyTorch": {"1": side(70, 70), "0": side(70, 70), "2": side(70, 70)},
     }
     tables = side_by_side.summary(percent).split("\n\n")
     ours, theirs, apart = (re.split(r"  +", table.splitlines()[-1])[1:] for table in tables)
-    assert ours == ["72.0 +- 2.8", "75.0 +- 0.0", "+3.0 +- 2.8"]
+    assert ours == ["72.0 +- 3.0", "75.0 +- 0.0", "+3.0 +- 3.0"]
     assert theirs == ["70.0 +- 0.0", "70.0 +- 0.0", "+0.0 +- 0.0"]
-    assert apart == ["+2.0 (+1.0)", "+5.0", "+3.0 (+1.5)"]  # 2.8 / sqrt(2) is 2
+    assert apart == ["+2.0 (+1.2)", "+5.0", "+3.0 (+1.7)"]  # 3 / sqrt(3) is 1.73
