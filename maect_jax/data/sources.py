@@ -320,7 +320,10 @@ _PACKAGED: Rules = {
 def check(config) -> None:
     """Checks the `data` section of a config. Raises `UserError`."""
     channels, side = config.model.channels, min(config.model.image_size)
-    per_channel = Rule(f"{channels} numbers, one per channel", lambda v, _: len(v) == channels)
+    per_channel = Rule(
+        f"{channels} number{'s' * (channels > 1)}, one for each of config.model.channels={channels}",
+        lambda v, _: len(v) == channels,
+    )
     large_enough = Rule(
         f"at least the shorter side of the image, {side}, or None", lambda v, _: not v or v >= side
     )
