@@ -321,7 +321,7 @@ def check(config) -> None:
     """Checks the `data` section of a config. Raises `UserError`."""
     channels, side = config.model.channels, min(config.model.image_size)
     per_channel = Rule(
-        f"{channels} number{'s' * (channels > 1)}, one for each of config.model.channels={channels}",
+        f"of length {channels}, as config.model.channels={channels}",
         lambda v, _: len(v) == channels,
     )
     large_enough = Rule(
